@@ -1,0 +1,244 @@
+"""Digits of both domains: folders of PNG + CSV -> verified uint8 tensors -> balanced batches, indexed where the tensors live.
+
+Every PNG is decoded once into a memory-mapped cache; the plain reader of single files (`DigitFolder`) gives the same tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
+from runtime.cli import BadInput, note, progress
+from runtime.files import atomic, load_safetensors
+
+Split = Literal["train", "val"]
+HELD_OUT = 0.05  # of train.csv, where there is no val.csv
+SIZE = IMAGE_SHAPE[1]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn)."""
+
+    images: Tensor
+    digits: Tensor
+    domains: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> Digits:
+        """All three on `device`."""
+        return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device))
+
+    def of_domain(self, domain: int) -> Digits:
+        """Only that domain's pictures."""
+        keep = self.domains == domain
+        return Digits(self.images[keep], self.digits[keep], self.domains[keep])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float -1..1 (clamped) -> uint8 0..255, rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- csv and single pictures
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """The rows of a homework csv: image_name (str), label (int 0..9). Raises BadInput with the row."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; make the data with: python hw2_data/prepare.py --help")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is empty or not a csv: {error}") from None
+    if list(table.columns) != ["image_name", "label"]:
+        header = ",".join(map(str, table.columns))
+        raise BadInput(f"{path}: the header must be image_name,label, it is {header[:80]}")
+    if table.empty:
+        raise BadInput(f"{path} has a header but no rows")
+    valid = table.label.isin([str(digit) for digit in range(DIGITS)])
+    if not valid.all():
+        row = int((~valid).to_numpy().argmax())
+        raise BadInput(f"{path}, row {row + 2}: label {table.label[row]!r} is not a digit 0..9")
+    if (repeated := table.image_name.duplicated()).any():
+        row = int(repeated.to_numpy().argmax())
+        raise BadInput(f"{path}, row {row + 2}: {table.image_name[row]} appears twice")
+    return table.astype({"label": int})
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """[3,28,28] uint8; grey and palette are converted, another size is resized. Raises BadInput on a broken file."""
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"{path} is not a readable picture: {error}") from None
+    if picture.size != (SIZE, SIZE):
+        picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The plain reader: one PNG per item -> (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
+
+    def __init__(self, folder: Path, table: pd.DataFrame, domain: int):
+        self.paths = [folder / "data" / name for name in table.image_name]
+        self.labels, self.domain = table.label.tolist(), domain
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        image = to_float(torch.from_numpy(read_picture(self.paths[index]).copy()))
+        digit = F.one_hot(torch.tensor(self.labels[index]), DIGITS).float()
+        return image, digit, F.one_hot(torch.tensor(self.domain), len(DOMAINS)).float()
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
+    """train and val rows of one domain; without val.csv a seeded 5 % of train is held out."""
+    train = read_csv(folder / "train.csv")
+    if (folder / "val.csv").is_file():
+        return {"train": train, "val": read_csv(folder / "val.csv")}
+    order = np.random.default_rng(0).permutation(len(train))
+    held_out = np.sort(order[: max(1, round(HELD_OUT * len(train)))])
+    return {
+        "train": train.drop(index=held_out).reset_index(drop=True),
+        "val": train.iloc[held_out].reset_index(drop=True),
+    }
+
+
+def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
+    """A hash of every row and of every file's name, size and time; raises BadInput for a missing image."""
+    digest = hashlib.sha256(b"1")  # the cache's format
+    for split, table in tables.items():
+        digest.update(split.encode())
+        for row, (name, label) in enumerate(zip(table.image_name, table.label, strict=True)):
+            try:
+                status = (folder / "data" / name).stat()
+            except OSError:
+                raise BadInput(f"{folder}, {split} row {row + 2}: image data/{name} does not exist") from None
+            digest.update(f"{name},{label},{status.st_size},{status.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def decode(folder: Path, table: pd.DataFrame, title: str) -> Tensor:
+    """[N,3,28,28] uint8 of all rows, read in parallel."""
+    images = np.empty((len(table), *IMAGE_SHAPE), dtype=np.uint8)
+    paths = [folder / "data" / name for name in table.image_name]
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(read_picture, paths)
+        for row, picture in enumerate(progress(decoded, title, total=len(paths), leave=False)):
+            images[row] = picture
+    _warn_of_sizes(paths)
+    return torch.from_numpy(images)
+
+
+def _warn_of_sizes(paths: list[Path]) -> None:
+    """One line if the first picture (sizes hardly ever differ within a set) had to be resized."""
+    with Image.open(paths[0]) as first:
+        if first.size != (SIZE, SIZE):
+            note(f"warning: {paths[0]} is {first.width}x{first.height}: resized to {SIZE}x{SIZE}")
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over all bytes, in the order of the names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].numpy().data, value)
+    return str(value)
+
+
+def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
+    """train_images, train_digits, val_images, val_digits (uint8) of one domain, from the cache where it is valid."""
+    folder, name = root / DOMAINS[domain], DOMAINS[domain]
+    tables = split_tables(folder)
+    key, cache = fingerprint(folder, tables), root / ".cache" / f"{name}.safetensors"
+    if cache.is_file():
+        try:
+            tensors, metadata = load_safetensors(cache)
+            if metadata.get("key") == key and metadata.get("crc32") == checksum(tensors):
+                return tensors
+        except BadInput:
+            pass  # a damaged cache is made anew
+    tensors = {}
+    for split, table in tables.items():
+        tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}")
+        tensors[f"{split}_digits"] = torch.tensor(table.label.to_numpy(), dtype=torch.uint8)
+    _store(tensors, key, cache)
+    return tensors
+
+
+def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
+    try:
+        with atomic(cache) as temporary:
+            save_file(tensors, temporary, {"key": key, "crc32": checksum(tensors)})
+    except OSError as error:  # a read-only data folder is fine, only slower the next time
+        note(f"warning: no cache of the decoded pictures, {error}")
+
+
+def load_digits(root: Path, split: Split) -> Digits:
+    """Both domains of one split on the CPU, memory-mapped. Raises BadInput that names what is wrong with the data."""
+    if not root.is_dir():
+        raise BadInput(
+            f"no data folder {root}; make one with: python hw2_data/prepare.py rendered"
+            " (or public, or course; see hw2_data/README.md)"
+        )
+    parts = [load_domain(root, domain) for domain in range(len(DOMAINS))]
+    counts = torch.tensor([len(part[f"{split}_digits"]) for part in parts])
+    return Digits(
+        torch.cat([part[f"{split}_images"] for part in parts]),
+        torch.cat([part[f"{split}_digits"] for part in parts]).long(),
+        torch.arange(len(DOMAINS)).repeat_interleave(counts),
+    )
+
+
+# ---------------------------------------------------------------- balanced sampling
+
+
+class BalancedIndex:
+    """Maps uniform numbers to rows, so that domains, and SVHN's digits, come equally often; no device sync."""
+
+    def __init__(self, data: Digits, balance_domains: bool = True, balance_digits: bool = True):
+        group = data.domains * DIGITS + data.digits
+        counts = torch.bincount(group, minlength=len(DOMAINS) * DIGITS).double()
+        weights = counts.view(len(DOMAINS), DIGITS).clone()
+        if balance_digits:
+            weights[1] = weights[1].sum() / DIGITS * (weights[1] > 0)
+        if balance_domains:
+            weights /= weights.sum(1, keepdim=True)
+        device = data.images.device
+        self.edges = (weights.flatten().cumsum(0) / weights.sum()).float().to(device)
+        self.rows = group.argsort(stable=True)
+        self.counts = counts.float().to(device)
+        self.starts = (counts.cumsum(0) - counts).long().to(device)
+
+    def __call__(self, which: Tensor, member: Tensor) -> Tensor:
+        """Two uniform [B] in [0, 1) -> row numbers [B]: `which` picks the group, `member` the picture in it."""
+        group = torch.searchsorted(self.edges, which, right=True).clamp(max=len(self.edges) - 1)
+        inside = (member * self.counts[group]).long()
+        inside = torch.minimum(inside, self.counts[group].long() - 1)
+        return self.rows[self.starts[group] + inside]

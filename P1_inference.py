@@ -1,0 +1,267 @@
+"""Draws digits of both domains from a P1 checkpoint, named and laid out for the grader: out/mnistm/0_001.png .. out/svhn/9_050.png.
+
+  python P1_inference.py --output out                the 1,000 graded pictures
+  python P1_inference.py --output out --digits 3 7 --domains svhn --count 5 --guidance 1 --grid sevens.png
+  python P1_inference.py --output out --dry-run      checks everything, says how long it will take, draws nothing
+
+Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but not the digit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffusion import samplers
+from diffusion.guidance import Guidance, guided
+from diffusion.noise import draw, generators
+from diffusion.steps import Rule, step_rule
+from P1_dataloader import to_uint8
+from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
+from runtime.cli import BadInput, note, progress, run_script
+from runtime.device import Precision, allow_tf32, detect, resolve_precision
+from runtime.figures import picture_grid, save_picture
+from runtime.files import output_folder
+from runtime.generation import derived_seed, padded_batches
+from runtime.record import Record
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINT = HERE / "checkpoints" / "p1_digits.safetensors"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to get from noise to a digit."""
+
+    name: Literal["dpm", "ddim", "ddpm"] = "dpm"
+    """dpm: DPM-Solver++ (2M); ddim: any eta and rule; ddpm: all T steps."""
+    steps: int = 12
+    guidance: float = 2.5
+    """uncond + scale * (cond - uncond): 0 ignores the digit, 1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts only at these noise levels, as fractions of T."""
+    rescale: float = 0.0
+    """0..1: pulls the guided output's contrast back to the unguided one's."""
+    eta: float = 0.0
+    rule: Rule = "trailing"
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Sampler:
+        """The settings a checkpoint carries; names that this version doesn't know are ignored."""
+        known = {f.name for f in fields(Sampler)}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return Sampler(**kept)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: digit 0..9 (10: any), domain 0 or 1 (2: any), and the seed of its noise."""
+
+    digit: int
+    domain: int
+    seed: int
+
+
+def graded_pictures(
+    seed: int, count: int, digits: Sequence[int] = range(10), domains: Sequence[int] = (0, 1)
+) -> list[Picture]:
+    """`count` pictures per domain and digit; each seed follows from (seed, domain, digit, index) alone."""
+    return [
+        Picture(digit, domain, derived_seed(seed, domain, digit, index))
+        for domain in domains
+        for digit in digits
+        for index in range(count)
+    ]
+
+
+@torch.inference_mode()
+def sample(
+    network: Network,
+    pictures: Sequence[Picture],
+    sampler: Sampler,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """One batch: [B,3,28,28] float in -1..1 on the network's device."""
+    device = next(network.unet.parameters()).device
+    digit = torch.tensor([p.digit for p in pictures], device=device)
+    domain = torch.tensor([p.domain for p in pictures], device=device)
+    nothing = torch.full_like(digit, NO_DIGIT)
+    both = (torch.cat([digit, nothing]), torch.cat([domain, domain]))
+    guidance = Guidance(sampler.guidance, sampler.interval, sampler.rescale)
+    schedule = network.schedule
+    denoise = guided(network, (digit, domain), both, guidance, len(schedule))
+    streams = generators([p.seed for p in pictures])
+    x = draw(streams, IMAGE_SHAPE, device).to(memory_format=torch.channels_last)
+    seen = {"watch": watch} if watch else {}
+    if sampler.name == "dpm":
+        return samplers.dpm_solver(denoise, x, schedule, sampler.steps, **seen)
+    if sampler.name == "ddpm":
+        return samplers.ddpm(denoise, x, schedule, streams, **seen)
+    steps = step_rule(sampler.rule, len(schedule), sampler.steps)
+    return samplers.ddim(denoise, x, schedule, steps, streams, sampler.eta, **seen)
+
+
+def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, batch: int, title: str) -> Tensor:
+    """All pictures in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
+    drawn = []
+    with progress(None, title, total=len(pictures), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+        for chunk, valid in padded_batches(pictures, batch):
+            drawn.append(sample(network, chunk, sampler)[:valid].cpu())
+            bar.update(valid)
+    return torch.cat(drawn)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags; sampler flags that are left out come from the checkpoint."""
+
+    output: Path
+    """Folder for mnistm/ and svhn/; files of the same names are replaced, others stay."""
+    checkpoint: Path = CHECKPOINT
+    """safetensors file written by P1_training.py (best.safetensors) or shipped."""
+    count: int = 50
+    """Pictures per digit and domain."""
+    digits: tuple[int, ...] = tuple(range(10))
+    domains: tuple[Literal["mnistm", "svhn"], ...] = ("mnistm", "svhn")
+    sampler: Literal["dpm", "ddim", "ddpm"] | None = None
+    """dpm: DPM-Solver++ in few steps; ddim: any eta and rule; ddpm: all T steps."""
+    steps: int | None = None
+    guidance: float | None = None
+    """scale in uncond + scale * (cond - uncond); 1 is no guidance and costs half."""
+    interval: tuple[float, float] | None = None
+    """Guidance acts only at noise levels start <= t/T < end."""
+    rescale: float | None = None
+    """0..1: pulls the guided contrast back to the unguided one's."""
+    eta: float | None = None
+    """Randomness of ddim: 0 none, 1 as much as ddpm."""
+    rule: Rule | None = None
+    """Step rule of ddim."""
+    seed: int = 0
+    batch: int = 0
+    """Pictures at once; 0: 100 on a CPU, 1,000 on a GPU."""
+    device: str = "auto"
+    precision: Precision = "auto"
+    grid: Path | None = None
+    """Also saves all pictures as one PNG: a row per domain and digit."""
+    record: Path = HERE / "runs" / "p1_inference" / "record.json"
+    dry_run: bool = False
+    """Check checkpoint, judges, disk and time, then stop."""
+
+
+def resolve_sampler(settings: Settings, network: Network) -> Sampler:
+    """The checkpoint's sampler with the flags that were given; raises BadInput for impossible numbers."""
+    names = {f.name: f.name for f in fields(Sampler)} | {"name": "sampler"}
+    given = {k: v for k, flag in names.items() if (v := getattr(settings, flag)) is not None}
+    sampler = replace(Sampler.from_dict(network.sampler), **given)
+    if not 0 <= sampler.eta <= 1:
+        raise BadInput(f"--eta {sampler.eta}: must lie in 0 .. 1")
+    if not 0 <= sampler.rescale <= 1:
+        raise BadInput(f"--rescale {sampler.rescale}: must lie in 0 .. 1")
+    try:
+        step_rule(sampler.rule, len(network.schedule), sampler.steps)
+    except ValueError as error:
+        raise BadInput(f"--steps: {error}") from None
+    return sampler
+
+
+def check(settings: Settings) -> None:
+    """Raises BadInput for counts, digits and batches that ask for nothing."""
+    if settings.count < 1 or not settings.digits or not settings.domains:
+        raise BadInput(f"--count {settings.count}: no pictures asked for")
+    if settings.count > 999:
+        raise BadInput(f"--count {settings.count}: names have three digits, at most 999 each")
+    if any(not 0 <= digit <= 9 for digit in settings.digits):
+        raise BadInput(f"--digits {' '.join(map(str, settings.digits))}: must be 0..9")
+    if settings.batch < 0:
+        raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
+
+
+def file_names(settings: Settings) -> list[Path]:
+    """Where each picture goes, in the order of `graded_pictures`: {domain}/{digit}_{001..}.png."""
+    return [
+        settings.output / domain / f"{digit}_{index:03d}.png"
+        for domain in settings.domains
+        for digit in settings.digits
+        for index in range(1, settings.count + 1)
+    ]
+
+
+def tell_foreign_files(names: Sequence[Path]) -> None:
+    """One line if the folders hold anything that this run doesn't write."""
+    ours = set(names)
+    folders = sorted({name.parent for name in names})
+    foreign = sorted(p for f in folders if f.is_dir() for p in f.iterdir() if p not in ours)
+    if foreign:
+        note(f"warning: {len(foreign)} other file(s) in the output are left alone, such as {foreign[0]}")
+
+
+def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int) -> float:
+    """Measured: one batch with two steps, scaled up."""
+    few = replace(sampler, name="dpm", steps=2)
+    pictures = [Picture(0, 0, seed) for seed in range(batch)]
+    sample(network, pictures, few)
+    start = time.perf_counter()
+    sample(network, pictures, few)
+    per_step = (time.perf_counter() - start) / 2
+    steps = len(network.schedule) if sampler.name == "ddpm" else sampler.steps
+    return per_step * steps * -(-count // batch)
+
+
+def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, batch: int) -> None:
+    """Prints what would happen; raises BadInput where the disk is too small or the judges are missing."""
+    from P1_classifier import shipped_judges
+
+    shipped_judges(next(network.unet.parameters()).device)
+    existing = next(p for p in [settings.output, *settings.output.absolute().parents] if p.exists())
+    free, needed = shutil.disk_usage(existing).free, count * 4096
+    if free < needed:
+        raise BadInput(f"{existing}: {free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed")
+    print(f"checkpoint {settings.checkpoint}: ok, {network.origin.get('preset')} preset")
+    print(f"judges: ok; disk: {free / 1e9:.1f} GB free, {needed / 1e6:.1f} MB needed")
+    print(f"sampler: {sampler.name}, {sampler.steps} steps, guidance {sampler.guidance}")
+    print(f"{count} pictures would take about {expected_seconds(network, sampler, count, batch):.0f} s")
+
+
+def main(settings: Settings) -> None:
+    """Draws, writes, records."""
+    check(settings)
+    machine = detect(settings.device)
+    precision = resolve_precision(settings.precision, machine)
+    allow_tf32(precision == "tf32")
+    network = load_network(settings.checkpoint, machine.device)
+    sampler = resolve_sampler(settings, network)
+    domains = [DOMAINS.index(domain) for domain in settings.domains]
+    pictures = graded_pictures(settings.seed, settings.count, settings.digits, domains)
+    batch = settings.batch or (1000 if machine.device.type == "cuda" else 100)
+    if settings.dry_run:
+        return dry_run(settings, network, sampler, len(pictures), batch)
+    names = file_names(settings)
+    for folder in {name.parent for name in names}:
+        output_folder(folder)
+    tell_foreign_files(names)
+    record = Record(settings, machine)
+    with record.timed("sampling"), torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
+        images = to_uint8(sample_all(network, pictures, sampler, batch, "drawing digits"))
+    with record.timed("writing"):
+        for name, image in zip(names, images, strict=True):
+            save_picture(name, image)
+    if settings.grid:
+        save_picture(settings.grid, picture_grid(images, settings.count, scale=2))
+    record.metrics = {"pictures": len(names), "sampler": asdict(sampler), "batch": batch}
+    record.save(settings.record)
+    print(f"{len(names)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
+    return None
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)

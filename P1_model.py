@@ -1,0 +1,332 @@
+"""The conditional U-Net of P1 and its named presets.
+
+One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is told the timestep, the digit and the domain; either of the last two
+may be withheld (a learned null), which is what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusion.schedule import Prediction, Schedule, make_schedule
+from runtime.cli import BadInput
+from runtime.files import atomic, load_safetensors
+
+DIGITS, DOMAINS = 10, ("mnistm", "svhn")
+NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the labels that mean "not given"
+IMAGE_SHAPE = (3, 28, 28)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the network's layout; stored in every checkpoint."""
+
+    channels: tuple[int, ...]  # one entry per resolution, finest first
+    attention: tuple[bool, ...]  # self-attention at that resolution?
+    blocks: int = 2  # residual blocks per resolution on the way down, one more on the way up
+    patch: int = 1  # pixels per side folded into channels before the first convolution
+    embedding: int = 256
+    head_channels: int = 32
+    conditioning: Literal["embedding", "onehot"] = "embedding"
+    timesteps: int = 1000  # T, read by the one-hot conditioning, which is told t/T
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, so that it fits a JSON file or a safetensors header."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; raises TypeError on an unknown name."""
+        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return ModelConfig(**fixed)
+
+
+PRESETS = {
+    # the report's recipe: full resolution, 128 features, 12-way one-hot context times a mask, t/T in
+    "report": ModelConfig((128, 256, 256), (False, False, True), conditioning="onehot", timesteps=500),
+    # the shipped size: works on 14x14 patches of 2x2 pixels, where two CPU cores can train it
+    "cpu": ModelConfig((64, 160), (False, True), blocks=1, patch=2),
+    # trains within minutes on a laptop: a first try, and the tests
+    "tiny": ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=64, head_channels=16),
+    # for a data-centre GPU
+    "gpu": ModelConfig((128, 256, 256), (False, True, True), embedding=512, head_channels=64),
+}
+
+
+# ---------------------------------------------------------------- conditioning
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """t [B] -> [B, width] sines and cosines of geometrically spaced frequencies (Vaswani et al. 2017)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class EmbeddingConditioning(nn.Module):
+    """Sum of a timestep embedding and learned digit and domain vectors, each table with one more row for "not given"."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.width = config.channels[0] * 2
+        self.time = nn.Sequential(
+            nn.Linear(self.width, config.embedding),
+            nn.SiLU(),
+            nn.Linear(config.embedding, config.embedding),
+        )
+        self.digit = nn.Embedding(DIGITS + 1, config.embedding)
+        self.domain = nn.Embedding(len(DOMAINS) + 1, config.embedding)
+
+    def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        return self.time(sinusoid(t, self.width)) + self.digit(digit) + self.domain(domain)
+
+
+class OneHotConditioning(nn.Module):
+    """The report's interface: one-hot digit (10) and domain (2) concatenated and masked where not given, and t/T as one number."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.timesteps = config.timesteps
+        self.time = nn.Sequential(
+            nn.Linear(1, config.embedding),
+            nn.GELU(),
+            nn.Linear(config.embedding, config.embedding),
+        )
+        self.context = nn.Sequential(
+            nn.Linear(DIGITS + len(DOMAINS), config.embedding),
+            nn.GELU(),
+            nn.Linear(config.embedding, config.embedding),
+        )
+
+    def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        context = torch.cat(
+            [
+                F.one_hot(digit, DIGITS + 1)[:, :DIGITS],  # the null label becomes all zeros
+                F.one_hot(domain, len(DOMAINS) + 1)[:, : len(DOMAINS)],
+            ],
+            dim=1,
+        )
+        return self.time((t.float() / self.timesteps)[:, None]) + self.context(context.float())
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Zero-initialised, so that every residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice; the embedding scales and shifts in between (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2, self.conv2 = norm(outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over all positions, through torch's fused kernel."""
+
+    def __init__(self, channels: int, head_channels: int):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Conv2d):
+    """Halves the resolution."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class Upsample(nn.Conv2d):
+    """Doubles the resolution."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Merge(nn.Conv2d):
+    """Mixes the concatenated skip connection in by a 1x1 convolution, so that the 3x3 ones stay narrow."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class Stage(nn.Module):
+    """Modules that all take (x, embedding), in a row."""
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, embedding)
+        return x
+
+
+# ---------------------------------------------------------------- the network
+
+
+class UNet(nn.Module):
+    """x [B,3,28,28], t [B] int, digit [B] int (10 = not given), domain [B] int (2 = not given) -> [B,3,28,28].
+
+    What the output means (eps or v) is the schedule's business, not the network's.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        kinds = {"embedding": EmbeddingConditioning, "onehot": OneHotConditioning}
+        self.conditioning = kinds[config.conditioning](config)
+        pixels = IMAGE_SHAPE[0] * config.patch**2
+        self.first = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
+        skips = self._build_down(config)
+        width = config.channels[-1]
+        self.middle = Stage(self._residual(width, width), self._attention(width), self._residual(width, width))
+        self._build_up(config, skips)
+        self.last = nn.Sequential(
+            norm(config.channels[0]),
+            nn.SiLU(),
+            zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
+        )
+
+    def _residual(self, inputs: int, outputs: int) -> ResidualBlock:
+        return ResidualBlock(inputs, outputs, self.config.embedding)
+
+    def _attention(self, channels: int) -> SelfAttention:
+        return SelfAttention(channels, self.config.head_channels)
+
+    def _build_down(self, config: ModelConfig) -> list[int]:
+        """Fills `self.down`; returns the channels of every skip connection."""
+        self.down, width = nn.ModuleList(), config.channels[0]
+        skips = [width]
+        for level, (channels, attend) in enumerate(zip(config.channels, config.attention, strict=True)):
+            if level:
+                self.down.append(Stage(Downsample(width, channels)))
+                skips.append(width := channels)
+            for _ in range(config.blocks):
+                attention = [self._attention(channels)] if attend else []
+                self.down.append(Stage(self._residual(width, channels), *attention))
+                skips.append(width := channels)
+        return skips
+
+    def _build_up(self, config: ModelConfig, skips: list[int]) -> None:
+        """Fills `self.up`; every stage takes one skip connection, the last of a level also doubles the resolution."""
+        self.up, width = nn.ModuleList(), config.channels[-1]
+        for level in reversed(range(len(config.channels))):
+            channels = config.channels[level]
+            for block in range(config.blocks + 1):
+                layers: list[nn.Module] = [Merge(width + skips.pop(), channels), self._residual(channels, channels)]
+                width = channels
+                if config.attention[level]:
+                    layers.append(self._attention(channels))
+                if level and block == config.blocks:
+                    layers.append(Upsample(channels, width := config.channels[level - 1]))
+                self.up.append(Stage(*layers))
+
+    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        embedding = F.silu(self.conditioning(t, digit, domain))
+        h = self.first(F.pixel_unshuffle(x, self.config.patch))
+        skips = [h]
+        for stage in self.down:
+            skips.append(h := stage(h, embedding))
+        h = self.middle(h, embedding)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.last(h), self.config.patch)
+
+
+# ---------------------------------------------------------------- checkpoints of the finished network
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network with all that sampling needs: its schedule, default sampler settings and where it comes from."""
+
+    unet: UNet
+    schedule: Schedule
+    schedule_name: str
+    sampler: dict[str, Any]
+    origin: dict[str, Any]
+
+    def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor]) -> Tensor:
+        """The network's output for x [B,3,28,28] at one step t; labels are (digit, domain), each [B]."""
+        return self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
+
+
+def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float32) -> None:
+    """One safetensors file; everything but the weights lies in its header as JSON."""
+    header = {
+        "kind": "P1 digit diffusion",
+        "model": network.unet.config.to_dict(),
+        "schedule": network.schedule_name,
+        "timesteps": len(network.schedule),
+        "prediction": network.schedule.prediction,
+        "sampler": network.sampler,
+        "origin": network.origin,
+    }
+    weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(weights, temporary, {"network": json.dumps(header)})
+
+
+def load_network(path: Path, device: torch.device) -> Network:
+    """The network in fp32, channels_last, ready to sample. Raises BadInput for a file of another kind or layout."""
+    weights, metadata = load_safetensors(path)
+    if "network" not in metadata:
+        raise BadInput(f"{path} is a safetensors file, but not a P1 checkpoint (no header)")
+    header = json.loads(metadata["network"])
+    unet = UNet(ModelConfig.from_dict(header["model"]))
+    try:
+        unet.load_state_dict({k: v.float() for k, v in weights.items()})
+    except RuntimeError as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[1].strip()[:200]}") from None
+    unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    prediction: Prediction = header["prediction"]
+    schedule = make_schedule(header["schedule"], header["timesteps"], prediction)
+    return Network(unet, schedule, header["schedule"], header["sampler"], header["origin"])

@@ -1,0 +1,330 @@
+"""Trains one conditional diffusion model for the digits of both domains.
+
+  python P1_training.py                              preset, precision and data are found; resumes where the run folder has a checkpoint
+  python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
+  accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
+
+Stops cleanly on Ctrl-C or SIGTERM with its checkpoint written; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffusion.schedule import Schedule, add_noise, make_schedule, min_snr_weight, target
+from P1_classifier import Judge, accuracy, shipped_judges
+from P1_dataloader import BalancedIndex, Digits, load_digits, to_float, to_uint8
+from P1_inference import Sampler, graded_pictures, sample_all
+from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
+from P1_recipes import Settings, resolve_recipe, should_compile
+from runtime.cli import BadInput, note, run_script
+from runtime.device import allow_tf32, detect, resolve_precision
+from runtime.figures import picture_grid, save_picture
+from runtime.files import output_folder
+from runtime.record import Record
+from training.best import BestCandidates
+from training.checkpoint import load_state, save_state
+from training.draws import Draws, process_rows
+from training.ema import make_ema
+from training.log import TrainingLog
+from training.rate import rate_factor
+from training.signals import StopSignals
+
+KIND = "P1 training"
+
+
+# ---------------------------------------------------------------- one step
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that the loss needs besides the network."""
+
+    data: Digits
+    index: BalancedIndex
+    schedule: Schedule
+    alphas: Tensor  # [T] float32 on the device
+    min_snr: float
+    drop_digit: float
+    drop_domain: float
+
+
+def batch_of(problem: Problem, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures [B,3,28,28] float, digits [B] and domains [B], some of the labels withheld."""
+    rows = problem.index(draws.uniform(), draws.uniform())
+    digit, domain = problem.data.digits[rows], problem.data.domains[rows]
+    digit = torch.where(draws.uniform() < problem.drop_digit, NO_DIGIT, digit)
+    domain = torch.where(draws.uniform() < problem.drop_domain, NO_DOMAIN, domain)
+    return to_float(problem.data.images[rows]), digit, domain
+
+
+def diffusion_loss(unet: nn.Module, problem: Problem, draws: Draws) -> Tensor:
+    """Mean over the batch of weight(t) |output - target|^2 (Ho et al. 2020, eq. 14), t stratified over the batch."""
+    x0, digit, domain = batch_of(problem, draws)
+    t = (draws.stratified() * len(problem.schedule)).long().clamp(max=len(problem.schedule) - 1)
+    eps = draws.normal(*x0.shape[1:])
+    alpha = problem.alphas[t][:, None, None, None]
+    x = add_noise(x0, eps, alpha).contiguous(memory_format=torch.channels_last)
+    wanted = target(x0, eps, alpha, problem.schedule.prediction)
+    error = (unet(x, t, digit, domain).float() - wanted).square()
+    if problem.min_snr:
+        error = error * min_snr_weight(alpha, problem.min_snr, problem.schedule.prediction)
+    return error.mean()
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Trainer:
+    """One run: everything that is set up once, and the loop."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.machine = detect(settings.device)
+        self.preset = self._preset()
+        self.recipe = resolve_recipe(settings, self.preset)
+        precision = resolve_precision(settings.precision, self.machine)
+        allow_tf32(precision == "tf32")
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=self.machine.device.type == "cpu",
+        )
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.record = Record(settings, replace(self.machine, device=self.device))
+        self.folder = output_folder(settings.output)
+        self.problem = self._problem()
+        self._build_networks()
+        self.judges = shipped_judges(self.device) if self.main else []
+        self.best = BestCandidates(self.folder / "candidates", settings.candidates)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []  # one entry per grading
+        self._resume()
+        self._say(precision)
+
+    def _preset(self) -> str:
+        if self.settings.preset != "auto":
+            return self.settings.preset
+        return "gpu" if self.machine.device.type == "cuda" else "cpu"
+
+    def _problem(self) -> Problem:
+        settings, config = self.settings, PRESETS[self.preset]
+        schedule = make_schedule(self.recipe.schedule, config.timesteps, self.recipe.prediction)
+        with self.accelerator.main_process_first():  # the first decodes, the others read its cache
+            data = load_digits(settings.data, "train").to(self.device)
+        index = BalancedIndex(data, settings.balance_domains, settings.balance_digits)
+        alphas = schedule.alpha_bar.float().to(self.device)
+        drops = (settings.drop_digit, settings.drop_domain)
+        return Problem(data, index, schedule, alphas, self.recipe.min_snr, *drops)
+
+    def _build_networks(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        unet = UNet(PRESETS[self.preset]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = make_ema(unet, self.recipe.ema)
+        fused = self.device.type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), self.recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused
+        )
+        self.compiled = should_compile(self.settings.compile, self.machine)
+        if self.compiled:
+            unet.compile()
+        self.model, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        self.unet = self.accelerator.unwrap_model(self.model)
+
+    def _say(self, precision: str) -> None:
+        if not self.main:
+            return
+        size = sum(p.numel() for p in self.unet.parameters()) / 1e6
+        note(
+            f"preset {self.preset} ({size:.1f} M parameters), {precision}, "
+            f"{'compiled' if self.compiled else 'eager'}, on {self.machine.name}"
+            f"{f', {self.accelerator.num_processes} processes' if self.accelerator.num_processes > 1 else ''}\n"
+            f"{len(self.problem.data):,} training pictures from {self.settings.data}; "
+            f"{self.recipe.steps:,} steps of {self.recipe.batch}; run folder {self.folder}"
+            + (f"; going on at step {self.step:,}" if self.step else "")
+        )
+
+    # ------------------------------------------------ checkpoints
+
+    @property
+    def checkpoint(self) -> Path:
+        """The training's own state; `best.safetensors` beside it is what one samples from."""
+        return self.folder / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Everything that going on needs; the random numbers follow from seed and step."""
+        if not self.main:
+            return
+        state = {
+            "kind": KIND,
+            "preset": self.preset,
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "history": self.history,
+            "timings": self.record.timings,
+            "model": self.unet.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "averaged": int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_state(self.checkpoint, state)
+
+    def _resume(self) -> None:
+        if self.settings.resume == "never" or not self.checkpoint.is_file():
+            return
+        state = load_state(self.checkpoint, KIND)
+        if state["preset"] != self.preset:
+            raise BadInput(
+                f"{self.checkpoint} is of preset {state['preset']}, not {self.preset}: "
+                "name another --output, that --preset, or --resume never"
+            )
+        self.unet.load_state_dict(state["model"])
+        self.ema = make_ema(self.unet, self.recipe.ema, max(0, state["averaged"] - 1))  # the first one is a copy
+        self.ema.module.load_state_dict(state["ema"])
+        self.ema.n_averaged.fill_(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history = state["step"], state["history"]
+        self.record.timings.update(state["timings"])
+
+    # ------------------------------------------------ training
+
+    def train(self) -> None:
+        """Steps until the end or a signal; a checkpoint is left either way."""
+        recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
+        rows = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
+        log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
+        with StopSignals() as stop, self.record.timed("training"):
+            while self.step < recipe.steps and not stop.asked:
+                log.add(self.one_step(rows), recipe.batch)
+                if self._due(settings.log_every) or self._due(settings.save_every):
+                    self._report(log)  # before saving: a checkpoint must not hold a broken network
+                if self._due(settings.save_every):
+                    self.save()
+                if self._due(settings.eval_every):
+                    log.pause(self.grade(log))
+        log.close()
+        self.save()
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.recipe.steps or bool(every) and self.step % every == 0
+
+    def _report(self, log: TrainingLog) -> None:
+        loss, speed = log.read()
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"the loss is {loss} at step {self.step:,}: stopped; {self.checkpoint} keeps the last good "
+                "state. Try a lower --lr or --precision fp32"
+            )
+        if self.main and "loss" not in self.record.metrics:  # the first reading of this run
+            minutes = (self.recipe.steps - self.step) * self.recipe.batch / speed / 60
+            note(f"about {minutes:.0f} minutes to go, grading apart")
+        self.record.metrics |= {"loss": loss, "images_per_s": speed}
+        log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
+
+    def rate(self) -> float:
+        """The learning rate of the step in hand."""
+        s, r = self.settings, self.recipe
+        return r.lr * rate_factor(self.step, r.steps, s.warmup, s.decay, s.decay_shape)
+
+    def one_step(self, rows: slice) -> Tensor:
+        """One optimizer step; returns the loss, which stays on the device."""
+        draws = Draws(self.settings.seed, self.step, rows, self.recipe.batch, self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        with self.accelerator.autocast():
+            loss = diffusion_loss(self.model, self.problem, draws)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update_parameters(self.unet)
+        self.step += 1
+        return loss
+
+    # ------------------------------------------------ grading
+
+    def network(self) -> Network:
+        """The averaged weights with all that sampling needs."""
+        origin = {"preset": self.preset, "step": self.step, "recipe": asdict(self.recipe)}
+        return Network(
+            cast(UNet, self.ema.module.eval()),
+            self.problem.schedule,
+            self.recipe.schedule,
+            asdict(self.recipe.sampler),
+            origin | {"settings": {k: str(v) for k, v in asdict(self.settings).items()}},
+        )
+
+    def grade(self, log: TrainingLog) -> float:
+        """Draws and judges 10 pictures per digit and domain, keeps the best; returns the seconds it took."""
+        start = time.perf_counter()
+        if self.main:
+            network = self.network()
+            scores, images = graded(network, self.judges, self.settings.eval_count, self.settings.seed)
+            entry = {"mnistm": scores[0], "svhn": scores[1], "accuracy": sum(scores) / len(scores)}
+            save_picture(self.folder / f"step-{self.step:06d}.png", digit_sheet(images))
+            log.show(self.step, **entry)
+            self.history.append({"step": self.step, **entry})
+            if self.best.offer(self.step, entry["accuracy"], partial(save_network, network=network)):
+                save_network(self.folder / "best.safetensors", network)
+        return time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Grades the candidates again with more pictures, since 200 carry a standard error of 0.7 points; the best one wins."""
+        results = []
+        for path in self.best.ranked():
+            network = load_network(path, self.device)
+            scores, images = graded(network, self.judges, self.settings.final_count, self.settings.seed + 1)
+            results.append((sum(scores) / len(scores), scores, network, images))
+            note(f"step {path.stem}, {len(images):,} pictures: mnistm {scores[0]:.4f}, svhn {scores[1]:.4f}")
+        mean, scores, network, images = max(results, key=lambda r: r[0])
+        self.record.metrics |= {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
+        origin = network.origin | {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
+        save_network(self.folder / "best.safetensors", replace(network, origin=origin))
+        save_picture(self.folder / "best.png", digit_sheet(images))
+        step = network.origin["step"]
+        note(f"best: step {step:,}, accuracy {mean:.4f}: {self.folder / 'best.safetensors'}")
+
+
+def graded(network: Network, judges: list[Judge], count: int, seed: int) -> tuple[list[float], Tensor]:
+    """Accuracy per domain of `count` pictures per digit and domain, and the pictures [N,3,28,28] uint8."""
+    pictures = graded_pictures(seed, count)
+    images = to_uint8(sample_all(network, pictures, Sampler.from_dict(network.sampler), 100, "grading"))
+    digits, domains = (torch.tensor([getattr(p, name) for p in pictures]) for name in ("digit", "domain"))
+    return accuracy(judges, images, digits, domains), images
+
+
+def digit_sheet(images: Tensor) -> Tensor:
+    """[2*10*count,3,28,28] -> at most ten pictures per digit: rows are digits, MNIST-M left and SVHN right."""
+    sets = images.view(2, DIGITS, -1, *images.shape[1:])[:, :, :10]
+    columns = 2 * sets.shape[2]
+    return picture_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns, scale=2)
+
+
+def main(settings: Settings) -> None:
+    """Trains, grades, records."""
+    trainer = Trainer(settings)
+    trainer.train()
+    if not trainer.main:
+        return
+    if trainer.step == trainer.recipe.steps:
+        with trainer.record.timed("final_grading"):
+            trainer.finish()
+    else:
+        note(f"stopped at step {trainer.step:,}; the same command goes on from {trainer.checkpoint}")
+    processes = trainer.accelerator.num_processes
+    trainer.record.metrics |= {"step": trainer.step, "processes": processes, "history": trainer.history}
+    trainer.record.save(trainer.folder / "record.json")
+    if trainer.step < trainer.recipe.steps:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)

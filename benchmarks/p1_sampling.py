@@ -1,0 +1,107 @@
+"""Sampling speed of P1: the default sampler against 500-step DDPM with two passes per step, on the same network and seeds.
+
+  python benchmarks/p1_sampling.py                          100 pictures; about 6 minutes on two CPU cores
+  python benchmarks/p1_sampling.py --count 1 --repeats 5    20 pictures
+
+Baseline: ancestral sampling on 500 steps (DDIM with eta 1 is that on a grid), guidance by two separate passes, eager, fp32.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from diffusion.noise import draw, generators
+from diffusion.samplers import ddim
+from diffusion.steps import step_rule
+from P1_classifier import accuracy, shipped_judges
+from P1_dataloader import to_uint8
+from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, sample_all
+from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
+from runtime.cli import progress, run_script
+from runtime.device import allow_tf32, detect
+from runtime.record import Record
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Flags."""
+
+    checkpoint: Path = CHECKPOINT
+    count: int = 5
+    """Pictures per digit and domain."""
+    repeats: int = 3
+    """Of the default sampler; the baseline runs once, its spread is over its steps."""
+    steps: int = 500
+    """Steps of the baseline."""
+    seed: int = 0
+    device: str = "auto"
+    output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_sampling.json"
+
+
+@torch.inference_mode()
+def two_pass_ddpm(network: Network, pictures: Sequence[Picture], scale: float, steps: int) -> Tensor:
+    """[B,3,28,28]: every step runs the network with the digit, then without."""
+    device = next(network.unet.parameters()).device
+    digit = torch.tensor([p.digit for p in pictures], device=device)
+    domain = torch.tensor([p.domain for p in pictures], device=device)
+    streams = generators([p.seed for p in pictures])
+    grid = step_rule("trailing", len(network.schedule), steps)
+    bar = progress(None, "baseline", total=steps)  # type: ignore[arg-type]
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        cond = network(x, t, (digit, domain))
+        uncond = network(x, t, (torch.full_like(digit, NO_DIGIT), domain))
+        bar.update()
+        return uncond + scale * (cond - uncond)
+
+    x = draw(streams, IMAGE_SHAPE, device)
+    with bar:
+        return ddim(denoise, x, network.schedule, grid, streams, eta=1.0)
+
+
+def main(bench: Bench) -> None:
+    """Prints seconds and accuracy of both, and the ratio."""
+    machine = detect(bench.device)
+    allow_tf32(False)
+    network, judges = load_network(bench.checkpoint, machine.device), shipped_judges(machine.device)
+    sampler = Sampler.from_dict(network.sampler)
+    pictures = graded_pictures(bench.seed, bench.count)
+    digits = torch.tensor([p.digit for p in pictures])
+    domains = torch.tensor([p.domain for p in pictures])
+    sample_all(network, pictures[:2], replace(sampler, steps=2), len(pictures), "warming up")
+    ours: list[float] = []
+    for _ in range(bench.repeats):
+        start = time.perf_counter()
+        quick = sample_all(network, pictures, sampler, len(pictures), "default sampler")
+        ours.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    slow = two_pass_ddpm(network, pictures, sampler.guidance, bench.steps).cpu()
+    baseline = time.perf_counter() - start
+    scores = {
+        name: accuracy(judges, to_uint8(images), digits, domains) for name, images in (("ours", quick), ("ddpm", slow))
+    }
+    ratios = [baseline / seconds for seconds in ours]
+    means = {name: statistics.mean(values) for name, values in scores.items()}
+    print(f"{len(pictures)} pictures, {machine.name}")
+    print(
+        f"default ({sampler.name}, {sampler.steps} steps)  {statistics.mean(ours):8.2f} s  accuracy {means['ours']:.3f}"
+    )
+    print(f"DDPM, {bench.steps} steps, two passes  {baseline:8.2f} s  accuracy {means['ddpm']:.3f}")
+    print(f"ratio {statistics.mean(ratios):.1f} +- {statistics.pstdev(ratios):.1f}  (n = {len(ratios)})")
+    record = Record(bench, machine)
+    record.metrics = {"default_s": ours, "ddpm_s": baseline, "ratio": ratios, "accuracy": scores}
+    record.save(bench.output)
+
+
+if __name__ == "__main__":
+    run_script(main, Bench, __doc__)

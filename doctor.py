@@ -1,0 +1,87 @@
+"""What this machine has: device, bf16, compiler, data, weights, and how long each main command would take here.
+
+python doctor.py        (or: make doctor)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from P1_inference import CHECKPOINT, Sampler, expected_seconds
+from P1_model import PRESETS, Network, UNet, load_network
+from P1_recipes import RECIPES
+from runtime.cli import BadInput, run_script
+from runtime.device import Machine, detect, resolve_precision
+from runtime.record import versions
+
+HERE = Path(__file__).resolve().parent
+DATA = ("digits/mnistm", "digits/svhn", "face/UNet.pt", "face/noise", "clip_zeroshot/val", "textual_inversion")
+WEIGHTS = ("p1_digits", "judge_mnistm", "judge_svhn")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags."""
+
+    data: Path = HERE / "hw2_data"
+    device: str = "auto"
+
+
+def training_minutes(machine: Machine, preset: str) -> float:
+    """Measured: two steps of forward and backward at the preset's batch (at most 64 pictures on a CPU), scaled up."""
+    recipe, device = RECIPES[preset], machine.device
+    unet = UNet(PRESETS[preset]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
+    x = torch.randn(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    for repeat in range(3):
+        if repeat == 1:  # the first one warms up
+            start = time.perf_counter()
+        unet(x, labels, labels, labels).square().mean().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / 2 / batch * recipe.batch * recipe.steps / 60
+
+
+def drawing_minutes(network: Network) -> float:
+    """Measured: `bash hw2_1.sh out` on this device."""
+    on_gpu = next(network.unet.parameters()).is_cuda
+    batch = 1000 if on_gpu else 100
+    return expected_seconds(network, Sampler.from_dict(network.sampler), 1000, batch) / 60
+
+
+def tell_files(settings: Settings) -> None:
+    """Which data and weights are there."""
+    for name in DATA:
+        found = (settings.data / name).exists()
+        print(f"data     {name:24s}{'found' if found else 'absent (hw2_data/README.md says how to get it)'}")
+    for name in WEIGHTS:
+        path = HERE / "checkpoints" / f"{name}.safetensors"
+        print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
+
+
+def main(settings: Settings) -> None:
+    """Prints the machine, the files, the times."""
+    machine = detect(settings.device)
+    print(f"device   {machine.device}: {machine.name}")
+    print(f"bf16     {'native' if machine.native_bf16 else 'not native: fp32 is used'}")
+    print(f"compiler {'found: torch.compile works' if machine.compiler else 'none: eager only'}")
+    print("packages " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    tell_files(settings)
+    preset = "gpu" if machine.device.type == "cuda" else "cpu"
+    precision = resolve_precision("auto", machine)
+    print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
+    try:
+        minutes = drawing_minutes(load_network(CHECKPOINT, machine.device))
+        print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
+    except BadInput as error:
+        print(f"  bash hw2_1.sh out               not possible: {error}")
+    print(f"  python P1_training.py           {training_minutes(machine, preset):8.0f} minutes (preset {preset})")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)

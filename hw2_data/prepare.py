@@ -1,0 +1,322 @@
+"""Checks the course's data, or builds digits in its layout: digits/{mnistm,svhn}/{data/*.png,train.csv,val.csv}.
+
+Examples:
+  python hw2_data/prepare.py course --data hw2_data
+  python hw2_data/prepare.py public --backgrounds BSDS500/data/images
+  python hw2_data/prepare.py public --mnist DIR --backgrounds DIR --svhn DIR --train-count 5000
+  python hw2_data/prepare.py rendered --count 2000 --output /tmp/digits
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
+
+from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
+from hw2_data.rendered import rendered_maker
+from P1_dataloader import read_csv, read_picture
+from runtime.cli import BadInput, note, progress, run_script
+from runtime.files import load_tensors, output_folder, read_json, require_file
+
+HERE = Path(__file__).resolve().parent
+Domain = Literal["mnistm", "svhn"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
+SPLITS: tuple[Split, ...] = get_args(Split)
+Makers = dict[Split, Maker]
+
+# Images per digit 0..9 in the course's train.csv
+COURSE_COUNTS = {
+    "mnistm": (5516, 6269, 5655, 5745, 5428, 5018, 5510, 5866, 5443, 5550),
+    "svhn": (5330, 15201, 11715, 9021, 8022, 7455, 6238, 6057, 5381, 5011),
+}
+
+
+@dataclass
+class Course:
+    """Check an unpacked course folder; exit code 2 when its digits are unusable."""
+
+    data: Path = HERE
+    """Folder that holds digits/, and at will face/, clip_zeroshot/, textual_inversion/."""
+
+
+@dataclass
+class Output:
+    """What every building command shares."""
+
+    output: Path = HERE / "digits"
+    """Folder to receive mnistm/ and svhn/."""
+    domains: tuple[Domain, ...] = DOMAINS
+    """Which domains to build."""
+    seed: int = 0
+    """Same seed, same bytes."""
+    overwrite: bool = False
+    """Replace domain folders that exist; the old ones go only when the new ones are complete."""
+
+
+@dataclass
+class Public(Output):
+    """Build MNIST-M (Ganin et al. 2016) and SVHN; what is not given as a local folder is downloaded."""
+
+    mnist: Path | None = None
+    """Folder with the four MNIST files, or torchvision's layout."""
+    backgrounds: Path | None = None
+    """Folder of photographs for MNIST-M: BSDS500's images or any others, subfolders included."""
+    svhn: Path | None = None
+    """Folder with train_32x32.mat and test_32x32.mat."""
+    downloads: Path = HERE / "downloads"
+    """Where downloads are kept."""
+    train_count: int | None = None
+    """At most so many images per domain in train.csv, the first of the train part."""
+    val_count: int | None = None
+    """At most so many images per domain in val.csv, the first of the test part."""
+
+
+@dataclass
+class Rendered(Output):
+    """Draw digits in the manner of both domains, every digit equally often, without any download."""
+
+    count: int = 2000
+    """Images per domain in train.csv; val.csv gets a tenth of it."""
+
+
+def main(command: Course | Public | Rendered) -> None:
+    """Runs the chosen command; raises BadInput."""
+    if isinstance(command, Course):
+        check_course(command.data)
+        return
+    check_output(command)
+    makers = public_makers(command) if isinstance(command, Public) else rendered_makers(command)
+    for domain, domain_makers in makers.items():
+        write_domain(command.output / domain, domain_makers, command.overwrite)
+
+
+# ---------------------------------------------------------------- what to build
+
+
+def rendered_makers(command: Rendered) -> dict[Domain, Makers]:
+    """Both splits of the chosen domains, drawn."""
+    require_positive("--count", command.count)
+    counts = {"train": command.count, "val": max(1, command.count // 10)}
+    return {
+        domain: {s: rendered_maker(domain, counts[s], command.seed, stream(domain, s)) for s in SPLITS}
+        for domain in command.domains
+    }
+
+
+def public_makers(command: Public) -> dict[Domain, Makers]:
+    """Both splits of the chosen domains, read (or fetched first); raises BadInput that names what is missing."""
+    limits = {"train": command.train_count, "val": command.val_count}
+    for split, limit in limits.items():
+        require_positive(f"--{split}-count", 1 if limit is None else limit)
+    makers = {domain: {split: public_maker(command, domain, split) for split in SPLITS} for domain in command.domains}
+    for domain_makers in makers.values():
+        for split, maker in domain_makers.items():
+            maker.count = min(maker.count, limits[split] or maker.count)
+    return makers
+
+
+def public_maker(command: Public, domain: Domain, split: Split) -> Maker:
+    """One split of one domain from its originals."""
+    if domain == "svhn":
+        return svhn_maker(command.svhn or command.downloads, split, download=command.svhn is None)
+    if command.backgrounds is None:
+        raise BadInput(f"mnistm needs --backgrounds DIR: BSDS500 from {BSDS500} or any photographs")
+    random_key = (command.seed, stream("mnistm", split))
+    return mnistm_maker(command.mnist, command.downloads, command.backgrounds, split, random_key)
+
+
+def stream(domain: Domain, split: Split) -> int:
+    """A number of its own for the random stream of each domain and split."""
+    return DOMAINS.index(domain) * len(SPLITS) + SPLITS.index(split)
+
+
+def require_positive(flag: str, value: int) -> None:
+    """Raises BadInput unless value > 0."""
+    if value <= 0:
+        raise BadInput(f"{flag} {value}: give a number above zero")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def check_output(command: Output) -> None:
+    """Refuses, before any work, what could not be written or would destroy something; raises BadInput."""
+    if command.seed < 0:
+        raise BadInput(f"--seed {command.seed}: give zero or more")
+    if not command.domains:
+        raise BadInput("--domains: name mnistm, svhn or both")
+    for domain in command.domains:
+        check_target(output_folder(command.output) / domain, command.overwrite)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises BadInput when `target` exists and may not be replaced."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise BadInput(f"{target} exists: add --overwrite to replace it, or name another --output")
+    if not target.is_dir() or {path.name for path in target.iterdir()} - {"data", "train.csv", "val.csv"}:
+        raise BadInput(f"{target} is more than data/, train.csv and val.csv: not overwritten, move it away")
+
+
+def write_domain(target: Path, makers: Makers, overwrite: bool) -> None:
+    """Writes data/*.png and one csv per split, numbered through; the folder appears complete or not at all."""
+    first = 0
+    with whole_folder(target) as folder:
+        (folder / "data").mkdir()
+        for split, maker in makers.items():
+            rows = ["image_name,label"]
+            for index in progress(range(maker.count), f"{target.name} {split}"):
+                image, label = maker.make(index)
+                rows.append(f"{first + index:05d}.png,{label}")
+                Image.fromarray(image).save(folder / "data" / f"{first + index:05d}.png")
+            (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+            first += maker.count
+        check_target(target, overwrite)  # again: it may have appeared meanwhile
+    note(f"{target}: " + ", ".join(f"{maker.count} {split}" for split, maker in makers.items()))
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder on the same disk; on success it takes the place of `target`, on any error `target` stays as it is."""
+    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new, old = workshop / "new", workshop / "old"
+    try:
+        new.mkdir()
+        yield new
+        if os.path.lexists(target):
+            os.replace(target, old)
+        os.replace(new, target)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.replace(old, target)
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- the course's data
+
+
+def check_course(data: Path) -> None:
+    """Prints what each part of the layout holds; raises BadInput when the digits are unusable."""
+    if not data.is_dir():
+        raise BadInput(f"--data {data}: no such folder")
+    problems = [problem for domain in DOMAINS for problem in check_domain(data / "digits" / domain)]
+    for name, check in (("face", check_face), ("clip_zeroshot", check_zeroshot), ("textual_inversion", check_concepts)):
+        print(name if (data / name).is_dir() else f"{name}: absent")
+        if not (data / name).is_dir():
+            continue
+        try:
+            for fine, text in check(data / name):
+                print(f"  {'ok' if fine else 'NOT AS IN THE COURSE'}: {text}")
+        except BadInput as error:
+            print(f"  UNUSABLE: {error}")
+    if problems:
+        raise BadInput(
+            f"the digits are unusable: {problems[0]}" + f" (and {len(problems) - 1} more)" * (len(problems) > 1)
+        )
+
+
+def check_domain(folder: Path) -> list[str]:
+    """Prints the counts of one domain beside the course's and returns what makes it unusable."""
+    print(f"digits/{folder.name}")
+    problems = []
+    for split in SPLITS:
+        if split == "val" and not (folder / "val.csv").exists():
+            print("  val.csv is absent: fine, a part of train.csv is held out")
+            continue
+        try:
+            table = read_csv(folder / f"{split}.csv")
+        except BadInput as error:
+            problems.append(str(error))
+            continue
+        print_counts(split, table.label.value_counts(), COURSE_COUNTS[folder.name] if split == "train" else ())
+        problems += picture_problems(folder / "data", table.image_name.tolist())
+    for problem in problems:
+        print(f"  UNUSABLE: {problem}")
+    return problems
+
+
+def print_counts(split: str, found: Mapping[int, int], expected: Sequence[int]) -> None:
+    """A table: total and count per digit, and below it the course's."""
+    counts = [int(found.get(digit, 0)) for digit in range(10)]
+    for title, row in ((f"{split}.csv", counts), ("the course's", expected)):
+        if row:
+            print(f"  {title:<13}{sum(row):>7} images; per digit" + "".join(f"{count:>7}" for count in row))
+
+
+def picture_problems(folder: Path, names: list[str]) -> list[str]:
+    """Missing or unreadable pictures, one line for each kind."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [name for name in names if name not in present]
+    problems = [f"{folder}: {len(missing)} of {len(names)} images are missing, first {missing[0]}"] if missing else []
+    try:
+        for name in progress([name for name in names if name in present], f"reading {folder.parent.name}"):
+            read_picture(folder / name)
+    except BadInput as error:
+        problems.append(str(error))
+    return problems
+
+
+Findings = Iterator[tuple[bool, str]]  # as in the course?, what was found
+
+
+def check_face(folder: Path) -> Findings:
+    """Ten noises [1, 3, 256, 256] float32, ten 256x256 pictures, the network's 427 tensors."""
+    noises = [load_tensors(path) for path in sorted(folder.glob("noise/*.pt"))]
+    right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
+    yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
+    sizes = [picture_size(path) for path in folder.glob("GT/*.png")]
+    yield sizes == [(256, 256)] * 10, f"GT/: {len(sizes)} of 10 pictures of sizes {sorted(set(sizes))}"
+    tensors = len(load_tensors(require_file(folder / "UNet.pt")))
+    yield tensors == 427, f"UNet.pt: {tensors} of 427 tensors"
+
+
+def check_zeroshot(folder: Path) -> Findings:
+    """2,500 pictures {class}_{image}.png whose class is in id2label.json."""
+    names = [path.name for path in folder.glob("val/*.png")]
+    yield len(names) == 2500, f"val/: {len(names)} of 2500 pictures"
+    listed = [path for path in (folder / "id2label.json", folder / "id.json") if path.is_file()]
+    labels = read_json(listed[0] if listed else folder / "id2label.json")
+    unknown = [name for name in names if name.split("_")[0] not in labels]
+    yield len(labels) == 50 and not unknown, f"{len(labels)} of 50 class names; {len(unknown)} pictures without one"
+
+
+def check_concepts(folder: Path) -> Findings:
+    """Pictures of each concept; in input.json, for each key, as many edited prompts and baselines as prompts."""
+    for concept in ("0", "1", "cat"):
+        pictures = len(list(folder.glob(f"{concept}/*.jpg")))
+        yield pictures > 0, f"{concept}/: {pictures} pictures"
+    entries = read_json(folder / "input.json")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise BadInput(f"{folder / 'input.json'} must be an object of objects, one for each concept")
+    for key, entry in entries.items():
+        lengths = [len(entry.get(name, ())) for name in ("prompt", "prompt_4_clip_eval", "baseline")]
+        fine = len(set(lengths)) == 1 and all(entry.get("token_name", "?") in p for p in entry.get("prompt", ()))
+        yield fine, f"input.json {key}: {entry.get('token_name')}, {lengths} prompts, prompts to grade, baselines"
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height; raises BadInput when it is not a picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except UnidentifiedImageError:
+        raise BadInput(f"{path} is not a picture") from None
+
+
+if __name__ == "__main__":
+    command: Any = Course | Public | Rendered  # tyro makes a subcommand of each
+    run_script(main, command, __doc__)

@@ -1,0 +1,50 @@
+"""From a typed dataclass to a command line, and from an exception to one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
+
+import tyro
+from tqdm import tqdm
+
+Settings = TypeVar("Settings")
+Item = TypeVar("Item")
+
+
+class BadInput(Exception):
+    """Something the user can put right: the message names the file, row or flag, the value, and what to do."""
+
+
+def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
+    """Reads `settings` from the command line, runs `main` on it and exits: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        values = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        main(values)
+    except BadInput as error:
+        _fail(str(error), 2)
+    except OSError as error:  # disk full, no permission, no such file: the system's own words are clear
+        if os.environ.get("DEBUG"):
+            raise
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def note(message: str) -> None:
+    """One line for the reader, on stderr beside the progress bars, so that stdout holds results only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Item], title: str, **options: object) -> tqdm[Item]:
+    """A progress bar on stderr, drawn rarely where nobody watches (a log file)."""
+    interval = 0.1 if sys.stderr.isatty() else 20.0
+    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, **options)

@@ -1,0 +1,84 @@
+"""What the machine can do: its device, bf16 in hardware, and whether torch.compile has a compiler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from runtime.cli import BadInput
+
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device in use and what it is good for."""
+
+    device: torch.device
+    name: str
+    native_bf16: bool
+    compiler: bool
+
+
+def detect(device: str = "auto") -> Machine:
+    """The machine as it is; `device` is auto, cpu, cuda, cuda:N or mps. Raises BadInput when it isn't there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if chosen.type == "cuda":
+        native, name = torch.cuda.is_bf16_supported(False), torch.cuda.get_device_name(chosen)
+    else:
+        native = chosen.type == "cpu" and cpu_has_bf16()
+        name = f"{processor_name()}, {len_cores()} cores"
+    return Machine(chosen, name, native, has_compiler())
+
+
+def cpu_has_bf16() -> bool:
+    """True where bf16 is computed in hardware; elsewhere torch emulates it, about five times slower than fp32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def has_compiler() -> bool:
+    """torch.compile on a CPU needs a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return bool(compiler) and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
+def len_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The model name where Linux tells it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def resolve_precision(asked: Precision, machine: Machine) -> str:
+    """fp32, tf32 or bf16; auto takes bf16 only where it is native. Raises BadInput for tf32 without CUDA."""
+    if asked == "tf32" and machine.device.type != "cuda":
+        raise BadInput(f"--precision tf32 needs a CUDA device, this is {machine.device}")
+    if asked == "auto":
+        return "bf16" if machine.native_bf16 else "fp32"
+    return asked
+
+
+def allow_tf32(allowed: bool) -> None:
+    """cuDNN uses TF32 unless told otherwise, so plain fp32 has to switch it off for convolutions too."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

@@ -1,0 +1,95 @@
+"""Files that are either whole or not there, and tensors from files that nobody vouches for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runtime.cli import BadInput
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it takes its place, on any error it vanishes and the old file stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Readable JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file; raises BadInput with the line of a syntax error."""
+    try:
+        return json.loads(require_file(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid JSON: {error}") from None
+
+
+def require_file(path: Path, hint: str = "") -> Path:
+    """`path`, if it is a file; else BadInput that ends with the hint."""
+    if not Path(path).is_file():
+        kind = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+        raise BadInput(f"{path} {kind}" + (f"; {hint}" if hint else ""))
+    return Path(path)
+
+
+def output_folder(path: Path) -> Path:
+    """Makes the folder; raises BadInput where a file is in the way."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"output {path}: a file is in the way, name a folder") from None
+    return Path(path)
+
+
+def load_tensors(path: Path) -> Any:
+    """A torch file read with weights_only=True, on the CPU; raises BadInput when it is truncated or holds code."""
+    try:
+        return torch.load(require_file(path), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
+        raise BadInput(f"{path} is not a torch file or is truncated") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata; raises BadInput when it is truncated."""
+    try:
+        with safe_open(require_file(path), framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a safetensors file or is truncated ({error})") from None

@@ -1,0 +1,85 @@
+"""One record.json for every run of every script: what was done, with what, how long it took and what came out."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime.device import Machine
+from runtime.files import write_json
+
+PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "timm", "numpy", "pillow")
+
+
+@dataclass
+class Record:
+    """Collects a run's facts; `save` writes them. `settings` is the script's dataclass."""
+
+    settings: Any
+    machine: Machine
+    timings: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to `timings[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def save(self, path: Path) -> None:
+        """Writes the record atomically."""
+        settings = asdict(self.settings)
+        write_json(
+            path,
+            {
+                "script": Path(sys.argv[0]).name,
+                "command": sys.argv,
+                "started": self.started,
+                "settings": settings,
+                "seed": settings.get("seed"),
+                "device": str(self.machine.device),
+                "machine": self.machine.name,
+                "versions": versions(),
+                "revision": git_revision(),
+                "timings_s": {k: round(v, 3) for k, v in self.timings.items()},
+                "metrics": self.metrics,
+            },
+        )
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions; a package that isn't installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit this code runs from, with "+changes" where the tree differs from it; None outside git."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

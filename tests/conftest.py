@@ -1,0 +1,75 @@
+"""Shared fixtures: a tiny data set in the homework's layout, a small random network, and a disk that takes no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.schedule import cosine
+from P1_model import ModelConfig, Network, UNet
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tensors this small gain nothing from threads, and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
+
+
+TINY = ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=32, head_channels=16, timesteps=20)
+
+
+def write_pictures(folder: Path, csv: str, names: list[str], labels: list[int], seed: int) -> None:
+    """Random 28x28 RGB pictures and the csv that lists them."""
+    random = np.random.default_rng(seed)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(random.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(folder / "data" / name)
+    rows = [f"{name},{label}\n" for name, label in zip(names, labels, strict=True)]
+    (folder / csv).write_text("image_name,label\n" + "".join(rows))
+
+
+@pytest.fixture
+def digits_folder(tmp_path: Path) -> Path:
+    """Both domains with train.csv (40 mnistm, 20 svhn) and val.csv (4 each); every digit is present."""
+    root = tmp_path / "digits"
+    for domain, (name, count) in enumerate({"mnistm": 40, "svhn": 20}.items()):
+        train = [f"{index:05d}.png" for index in range(count)]
+        val = [f"{index:05d}.png" for index in range(count, count + 4)]
+        write_pictures(root / name, "train.csv", train, [index % 10 for index in range(count)], seed=domain)
+        write_pictures(root / name, "val.csv", val, [3, 1, 4, 1], seed=10 + domain)
+    return root
+
+
+@pytest.fixture
+def tiny_network() -> Network:
+    """A small P1 network with random weights everywhere, the zero-initialised ones included; cosine, v, T = 20."""
+    torch.manual_seed(0)
+    unet = UNet(TINY).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    sampler = {"name": "ddim", "steps": 5}
+    return Network(unet, cosine(TINY.timesteps), "cosine", sampler, {"preset": "tiny", "step": 7})
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(n):` the kernel refuses to let any file grow beyond n bytes, so a longer write really fails."""
+    resource = pytest.importorskip("resource", reason="file size limits need Unix")
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ: the write fails with EFBIG
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -1,0 +1,383 @@
+"""Judges and grading: the course's rule to the letter, its judges' files, and measures that see what accuracy hides."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision import transforms
+
+import P1_classifier
+import P1_quality
+from P1_classifier import Grade, Judge, Train, accuracy, grade_folder, load_judge, quality, shipped_judges
+from P1_dataloader import read_picture
+from P1_model import DOMAINS
+from P1_quality import Reference, coverage, frechet, make_reference, measure, memorised
+from runtime.cli import BadInput, run_script
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CPU = torch.device("cpu")
+BARS = {"mnistm": 0.985, "svhn": 0.93}  # what a judge must reach on real validation pictures
+
+
+# ---------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="module")
+def real_pictures() -> dict[str, tuple[Tensor, Tensor]]:
+    """Per domain (images [N,3,28,28] uint8, digits [N]) of 1,000 validation pictures, straight from the packed data."""
+    archive = SHARED / "digits.tar.gz"
+    if not archive.is_file():
+        pytest.skip("the real digits are not on this machine")
+    with tarfile.open(archive) as packed:
+        files = {m.name: packed.extractfile(m).read() for m in packed if m.isfile()}  # type: ignore[union-attr]
+    found = {}
+    for name in DOMAINS:
+        rows = list(csv.DictReader(io.StringIO(files[f"digits/{name}/val.csv"].decode())))
+        rows = rows[:: len(rows) // 1000][:1000]
+        pictures = [read_picture(io.BytesIO(files[f"digits/{name}/data/{row['image_name']}"])) for row in rows]  # type: ignore[arg-type]
+        images = torch.stack([torch.from_numpy(p.copy()) for p in pictures])
+        found[name] = (images, torch.tensor([int(row["label"]) for row in rows]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def shipped() -> list[Judge]:
+    """The judges in checkpoints/."""
+    return shipped_judges(CPU)
+
+
+@pytest.fixture
+def graded(tmp_path: Path) -> Path:
+    """A folder as hw2_1.sh leaves it: 3 pictures per digit and domain, some larger, grey or with a palette."""
+    for domain in DOMAINS:
+        (tmp_path / "out" / domain).mkdir(parents=True)
+        for index in range(30):
+            size = 40 if index % 7 == 0 else 28
+            pixels = patches(1, size, seed=index)[0].permute(1, 2, 0)
+            picture = Image.fromarray(pixels.numpy())
+            picture = picture.convert("L") if index % 5 == 1 else picture.convert("P") if index % 5 == 2 else picture
+            picture.save(tmp_path / "out" / domain / f"{index % 10}_{index // 10 + 1:03d}.png")
+    return tmp_path / "out"
+
+
+def patches(count: int, size: int = 28, seed: int = 0) -> Tensor:
+    """[count,3,size,size] uint8: large patches of random colour, which even a random network tells apart."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    return torch.nn.functional.interpolate(coarse.float(), size=(size, size)).to(torch.uint8)
+
+
+def random_judge(domain: int) -> Judge:
+    """The course's LeNet with random weights, centred so that it sees every digit somewhere, and a reference of patches."""
+    torch.manual_seed(domain)
+    judge = Judge(P1_classifier.make_lenet(), domain)
+    judge.network[-1].bias -= judge(patches(200)).mean(0)
+    features = judge.features(patches(200))
+    judge.reference = make_reference(features[:100], features[100:], 100, 100)
+    return judge
+
+
+def course_file(path: Path) -> Path:
+    """A file laid out as Classifier.pth, with random weights."""
+    torch.save({"state_dict": P1_classifier.make_lenet().state_dict(), "optimizer": {"state": {}}}, path)
+    return path
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def course_confusion(folder: Path, judge: Judge) -> list[list[int]]:
+    """The course's grading, written a second time with torchvision's transforms, picture by picture."""
+    prepare = transforms.Compose(
+        [transforms.Resize((28, 28)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    )
+    counts = [[0] * 10 for _ in range(10)]
+    for path in folder.iterdir():
+        image = prepare(Image.open(path).convert("RGB"))
+        with torch.no_grad():
+            counts[int(path.name[0])][int(judge.network(image[None]).argmax())] += 1
+    return counts
+
+
+def test_a_folder_is_graded_as_the_course_grades_it(graded: Path) -> None:
+    judges = [random_judge(0), random_judge(1)]
+    result = grade_folder(graded, judges)
+    for name, judge in zip(DOMAINS, judges, strict=True):
+        expected = course_confusion(graded / name, judge)
+        assert sum(1 for column in zip(*expected, strict=True) if any(column)) > 2, "the judge must tell pictures apart"
+        assert result[name]["confusion"] == expected
+        assert result[name]["accuracy"] == pytest.approx(sum(expected[d][d] for d in range(10)) / 30)
+
+
+def test_the_mean_is_that_of_the_two_domains_and_not_of_the_pictures(graded: Path) -> None:
+    for path in (graded / "svhn").glob("*_00[23].png"):
+        path.unlink()
+    result = grade_folder(graded, [random_judge(0), random_judge(1)])
+    assert result["mean"] == pytest.approx((result["mnistm"]["accuracy"] + result["svhn"]["accuracy"]) / 2)
+
+
+def test_accuracy_asks_each_domains_own_judge() -> None:
+    judges = [random_judge(0), random_judge(1)]
+    images = patches(40)
+    domains = torch.arange(40) % 2
+    digits = torch.where(domains == 0, judges[0](images).argmax(1), (judges[1](images).argmax(1) + 1) % 10)
+    assert accuracy(judges, images, digits, domains) == [1.0, 0.0]
+
+
+def test_accuracy_of_no_pictures_is_nan() -> None:
+    images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    shares = accuracy([random_judge(0), random_judge(1)], images, torch.zeros(2), torch.zeros(2))
+    assert shares[1] != shares[1]
+
+
+# ---------------------------------------------------------------- the course's judges
+
+
+def test_the_courses_mnistm_judge_reads_real_digits(real_pictures: dict[str, tuple[Tensor, Tensor]]) -> None:
+    path = SHARED / "homework" / "Classifier.pth"
+    if not path.is_file():
+        pytest.skip("the course's Classifier.pth is not on this machine")
+    images, digits = real_pictures["mnistm"]
+    assert accuracy([load_judge(path, CPU)], images, digits, torch.zeros(len(images)))[0] >= 0.93
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timms_resnet34_is_the_svhn_judge(tmp_path: Path, suffix: str) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet34", num_classes=10).eval()
+    network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    path = tmp_path / f"resnet{suffix}"
+    if suffix == ".pth":
+        torch.save(network.state_dict(), path)
+    else:
+        save_file(network.state_dict(), path)
+    judge = load_judge(path, CPU)
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = network(images / 127.5 - 1)
+    assert judge.domain == 1
+    torch.testing.assert_close(judge(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("timm.models")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(models, "load_state_dict_from_hf", unreachable)
+    with pytest.raises(BadInput, match="edadaltocg/resnet34_svhn can't be loaded: no route"):
+        P1_classifier.hub_judge(CPU)
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    state = P1_classifier.make_lenet().state_dict()
+    state["fc1.weight"] = state["fc1.weight"][:, :200].clone()
+    torch.save({"state_dict": state, "optimizer": {}}, tmp_path / "odd.pth")
+    with pytest.raises(BadInput, match=r"odd\.pth.*fc1\.weight"):
+        load_judge(tmp_path / "odd.pth", CPU)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3)])
+def test_a_file_that_holds_no_judge_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(BadInput, match=r"other\.pth is no judge"):
+        load_judge(tmp_path / "other.pth", CPU)
+
+
+# ---------------------------------------------------------------- our judges
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_a_shipped_judge_reaches_its_bar_on_real_pictures(
+    shipped: list[Judge], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+) -> None:
+    images, digits = real_pictures[DOMAINS[domain]]
+    assert accuracy([shipped[domain]], images, digits, torch.zeros(len(images)))[0] >= BARS[DOMAINS[domain]]
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_a_shipped_judge_finds_real_pictures_close_varied_and_new(
+    shipped: list[Judge], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+) -> None:
+    images, _ = real_pictures[DOMAINS[domain]]
+    noise = torch.randint(0, 256, (200, 3, 28, 28), dtype=torch.uint8)
+    real, bad = quality(shipped[domain], images[:500]), quality(shipped[domain], noise)
+    assert real["memorised"] < 0.05
+    assert real["precision"] > 0.95
+    assert real["frechet"] < bad["frechet"] / 10
+    assert bad["recall"] < 0.05 < real["recall"]
+
+
+def test_a_shipped_judge_knows_its_training_pictures(shipped: list[Judge]) -> None:
+    for judge in shipped:
+        assert judge.reference
+        assert memorised(judge.reference.train[:200], judge.reference) == 1
+
+
+def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_file(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        path, run = tmp_path / f"{name}.safetensors", tmp_path / "run"
+        P1_classifier.run_training(
+            Train("svhn", data=digits_folder, output=path, epochs=2, batch=10, device="cpu", run=run)
+        )
+    first, second = (load_judge(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
+    assert "svhn validation accuracy: " in capsys.readouterr().out
+    assert json.loads((run / "svhn" / "record.json").read_text())["seed"] == 0
+    assert first.domain == 1
+    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert first.reference
+    assert torch.equal(first.reference.train, second.reference.train)  # type: ignore[union-attr]
+
+
+def test_augmented_pictures_stay_in_range_and_differ() -> None:
+    draws = P1_classifier.Draws(0, 0, slice(0, 8), 8, CPU)
+    x = P1_classifier.augment(torch.rand(1, 3, 28, 28).expand(8, -1, -1, -1) * 2 - 1, draws)
+    assert x.abs().max() <= 1
+    assert torch.cdist(x.flatten(1), x.flatten(1)).fill_diagonal_(1).min() > 0.1
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_the_frechet_distance_of_equal_sets_is_zero() -> None:
+    mean, covariance = P1_quality.moments(torch.randn(300, 16))
+    assert frechet(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_closed_form() -> None:
+    one = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
+    other = torch.diag(torch.tensor([4.0, 4.0, 1.0]))
+    shift = torch.tensor([3.0, 0.0, 4.0])
+    # |shift|^2 + sum (sqrt a - sqrt b)^2
+    assert frechet(torch.zeros(3), one, shift, other) == pytest.approx(25 + 1 + 0 + 4)
+
+
+def test_the_frechet_distance_turns_with_the_axes() -> None:
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    one, other = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])).double(), torch.eye(4).double()
+    spread = torch.diag(torch.tensor([5.0, 1.0, 1.0, 2.0])).double()
+    plain = frechet(torch.zeros(4), one, torch.ones(4), spread)
+    turned = frechet(torch.zeros(4), turn @ one @ turn.T, turn @ torch.ones(4).double(), turn @ spread @ turn.T)
+    assert turned == pytest.approx(plain)
+    assert frechet(torch.zeros(4), one, torch.zeros(4), other) > 0
+
+
+def test_coverage_counts_queries_inside_the_balls_around_the_manifold() -> None:
+    manifold = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # distances to the nearest other: 1, 1, 2, 4
+    queries = torch.tensor([[-1.0], [-1.1], [2.5], [11.0], [11.1]])
+    assert coverage(queries, manifold, k=1) == pytest.approx(3 / 5)
+
+
+def test_precision_falls_for_strangers_and_recall_for_missing_variety() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(300, 2), torch.randn(300, 2) + 100
+    reference = make_reference(torch.cat([left, right]), torch.cat([left, right])[torch.randperm(600)], 600, 600)
+    half = measure(left + 0.01, reference)
+    strange = measure(torch.cat([left, right, torch.randn(600, 2) + 1000]), reference)
+    assert half["precision"] > 0.95
+    assert half["recall"] == pytest.approx(0.5, abs=0.03)
+    assert strange["precision"] == pytest.approx(0.5, abs=0.03)
+    assert strange["recall"] > 0.95
+
+
+def test_copies_of_training_pictures_are_memorised_and_new_ones_are_not() -> None:
+    torch.manual_seed(0)
+    train, val, new = torch.randn(3, 1000, 8).unbind()
+    reference = make_reference(train, val, 1000, 1000)
+    assert memorised(train, reference) == 1
+    assert memorised(new, reference) < 0.03
+
+
+def test_a_reference_survives_its_file(tmp_path: Path) -> None:
+    reference = make_reference(torch.randn(50, 8), torch.randn(20, 8), 40, 20)
+    back = Reference.from_tensors(reference.tensors(), CPU)
+    assert torch.equal(back.train, reference.train)
+    assert memorised(back.train, back) == 1
+
+
+def test_quality_of_a_handful_of_pictures_is_nan() -> None:
+    judge = random_judge(0)
+    assert all(value != value for value in quality(judge, torch.zeros(3, 3, 28, 28, dtype=torch.uint8)).values())
+
+
+# ---------------------------------------------------------------- the command
+
+
+def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of `P1_classifier.py grade ...`."""
+    monkeypatch.setattr("sys.argv", ["P1_classifier.py", "grade", *map(str, arguments)])
+    with pytest.raises(SystemExit) as leaving:
+        run_script(P1_classifier.main, Train | Grade, None)  # type: ignore[arg-type]
+    return int(leaving.value.code or 0)
+
+
+def test_grading_prints_the_three_numbers_with_four_decimals_and_leaves_the_folder_alone(
+    graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, record = sorted(graded.rglob("*")), tmp_path / "record.json"
+    course = course_file(tmp_path / "Classifier.pth")
+    assert grade_command(monkeypatch, graded, "--mnistm-judge", course, "--record", record, "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    metrics = json.loads(record.read_text())["metrics"]
+    assert lines[-3:] == [
+        f"mnistm accuracy: {metrics['mnistm']['accuracy']:.4f}",
+        f"svhn accuracy: {metrics['svhn']['accuracy']:.4f}",
+        f"mean accuracy: {metrics['mean']:.4f}",
+    ]
+    assert set(metrics["mnistm"]["quality"]) == {"frechet", "precision", "recall", "memorised"}
+    assert sorted(graded.rglob("*")) == before
+
+
+def break_png(folder: Path) -> None:
+    path = folder / "svhn" / "4_001.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: shutil.rmtree(folder / "svhn"), "svhn does not exist"),
+        (lambda folder: [p.unlink() for p in (folder / "svhn").iterdir()], "svhn is empty"),
+        (lambda folder: (folder / "svhn" / "0_001.png").rename(folder / "svhn" / "a_001.png"), "a_001.png: the name"),
+        (lambda folder: (folder / "svhn" / "7_more").mkdir(), "7_more is not a readable picture"),
+        (break_png, "4_001.png is not a readable picture"),
+    ],
+    ids=["missing", "empty", "name", "folder", "broken"],
+)
+def test_a_folder_that_cannot_be_graded_is_refused_in_one_line(
+    graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage, told: str
+) -> None:
+    damage(graded)
+    assert grade_command(monkeypatch, graded, "--record", tmp_path / "record.json") == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_record_inside_the_graded_folder_is_refused(
+    graded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert grade_command(monkeypatch, graded, "--record", graded / "record.json") == 2
+    assert "inside the graded folder" in capsys.readouterr().err
+
+
+def test_a_judge_of_the_other_domain_is_refused(
+    graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    course = course_file(tmp_path / "Classifier.pth")
+    assert grade_command(monkeypatch, graded, "--svhn-judge", course, "--record", tmp_path / "r.json") == 2
+    assert "is a judge of mnistm" in capsys.readouterr().err

@@ -1,0 +1,387 @@
+"""What P1_dataloader promises: checked data, a cache that is right or made anew, and balanced draws."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from P1_dataloader import (
+    BalancedIndex,
+    DigitFolder,
+    Digits,
+    load_digits,
+    load_domain,
+    read_csv,
+    read_picture,
+    split_tables,
+    to_float,
+    to_uint8,
+)
+from runtime.cli import BadInput
+
+MNISTM, SVHN = 0, 1
+FullDisk = Callable[[int], AbstractContextManager[None]]
+
+
+def picture(seed: int = 99, size: int = 28, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def cache_of(root: Path, name: str = "mnistm") -> Path:
+    return root / ".cache" / f"{name}.safetensors"
+
+
+# ---------------------------------------------------------------- splits and tensors
+
+
+def test_both_domains_come_with_digits_and_domains(digits_folder: Path) -> None:
+    data = load_digits(digits_folder, "train")
+    assert (data.images.dtype, tuple(data.images.shape)) == (torch.uint8, (60, 3, 28, 28))
+    assert data.digits.tolist() == [i % 10 for i in range(40)] + [i % 10 for i in range(20)]
+    assert data.domains.tolist() == [MNISTM] * 40 + [SVHN] * 20
+
+
+def test_of_domain_keeps_one_domain(digits_folder: Path) -> None:
+    svhn = load_digits(digits_folder, "train").of_domain(SVHN)
+    assert (len(svhn), set(svhn.domains.tolist())) == (20, {SVHN})
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_cache_holds_the_same_tensors_as_the_plain_reader(digits_folder: Path, split: str) -> None:
+    data = load_digits(digits_folder, split).of_domain(SVHN)
+    folder = digits_folder / "svhn"
+    items = list(DigitFolder(folder, read_csv(folder / f"{split}.csv"), SVHN))
+    images, digits, domains = map(torch.stack, zip(*items, strict=True))
+    assert torch.equal(to_float(data.images), images)
+    assert torch.equal(data.digits, digits.argmax(1))
+    assert torch.equal(data.domains, domains.argmax(1))
+
+
+def test_plain_reader_gives_one_hot_labels_and_pictures_from_minus_1_to_1(digits_folder: Path) -> None:
+    folder = digits_folder / "mnistm"
+    image, digit, domain = DigitFolder(folder, read_csv(folder / "train.csv"), MNISTM)[7]
+    assert digit.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert domain.tolist() == [1, 0]
+    assert -1 <= float(image.min()) < -0.9
+    assert 0.9 < float(image.max()) <= 1
+
+
+def test_every_grey_level_survives_the_way_to_float_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+
+
+def test_to_uint8_clamps_what_lies_outside() -> None:
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_val_csv_is_the_validation_split_where_there_is_one(digits_folder: Path) -> None:
+    assert load_digits(digits_folder, "val").digits.tolist() == [3, 1, 4, 1] * 2
+
+
+def test_without_val_csv_5_percent_of_train_are_held_out(digits_folder: Path) -> None:
+    (digits_folder / "mnistm" / "val.csv").unlink()
+    tables = split_tables(digits_folder / "mnistm")
+    assert {split: len(table) for split, table in tables.items()} == {"train": 38, "val": 2}
+
+
+def test_held_out_rows_and_the_others_are_disjoint_and_complete(digits_folder: Path) -> None:
+    (digits_folder / "mnistm" / "val.csv").unlink()
+    tables = split_tables(digits_folder / "mnistm")
+    names = [name for table in tables.values() for name in table.image_name]
+    assert sorted(names) == [f"{index:05d}.png" for index in range(40)]
+
+
+def test_held_out_rows_are_always_the_same(digits_folder: Path) -> None:
+    (digits_folder / "mnistm" / "val.csv").unlink()
+    first, second = (split_tables(digits_folder / "mnistm")["val"] for _ in range(2))
+    assert first.equals(second)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_cache_is_used_instead_of_the_pictures(digits_folder: Path) -> None:
+    before = load_digits(digits_folder, "train")
+    path = digits_folder / "mnistm" / "data" / "00000.png"
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)  # unreadable, but neither its size nor its time tells
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert torch.equal(load_digits(digits_folder, "train").images, before.images)
+
+
+def test_valid_cache_is_not_written_again(digits_folder: Path) -> None:
+    load_digits(digits_folder, "train")
+    before = cache_of(digits_folder).stat()
+    load_digits(digits_folder, "val")
+    after = cache_of(digits_folder).stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_cache_is_rebuilt_when_a_picture_changes(digits_folder: Path) -> None:
+    load_digits(digits_folder, "train")
+    picture().save(digits_folder / "mnistm" / "data" / "00003.png")
+    images = load_digits(digits_folder, "train").images
+    assert np.array_equal(images[3].permute(1, 2, 0).numpy(), np.asarray(picture()))
+
+
+def test_cache_is_rebuilt_when_a_label_changes(digits_folder: Path) -> None:
+    load_digits(digits_folder, "train")
+    csv = digits_folder / "mnistm" / "train.csv"
+    csv.write_text(csv.read_text().replace("00003.png,3", "00003.png,8"))
+    assert int(load_digits(digits_folder, "train").digits[3]) == 8
+
+
+def test_cache_is_rebuilt_when_names_are_exchanged(digits_folder: Path) -> None:
+    before = load_digits(digits_folder, "train").images
+    csv = digits_folder / "mnistm" / "train.csv"
+    text = csv.read_text().replace("00003.png", "spare").replace("00013.png", "00003.png")
+    csv.write_text(text.replace("spare", "00013.png"))
+    after = load_digits(digits_folder, "train").images
+    assert torch.equal(after[[3, 13]], before[[13, 3]])
+
+
+def test_cache_is_rebuilt_when_val_csv_appears(digits_folder: Path) -> None:
+    val = digits_folder / "mnistm" / "val.csv"
+    text = val.read_text()
+    val.unlink()
+    load_digits(digits_folder, "val")
+    val.write_text(text)
+    assert load_digits(digits_folder, "val").of_domain(MNISTM).digits.tolist() == [3, 1, 4, 1]
+
+
+def flip_a_byte(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_byte, lambda content: content[:-100], lambda _: b""], ids=["flipped bit", "truncated", "empty"]
+)
+def test_damaged_cache_is_made_anew(digits_folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    before = load_digits(digits_folder, "train").of_domain(MNISTM).images.clone()
+    cache = cache_of(digits_folder)
+    replacement = cache.with_name("damaged")
+    replacement.write_bytes(damage(cache.read_bytes()))
+    replacement.replace(cache)  # a new file: the old one may still be mapped
+    assert torch.equal(load_digits(digits_folder, "train").of_domain(MNISTM).images, before)
+    assert torch.equal(load_file(cache)["train_images"], before)
+
+
+@pytest.fixture
+def read_only(digits_folder: Path) -> Iterator[Path]:
+    """The data in a folder that this process may read and not write, even when it runs as root."""
+    if not hasattr(os, "seteuid"):
+        pytest.skip("permissions as on Unix are needed")
+    with tempfile.TemporaryDirectory() as outer:
+        Path(outer).chmod(0o755)  # tmp_path itself is closed to other users
+        root = shutil.copytree(digits_folder, Path(outer) / "digits")
+        root.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield root
+        finally:
+            os.seteuid(user)
+            root.chmod(0o755)
+
+
+def test_read_only_folder_works_and_warns_once_per_domain(read_only: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(load_digits(read_only, "train")) == 60
+    assert capfd.readouterr().err.count("warning: no cache of the decoded pictures") == 2
+    assert not (read_only / ".cache").exists()
+
+
+def test_full_disk_costs_only_the_cache(
+    digits_folder: Path, full_disk: FullDisk, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(1000):
+        assert len(load_domain(digits_folder, MNISTM)["train_images"]) == 40
+    assert "warning: no cache of the decoded pictures" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- bad data
+
+HEADER = "image_name,label\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "train.csv is empty"),
+        (HEADER, "train.csv has a header but no rows"),
+        ("00000.png,0\n00001.png,1\n", "train.csv: the header must be image_name,label, it is 00000.png,0"),
+        (",image_name,label\n0,00000.png,0\n", "train.csv: the header must be image_name,label, it is "),
+        (HEADER + "00000.png,0\n00001.png,10\n", "train.csv, row 3: label '10' is not a digit"),
+        (HEADER + "00000.png,x\n", "train.csv, row 2: label 'x' is not a digit"),
+        (HEADER + "00000.png,\n", "train.csv, row 2: label '' is not a digit"),
+        (HEADER + "00000.png,-1\n", "train.csv, row 2: label '-1' is not a digit"),
+        (HEADER + "00000.png,1.0\n", "train.csv, row 2: label '1.0' is not a digit"),
+        (HEADER + "a.png,0\nb.png,1\na.png,0\n", "train.csv, row 4: a.png appears twice"),
+    ],
+)
+def test_bad_csv_is_refused_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        read_csv(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("rows", ["a.png,1\nb.png,2,3\n", "0,a.png,1\n1,b.png,2\n"], ids=["one row", "every row"])
+def test_rows_of_three_fields_are_refused_in_one_line(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "train.csv").write_text(HEADER + rows)
+    with pytest.raises(BadInput, match=r"train\.csv.*\d.*3") as caught:
+        read_csv(tmp_path / "train.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_look_like_missing_values_are_names(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(HEADER + "NA,3\n")
+    assert read_csv(tmp_path / "train.csv").image_name.tolist() == ["NA"]
+
+
+def test_missing_csv_says_how_to_make_the_data(digits_folder: Path) -> None:
+    (digits_folder / "svhn" / "train.csv").unlink()
+    with pytest.raises(BadInput, match=r"svhn/train\.csv does not exist; make the data with"):
+        load_digits(digits_folder, "train")
+
+
+def test_missing_folder_says_how_to_make_the_data(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no data folder .*nowhere; make one with"):
+        load_digits(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("with_val", [True, False], ids=["with val.csv", "without val.csv"])
+def test_missing_picture_is_named_with_its_row_in_the_csv(digits_folder: Path, with_val: bool) -> None:
+    if not with_val:
+        (digits_folder / "mnistm" / "val.csv").unlink()
+    (digits_folder / "mnistm" / "data" / "00037.png").unlink()
+    with pytest.raises(BadInput, match=r"mnistm.*train.* row 39: .*00037\.png does not exist"):
+        load_digits(digits_folder, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_picture_is_named(digits_folder: Path, split: str) -> None:
+    name = {"train": "00017.png", "val": "00042.png"}[split]
+    path = digits_folder / "mnistm" / "data" / name
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(BadInput, match=f"{name} is not a readable picture"):
+        load_digits(digits_folder, "train")
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("not a picture")
+    with pytest.raises(BadInput, match=r"a\.png is not a readable picture"):
+        read_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_grey_and_palette_pictures_are_converted(tmp_path: Path, mode: str) -> None:
+    picture(mode=mode).save(tmp_path / "a.png")
+    expected = np.asarray(picture(mode=mode).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(read_picture(tmp_path / "a.png"), expected)
+
+
+def test_a_picture_of_another_size_is_resized(tmp_path: Path) -> None:
+    Image.new("RGB", (56, 40), (10, 200, 30)).save(tmp_path / "a.png")
+    found = read_picture(tmp_path / "a.png")
+    assert found.shape == (3, 28, 28)
+    assert found.reshape(3, -1).T.tolist() == [[10, 200, 30]] * 784
+
+
+def test_a_domain_of_another_size_gives_one_warning(digits_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for path in (digits_folder / "svhn" / "data").iterdir():
+        picture(size=32).save(path)
+    load_digits(digits_folder, "train")
+    assert capfd.readouterr().err.count("32x32: resized to 28x28") == 1
+
+
+def test_data_of_the_right_size_gives_no_warning(digits_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_digits(digits_folder, "train")
+    assert "warning" not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- balanced draws
+
+DRAWS = 40_000
+SVHN_COUNTS = (53, 152, 117, 90, 80, 75, 62, 61, 54, 50)  # the course's imbalance in small
+
+
+def digits(svhn: tuple[int, ...] = SVHN_COUNTS, mnistm: tuple[int, ...] = (20,) * 9 + (120,)) -> Digits:
+    """Labels with these counts per digit, shuffled; the pictures hold nothing."""
+    rows = [(MNISTM, d) for d, n in enumerate(mnistm) for _ in range(n)]
+    rows += [(SVHN, d) for d, n in enumerate(svhn) for _ in range(n)]
+    shuffled = torch.tensor(rows)[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))]
+    return Digits(torch.zeros(len(rows), 1, dtype=torch.uint8), shuffled[:, 1], shuffled[:, 0])
+
+
+def shares(data: Digits, domains: bool = True, by_digit: bool = True) -> torch.Tensor:
+    """[2,10] share of the draws that each domain's digits get."""
+    uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
+    rows = BalancedIndex(data, domains, by_digit)(*uniform)
+    return torch.bincount(data.domains[rows] * 10 + data.digits[rows], minlength=20).view(2, 10) / DRAWS
+
+
+def test_domains_come_equally_often() -> None:
+    assert shares(digits()).sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_svhn_digits_come_equally_often() -> None:
+    assert shares(digits())[SVHN].tolist() == pytest.approx([0.05] * 10, abs=0.005)
+
+
+def test_svhn_digits_keep_their_shares_when_balancing_is_off() -> None:
+    expected = (torch.tensor(SVHN_COUNTS) / sum(SVHN_COUNTS) / 2).tolist()
+    assert shares(digits(), by_digit=False)[SVHN].tolist() == pytest.approx(expected, abs=0.005)
+
+
+def test_mnistm_digits_keep_their_shares() -> None:
+    assert float(shares(digits())[MNISTM, 9]) == pytest.approx(120 / 300 / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("by_digit", [True, False])
+def test_domains_keep_their_shares_when_balancing_is_off(by_digit: bool) -> None:
+    total = 300 + sum(SVHN_COUNTS)
+    assert float(shares(digits(), False, by_digit)[MNISTM].sum()) == pytest.approx(300 / total, abs=0.01)
+
+
+def test_every_picture_of_a_digit_comes_equally_often() -> None:
+    data = digits()
+    uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
+    hits = torch.bincount(BalancedIndex(data)(*uniform), minlength=len(data)).float()
+    ones = hits[(data.domains == SVHN) & (data.digits == 1)]
+    assert float(ones.min()) > 0
+    assert float(ones.var() / ones.mean()) == pytest.approx(1, abs=0.4)  # as counts of a fair draw scatter
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24, 1.0])
+@pytest.mark.parametrize("svhn", [SVHN_COUNTS, SVHN_COUNTS[:9] + (0,)], ids=["all digits", "no 9"])
+def test_the_edges_of_the_unit_square_are_rows_of_the_data(svhn: tuple[int, ...], u: float) -> None:
+    data = digits(svhn)
+    row = int(BalancedIndex(data)(torch.tensor([u]), torch.tensor([u])))
+    assert 0 <= row < len(data)
+
+
+@pytest.mark.parametrize("missing", [0, 5, 9])
+def test_a_digit_without_pictures_is_never_drawn_and_the_others_stay_equal(missing: int) -> None:
+    counts = [*SVHN_COUNTS]
+    counts[missing] = 0
+    expected = [0.0 if digit == missing else 0.5 / 9 for digit in range(10)]
+    assert shares(digits(tuple(counts)))[SVHN].tolist() == pytest.approx(expected, abs=0.005)
+
+
+def test_a_digit_without_pictures_does_not_change_the_shares_of_the_domains() -> None:
+    svhn = (30,) * 9 + (0,)
+    found = shares(digits(svhn, mnistm=(27,) * 10), domains=False)
+    assert found.sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)

@@ -1,0 +1,355 @@
+"""What P1_model and P1_inference promise: the network's layout, its checkpoints, and pictures that stand alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from P1_dataloader import to_uint8
+from P1_inference import Picture, Sampler, graded_pictures, sample, sample_all
+from P1_model import (
+    NO_DIGIT,
+    NO_DOMAIN,
+    PRESETS,
+    ModelConfig,
+    Network,
+    OneHotConditioning,
+    UNet,
+    load_network,
+    save_network,
+    sinusoid,
+)
+from runtime.cli import BadInput
+
+CPU = torch.device("cpu")
+FullDisk = Callable[[int], AbstractContextManager[None]]
+TINY = {
+    "embedding": ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=32, head_channels=16),
+    "onehot": ModelConfig((16, 32), (False, True), blocks=1, embedding=32, head_channels=16, conditioning="onehot"),
+}
+
+
+def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, t, digit, domain."""
+    x = torch.randn(batch, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return x, torch.full((batch,), 400), torch.full((batch,), 3), torch.full((batch,), 1)
+
+
+def awake(unet: UNet) -> UNet:
+    """The network with small random weights where it was zero."""
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return unet.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.inference_mode()
+def test_every_preset_maps_pictures_to_zero_outputs_of_their_shape(preset: str) -> None:
+    x, *labels = inputs()
+    assert torch.equal(UNet(PRESETS[preset])(x, *labels), torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("conditioning", TINY)
+@pytest.mark.parametrize(("position", "value"), [(1, 10), (2, 4), (2, NO_DIGIT), (3, 0), (3, NO_DOMAIN)])
+def test_time_digit_and_domain_change_the_output(conditioning: str, position: int, value: int) -> None:
+    unet, given = awake(UNet(TINY[conditioning])), list(inputs())
+    before = unet(*given)
+    given[position] = torch.tensor([value])
+    assert float((unet(*given) - before).abs().max()) > 1e-4
+
+
+def test_every_picture_of_a_batch_has_its_own_labels() -> None:
+    unet, (x, *_) = awake(UNet(TINY["embedding"])), inputs()
+    t, digit, domain = torch.tensor([400, 10]), torch.tensor([3, NO_DIGIT]), torch.tensor([1, 0])
+    together = unet(torch.cat([x, x]), t, digit, domain)
+    alone = [unet(x, t[k : k + 1], digit[k : k + 1], domain[k : k + 1]) for k in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def seen_context(digit: int, domain: int) -> list[float]:
+    """What the one-hot context's first layer is given."""
+    seen: list[Tensor] = []
+    conditioning = OneHotConditioning(TINY["onehot"])
+    conditioning.context[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    conditioning(torch.tensor([5]), torch.tensor([digit]), torch.tensor([domain]))
+    return seen[0][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("digit", "domain", "ones"), [(3, 1, {3, 11}), (0, 0, {0, 10}), (NO_DIGIT, 1, {11}), (3, NO_DOMAIN, {3})]
+)
+def test_one_hot_context_has_a_one_per_label_that_is_given(digit: int, domain: int, ones: set[int]) -> None:
+    assert seen_context(digit, domain) == [float(place in ones) for place in range(12)]
+
+
+def test_one_hot_context_without_labels_is_all_zeros() -> None:
+    assert seen_context(NO_DIGIT, NO_DOMAIN) == [0.0] * 12
+
+
+def test_one_hot_conditioning_is_told_the_share_of_the_timesteps() -> None:
+    seen: list[Tensor] = []
+    conditioning = OneHotConditioning(replace(TINY["onehot"], timesteps=500))
+    conditioning.time[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    conditioning(torch.tensor([125]), torch.tensor([0]), torch.tensor([0]))
+    assert seen[0].tolist() == [[0.25]]
+
+
+def test_sinusoid_holds_sines_then_cosines_from_frequency_1_down() -> None:
+    found = sinusoid(torch.tensor([3]), 4)[0]
+    expected = torch.tensor([3.0, 0.03])
+    torch.testing.assert_close(found, torch.cat([expected.sin(), expected.cos()]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_has_batch_norm(preset: str) -> None:
+    with torch.device("meta"):
+        unet = UNet(PRESETS[preset])
+    assert not [m for m in unet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def test_cpu_preset_stays_below_4_million_parameters() -> None:
+    with torch.device("meta"):
+        unet = UNet(PRESETS["cpu"])
+    assert sum(parameter.numel() for parameter in unet.parameters()) < 4_000_000
+
+
+def test_cpu_preset_stays_below_half_a_gflop_per_picture() -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        labels = [torch.ones(1, dtype=torch.long) for _ in range(3)]
+        UNet(PRESETS["cpu"])(torch.ones(1, 3, 28, 28), *labels)
+    assert 0.1e9 < counter.get_total_flops() < 0.5e9
+
+
+# ---------------------------------------------------------------- configuration and checkpoints
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset: str) -> None:
+    values = json.loads(json.dumps(PRESETS[preset].to_dict()))
+    assert ModelConfig.from_dict(values) == PRESETS[preset]
+
+
+def test_config_refuses_an_unknown_name() -> None:
+    with pytest.raises(TypeError, match="depth"):
+        ModelConfig.from_dict({"depth": 3})
+
+
+def test_network_comes_back_as_it_was_saved(tmp_path: Path, tiny_network: Network) -> None:
+    save_network(tmp_path / "n.safetensors", tiny_network)
+    found = load_network(tmp_path / "n.safetensors", CPU)
+    torch.testing.assert_close(found.unet.state_dict(), tiny_network.unet.state_dict(), rtol=0, atol=0)
+    assert found.unet.config == tiny_network.unet.config
+
+
+def test_schedule_sampler_and_origin_come_back(tmp_path: Path, tiny_network: Network) -> None:
+    save_network(tmp_path / "n.safetensors", tiny_network)
+    found = load_network(tmp_path / "n.safetensors", CPU)
+    assert torch.equal(found.schedule.alpha_bar, tiny_network.schedule.alpha_bar)
+    assert found.schedule.prediction == "v"
+    assert (found.schedule_name, found.sampler, found.origin) == (
+        "cosine",
+        tiny_network.sampler,
+        tiny_network.origin,
+    )
+
+
+def test_fp16_halves_the_file_and_loads_as_fp32(tmp_path: Path, tiny_network: Network) -> None:
+    full, half = tmp_path / "full.safetensors", tmp_path / "half.safetensors"
+    save_network(full, tiny_network)
+    save_network(half, tiny_network, torch.float16)
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    found = load_network(half, CPU).unet.state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    torch.testing.assert_close(found, tiny_network.unet.state_dict(), rtol=1e-3, atol=1e-6)
+
+
+def test_loaded_network_is_ready_to_sample(tmp_path: Path, tiny_network: Network) -> None:
+    save_network(tmp_path / "n.safetensors", tiny_network)
+    unet = load_network(tmp_path / "n.safetensors", CPU).unet
+    assert not unet.training
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_saving_on_a_full_disk_is_an_os_error_and_keeps_the_old_file(
+    tmp_path: Path, tiny_network: Network, full_disk: FullDisk
+) -> None:
+    path = tmp_path / "n.safetensors"
+    save_network(path, tiny_network)
+    before = path.read_bytes()
+    with full_disk(10_000), pytest.raises(OSError, match=r"n\.safetensors|too large"):
+        save_network(path, tiny_network)
+    assert path.read_bytes() == before
+
+
+def damaged(path: Path, network: Network, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
+    """A saved network after `change` has worked on its weights and its metadata."""
+    save_network(path, network)
+    weights = load_file(path)
+    metadata = {"network": json.dumps(saved_header(path))}
+    change(weights, metadata)
+    save_file(weights, path, metadata)
+    return path
+
+
+def saved_header(path: Path) -> dict[str, object]:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["network"])
+
+
+def test_truncated_network_is_named(tmp_path: Path, tiny_network: Network) -> None:
+    path = tmp_path / "n.safetensors"
+    save_network(path, tiny_network)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BadInput, match=r"n\.safetensors is not a safetensors file or is truncated"):
+        load_network(path, CPU)
+
+
+def test_missing_network_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"n\.safetensors does not exist"):
+        load_network(tmp_path / "n.safetensors", CPU)
+
+
+def test_safetensors_without_header_are_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "n.safetensors")
+    with pytest.raises(BadInput, match=r"n\.safetensors is a safetensors file, but not a P1 checkpoint"):
+        load_network(tmp_path / "n.safetensors", CPU)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"kind": "something else"},
+        {"kind": "P1 digit diffusion", "model": {"channels": [16], "attention": [False], "depth": 3}},
+    ],
+    ids=["another kind", "an unknown setting"],
+)
+def test_headers_of_another_kind_are_refused(tmp_path: Path, header: dict[str, object]) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "n.safetensors", {"network": json.dumps(header)})
+    with pytest.raises(BadInput, match=r"n\.safetensors"):
+        load_network(tmp_path / "n.safetensors", CPU)
+
+
+def test_weights_of_another_layout_are_refused(tmp_path: Path, tiny_network: Network) -> None:
+    def widen(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        header = json.loads(metadata["network"])
+        header["model"]["channels"] = [16, 48]
+        metadata["network"] = json.dumps(header)
+
+    path = damaged(tmp_path / "n.safetensors", tiny_network, widen)
+    with pytest.raises(BadInput, match=r"n\.safetensors: .*size mismatch for"):
+        load_network(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights, _: weights.pop("first.weight"), r"Missing key\(s\).*first\.weight"),
+        (lambda weights, _: weights.update(extra=torch.ones(1)), r"Unexpected key\(s\).*extra"),
+        (lambda weights, _: weights.update({"first.weight": torch.ones(2, 2)}), "size mismatch for first.weight"),
+    ],
+    ids=["missing", "unexpected", "misshaped"],
+)
+def test_wrong_weights_are_named(
+    tmp_path: Path,
+    tiny_network: Network,
+    change: Callable[[dict[str, Tensor], dict[str, str]], None],
+    message: str,
+) -> None:
+    path = damaged(tmp_path / "n.safetensors", tiny_network, change)
+    with pytest.raises(BadInput, match=rf"n\.safetensors: {message}"):
+        load_network(path, CPU)
+
+
+# ---------------------------------------------------------------- sampling
+
+SAMPLERS = {
+    "dpm": Sampler("dpm", 4),
+    "ddim": Sampler("ddim", 4),
+    "ddim eta 1": Sampler("ddim", 4, eta=1.0),
+    "ddpm": Sampler("ddpm"),
+}
+WANTED = Picture(7, 1, seed=123)
+OTHERS = [Picture(digit, 0, seed=digit) for digit in range(4)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_picture_is_the_same_alone_and_anywhere_in_a_batch(tiny_network: Network, sampler: Sampler) -> None:
+    alone = sample(tiny_network, [WANTED], sampler)[0]
+    second_of_five = sample(tiny_network, [OTHERS[0], WANTED, *OTHERS[1:]], sampler)[1]
+    last_of_three = sample(tiny_network, [*OTHERS[:2], WANTED], sampler)[2]
+    for together in (second_of_five, last_of_three):
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+        assert int((to_uint8(together).int() - to_uint8(alone).int()).abs().max()) <= 1
+
+
+def test_pictures_come_as_a_finite_batch_of_rgb(tiny_network: Network) -> None:
+    images = sample(tiny_network, OTHERS, SAMPLERS["dpm"])
+    assert tuple(images.shape) == (4, 3, 28, 28)
+    assert bool(images.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 124}, {"digit": 6}, {"domain": 0}, {"digit": NO_DIGIT}, {"domain": NO_DOMAIN}]
+)
+def test_seed_digit_and_domain_change_the_picture(tiny_network: Network, changed: dict[str, int]) -> None:
+    first, second = (sample(tiny_network, [p], SAMPLERS["ddim"]) for p in (WANTED, replace(WANTED, **changed)))
+    assert float((first - second).abs().max()) > 1e-3
+
+
+def test_eta_adds_noise_to_the_same_start(tiny_network: Network) -> None:
+    still, noisy = (sample(tiny_network, [WANTED], SAMPLERS[name]) for name in ("ddim", "ddim eta 1"))
+    assert float((still - noisy).abs().max()) > 0.1
+
+
+def test_without_a_digit_guidance_changes_nothing(tiny_network: Network) -> None:
+    unknown = Picture(NO_DIGIT, 1, seed=5)
+    plain, strong = (sample(tiny_network, [unknown], Sampler("ddim", 4, guidance=g)) for g in (1.0, 7.5))
+    torch.testing.assert_close(plain, strong, rtol=0, atol=1e-4)
+
+
+def test_guidance_pushes_towards_the_digit(tiny_network: Network) -> None:
+    plain, strong = (sample(tiny_network, [WANTED], Sampler("ddim", 4, guidance=g)) for g in (1.0, 7.5))
+    assert float((plain - strong).abs().max()) > 1e-3
+
+
+def test_a_run_in_batches_draws_the_same_pictures_as_one_batch(tiny_network: Network) -> None:
+    pictures = [*OTHERS, WANTED]
+    whole = sample(tiny_network, pictures, SAMPLERS["ddim"])
+    torch.testing.assert_close(
+        sample_all(tiny_network, pictures, SAMPLERS["ddim"], 2, "test"), whole, rtol=0, atol=1e-4
+    )
+
+
+def test_a_run_of_one_batch_shape_gives_the_same_bytes_however_many_pictures_follow(tiny_network: Network) -> None:
+    few, many = (sample_all(tiny_network, (OTHERS * 2)[:n], SAMPLERS["ddim eta 1"], 4, "test") for n in (5, 8))
+    assert torch.equal(few, many[:5])
+
+
+def test_graded_pictures_come_by_domain_digit_and_index() -> None:
+    found = [(p.domain, p.digit) for p in graded_pictures(0, 2, digits=(3, 7))]
+    assert found == [(0, 3), (0, 3), (0, 7), (0, 7), (1, 3), (1, 3), (1, 7), (1, 7)]
+
+
+def test_a_graded_pictures_seed_does_not_depend_on_what_else_is_asked_for() -> None:
+    whole = graded_pictures(0, 50)
+    assert len({p.seed for p in whole}) == 1000
+    assert set(graded_pictures(0, 5, digits=(7,), domains=(1,))) < set(whole)
+
+
+def test_sampler_settings_survive_a_checkpoint_and_ignore_unknown_names() -> None:
+    values = {"name": "ddim", "steps": 9, "interval": [0.1, 0.9], "from_the_future": 1}
+    assert Sampler.from_dict(values) == Sampler("ddim", 9, interval=(0.1, 0.9))

@@ -1,0 +1,1 @@
+"""The parts of every training loop: precision, EMA, seeded draws, rate, checkpoints, signals, logging."""

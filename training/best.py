@@ -1,0 +1,31 @@
+"""The best few weights of a training, each a file of its own, ranked by a score that is only an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+class BestCandidates:
+    """Keeps the `count` best of all offers as FOLDER/{step}_{score}.safetensors: the folder is the whole state, so resuming needs no more."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def ranked(self) -> list[Path]:
+        """Best first; of equal scores the later step."""
+        return sorted(self.folder.glob("*_*.safetensors"), key=_rank, reverse=True)
+
+    def offer(self, step: int, score: float, save: Callable[[Path], None]) -> bool:
+        """Saves the weights by `save(path)` if they are among the best; whether they are the best so far."""
+        path = self.folder / f"{step:06d}_{score:.6f}.safetensors"
+        if len(self.ranked()) < self.count or _rank(path) > _rank(self.ranked()[self.count - 1]):
+            save(path)
+        for worse in self.ranked()[self.count :]:
+            worse.unlink()
+        return self.ranked()[0] == path
+
+
+def _rank(path: Path) -> tuple[float, int]:
+    step, score = path.stem.split("_")
+    return float(score), int(step)

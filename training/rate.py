@@ -1,0 +1,17 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Decay = Literal["linear", "cosine"]
+
+
+def rate_factor(step: int, total: int, warmup: int, decay: float, shape: Decay = "linear") -> float:
+    """0..1: rises over `warmup` steps, stays, and falls to 0 over the last `decay` (0..1) of `total` steps."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    if decay <= 0:
+        return rise
+    left = min(1.0, max(0.0, (total - step) / (decay * total)))
+    return rise * (left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
