@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,12 +70,13 @@ def read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise BadInput(f"{path} does not exist; make the data with: python hw2_data/prepare.py --help")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, header=None)  # three fields in a row are an error
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is empty or not a csv: {error}") from None
-    if list(table.columns) != ["image_name", "label"]:
-        header = ",".join(map(str, table.columns))
+        raise BadInput(f"{path} is empty or not a csv: {' '.join(str(error).split())}") from None
+    header = ",".join(lines.iloc[0])
+    if header != "image_name,label":
         raise BadInput(f"{path}: the header must be image_name,label, it is {header[:80]}")
+    table = lines[1:].reset_index(drop=True).set_axis(["image_name", "label"], axis=1)
     if table.empty:
         raise BadInput(f"{path} has a header but no rows")
     valid = table.label.isin([str(digit) for digit in range(DIGITS)])
@@ -126,8 +128,8 @@ def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
     order = np.random.default_rng(0).permutation(len(train))
     held_out = np.sort(order[: max(1, round(HELD_OUT * len(train)))])
     return {
-        "train": train.drop(index=held_out).reset_index(drop=True),
-        "val": train.iloc[held_out].reset_index(drop=True),
+        "train": train.drop(index=held_out),
+        "val": train.iloc[held_out],
     }
 
 
@@ -136,11 +138,12 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     digest = hashlib.sha256(b"1")  # the cache's format
     for split, table in tables.items():
         digest.update(split.encode())
-        for row, (name, label) in enumerate(zip(table.image_name, table.label, strict=True)):
+        for row, name, label in zip(table.index, table.image_name, table.label, strict=True):
             try:
                 status = (folder / "data" / name).stat()
             except OSError:
-                raise BadInput(f"{folder}, {split} row {row + 2}: image data/{name} does not exist") from None
+                csv = folder / (f"{split}.csv" if (folder / "val.csv").is_file() else "train.csv")
+                raise BadInput(f"{csv}, row {row + 2}: image data/{name} does not exist") from None
             digest.update(f"{name},{label},{status.st_size},{status.st_mtime_ns};".encode())
     return digest.hexdigest()
 
@@ -153,7 +156,6 @@ def decode(folder: Path, table: pd.DataFrame, title: str) -> Tensor:
         decoded = pool.map(read_picture, paths)
         for row, picture in enumerate(progress(decoded, title, total=len(paths), leave=False)):
             images[row] = picture
-    _warn_of_sizes(paths)
     return torch.from_numpy(images)
 
 
@@ -184,6 +186,7 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
                 return tensors
         except BadInput:
             pass  # a damaged cache is made anew
+    _warn_of_sizes([folder / "data" / tables["train"].image_name.iloc[0]])
     tensors = {}
     for split, table in tables.items():
         tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}")
@@ -196,7 +199,7 @@ def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
     try:
         with atomic(cache) as temporary:
             save_file(tensors, temporary, {"key": key, "crc32": checksum(tensors)})
-    except OSError as error:  # a read-only data folder is fine, only slower the next time
+    except (OSError, SafetensorError) as error:  # a read-only data folder is fine, only slower the next time
         note(f"warning: no cache of the decoded pictures, {error}")
 
 
@@ -227,7 +230,8 @@ class BalancedIndex:
         counts = torch.bincount(group, minlength=len(DOMAINS) * DIGITS).double()
         weights = counts.view(len(DOMAINS), DIGITS).clone()
         if balance_digits:
-            weights[1] = weights[1].sum() / DIGITS * (weights[1] > 0)
+            present = weights[1] > 0
+            weights[1] = weights[1].sum() / present.sum() * present
         if balance_domains:
             weights /= weights.sum(1, keepdim=True)
         device = data.images.device

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -312,7 +313,10 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
     }
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
     with atomic(path) as temporary:
-        save_file(weights, temporary, {"network": json.dumps(header)})
+        try:
+            save_file(weights, temporary, {"network": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"could not write {path} (disk full?): {error}") from None
 
 
 def load_network(path: Path, device: torch.device) -> Network:
@@ -321,7 +325,10 @@ def load_network(path: Path, device: torch.device) -> Network:
     if "network" not in metadata:
         raise BadInput(f"{path} is a safetensors file, but not a P1 checkpoint (no header)")
     header = json.loads(metadata["network"])
-    unet = UNet(ModelConfig.from_dict(header["model"]))
+    try:
+        unet = UNet(ModelConfig.from_dict(header["model"]))
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path} is a checkpoint of another kind or version: {error}") from None
     try:
         unet.load_state_dict({k: v.float() for k, v in weights.items()})
     except RuntimeError as error:

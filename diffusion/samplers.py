@@ -28,9 +28,9 @@ def _ignore(t: int, x: Tensor) -> None:
 
 def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, streams: Streams, watch: Watch = _ignore) -> Tensor:
     """Ancestral sampling over all T steps with the posterior variance (Ho et al. 2020, eq. 6, 7), x0 clamped to [-1, 1]."""
-    betas = schedule.betas.tolist()
     for t in reversed(range(len(schedule))):
-        alpha, before, beta = schedule.alpha(t), schedule.alpha(t - 1), betas[t]
+        alpha, before = schedule.alpha(t), schedule.alpha(t - 1)
+        beta = 1 - alpha / before
         x0, _ = schedule.clean_and_noise(denoise(x, t), x, t)
         x0 = x0.clamp(-1, 1)
         x = (math.sqrt(before) * beta * x0 + math.sqrt(alpha / before) * (1 - before) * x) / (1 - alpha)
@@ -65,6 +65,8 @@ def ddim(
 
 def dpm_solver(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watch: Watch = _ignore) -> Tensor:
     """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture."""
+    if not 1 <= steps <= len(schedule):
+        raise ValueError(f"{steps} steps: give 1 to {len(schedule)}")
     solver = DPMSolverMultistepScheduler(
         num_train_timesteps=len(schedule),
         trained_betas=schedule.betas.tolist(),

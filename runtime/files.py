@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +81,8 @@ def load_tensors(path: Path) -> Any:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
         raise BadInput(f"{path} is not a torch file or is truncated") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
 
 

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 def derived_seed(*key: int) -> int:
     """A 63-bit seed from any integers (run seed, domain, digit, index ..); other keys, of whatever length, give unrelated seeds."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
