@@ -17,14 +17,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, note, progress
-from runtime.files import atomic, load_safetensors
+from runtime.files import load_safetensors, save_safetensors
 
 Split = Literal["train", "val"]
 HELD_OUT = 0.05  # of train.csv, where there is no val.csv
@@ -197,9 +195,8 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
 
 def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
     try:
-        with atomic(cache) as temporary:
-            save_file(tensors, temporary, {"key": key, "crc32": checksum(tensors)})
-    except (OSError, SafetensorError) as error:  # a read-only data folder is fine, only slower the next time
+        save_safetensors(cache, tensors, {"key": key, "crc32": checksum(tensors)})
+    except OSError as error:  # a read-only data folder is fine, only slower the next time
         note(f"warning: no cache of the decoded pictures, {error}")
 
 

@@ -1,7 +1,7 @@
 """The conditional U-Net of P1 and its named presets.
 
-One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is told the timestep, the digit and the domain; either of the last two
-may be withheld (a learned null), which is what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is told the timestep, the digit and the domain; either of the
+last two may be withheld (a learned null), which is what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from runtime.cli import BadInput
-from runtime.files import atomic, load_safetensors
+from runtime.files import load_safetensors, save_safetensors
 
 DIGITS, DOMAINS = 10, ("mnistm", "svhn")
 NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the labels that mean "not given"
@@ -312,11 +310,7 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
         "origin": network.origin,
     }
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
-    with atomic(path) as temporary:
-        try:
-            save_file(weights, temporary, {"network": json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(f"could not write {path} (disk full?): {error}") from None
+    save_safetensors(path, weights, {"network": json.dumps(header)})
 
 
 def load_network(path: Path, device: torch.device) -> Network:

@@ -1,6 +1,7 @@
 """What accuracy hides: how far generated features lie from real ones, how much of the real variety they cover, and copies.
 
 All functions work on features [N,F] of one judge; they know nothing of pictures. Every number depends on N: compare equal N only.
+In features of a digit judge precision forgives much, pure noise included (see the judges' cards): read it beside the Frechet distance.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COPY_PERCENTILE = 0.01  # of training pictures' distances to their own nearest n
 class Reference:
     """What a judge remembers of its domain's real pictures; all float32, on the judge's device."""
 
-    mean: Tensor  # [F] over all training and validation pictures
+    mean: Tensor  # [F] over all training and validation pictures, every digit with the same weight
     covariance: Tensor  # [F,F]
     real: Tensor  # [R,F] features of validation pictures
     train: Tensor  # [M,F] features of training pictures
@@ -36,19 +37,21 @@ class Reference:
         return Reference(**{name: values[name].to(device, torch.float32) for name in names})
 
 
-def make_reference(train: Tensor, val: Tensor, bank: int, real: int) -> Reference:
-    """From the features of all training [N,F] and validation [M,F] pictures (in random order): banks of the first `bank` and `real`."""
-    mean, covariance = moments(torch.cat([train, val]))
+def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Tensor | None = None) -> Reference:
+    """From the features of all training [N,F] and validation [M,F] pictures (in random order): banks of the first `bank` and `real`,
+    and moments with these weights [N+M]."""
+    mean, covariance = moments(torch.cat([train, val]), weights)
     kept = train[:bank].half().float()  # as they will be read back
     nearest = neighbour_distance(kept, 1)
     threshold = nearest.quantile(COPY_PERCENTILE)
     return Reference(mean.float(), covariance.float(), val[:real], kept, threshold)
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [F] and covariance [F,F] in float64."""
+def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean [F] and covariance [F,F] in float64 of features [N,F], each row with its weight [N]."""
     features = features.double()
-    return features.mean(0), features.T.cov()
+    weights = torch.ones_like(features[:, 0]) if weights is None else weights.double()
+    return weights @ features / weights.sum(), features.T.cov(aweights=weights)
 
 
 def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
@@ -70,8 +73,8 @@ def neighbour_distance(features: Tensor, k: int) -> Tensor:
 
 
 def exact_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[N,M] Euclidean distances without the cancellation that the matrix product suffers for near copies."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    """[N,M] Euclidean distances, in float64: in float32 near copies drown in the rounding of the matrix product."""
+    return torch.cdist(a.double(), b.double())
 
 
 def coverage(queries: Tensor, manifold: Tensor, k: int = NEIGHBOURS) -> float:

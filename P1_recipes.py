@@ -90,6 +90,8 @@ class Settings:
     """Steps between two checkpoints."""
     log_every: int = 50
     """Steps between two readings of the loss."""
+    init: Path | None = None
+    """Start from these weights (best.safetensors or shipped) instead of random ones, with a new optimizer."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the run folder's checkpoint where it has one; never: start anew."""
 

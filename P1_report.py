@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from P1_classifier import Judge, accuracy, quality, shipped_judges
 from P1_dataloader import to_uint8
 from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, sample, sample_all
+from P1_judge import Judge, accuracy, quality, shipped_judges
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect

@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion.schedule import Schedule, add_noise, make_schedule, min_snr_weight, target
-from P1_classifier import Judge, accuracy, shipped_judges
 from P1_dataloader import BalancedIndex, Digits, load_digits, to_float, to_uint8
 from P1_inference import Sampler, graded_pictures, sample_all
+from P1_judge import Judge, accuracy, shipped_judges
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from P1_recipes import Settings, resolve_recipe, should_compile
 from runtime.cli import BadInput, note, run_script
@@ -127,7 +127,10 @@ class Trainer:
 
     def _build_networks(self) -> None:
         torch.manual_seed(self.settings.seed)
-        unet = UNet(PRESETS[self.preset]).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unet = UNet(PRESETS[self.preset])
+        if self.settings.init:
+            unet.load_state_dict(self._start(self.settings.init, unet).state_dict())
+        unet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = make_ema(unet, self.recipe.ema)
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(
@@ -138,6 +141,14 @@ class Trainer:
             unet.compile()
         self.model, self.optimizer = self.accelerator.prepare(unet, optimizer)
         self.unet = self.accelerator.unwrap_model(self.model)
+
+    def _start(self, path: Path, unet: UNet) -> UNet:
+        """The network to start from; its layout must be the preset's and its schedule the recipe's."""
+        found = load_network(path, torch.device("cpu"))
+        ours = (unet.config, self.recipe.schedule, self.recipe.prediction)
+        if (found.unet.config, found.schedule_name, found.schedule.prediction) != ours:
+            raise BadInput(f"--init {path} is of another layout or schedule than preset {self.preset}")
+        return found.unet
 
     def _say(self, precision: str) -> None:
         if not self.main:

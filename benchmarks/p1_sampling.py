@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
-from P1_classifier import accuracy, shipped_judges
 from P1_dataloader import to_uint8
 from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, sample_all
+from P1_judge import accuracy, shipped_judges
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress, run_script
 from runtime.device import allow_tf32, detect

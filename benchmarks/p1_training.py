@@ -51,7 +51,9 @@ class Bench:
 def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches from the folder reader, for ever: images, one-hot digits, one-hot domains."""
     sets = [DigitFolder(data / name, split_tables(data / name)["train"], domain) for domain, name in enumerate(DOMAINS)]
-    loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(ConcatDataset(sets), batch, shuffle=True, drop_last=True)
+    loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
+        ConcatDataset(sets), batch, shuffle=True, drop_last=True
+    )
     while True:
         yield from loader
 

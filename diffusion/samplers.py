@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from diffusion.guidance import Denoise
@@ -65,6 +64,8 @@ def ddim(
 
 def dpm_solver(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watch: Watch = _ignore) -> Tensor:
     """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
+
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"{steps} steps: give 1 to {len(schedule)}")
     solver = DPMSolverMultistepScheduler(

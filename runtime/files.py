@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from runtime.cli import BadInput
 
@@ -94,3 +95,12 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise BadInput(f"{path} is not a safetensors file or is truncated ({error})") from None
+
+
+def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes all or nothing; raises OSError where the disk is full, as every other writer does."""
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path} (disk full?): {error}") from None

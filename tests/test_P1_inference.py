@@ -6,27 +6,27 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from P1_inference import Settings, main
+from P1_judge import grade_folder, misread, shipped_judges
+from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = str(ROOT / "hw2_1.sh")
 
 
-def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
-
-
-def draw(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A few pictures in few steps."""
-    record = str(output.parent / "record.json")
-    quick = ("--steps", "3", "--count", "2", "--record", record)
-    return script("P1_inference.py", "--output", str(output), *quick, *more)
+def draw(output: Path, **more: Any) -> dict[str, Any]:
+    """A few pictures in few steps, by the script's main; returns its record."""
+    record = output.parent / "record.json"
+    main(Settings(**{"output": output, "steps": 3, "count": 2, "retries": 0, "record": record, **more}))
+    return json.loads(record.read_text()) if record.exists() else {}
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -46,98 +46,108 @@ def test_the_grading_script_writes_the_contract_from_any_folder(tmp_path: Path) 
     for path in (caller / "my out").rglob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, picture.mode, picture.format) == ((28, 28), "RGB", "PNG")
-    grades = script("P1_classifier.py", "grade", str(caller / "my out"), "--record", str(tmp_path / "grades.json"))
-    assert grades.returncode == 0, grades.stderr[-2000:]
+    grades = grade_folder(caller / "my out", shipped_judges(torch.device("cpu")))
+    assert grades["mean"] > 0.9
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert draw(tmp_path / name, "--digits", "4", "7").returncode == 0
+        draw(tmp_path / name, digits=(4, 7))
     left, right = ({p.name: p.read_bytes() for p in (tmp_path / n / "svhn").iterdir()} for n in ("a", "b"))
     assert left == right
     assert set(left) == {"4_001.png", "4_002.png", "7_001.png", "7_002.png"}
 
 
-@pytest.mark.parametrize("sampler", [("dpm",), ("ddim", "--eta", "1")])
-def test_another_batch_changes_no_picture_by_more_than_one_grey_level(sampler: tuple[str, ...], tmp_path: Path) -> None:
-    more = ("--digits", "2", "5", "8", "--sampler", *sampler)
-    for batch in ("3", "8"):
-        assert draw(tmp_path / batch, *more, "--batch", batch).returncode == 0
+@pytest.mark.parametrize("sampler", [{"sampler": "dpm"}, {"sampler": "ddim", "eta": 1.0}])
+def test_another_batch_changes_no_picture_by_more_than_one_grey_level(sampler: dict[str, Any], tmp_path: Path) -> None:
+    for batch in (3, 8):
+        draw(tmp_path / str(batch), digits=(2, 5, 8), batch=batch, **sampler)
     left, right = pixels(tmp_path / "3"), pixels(tmp_path / "8")
     assert left.keys() == right.keys()
     assert max(abs(left[name] - right[name]).max() for name in left) <= 1
 
 
 def test_a_part_of_the_job_gives_the_same_pictures_as_the_whole(tmp_path: Path) -> None:
-    assert draw(tmp_path / "all", "--digits", "0", "1", "2").returncode == 0
-    assert draw(tmp_path / "part", "--digits", "2", "--domains", "svhn").returncode == 0
+    draw(tmp_path / "all", digits=(0, 1, 2))
+    draw(tmp_path / "part", digits=(2,), domains=("svhn",))
     whole, part = pixels(tmp_path / "all"), pixels(tmp_path / "part")
     assert set(part) == {"svhn/2_001.png", "svhn/2_002.png"}
     assert max(abs(whole[name] - part[name]).max() for name in part) <= 1
 
 
 def test_another_seed_gives_other_pictures(tmp_path: Path) -> None:
-    for seed in ("0", "1"):
-        assert draw(tmp_path / seed, "--digits", "3", "--seed", seed).returncode == 0
+    for seed in (0, 1):
+        draw(tmp_path / str(seed), digits=(3,), seed=seed)
     left, right = pixels(tmp_path / "0"), pixels(tmp_path / "1")
     assert all(abs(left[name] - right[name]).mean() > 5 for name in left)
 
 
-def test_files_of_the_same_name_are_replaced_and_foreign_ones_stay(tmp_path: Path) -> None:
+def test_retries_replace_misread_pictures_and_no_other(tmp_path: Path) -> None:
+    """Two steps draw badly: some pictures are misread, and only those may change."""
+    more: dict[str, Any] = {"steps": 2, "count": 3, "batch": 30}
+    draw(tmp_path / "plain", **more)
+    left = draw(tmp_path / "again", **more, retries=4)["metrics"]["misread"]
+    plain, again = pixels(tmp_path / "plain"), pixels(tmp_path / "again")
+    images = torch.from_numpy(np.stack(list(plain.values()))).permute(0, 3, 1, 2).to(torch.uint8)
+    digits = torch.tensor([int(Path(name).name[0]) for name in plain])
+    domains = torch.tensor([int(name.startswith("svhn")) for name in plain])
+    rows = misread(shipped_judges(torch.device("cpu")), images, digits, domains).tolist()
+    assert {n for n in plain if (plain[n] != again[n]).any()} == {list(plain)[row] for row in rows}
+    assert 0 <= left < len(rows)
+
+
+def test_files_of_the_same_name_are_replaced_and_foreign_ones_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out" / "mnistm"
     folder.mkdir(parents=True)
     (folder / "6_001.png").write_text("old")
     (folder / "mine.txt").write_text("keep me")
-    done = draw(tmp_path / "out", "--digits", "6")
-    assert done.returncode == 0
+    draw(tmp_path / "out", digits=(6,))
     assert Image.open(folder / "6_001.png").size == (28, 28)
     assert (folder / "mine.txt").read_text() == "keep me"
-    assert "mine.txt" in done.stderr
+    assert "mine.txt" in capsys.readouterr().err
 
 
 def test_the_record_and_the_grid_lie_outside_the_graded_folder(tmp_path: Path) -> None:
-    grid = tmp_path / "grid.png"
-    assert draw(tmp_path / "out", "--digits", "1", "--grid", str(grid)).returncode == 0
+    record = draw(tmp_path / "out", digits=(1,), grid=tmp_path / "grid.png")
     assert not list((tmp_path / "out").rglob("*.json"))
-    record = json.loads((tmp_path / "record.json").read_text())
     assert record["metrics"]["pictures"] == 4
     assert record["seed"] == 0
-    assert Image.open(grid).width > 2 * 28
+    assert Image.open(tmp_path / "grid.png").width > 2 * 28
 
 
-def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
-    done = draw(tmp_path / "out", "--dry-run")
-    assert done.returncode == 0
-    assert "would take about" in done.stdout
+def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "out", dry_run=True)
+    assert "would take about" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("given", "named"),
     [
-        (("--count", "0"), "--count 0"),
-        (("--digits", "11"), "--digits 11"),
-        (("--steps", "0"), "--steps"),
-        (("--eta", "2"), "--eta 2"),
-        (("--batch", "-5"), "--batch -5"),
-        (("--checkpoint", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
-        (("--checkpoint", __file__), "not a safetensors file"),
-        (("--device", "cuda:99"), "--device cuda:99"),
+        ({"count": 0}, "--count 0"),
+        ({"count": 1000}, "--count 1000"),
+        ({"digits": (11,)}, "--digits 11"),
+        ({"steps": 0}, "--steps"),
+        ({"eta": 2.0}, "--eta 2"),
+        ({"batch": -5}, "--batch -5"),
+        ({"retries": -1}, "--retries -1"),
+        ({"checkpoint": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
+        ({"checkpoint": Path(__file__)}, "not a safetensors file"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, str], named: str, tmp_path: Path) -> None:
-    done = draw(tmp_path / "out", *arguments)
-    assert done.returncode == 2
-    assert named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_named_and_nothing_written(given: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=named):
+        draw(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_a_file_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
-    done = draw(tmp_path / "out")
-    assert done.returncode == 2
-    assert "a file is in the way" in done.stderr
+    with pytest.raises(BadInput, match="a file is in the way"):
+        draw(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
 
 

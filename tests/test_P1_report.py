@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 from diffusion.noise import draw, generators
 from P1_inference import Picture
 from P1_model import Network
-from P1_report import reverse_process
-
-ROOT = Path(__file__).resolve().parents[1]
+from P1_report import Settings, main, reverse_process
+from runtime.cli import BadInput
 
 
 def test_the_reverse_process_goes_from_the_seeds_noise_to_the_picture(tiny_network: Network) -> None:
@@ -28,11 +26,12 @@ def test_the_reverse_process_goes_from_the_seeds_noise_to_the_picture(tiny_netwo
 
 
 def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
-    arguments = ["--output", str(tmp_path), "--figures", "sweep", "--scales", "1", "3", "--sweep-count", "1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "P1_report.py"), *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    main(Settings(output=tmp_path, figures=("sweep",), scales=(1.0, 3.0), sweep_count=1))
     rows = json.loads((tmp_path / "record.json").read_text())["metrics"]["sweep"]
     assert [row["scale"] for row in rows] == [1.0, 3.0]
     assert Image.open(tmp_path / "guidance_sweep.png").width > 500
+
+
+def test_a_sweep_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--sweep-count 0"):
+        main(Settings(output=tmp_path, sweep_count=0))

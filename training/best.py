@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 class BestCandidates:
-    """Keeps the `count` best of all offers as FOLDER/{step}_{score}.safetensors: the folder is the whole state, so resuming needs no more."""
+    """Keeps the `count` best of all offers as FOLDER/{step}_{score}.safetensors; the folder is the whole state, which is all
+    that resuming needs."""
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
