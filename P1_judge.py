@@ -210,8 +210,9 @@ def misread(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Te
 
 def accuracy(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
     """Per domain the share (0..1) of pictures [N,3,28,28] uint8 in which its judge sees the digit [N]; nan where there are none."""
-    total = torch.bincount(domains.cpu(), minlength=len(judges))
-    wrong = torch.bincount(domains.cpu()[misread(judges, images, digits, domains)], minlength=len(judges))
+    domains = domains.cpu().long()
+    total = torch.bincount(domains, minlength=len(judges))
+    wrong = torch.bincount(domains[misread(judges, images, digits, domains)], minlength=len(judges))
     return (1 - wrong[: len(judges)] / total[: len(judges)]).tolist()
 
 

@@ -190,6 +190,8 @@ class Trainer:
 
     def _resume(self) -> None:
         if self.settings.resume == "never" or not self.checkpoint.is_file():
+            if self.main:
+                self.best.clear()
             return
         state = load_state(self.checkpoint, KIND)
         if state["preset"] != self.preset:
@@ -213,6 +215,8 @@ class Trainer:
         rows = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
         log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
         with StopSignals() as stop, self.record.timed("training"):
+            if self.compiled and self.step < recipe.steps:
+                self._compile_apart(rows, log)
             while self.step < recipe.steps and not stop.asked:
                 log.add(self.one_step(rows), recipe.batch)
                 if self._due(settings.log_every) or self._due(settings.save_every):
@@ -221,8 +225,19 @@ class Trainer:
                     self.save()
                 if self._due(settings.eval_every):
                     log.pause(self.grade(log))
+            if log.count:
+                self._report(log)
         log.close()
         self.save()
+
+    def _compile_apart(self, rows: slice, log: TrainingLog) -> None:
+        """The first step compiles for about a minute: its time is told and kept out of the speed."""
+        with self.record.timed("first_step"):
+            loss = float(self.one_step(rows))
+        seconds = self.record.timings["first_step"]
+        log.bar.update()
+        log.pause(seconds)
+        note(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or bool(every) and self.step % every == 0
@@ -270,7 +285,7 @@ class Trainer:
             self.problem.schedule,
             self.recipe.schedule,
             asdict(self.recipe.sampler),
-            origin | {"settings": {k: str(v) for k, v in asdict(self.settings).items()}},
+            origin | {"settings": {k: v for k, v in asdict(self.settings).items() if not isinstance(v, Path)}},
         )
 
     def grade(self, log: TrainingLog) -> float:
@@ -284,11 +299,13 @@ class Trainer:
             log.show(self.step, **entry)
             self.history.append({"step": self.step, **entry})
             if self.best.offer(self.step, entry["accuracy"], partial(save_network, network=network)):
-                save_network(self.folder / "best.safetensors", network)
+                save_network(self.folder / "best.safetensors", network, torch.float16)
         return time.perf_counter() - start
 
     def finish(self) -> None:
         """Grades the candidates again with more pictures, since 200 carry a standard error of 0.7 points; the best one wins."""
+        if not self.best.ranked():  # stopped between the last step and its grading
+            self.best.offer(self.step, 0.0, partial(save_network, network=self.network()))
         results = []
         for path in self.best.ranked():
             network = load_network(path, self.device)
@@ -298,7 +315,7 @@ class Trainer:
         mean, scores, network, images = max(results, key=lambda r: r[0])
         self.record.metrics |= {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
         origin = network.origin | {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
-        save_network(self.folder / "best.safetensors", replace(network, origin=origin))
+        save_network(self.folder / "best.safetensors", replace(network, origin=origin), torch.float16)
         save_picture(self.folder / "best.png", digit_sheet(images))
         step = network.origin["step"]
         note(f"best: step {step:,}, accuracy {mean:.4f}: {self.folder / 'best.safetensors'}")
@@ -307,7 +324,9 @@ class Trainer:
 def graded(network: Network, judges: list[Judge], count: int, seed: int) -> tuple[list[float], Tensor]:
     """Accuracy per domain of `count` pictures per digit and domain, and the pictures [N,3,28,28] uint8."""
     pictures = graded_pictures(seed, count)
-    images = to_uint8(sample_all(network, pictures, Sampler.from_dict(network.sampler), 100, "grading"))
+    images = to_uint8(
+        sample_all(network, pictures, Sampler.from_dict(network.sampler), min(100, len(pictures)), "grading")
+    )
     digits, domains = (torch.tensor([getattr(p, name) for p in pictures]) for name in ("digit", "domain"))
     return accuracy(judges, images, digits, domains), images
 

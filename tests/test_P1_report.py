@@ -26,7 +26,7 @@ def test_the_reverse_process_goes_from_the_seeds_noise_to_the_picture(tiny_netwo
 
 
 def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
-    main(Settings(output=tmp_path, figures=("sweep",), scales=(1.0, 3.0), sweep_count=1))
+    main(Settings(output=tmp_path, figures=("sweep",), scales=(1.0, 3.0), sweep_count=1, batch=20))
     rows = json.loads((tmp_path / "record.json").read_text())["metrics"]["sweep"]
     assert [row["scale"] for row in rows] == [1.0, 3.0]
     assert Image.open(tmp_path / "guidance_sweep.png").width > 500

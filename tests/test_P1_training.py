@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,13 +110,15 @@ def test_it_can_start_from_finished_weights(digits_folder: Path, tmp_path: Path)
     train(digits_folder, tmp_path / "second", steps=1, lr=1e-9, init=tmp_path / "first" / "best.safetensors")
     left, right = state(tmp_path / "first")["ema"], state(tmp_path / "second")["model"]
     for key in left:
-        torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-6, msg=key)
+        torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=1e-5, msg=key)  # stored in half precision
 
 
 def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path) -> None:
     train(digits_folder, tmp_path, steps=5)
     before = state(tmp_path)["model"]
+    shutil.rmtree(tmp_path / "candidates")  # as if stopped before its grading
     train(digits_folder, tmp_path, steps=5)
+    assert (tmp_path / "best.safetensors").is_file()
     assert all(torch.equal(before[key], value) for key, value in state(tmp_path)["model"].items())
 
 

@@ -17,6 +17,11 @@ class BestCandidates:
         """Best first; of equal scores the later step."""
         return sorted(self.folder.glob("*_*.safetensors"), key=_rank, reverse=True)
 
+    def clear(self) -> None:
+        """Forgets what an earlier run left."""
+        for path in self.ranked():
+            path.unlink()
+
     def offer(self, step: int, score: float, save: Callable[[Path], None]) -> bool:
         """Saves the weights by `save(path)` if they are among the best; whether they are the best so far."""
         path = self.folder / f"{step:06d}_{score:.6f}.safetensors"

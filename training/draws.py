@@ -21,7 +21,7 @@ class Draws:
         return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
 
     def stratified(self) -> Tensor:
-        """[rows] in [0, 1), one in each of `total` equal strata over the global batch: less variance than `uniform`."""
+        """[rows] in [0, 1], one in each of `total` equal strata over the global batch: less variance than `uniform`."""
         offsets = torch.rand(self.total, generator=self.generator, device=self.device)
         return ((torch.arange(self.total, device=self.device) + offsets) / self.total)[self.rows]
 

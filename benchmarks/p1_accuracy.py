@@ -1,0 +1,90 @@
+"""How well the shipped digits are read, how varied they are, and how long 1,000 of them take: mean and spread over seeds.
+
+  python benchmarks/p1_accuracy.py                                   5 seeds with the shipped judges
+  python benchmarks/p1_accuracy.py --mnistm-judge Classifier.pth     MNIST-M by the course's judge as well
+
+Every seed draws the 1,000 pictures of hw2_1.sh once as the network gives them, then again what the shipped judges misread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from P1_dataloader import to_uint8
+from P1_inference import CHECKPOINT, Sampler, graded_pictures, redraw, sample_all
+from P1_judge import Judge, accuracy, load_judge, quality, shipped_judges
+from P1_model import DOMAINS, load_network
+from runtime.cli import run_script
+from runtime.device import detect
+from runtime.record import Record
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Flags."""
+
+    checkpoint: Path = CHECKPOINT
+    mnistm_judge: Path | None = None
+    """The course's Classifier.pth, graded beside our own judge."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    count: int = 50
+    """Pictures per digit and domain."""
+    retries: int = 3
+    batch: int = 100
+    device: str = "auto"
+    output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_accuracy.json"
+
+
+def measure(
+    images: Tensor, digits: Tensor, domains: Tensor, judges: list[Judge], course: Judge | None
+) -> dict[str, float]:
+    """Every number of the table for one set of pictures [N,3,28,28] uint8."""
+    scores = accuracy(judges, images, digits, domains)
+    found = {f"{name} accuracy": score for name, score in zip(DOMAINS, scores, strict=True)}
+    found["mean accuracy"] = statistics.mean(scores)
+    if course:
+        found["mnistm accuracy by the course's judge"] = accuracy([course], images, digits, domains)[0]
+    for name, domain in zip(DOMAINS, range(2), strict=True):
+        found |= {f"{name} {key}": value for key, value in quality(judges[domain], images[domains == domain]).items()}
+    return found
+
+
+def main(bench: Bench) -> None:
+    """Prints one line per number: mean and spread over the seeds, without and with retries."""
+    machine = detect(bench.device)
+    network, judges = load_network(bench.checkpoint, machine.device), shipped_judges(machine.device)
+    course = load_judge(bench.mnistm_judge, machine.device) if bench.mnistm_judge else None
+    sampler = Sampler.from_dict(network.sampler)
+    rows: dict[str, list[dict[str, float]]] = {"as drawn": [], "with retries": []}
+    for seed in bench.seeds:
+        pictures = graded_pictures(seed, bench.count)
+        labels = [torch.tensor([getattr(p, name) for p in pictures]) for name in ("digit", "domain")]
+        start = time.perf_counter()
+        images = to_uint8(sample_all(network, pictures, sampler, bench.batch, f"seed {seed}"))
+        drawn = time.perf_counter() - start
+        rows["as drawn"].append({"seconds": drawn} | measure(images, *labels, judges, course))
+        start = time.perf_counter()
+        redraw(network, pictures, images, sampler, bench.batch, bench.retries)
+        again = drawn + time.perf_counter() - start
+        rows["with retries"].append({"seconds": again} | measure(images, *labels, judges, course))
+    for title, found in rows.items():
+        print(f"{title}: {len(bench.seeds)} seeds of {bench.count * 20:,} pictures")
+        for name in found[0]:
+            values = [row[name] for row in found]
+            print(f"  {name:40s} {statistics.mean(values):8.4f} +- {statistics.pstdev(values):.4f}")
+    record = Record(bench, machine)
+    record.metrics = rows
+    record.save(bench.output)
+
+
+if __name__ == "__main__":
+    run_script(main, Bench, __doc__)
