@@ -31,7 +31,7 @@ class Recipe:
 RECIPES = {
     "report": Recipe("linear", "eps", 30_000, 256, 1e-3, 0.0, sampler=Sampler("dpm", 20)),
     "tiny": Recipe(steps=2_000),
-    "cpu": Recipe(),
+    "cpu": Recipe(sampler=Sampler(steps=10, guidance=5.0)),
     "gpu": Recipe(steps=20_000, batch=512, ema=0.9995),
 }
 
