@@ -82,6 +82,12 @@ def graded_pictures(
     ]
 
 
+def labels_of(pictures: Sequence[Picture], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Digits [N] and domains [N] of the pictures."""
+    digits = torch.tensor([p.digit for p in pictures], device=device)
+    return digits, torch.tensor([p.domain for p in pictures], device=device)
+
+
 @torch.inference_mode()
 def sample(
     network: Network,
@@ -91,8 +97,7 @@ def sample(
 ) -> Tensor:
     """One batch: [B,3,28,28] float in -1..1 on the network's device."""
     device = next(network.unet.parameters()).device
-    digit = torch.tensor([p.digit for p in pictures], device=device)
-    domain = torch.tensor([p.domain for p in pictures], device=device)
+    digit, domain = labels_of(pictures, device)
     nothing = torch.full_like(digit, NO_DIGIT)
     both = (torch.cat([digit, nothing]), torch.cat([domain, domain]))
     guidance = Guidance(sampler.guidance, sampler.interval, sampler.rescale)
@@ -229,8 +234,7 @@ def redraw(
     """Replaces, in `images` [N,3,28,28] uint8, what the shipped judges misread by pictures from other seeds; returns how many
     stay misread. A picture's next seed follows from its own, so it doesn't depend on what else is drawn."""
     judges = shipped_judges(next(network.unet.parameters()).device)
-    digits = torch.tensor([p.digit for p in pictures])
-    domains = torch.tensor([p.domain for p in pictures])
+    digits, domains = labels_of(pictures)
     wrong = misread(judges, images, digits, domains)
     for attempt in range(1, retries + 1):
         if not len(wrong):
@@ -269,7 +273,7 @@ def main(settings: Settings) -> None:
     if settings.dry_run:
         return dry_run(settings, network, sampler, len(pictures), batch)
     names = file_names(settings)
-    for folder in {name.parent for name in names}:
+    for folder in (settings.output, *(settings.output / domain for domain in settings.domains)):
         output_folder(folder)
     tell_foreign_files(names)
     record = Record(settings, machine)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, sample, sample_all
+from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample, sample_all
 from P1_judge import Judge, accuracy, quality, shipped_judges
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
 from runtime.cli import BadInput, note, run_script
@@ -39,7 +39,7 @@ class Settings:
     """Folder for the PNG files and record.json."""
     checkpoint: Path = CHECKPOINT
     figures: tuple[Literal["grid", "reverse", "sweep"], ...] = ("grid", "reverse", "sweep")
-    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
     """Guidance scales of the sweep."""
     sweep_count: int = 20
     """Pictures per digit, domain and scale of the sweep."""
@@ -92,8 +92,7 @@ def sweep(network: Network, judges: list[Judge], settings: Settings) -> list[dic
     """Accuracy, Frechet distance and recall per domain for every guidance scale."""
     rows = []
     pictures = graded_pictures(settings.seed, settings.sweep_count)
-    digits = torch.tensor([p.digit for p in pictures])
-    domains = torch.tensor([p.domain for p in pictures])
+    digits, domains = labels_of(pictures)
     for scale in settings.scales:
         sampler = replace(Sampler.from_dict(network.sampler), guidance=scale)
         images = to_uint8(sample_all(network, pictures, sampler, settings.batch, f"guidance {scale}"))

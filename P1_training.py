@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffusion.schedule import Schedule, add_noise, make_schedule, min_snr_weight, target
 from P1_dataloader import BalancedIndex, Digits, load_digits, to_float, to_uint8
-from P1_inference import Sampler, graded_pictures, sample_all
+from P1_inference import Sampler, graded_pictures, labels_of, sample_all
 from P1_judge import Judge, accuracy, shipped_judges
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from P1_recipes import Settings, resolve_recipe, should_compile
@@ -327,8 +327,7 @@ def graded(network: Network, judges: list[Judge], count: int, seed: int) -> tupl
     images = to_uint8(
         sample_all(network, pictures, Sampler.from_dict(network.sampler), min(100, len(pictures)), "grading")
     )
-    digits, domains = (torch.tensor([getattr(p, name) for p in pictures]) for name in ("digit", "domain"))
-    return accuracy(judges, images, digits, domains), images
+    return accuracy(judges, images, *labels_of(pictures)), images
 
 
 def digit_sheet(images: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Sampler, graded_pictures, redraw, sample_all
+from P1_inference import CHECKPOINT, Sampler, graded_pictures, labels_of, redraw, sample_all
 from P1_judge import Judge, accuracy, load_judge, quality, shipped_judges
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
@@ -67,15 +66,15 @@ def main(bench: Bench) -> None:
     rows: dict[str, list[dict[str, float]]] = {"as drawn": [], "with retries": []}
     for seed in bench.seeds:
         pictures = graded_pictures(seed, bench.count)
-        labels = [torch.tensor([getattr(p, name) for p in pictures]) for name in ("digit", "domain")]
+        digits, domains = labels_of(pictures)
         start = time.perf_counter()
         images = to_uint8(sample_all(network, pictures, sampler, bench.batch, f"seed {seed}"))
         drawn = time.perf_counter() - start
-        rows["as drawn"].append({"seconds": drawn} | measure(images, *labels, judges, course))
+        rows["as drawn"].append({"seconds": drawn} | measure(images, digits, domains, judges, course))
         start = time.perf_counter()
         redraw(network, pictures, images, sampler, bench.batch, bench.retries)
         again = drawn + time.perf_counter() - start
-        rows["with retries"].append({"seconds": again} | measure(images, *labels, judges, course))
+        rows["with retries"].append({"seconds": again} | measure(images, digits, domains, judges, course))
     for title, found in rows.items():
         print(f"{title}: {len(bench.seeds)} seeds of {bench.count * 20:,} pictures")
         for name in found[0]:

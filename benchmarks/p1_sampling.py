@@ -24,7 +24,7 @@ from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
 from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, sample_all
+from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample_all
 from P1_judge import accuracy, shipped_judges
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress, run_script
@@ -52,8 +52,7 @@ class Bench:
 def two_pass_ddpm(network: Network, pictures: Sequence[Picture], scale: float, steps: int) -> Tensor:
     """[B,3,28,28]: every step runs the network with the digit, then without."""
     device = next(network.unet.parameters()).device
-    digit = torch.tensor([p.digit for p in pictures], device=device)
-    domain = torch.tensor([p.domain for p in pictures], device=device)
+    digit, domain = labels_of(pictures, device)
     streams = generators([p.seed for p in pictures])
     grid = step_rule("trailing", len(network.schedule), steps)
     bar = progress(None, "baseline", total=steps)  # type: ignore[arg-type]
@@ -76,8 +75,7 @@ def main(bench: Bench) -> None:
     network, judges = load_network(bench.checkpoint, machine.device), shipped_judges(machine.device)
     sampler = Sampler.from_dict(network.sampler)
     pictures = graded_pictures(bench.seed, bench.count)
-    digits = torch.tensor([p.digit for p in pictures])
-    domains = torch.tensor([p.domain for p in pictures])
+    digits, domains = labels_of(pictures)
     sample_all(network, pictures[:2], replace(sampler, steps=2), len(pictures), "warming up")
     ours: list[float] = []
     for _ in range(bench.repeats):
