@@ -32,8 +32,8 @@ def labelled_grid(
 ) -> None:
     """[len(rows)*len(columns),3,H,W] uint8, row by row, as a figure with a title and a label per row and column."""
     plt = _pyplot()
-    size = (inch * len(columns) + 0.9, inch * len(rows) + 0.9)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+    width, height = inch * len(columns) + 1.0, inch * len(rows) + 0.7  # the rest is for labels and title
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
     for index, axis in enumerate(axes.flat):
         row, column = divmod(index, len(columns))
         axis.imshow(images[index].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -43,8 +43,8 @@ def labelled_grid(
             axis.set_ylabel(rows[row], rotation=0, ha="right", va="center")
         if row == 0:
             axis.set_title(columns[column], fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    figure.subplots_adjust(0.12, 0.02, 0.98, 0.86 if len(rows) > 2 else 0.7, 0.06, 0.06)
+    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top")
+    figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.06, 0.06)
     _save(figure, path)
 
 
