@@ -23,6 +23,7 @@ demo: setup  ## draw and grade 1,000 digits with the shipped weights, draw the f
 	@time -p bash hw2_1.sh $(DEMO)/digits
 	@echo "== 2/3 grading them"
 	@$(RUN) P1_classifier.py grade $(DEMO)/digits --record $(DEMO)/grades.json
+	@echo "   (hw2_1.sh had these same judges show what to draw again; README.md has what the network does without: --retries 0)"
 	@echo "== 3/3 figures: a grid of each domain, the reverse process"
 	@$(RUN) P1_report.py --figures grid reverse --output $(DEMO)/figures
 	@echo "== done: digits in $(DEMO)/digits, scores in $(DEMO)/grades.json, figures in $(DEMO)/figures"
