@@ -81,9 +81,14 @@ def test_two_processes_train_like_one(digits_folder: Path, tmp_path: Path) -> No
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(digits_folder: Path, tmp_path: Path) -> None:
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    def stop_once_it_trains() -> None:
+        while not (tmp_path / "checkpoint.pt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_once_it_trains, daemon=True).start()
     with pytest.raises(SystemExit, match="130"):
-        train(digits_folder, tmp_path, steps=100_000)
+        train(digits_folder, tmp_path, steps=100_000, save_every=3)
     record = json.loads((tmp_path / "record.json").read_text())
     assert state(tmp_path)["step"] == record["metrics"]["step"] > 0
 
