@@ -42,16 +42,8 @@ from training.ema import make_ema
 from training.log import TrainingLog
 from training.rate import rate_factor
 
-RECIPE = (
-    "epochs",
-    "recolour",
-    "batch",
-    "lr",
-    "weight_decay",
-    "smoothing",
-    "ema",
-    "seed",
-)  # settings that a judge file tells
+# settings that a judge file tells
+RECIPE = ("epochs", "recolour", "batch", "lr", "weight_decay", "smoothing", "ema", "seed")
 # MNIST-M's digits are the exact negatives of their background, a sign that strong recolouring would wipe out
 DEFAULTS = {"mnistm": {"epochs": 16, "recolour": 0.2}, "svhn": {"epochs": 43, "recolour": 1.0}}
 BANK, REAL = 4000, 1000  # training and validation pictures whose features a judge file keeps

@@ -157,11 +157,11 @@ def decode(folder: Path, table: pd.DataFrame, title: str) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _warn_of_sizes(paths: list[Path]) -> None:
+def _warn_of_size(first: Path) -> None:
     """One line if the first picture (sizes hardly ever differ within a set) had to be resized."""
-    with Image.open(paths[0]) as first:
-        if first.size != (SIZE, SIZE):
-            note(f"warning: {paths[0]} is {first.width}x{first.height}: resized to {SIZE}x{SIZE}")
+    with Image.open(first) as picture:
+        if picture.size != (SIZE, SIZE):
+            note(f"warning: {first} is {picture.width}x{picture.height}: resized to {SIZE}x{SIZE}")
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
@@ -184,11 +184,11 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
                 return tensors
         except BadInput:
             pass  # a damaged cache is made anew
-    _warn_of_sizes([folder / "data" / tables["train"].image_name.iloc[0]])
     tensors = {}
     for split, table in tables.items():
         tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}")
         tensors[f"{split}_digits"] = torch.tensor(table.label.to_numpy(), dtype=torch.uint8)
+    _warn_of_size(folder / "data" / tables["train"].image_name.iloc[0])
     _store(tensors, key, cache)
     return tensors
 

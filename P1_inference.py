@@ -24,7 +24,7 @@ from diffusion.guidance import Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.steps import Rule, step_rule
 from P1_dataloader import to_uint8
-from P1_judge import misread, shipped_judges
+from P1_judge import Judge, misread, shipped_judges
 from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import Precision, allow_tf32, detect, resolve_precision
@@ -229,11 +229,16 @@ def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int)
 
 
 def redraw(
-    network: Network, pictures: Sequence[Picture], images: Tensor, sampler: Sampler, batch: int, retries: int
+    network: Network,
+    pictures: Sequence[Picture],
+    images: Tensor,
+    judges: Sequence[Judge],
+    sampler: Sampler,
+    batch: int,
+    retries: int,
 ) -> int:
-    """Replaces, in `images` [N,3,28,28] uint8, what the shipped judges misread by pictures from other seeds; returns how many
+    """Replaces, in `images` [N,3,28,28] uint8, what the judges misread by pictures from other seeds; returns how many
     stay misread. A picture's next seed follows from its own, so it doesn't depend on what else is drawn."""
-    judges = shipped_judges(next(network.unet.parameters()).device)
     digits, domains = labels_of(pictures)
     wrong = misread(judges, images, digits, domains)
     for attempt in range(1, retries + 1):
@@ -276,10 +281,11 @@ def main(settings: Settings) -> None:
     for folder in (settings.output, *(settings.output / domain for domain in settings.domains)):
         output_folder(folder)
     tell_foreign_files(names)
+    judges = shipped_judges(machine.device) if settings.retries else []  # a missing one is told before the work
     record = Record(settings, machine)
     with record.timed("sampling"), torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
         images = to_uint8(sample_all(network, pictures, sampler, batch, "drawing digits"))
-        left = redraw(network, pictures, images, sampler, batch, settings.retries) if settings.retries else None
+        left = redraw(network, pictures, images, judges, sampler, batch, settings.retries) if judges else None
     with record.timed("writing"):
         for name, image in zip(names, images, strict=True):
             save_picture(name, image)

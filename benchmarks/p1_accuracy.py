@@ -52,7 +52,7 @@ def measure(
     found["mean accuracy"] = statistics.mean(scores)
     if course:
         found["mnistm accuracy by the course's judge"] = accuracy([course], images, digits, domains)[0]
-    for name, domain in zip(DOMAINS, range(2), strict=True):
+    for domain, name in enumerate(DOMAINS):
         found |= {f"{name} {key}": value for key, value in quality(judges[domain], images[domains == domain]).items()}
     return found
 
@@ -72,7 +72,7 @@ def main(bench: Bench) -> None:
         drawn = time.perf_counter() - start
         rows["as drawn"].append({"seconds": drawn} | measure(images, digits, domains, judges, course))
         start = time.perf_counter()
-        redraw(network, pictures, images, sampler, bench.batch, bench.retries)
+        redraw(network, pictures, images, judges, sampler, bench.batch, bench.retries)
         again = drawn + time.perf_counter() - start
         rows["with retries"].append({"seconds": again} | measure(images, digits, domains, judges, course))
     for title, found in rows.items():
