@@ -119,7 +119,7 @@ def fit(data: Digits, settings: Train, device: torch.device) -> nn.Sequential:
     torch.manual_seed(settings.seed)
     network = make_resnet(JudgeConfig()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
-    ema, index = make_ema(network, settings.ema), BalancedIndex(data, False, False)
+    ema, index = make_ema(network, settings.ema), BalancedIndex(data, None, False)
     log = TrainingLog(settings.run / settings.domain / "tensorboard", f"judge {settings.domain}", 0, total, True)
     for step in range(total):
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)

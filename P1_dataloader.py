@@ -220,17 +220,17 @@ def load_digits(root: Path, split: Split) -> Digits:
 
 
 class BalancedIndex:
-    """Maps uniform numbers to rows, so that domains, and SVHN's digits, come equally often; no device sync."""
+    """Maps uniform numbers to rows: SVHN gets its share (None: as in the data), its digits come equally often; no device sync."""
 
-    def __init__(self, data: Digits, balance_domains: bool = True, balance_digits: bool = True):
+    def __init__(self, data: Digits, svhn_share: float | None = 0.5, balance_digits: bool = True):
         group = data.domains * DIGITS + data.digits
         counts = torch.bincount(group, minlength=len(DOMAINS) * DIGITS).double()
         weights = counts.view(len(DOMAINS), DIGITS).clone()
         if balance_digits:
             present = weights[1] > 0
             weights[1] = weights[1].sum() / present.sum() * present
-        if balance_domains:
-            weights /= weights.sum(1, keepdim=True)
+        if svhn_share is not None:
+            weights *= torch.tensor([[1 - svhn_share], [svhn_share]], device=weights.device) / weights.sum(1, keepdim=True)
         device = data.images.device
         self.edges = (weights.flatten().cumsum(0) / weights.sum()).float().to(device)
         self.rows = group.argsort(stable=True)

@@ -63,8 +63,8 @@ class Settings:
     """Share of pictures trained without their digit, which guidance needs."""
     drop_domain: float = 0.1
     """Share of pictures trained without their domain."""
-    balance_domains: bool = True
-    """Both domains equally often."""
+    svhn_share: float | None = 0.5
+    """Share of SVHN, the harder domain, among the pictures drawn; None: as in the data."""
     balance_digits: bool = True
     """SVHN's digits equally often (the set is unbalanced)."""
     ema: float | None = None
@@ -103,6 +103,8 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     for name in ("steps", "batch", "lr"):
         if getattr(recipe, name) <= 0:
             raise BadInput(f"--{name} {getattr(recipe, name)}: must be above zero")
+    if settings.svhn_share is not None and not 0 <= settings.svhn_share <= 1:
+        raise BadInput(f"--svhn-share {settings.svhn_share}: must lie in 0 .. 1")
     return recipe
 
 

@@ -120,7 +120,7 @@ class Trainer:
         schedule = make_schedule(self.recipe.schedule, config.timesteps, self.recipe.prediction)
         with self.accelerator.main_process_first():  # the first decodes, the others read its cache
             data = load_digits(settings.data, "train").to(self.device)
-        index = BalancedIndex(data, settings.balance_domains, settings.balance_digits)
+        index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
         alphas = schedule.alpha_bar.float().to(self.device)
         drops = (settings.drop_digit, settings.drop_domain)
         return Problem(data, index, schedule, alphas, self.recipe.min_snr, *drops)

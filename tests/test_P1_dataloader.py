@@ -326,15 +326,19 @@ def digits(svhn: tuple[int, ...] = SVHN_COUNTS, mnistm: tuple[int, ...] = (20,) 
     return Digits(torch.zeros(len(rows), 1, dtype=torch.uint8), shuffled[:, 1], shuffled[:, 0])
 
 
-def shares(data: Digits, domains: bool = True, by_digit: bool = True) -> torch.Tensor:
+def shares(data: Digits, svhn: float | None = 0.5, by_digit: bool = True) -> torch.Tensor:
     """[2,10] share of the draws that each domain's digits get."""
     uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
-    rows = BalancedIndex(data, domains, by_digit)(*uniform)
+    rows = BalancedIndex(data, svhn, by_digit)(*uniform)
     return torch.bincount(data.domains[rows] * 10 + data.digits[rows], minlength=20).view(2, 10) / DRAWS
 
 
 def test_domains_come_equally_often() -> None:
     assert shares(digits()).sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_svhn_gets_the_share_that_is_asked_for() -> None:
+    assert shares(digits(), 0.7).sum(1).tolist() == pytest.approx([0.3, 0.7], abs=0.01)
 
 
 def test_svhn_digits_come_equally_often() -> None:
@@ -353,7 +357,7 @@ def test_mnistm_digits_keep_their_shares() -> None:
 @pytest.mark.parametrize("by_digit", [True, False])
 def test_domains_keep_their_shares_when_balancing_is_off(by_digit: bool) -> None:
     total = 300 + sum(SVHN_COUNTS)
-    assert float(shares(digits(), False, by_digit)[MNISTM].sum()) == pytest.approx(300 / total, abs=0.01)
+    assert float(shares(digits(), None, by_digit)[MNISTM].sum()) == pytest.approx(300 / total, abs=0.01)
 
 
 def test_every_picture_of_a_digit_comes_equally_often() -> None:
@@ -383,5 +387,5 @@ def test_a_digit_without_pictures_is_never_drawn_and_the_others_stay_equal(missi
 
 def test_a_digit_without_pictures_does_not_change_the_shares_of_the_domains() -> None:
     svhn = (30,) * 9 + (0,)
-    found = shares(digits(svhn, mnistm=(27,) * 10), domains=False)
+    found = shares(digits(svhn, mnistm=(27,) * 10), svhn=None)
     assert found.sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
