@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, note, progress
+from runtime.figures import open_picture
 from runtime.files import load_safetensors, save_safetensors
 
 Split = Literal["train", "val"]
@@ -89,14 +90,10 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def read_picture(path: Path) -> np.ndarray:
     """[3,28,28] uint8; grey and palette are converted, another size is resized. Raises BadInput on a broken file."""
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadInput(f"{path} is not a readable picture: {error}") from None
-    if picture.size != (SIZE, SIZE):
-        picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(picture).transpose(2, 0, 1)
+    pixels = open_picture(path).permute(1, 2, 0).numpy()
+    if pixels.shape[:2] != (SIZE, SIZE):
+        pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return pixels.transpose(2, 0, 1)
 
 
 class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -230,7 +227,9 @@ class BalancedIndex:
             present = weights[1] > 0
             weights[1] = weights[1].sum() / present.sum() * present
         if svhn_share is not None:
-            weights *= torch.tensor([[1 - svhn_share], [svhn_share]], device=weights.device) / weights.sum(1, keepdim=True)
+            weights *= torch.tensor([[1 - svhn_share], [svhn_share]], device=weights.device) / weights.sum(
+                1, keepdim=True
+            )
         device = data.images.device
         self.edges = (weights.flatten().cumsum(0) / weights.sum()).float().to(device)
         self.rows = group.argsort(stable=True)

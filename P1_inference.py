@@ -30,7 +30,7 @@ from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import Precision, allow_tf32, detect, resolve_precision
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
-from runtime.generation import derived_seed, padded_batches
+from runtime.generation import derived_seed, in_batches
 from runtime.record import Record
 
 HERE = Path(__file__).resolve().parent
@@ -118,9 +118,9 @@ def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, 
     """All pictures in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
     drawn = []
     with progress(None, title, total=len(pictures), unit="img", leave=False) as bar:  # type: ignore[arg-type]
-        for chunk, valid in padded_batches(pictures, batch):
-            drawn.append(sample(network, chunk, sampler)[:valid].cpu())
-            bar.update(valid)
+        for chunk, images in in_batches(lambda some: sample(network, some, sampler), pictures, batch):
+            drawn.append(images[: len(chunk)].cpu())
+            bar.update(len(chunk))
     return torch.cat(drawn)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from diffusion.schedule import Prediction
 from P1_inference import Sampler
 from runtime.cli import BadInput
-from runtime.device import Machine, Precision
+from runtime.device import Choice, Precision
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,7 +76,7 @@ class Settings:
     """auto, cpu, cuda, cuda:N."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Choice = "auto"
     """torch.compile; auto: where it pays (CUDA, or a CPU with bf16) and a compiler exists."""
     eval_every: int = 1000
     """Steps between two gradings; 0: only at the end."""
@@ -106,11 +106,3 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     if settings.svhn_share is not None and not 0 <= settings.svhn_share <= 1:
         raise BadInput(f"--svhn-share {settings.svhn_share}: must lie in 0 .. 1")
     return recipe
-
-
-def should_compile(asked: str, machine: Machine) -> bool:
-    """auto compiles on CUDA and on CPUs with bf16; in fp32 on a CPU no clear gain pays for the minute that compiling takes."""
-    if asked == "on" and not machine.compiler:
-        raise BadInput("--compile on: no C++ compiler with Python's headers found")
-    pays = machine.device.type == "cuda" or machine.native_bf16
-    return machine.compiler and (asked == "on" or asked == "auto" and pays)

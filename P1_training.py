@@ -25,9 +25,9 @@ from P1_dataloader import BalancedIndex, Digits, load_digits, to_float, to_uint8
 from P1_inference import Sampler, graded_pictures, labels_of, sample_all
 from P1_judge import Judge, accuracy, shipped_judges
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
-from P1_recipes import Settings, resolve_recipe, should_compile
+from P1_recipes import Settings, resolve_recipe
 from runtime.cli import BadInput, note, run_script
-from runtime.device import allow_tf32, detect, resolve_precision
+from runtime.device import allow_tf32, detect, resolve_precision, should_compile
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
 from runtime.record import Record

@@ -15,6 +15,7 @@ import torch
 from runtime.cli import BadInput
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Choice = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,11 @@ def allow_tf32(allowed: bool) -> None:
     """cuDNN uses TF32 unless told otherwise, so plain fp32 has to switch it off for convolutions too."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def should_compile(asked: Choice, machine: Machine) -> bool:
+    """auto compiles on CUDA and on CPUs with bf16; in fp32 on a CPU no clear gain pays for the minute that compiling takes."""
+    if asked == "on" and not machine.compiler:
+        raise BadInput("--compile on: no C++ compiler with Python's headers found")
+    pays = machine.device.type == "cuda" or machine.native_bf16
+    return machine.compiler and (asked == "on" or asked == "auto" and pays)

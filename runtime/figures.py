@@ -1,4 +1,4 @@
-"""Grids of pictures, plain or labelled, and PNG files that are either whole or not there."""
+"""Pictures from and to files that are either whole or not there, and grids of them, plain or labelled."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from runtime.cli import BadInput
 from runtime.files import atomic
+
+
+def open_picture(path: Path) -> Tensor:
+    """[3,H,W] uint8 RGB, whatever the file's own mode; raises BadInput when it can't be read."""
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"{path} is not a readable picture: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def save_picture(path: Path, image: Tensor) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.plain_p2 import well_conditioned_weights
 from diffusion.schedule import cosine
 from P1_model import ModelConfig, Network, UNet
 
@@ -56,6 +57,15 @@ def tiny_network() -> Network:
             torch.nn.init.normal_(parameter, std=0.05)
     sampler = {"name": "ddim", "steps": 5}
     return Network(unet, cosine(TINY.timesteps), "cosine", sampler, {"preset": "tiny", "step": 7})
+
+
+@pytest.fixture(scope="session")
+def course_unet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A UNet.pt of full size in the course's layout: random weights that stay stable over 50 steps."""
+    path = tmp_path_factory.mktemp("face") / "UNet.pt"
+    torch.save(well_conditioned_weights(seed=0), path)
+    yield path
+    path.unlink()  # 455 MB
 
 
 @pytest.fixture

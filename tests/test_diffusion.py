@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from diffusion.guidance import Guidance, guided, rescaled
-from diffusion.noise import draw, generators
+from diffusion.noise import draw, generators, slerp
+from diffusion.noise import linear as linear_way
 from diffusion.samplers import ddim, ddpm, dpm_solver
 from diffusion.schedule import Schedule, add_noise, cosine, linear, make_schedule, min_snr_weight, target
 from diffusion.steps import Rule, Steps, step_rule
@@ -191,16 +192,23 @@ def test_homework_rule_cannot_visit_all_steps_because_it_starts_one_later() -> N
 # ---------------------------------------------------------------- samplers against references
 
 
+LIKE_DIFFUSERS = {  # the options with which that library follows each rule
+    "homework": {"steps_offset": 1, "set_alpha_to_one": False},
+    "diffusers": {},
+    "ddim": {"clip_sample": False},
+    "trailing": {"timestep_spacing": "trailing"},
+}
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("rule", ["diffusers", "ddim"])
+@pytest.mark.parametrize("rule", LIKE_DIFFUSERS)
 def test_each_ddim_update_equals_diffusers(rule: Rule, prediction: str, eta: float) -> None:
     schedule = linear(1000, prediction=prediction)
-    reference = DDIMScheduler(
-        1000, 1e-4, 0.02, prediction_type=PREDICTIONS[prediction], clip_sample=rule == "diffusers"
-    )
+    reference = DDIMScheduler(1000, 1e-4, 0.02, prediction_type=PREDICTIONS[prediction], **LIKE_DIFFUSERS[rule])
     reference.set_timesteps(10)
     steps = step_rule(rule, 1000, 10)
+    assert [t for t, _ in steps.pairs] == reference.timesteps.tolist()
     for (t, previous), seeds in zip(steps.pairs, [(k, k + 100) for k in range(10)], strict=True):
         x, output = random(t).float(), random(t + 1).float()
         noise = draw(generators(seeds), SHAPE[1:], CPU)
@@ -210,20 +218,31 @@ def test_each_ddim_update_equals_diffusers(rule: Rule, prediction: str, eta: flo
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+DESCRIBED = {  # timesteps of 50 steps, abar at the end (None: 1), clamp
+    "homework": (range(981, 0, -20), 0, True),
+    "ddim": (range(980, -1, -20), None, False),
+    "diffusers": (range(980, -1, -20), None, True),
+    "trailing": (range(999, 18, -20), None, True),
+}
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_homework_rule_equals_a_loop_written_from_its_description(eta: float) -> None:
+@pytest.mark.parametrize("rule", DESCRIBED)
+def test_each_rule_equals_a_loop_written_from_its_description(rule: Rule, eta: float) -> None:
+    times, end, clamp = DESCRIBED[rule]
     abar = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float().double()
     streams, start = generators([1, 2]), random(3)
     x = start
-    for t in range(981, 0, -20):
-        now, before = abar[t], abar[max(t - 20, 0)]
+    for t, after in zip(times, [*times[1:], end], strict=True):
+        now, before = abar[t], abar.new_ones(()) if after is None else abar[after]
         eps = smooth(x, t)
-        x0 = ((x - (1 - now).sqrt() * eps) / now.sqrt()).clamp(-1, 1)
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x0 = x0.clamp(-1, 1) if clamp else x0
         sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
         x = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * eps
-        if eta:
+        if sigma:
             x = x + sigma * draw(streams, SHAPE[1:], CPU)
-    found = ddim(smooth, start, linear(1000), step_rule("homework", 1000, 50), generators([1, 2]), eta)
+    found = ddim(smooth, start, linear(1000), step_rule(rule, 1000, 50), generators([1, 2]), eta)
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
@@ -426,3 +445,45 @@ def test_noise_is_standard_normal_float32() -> None:
     assert noise.dtype == torch.float32
     assert float(noise.mean()) == pytest.approx(0, abs=0.03)
     assert float(noise.std()) == pytest.approx(1, abs=0.03)
+
+
+# ---------------------------------------------------------------- from one noise to another
+
+
+def test_slerp_is_the_formula_on_the_flattened_tensors() -> None:
+    a, b = random(1), random(2)
+    theta = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    expected = (0.7 * theta).sin() / theta.sin() * a + (0.3 * theta).sin() / theta.sin() * b
+    torch.testing.assert_close(slerp(a, b, 0.3), expected)
+
+
+@pytest.mark.parametrize("way", [slerp, linear_way])
+def test_both_ways_start_at_the_first_and_end_at_the_second(way: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    a, b = random(1).float(), random(2).float()
+    torch.testing.assert_close(way(a, b, 0.0), a)
+    torch.testing.assert_close(way(a, b, 1.0), b)
+
+
+def test_half_way_slerp_keeps_the_norm_of_noise_and_linear_loses_it() -> None:
+    a, b = random(1, 3, 64, 64), random(2, 3, 64, 64)
+    assert float(slerp(a, b, 0.5).norm() / a.norm()) == pytest.approx(1, abs=0.02)
+    assert float(linear_way(a, b, 0.5).norm() / a.norm()) == pytest.approx(math.sqrt(0.5), abs=0.02)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 1 + 1e-9])
+def test_slerp_of_parallel_vectors_is_linear(scale: float) -> None:
+    a = random(1)
+    torch.testing.assert_close(slerp(a, scale * a, 0.25), linear_way(a, scale * a, 0.25))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_slerp_of_opposite_vectors_goes_around_and_keeps_the_norm(alpha: float) -> None:
+    a = random(1)
+    found = slerp(a, -a, alpha)
+    assert float(found.norm()) == pytest.approx(float(a.norm()))
+    assert float((found * a).sum() / a.norm() ** 2) == pytest.approx(math.cos(alpha * math.pi), abs=1e-6)
+
+
+def test_slerp_with_a_zero_vector_is_linear() -> None:
+    a = random(1)
+    assert torch.equal(slerp(a, torch.zeros_like(a), 0.5), 0.5 * a)

@@ -1,0 +1,304 @@
+"""hw2_2.sh and P2_ddim.py as a grader and a user run them: the contract's files, the course's rule, one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
+from P2_ddim import Noise, Settings, compare, main, parse_seeds, save_noises, to_picture
+from runtime.cli import BadInput
+from runtime.figures import save_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+def write_noises(folder: Path, names: str, side: int = 16) -> Path:
+    """One NN.pt [1,3,side,side] per name, as the course gives them."""
+    folder.mkdir(parents=True)
+    for name in names.split():
+        seed = int.from_bytes(name.encode(), "big")
+        torch.save(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed)), folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small UNet2DModel whose output follows its input closely, so that rounding doesn't grow over the steps."""
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **kinds)
+    for parameter in unet.conv_out.parameters():
+        parameter.data.mul_(0.2)
+    folder = tmp_path_factory.mktemp("small")
+    unet.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(small: Path, tmp_path: Path) -> Any:
+    """`run(out="a", **flags)` draws with the small model in few steps and returns {stem: pixels}."""
+
+    def draw(out: str = "out", **flags: Any) -> dict[str, np.ndarray]:
+        given = {"model": str(small), "output": tmp_path / out, "steps": 4, "record": tmp_path / "record.json", **flags}
+        main(Settings(**given))
+        return pixels(given["output"])
+
+    return draw
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@pytest.mark.slow
+def test_the_grading_script_reproduces_an_independent_network_and_rule(course_unet: Path, tmp_path: Path) -> None:
+    """50 steps of the full-size network from real .pt files: names, sizes, and at most one grey level."""
+    noise = write_noises(tmp_path / "the noise", "07", side=32)
+    command = ["bash", str(ROOT / "hw2_2.sh"), "the noise/", "my out/", str(course_unet)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.name for path in (tmp_path / "my out").iterdir()) == ["07.png"]
+    plain = PlainFaceUNet()
+    plain.load_state_dict(torch.load(course_unet, weights_only=True))
+    x = torch.cat([torch.load(path, weights_only=True) for path in sorted(noise.iterdir())])
+    with torch.inference_mode():
+        expected = plain_homework_ddim(plain, x).double()
+    low, high = expected.amin((1, 2, 3), keepdim=True), expected.amax((1, 2, 3), keepdim=True)
+    wanted = ((expected - low) / (high - low) * 255 + 0.5).floor().permute(0, 2, 3, 1).numpy()
+    found = np.stack(list(pixels(tmp_path / "my out").values()))
+    assert found.shape == (1, 32, 32, 3)
+    assert np.abs(found - wanted).max() <= 1
+    assert np.square(found - wanted).mean() <= 0.0072
+
+
+@pytest.mark.slow
+def test_batch_1_equals_batch_2_on_the_full_size_network(course_unet: Path, tmp_path: Path) -> None:
+    noise = write_noises(tmp_path / "noise", "00 01", side=32)
+    for batch in (1, 2):
+        options = {"steps": 6, "batch": batch, "eta": 0.5, "record": tmp_path / "record.json"}
+        main(Settings(noise=noise, model=str(course_unet), output=tmp_path / str(batch), **options))
+    one, two = pixels(tmp_path / "1"), pixels(tmp_path / "2")
+    assert max(np.abs(one[stem] - two[stem]).max() for stem in one) <= 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["noise", "out"], ["noise", "", "UNet.pt"], ["a", "b", "c", "d"]])
+def test_the_grading_script_tells_its_usage(arguments: list[str]) -> None:
+    done = subprocess.run(["bash", str(ROOT / "hw2_2.sh"), *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "usage: bash hw2_2.sh NOISE_FOLDER OUTPUT_FOLDER UNET_PT" in done.stderr
+
+
+# ---------------------------------------------------------------- every picture stands for itself
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_another_batch_changes_no_picture_by_more_than_one_grey_level(run: Any, eta: float) -> None:
+    one, three = run("one", seeds="0-4", batch=1, eta=eta), run("three", seeds="0-4", batch=3, eta=eta)
+    assert list(one) == ["00", "01", "02", "03", "04"]
+    assert max(np.abs(one[stem] - three[stem]).max() for stem in one) <= 1
+
+
+def test_a_part_of_the_job_gives_the_same_pictures(run: Any) -> None:
+    every, some = run("every", seeds="0-4", eta=1.0), run("some", seeds="3,1", eta=1.0)
+    assert set(some) == {"01", "03"}
+    assert max(np.abs(every[stem] - some[stem]).max() for stem in some) <= 1
+
+
+def test_saved_noises_give_the_same_pictures_as_their_seeds(run: Any, tmp_path: Path) -> None:
+    seeded = run("seeded", seeds="0-2", eta=0.7, save_noise=tmp_path / "noise")
+    given = run("given", noise=tmp_path / "noise", eta=0.7)
+    assert seeded.keys() == given.keys()
+    assert all(np.array_equal(seeded[stem], given[stem]) for stem in seeded)
+    assert torch.load(tmp_path / "noise" / "00.pt", weights_only=True).shape == (1, 3, 16, 16)
+
+
+def test_another_seed_changes_pictures_only_where_eta_adds_noise(run: Any) -> None:
+    plain = [run(f"p{seed}", seeds="0", seed=seed)["00"] for seed in (0, 1)]
+    noisy = [run(f"n{seed}", seeds="0", seed=seed, eta=1.0)["00"] for seed in (0, 1)]
+    assert np.array_equal(*plain)
+    assert not np.array_equal(*noisy)
+
+
+def test_rules_and_rescaling_matter(run: Any) -> None:
+    kinds = [{}, {"rule": "ddim"}, {"rule": "diffusers"}, {"rule": "trailing"}, {"rescale": "clamp"}]
+    pictures = [run(str(index), seeds="0", **kind)["00"].tobytes() for index, kind in enumerate(kinds)]
+    assert len(set(pictures)) == len(kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_noise_may_have_any_float_type_and_no_batch_dimension(run: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 16, 16).to(dtype)
+    (tmp_path / "noise").mkdir()
+    torch.save(x, tmp_path / "noise" / "05.pt")
+    save_noises(tmp_path / "float", [Noise("05", x.float())])
+    assert np.array_equal(run("a", noise=tmp_path / "noise")["05"], run("b", noise=tmp_path / "float")["05"])
+
+
+# ---------------------------------------------------------------- pictures and comparison
+
+
+def test_minmax_spans_0_to_255_and_rounds_to_the_nearest() -> None:
+    image = torch.tensor([-3.0, -3 + 4 * 0.4 / 255, -3 + 4 * 0.6 / 255, 1.0]).view(1, 2, 2)
+    assert to_picture(image, "minmax").flatten().tolist() == [0, 0, 1, 255]
+
+
+def test_clamp_maps_minus_1_to_0_and_1_to_255() -> None:
+    assert to_picture(torch.tensor([[[-2.0, -1.0, 0.0, 1.0, 2.0]]]), "clamp").flatten().tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
+
+
+def test_a_picture_of_one_value_is_black_not_nan() -> None:
+    assert to_picture(torch.full((3, 2, 2), 0.3), "minmax").unique().tolist() == [0]
+
+
+@pytest.mark.parametrize(("off", "passes"), [(4, True), (5, False)])
+def test_the_bar_is_a_mean_squared_error_below_20(off: int, passes: bool) -> None:
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    assert compare(image + off, image) == {"mse": off**2, "largest": off, "pass": passes}
+
+
+def test_a_reference_gives_a_table_and_a_record(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("truth", seeds="0-2")
+    run("again", seeds="0-2", reference=tmp_path / "truth")
+    table = json.loads((tmp_path / "record.json").read_text())["metrics"]["reference"]
+    assert table == {stem: {"mse": 0.0, "largest": 0.0, "pass": True} for stem in ("00", "01", "02")}
+    printed = capsys.readouterr().out
+    assert printed.count("PASS") == 3
+    assert "3 of 3 pass" in printed
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("3, 5-6", [3, 5, 6])])
+def test_seeds_are_numbers_and_ranges(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "1.5", "4,4"])
+def test_other_seeds_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="--seeds"):
+        parse_seeds(text)
+
+
+def nan() -> Tensor:
+    x = torch.zeros(3, 16, 16)
+    x[0, 0, 0] = math.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.randn(2, 3, 16, 16), r"01.pt: \[2, 3, 16, 16\]"),
+        (torch.randn(1, 1, 16, 16), r"01.pt: \[1, 1, 16, 16\]"),
+        (torch.randn(3, 15, 16), "01.pt.*multiples of 2"),
+        (torch.randn(3, 32, 32), r"01.pt: \[3, 32, 32\], but 00.pt is \[3, 16, 16\]"),
+        (torch.zeros(3, 16, 16, dtype=torch.uint8), "01.pt: holds torch.uint8"),
+        (nan(), "01.pt: holds 1 values that are NaN"),
+        ({"noise": torch.zeros(3, 16, 16)}, "01.pt: holds dict"),
+    ],
+)
+def test_a_noise_that_does_not_fit_is_named(run: Any, tmp_path: Path, content: Any, message: str) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    torch.save(content, noise / "01.pt")
+    with pytest.raises(BadInput, match=message):
+        run(noise=noise)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_noise_with_code_is_refused(run: Any, tmp_path: Path) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    torch.save(Path("/tmp"), noise / "01.pt")
+    with pytest.raises(BadInput, match=r"01.pt.*refused"):
+        run(noise=noise)
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_folder_without_noises_is_named(run: Any, tmp_path: Path, make: bool) -> None:
+    if make:
+        (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="empty: no"):
+        run(noise=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"eta": 1.1}, "--eta 1.1"),
+        ({"eta": math.nan}, "--eta nan"),
+        ({"steps": 0}, "--steps: 0"),
+        ({"steps": 1000}, "--steps: 1000.*homework"),
+        ({"batch": -1}, "--batch -1"),
+        ({"size": 17}, "--size 17"),
+        ({"size": -16}, "--size -16"),
+        ({"digit": 3}, "--digit"),
+        ({"device": "tpu9"}, "--device tpu9"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(run: Any, tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(**flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("flag", "target"), [("noise", "output"), ("noise", "save_noise"), ("reference", "output")])
+def test_nothing_is_written_among_what_was_given(run: Any, tmp_path: Path, flag: str, target: str) -> None:
+    folder = write_noises(tmp_path / "given", "00")
+    before = (folder / "00.pt").read_bytes()
+    with pytest.raises(BadInput, match="the same folder as"):
+        run(**{flag: folder, target: tmp_path / "x" / ".." / "given"})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"00.pt": before}
+
+
+def test_a_noise_without_a_reference_is_named_before_anything_is_drawn(run: Any, tmp_path: Path) -> None:
+    run("truth", seeds="0")
+    with pytest.raises(BadInput, match="01.png"):
+        run("again", seeds="0-1", reference=tmp_path / "truth")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_reference_of_another_size_is_named(run: Any, tmp_path: Path) -> None:
+    run("truth", seeds="0", size=32)
+    with pytest.raises(BadInput, match="00.png: 32x32, the noise makes 16x16"):
+        run("again", seeds="0", reference=tmp_path / "truth")
+
+
+def test_an_output_that_is_a_file_is_named(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(BadInput, match="a file is in the way"):
+        run()
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_pictures_that_are_finished_stay_when_a_later_one_fails(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_the_third(path: Path, image: Tensor) -> None:
+        if path.stem == "02":
+            raise KeyboardInterrupt
+        save_picture(path, image)
+
+    monkeypatch.setattr("P2_ddim.save_picture", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(seeds="0-3", batch=1)
+    assert list(pixels(tmp_path / "out")) == ["00", "01"]
