@@ -18,15 +18,17 @@ setup: .venv/.done  ## create .venv and install requirements.txt (about 5 GB, on
 	$(RUN) -m pip install --progress-bar on -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-demo: setup  ## draw and grade 1,000 digits with the shipped weights, draw the figures (3 minutes, no data, no GPU)
-	@echo "== 1/3 drawing the 1,000 graded digits"
+demo: setup  ## draw and grade 1,000 digits with the shipped weights, draw the figures of P1 and P2 (4 minutes, no data, no GPU)
+	@echo "== 1/4 drawing the 1,000 graded digits"
 	@time -p bash hw2_1.sh $(DEMO)/digits
-	@echo "== 2/3 grading them"
+	@echo "== 2/4 grading them"
 	@$(RUN) P1_classifier.py grade $(DEMO)/digits --record $(DEMO)/grades.json
 	@echo "   (hw2_1.sh had these same judges show what to draw again; README.md has what the network does without: --retries 0)"
-	@echo "== 3/3 figures: a grid of each domain, the reverse process"
-	@$(RUN) P1_report.py --figures grid reverse --output $(DEMO)/figures
-	@echo "== done: digits in $(DEMO)/digits, scores in $(DEMO)/grades.json, figures in $(DEMO)/figures"
+	@echo "== 3/4 figures of P1: a grid of each domain, the reverse process"
+	@$(RUN) P1_report.py --figures grid reverse --output $(DEMO)/p1
+	@echo "== 4/4 figures of P2 with the digits model: what eta does, slerp against linear interpolation"
+	@$(RUN) P2_report.py --digit 3 --domain mnistm --output $(DEMO)/p2
+	@echo "== done: digits in $(DEMO)/digits, scores in $(DEMO)/grades.json, figures in $(DEMO)/p1 and $(DEMO)/p2"
 
 test: setup  ## all tests (a few minutes)
 	$(RUN) -m pytest
@@ -45,6 +47,7 @@ train: setup  ## train the digit model on hw2_data/digits (resumes)
 bench: setup  ## side-by-side measurements of training and sampling
 	$(RUN) benchmarks/p1_training.py
 	$(RUN) benchmarks/p1_sampling.py
+	$(RUN) benchmarks/p2_ddim.py
 
 clean:  ## remove .venv, runs and the demo's output
 	rm -rf .venv runs $(DEMO)

@@ -27,7 +27,7 @@ from P1_dataloader import to_uint8
 from P1_judge import Judge, misread, shipped_judges
 from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import BadInput, note, progress, run_script
-from runtime.device import Precision, allow_tf32, detect, resolve_precision
+from runtime.device import Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
 from runtime.generation import derived_seed, in_batches
@@ -268,8 +268,7 @@ def main(settings: Settings) -> None:
     """Draws, writes, records."""
     check(settings)
     machine = detect(settings.device)
-    precision = resolve_precision(settings.precision, machine)
-    allow_tf32(precision == "tf32")
+    precision = set_up(settings.precision, machine)
     network = load_network(settings.checkpoint, machine.device)
     sampler = resolve_sampler(settings, network)
     domains = [DOMAINS.index(domain) for domain in settings.domains]

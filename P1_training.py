@@ -27,7 +27,7 @@ from P1_judge import Judge, accuracy, shipped_judges
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from P1_recipes import Settings, resolve_recipe
 from runtime.cli import BadInput, note, run_script
-from runtime.device import allow_tf32, detect, resolve_precision, should_compile
+from runtime.device import detect, set_up, should_compile
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
 from runtime.record import Record
@@ -92,8 +92,7 @@ class Trainer:
         self.machine = detect(settings.device)
         self.preset = self._preset()
         self.recipe = resolve_recipe(settings, self.preset)
-        precision = resolve_precision(settings.precision, self.machine)
-        allow_tf32(precision == "tf32")
+        precision = set_up(settings.precision, self.machine)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=self.machine.device.type == "cpu",
