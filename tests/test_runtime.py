@@ -457,7 +457,7 @@ def test_tf32_is_switched_for_convolutions_too() -> None:
 def page_faults(megabytes: int = 64) -> int:
     """How many pages the system hands out while a tensor is made, filled and dropped five times over."""
     resource = pytest.importorskip("resource", reason="page faults are counted on Unix only")
-    torch.zeros(megabytes, 2**18)
+    torch.zeros(4 * megabytes, 2**18)  # kept memory has to be there first
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         torch.zeros(megabytes, 2**18)
