@@ -80,7 +80,7 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
         if archive:
             model.load_state_dict(_openai_tensors(source.weights))
     except Exception as error:  # whatever a damaged or foreign file makes open_clip, torch or transformers raise
-        raise BadInput(f"{source.label} can't be loaded from {source.weights}: {_reason(error)}") from error
+        raise BadInput(f"--model {source.model} can't be loaded from {source.weights}: {_reason(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     *steps, _, normalize = transform.transforms  # .., to tensor, normalize
@@ -96,6 +96,6 @@ def _openai_tensors(path: Path) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     """What to tell of an exception: torch's list of wrong tensors is cut to the first."""
     text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
-    if "Error(s) in loading state_dict" in text:
+    if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
         return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"
     return text[:240]
