@@ -14,7 +14,7 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose
 
 from P3_clip_weights import HUB, LOCAL, Source, hub, is_openai_archive
 from runtime.cli import BadInput
@@ -28,7 +28,8 @@ class Clip:
 
     model: Any
     per_picture: Callable[[Image.Image], Image.Image]
-    normalize: Normalize
+    mean: Tensor
+    std: Tensor
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
     dtype: torch.dtype
@@ -49,7 +50,8 @@ class Clip:
         """[B,3,H,W] uint8, resized and cropped -> [B,D] float32 of length 1, on the device, without waiting for it."""
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        pixels = self.normalize(pixels.to(self.device, non_blocking=True).float().div_(255)).to(self.dtype)
+        pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
+        pixels = pixels.sub_(self.mean).div_(self.std).to(self.dtype)  # torchvision's Normalize waits for the device
         return self.model.encode_image(pixels, normalize=True).float()
 
     @torch.inference_mode()
@@ -84,7 +86,8 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
     finally:
         logging.disable(logging.NOTSET)
     *steps, _, normalize = transform.transforms  # .., to tensor, normalize
-    return Clip(model.eval().requires_grad_(False), Compose(steps), normalize, tokenizer, device, DTYPES[precision])
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+    return Clip(model.eval().requires_grad_(False), Compose(steps), mean, std, tokenizer, device, DTYPES[precision])
 
 
 def _openai_tensors(path: Path) -> dict[str, Tensor]:
@@ -98,4 +101,8 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
     if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
         return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"
+    if "huggingface.co" in text:
+        return (
+            "its tokenizer or text tower is not on this machine: name it by a tag or hf-hub:NAME once, with a network"
+        )
     return text[:240]

@@ -116,7 +116,7 @@ def resolve(model: str, weights: str | None, activation: Activation = "match", d
         model, force = matching_activation(model, tag, path)
     else:
         force = False
-    return Source(model, tag, path, (path,), force, download and needs_hub(open_clip.get_model_config(model)))
+    return Source(model, tag, path, (path,), force, download and bool(known) and needs_hub(model))
 
 
 def _architecture(model: str) -> str:
@@ -163,7 +163,7 @@ def _hub_model(model: str, download: bool) -> Source:
 def find_weights(model: str, tag: str) -> Path | None:
     """The weights of a tag on this machine: placed by hand, in the hub's cache, or in ~/.cache/clip."""
     known = open_clip.get_pretrained_cfg(model, tag)
-    for name in {model, _plain(model), _plain(model) + TWIN}:  # the two variants share their weights
+    for name in (model, _plain(model), _plain(model) + TWIN):  # the two variants share their weights
         for suffix in (".safetensors", ".bin", ".pt"):
             if (PLACED / f"{name}.{tag}{suffix}").is_file():
                 return PLACED / f"{name}.{tag}{suffix}"
@@ -222,8 +222,9 @@ def hub(online: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def needs_hub(config: dict[str, Any]) -> bool:
-    """True for text towers and tokenizers that open_clip takes from the hub."""
+def needs_hub(model: str) -> bool:
+    """True for architectures whose text tower or tokenizer open_clip takes from the hub."""
+    config = open_clip.get_model_config(model)
     return any(name in config["text_cfg"] for name in ("hf_model_name", "hf_tokenizer_name"))
 
 

@@ -118,10 +118,14 @@ def write_results(
     note(f"tables, figures and record.json in {folder}")
 
 
-def sources_of(settings: Settings, choices: Sequence[Choice]) -> list[Source]:
-    """The files of every setting, so that what is absent is told before any work. A bare command downloads nothing."""
-    named = bool(settings.preset or settings.model or settings.weights or settings.compare)
-    return [resolve(choice.model, choice.weights, settings.activation, download=named) for choice in choices]
+def sources_of(settings: Settings, base: Choice, choices: Sequence[Choice]) -> list[Source]:
+    """The files of every setting, so that what is absent is told before any work; what nobody named is not downloaded."""
+    named = bool(settings.preset or settings.model or settings.weights)
+    default = (base.model, base.weights)
+    return [
+        resolve(c.model, c.weights, settings.activation, download=named or (c.model, c.weights) != default)
+        for c in choices
+    ]
 
 
 def main(settings: Settings) -> None:
@@ -138,7 +142,7 @@ def main(settings: Settings) -> None:
         templates_of(choice.prompts)  # a bad one is told before the work
     labels = require_file(settings.labels) if settings.labels else find_labels(settings.images)
     pictures = list_pictures(settings.images, labels)
-    sources = sources_of(settings, choices)
+    sources = sources_of(settings, base, choices)
     bench = Bench(settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures))
     rows = []
     for source, choice in zip(sources, choices, strict=True):

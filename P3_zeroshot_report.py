@@ -177,7 +177,7 @@ def report_lines(result: Result, right: Sequence[int], wrong: Sequence[int]) -> 
 
 def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequence[int], title: str) -> None:
     """Right cases in the upper row, wrong ones in the lower: the picture and its three best classes with probabilities."""
-    figure = Figure(figsize=(11.5, 6.4))
+    figure = Figure(figsize=(11.5, 6.8))
     axes = figure.subplots(4, CASES, squeeze=False, gridspec_kw={"height_ratios": (2.2, 1, 2.2, 1)})
     for line, rows in enumerate((right, wrong)):
         for column in range(CASES):
@@ -186,8 +186,8 @@ def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequen
             bars.set_axis_off()
             if column < len(rows):
                 _draw_case(picture, bars, result, rows[column])
-    figure.suptitle(f"{title}\nupper row: right, lower row: wrong", fontsize=10)
-    figure.tight_layout(h_pad=0.4)
+    figure.suptitle(f"{title}; upper row right, lower row wrong", fontsize=10)
+    figure.subplots_adjust(0.02, 0.02, 0.99, 0.86, 0.1, 0.28)
     _save(figure, path)
 
 
@@ -207,18 +207,21 @@ def _draw_case(picture: Axes, bars: Axes, result: Result, row: int) -> None:
 def confusion_figure(path: Path, result: Result, title: str) -> None:
     """The confusion matrix in shares of each row; rows are the truth."""
     names, counts = result.pictures.names, result.confusion.double()
-    side = min(24.0, 3.2 + 0.19 * len(names))
+    size = 8 if len(names) <= 60 else 5
+    margin = 0.5 + 0.0085 * size * max(
+        map(len, names)
+    )  # inches, for the longest name; measuring texts takes longer than drawing
+    side = min(24.0, 2.5 + margin + 0.0225 * size * len(names))
     figure = Figure(figsize=(side, side))
     axis = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     image = axis.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
-    size = 8 if len(names) <= 60 else 5
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.set(xlabel="predicted", ylabel="truth")
     axis.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, label="share of the class's pictures")
-    figure.tight_layout()
+    figure.subplots_adjust(margin / side, margin / side, 1 - 0.8 / side, 1 - 0.6 / side)
     _save(figure, path)
 
 
