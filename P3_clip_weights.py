@@ -19,6 +19,7 @@ from typing import Any, Literal
 import huggingface_hub
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
 from runtime.cli import BadInput, note
 from runtime.files import read_json, write_json
@@ -112,10 +113,7 @@ def resolve(model: str, weights: str | None, activation: Activation = "match", d
         raise BadInput(
             f"--weights {weights} is neither a file nor a tag of {model}; nearest: {', '.join(near) or 'none known'}"
         )
-    if activation == "match":
-        model, force = matching_activation(model, tag, path)
-    else:
-        force = False
+    model, force = matching_activation(model, tag, path, keep=activation == "named")
     return Source(model, tag, path, (path,), force, download and bool(known) and needs_hub(model))
 
 
@@ -150,10 +148,11 @@ def _hub_model(model: str, download: bool) -> Source:
     online = download and hub_answers()
     try:
         with hub(online):
-            config = Path(open_clip.download_pretrained_from_hf(name, HF_CONFIG_NAME))
-            weights = Path(open_clip.download_pretrained_from_hf(name))
+            config = Path(download_pretrained_from_hf(name, HF_CONFIG_NAME))
+            weights = Path(download_pretrained_from_hf(name))
     except (OSError, ValueError) as error:
-        why = _first_line(error) if online else "it is not on this machine and the hub doesn't answer"
+        absent = "it is not on this machine" + (" and the hub doesn't answer" if download else "")
+        why = _first_line(error) if online else absent
         raise BadInput(
             f"--model {model}: {why}; where there is a network, download it and pass its folder as {LOCAL}PATH"
         ) from None
@@ -183,18 +182,18 @@ def _download(model: str, tag: str, known: dict[str, Any], allowed: bool) -> Pat
     if repository:
         url = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{file or HF_SAFE_WEIGHTS_NAME}"
     place = PLACED / f"{model}.{tag}{Path(url).suffix}"
-    reason = f"run again with --weights {tag} to download them"
+    reason = f"--weights {tag} downloads them"
     if allowed:
         reason = "the network doesn't answer"
         try:
             if not repository or hub_answers():
                 note(f"downloading {url}")
-                return Path(open_clip.download_pretrained(known))
+                return Path(download_pretrained(known))
         except (OSError, RuntimeError, ValueError) as error:
             reason = f"the download failed ({_first_line(error)})"
     raise BadInput(
-        f"the weights {tag} of {model} are not on this machine: {reason},"
-        f" or get {url} and place it as {place} (or name it with --weights FILE)"
+        f"the weights {tag} of {model} are not on this machine: {reason};"
+        f" by hand, get {url} and place it as {place} (or name it with --weights FILE)"
     )
 
 
@@ -252,28 +251,31 @@ def tag_of_file(model: str, path: Path) -> str | None:
     return None
 
 
-def matching_activation(model: str, tag: str | None, path: Path) -> tuple[str, bool]:
-    """(model, whether to force QuickGELU), so that the activation is the one the weights were trained with. What
-    open_clip's list and OpenAI's own archives tell is put right and named; an unknown file is only named."""
+def matching_activation(model: str, tag: str | None, path: Path, keep: bool = False) -> tuple[str, bool]:
+    """(model, whether to force QuickGELU), so that the activation is the one the weights were trained with. What open_clip's
+    list and OpenAI's own archives tell is named and put right, unless `keep`; of an unknown file only the doubt is named."""
     has = open_clip.get_model_config(model).get("quick_gelu", False)
     known = open_clip.get_pretrained_cfg(model, tag) or open_clip.get_pretrained_cfg(_plain(model), tag) if tag else {}
     wanted = known.get("quick_gelu", False) if known else is_openai_archive(path)
     if wanted and not has:
-        note(
-            f"{model} has GELU but {tag or path.name} was trained with QuickGELU, which is used (--activation named keeps GELU)"
-        )
-        return model, True
+        _tell_mismatch(model, "GELU", tag or path.name, "QuickGELU", keep)
+        return model, not keep
     if known and has and not wanted and model.endswith(TWIN):
-        note(
-            f"{model} has QuickGELU but {tag} was trained with GELU: {_plain(model)} is used (--activation named keeps {TWIN[1:]})"
-        )
-        return _plain(model), False
+        _tell_mismatch(model, "QuickGELU", str(tag), "GELU", keep)
+        return model if keep else _plain(model), False
     if not known and not wanted and (has or _plain(model) + TWIN in open_clip.list_models()):
         note(
             f"warning: nothing tells whether {path} was trained with {'QuickGELU' if has else 'GELU'}, which {model} has;"
             f" weights by OpenAI, MetaCLIP and DFN want {_plain(model)}{TWIN}, the wrong one costs some points"
         )
     return model, False
+
+
+def _tell_mismatch(model: str, has: str, weights: str, wanted: str, keep: bool) -> None:
+    done = (
+        f"{has} is kept, as --activation named says" if keep else f"{wanted} is used (--activation named keeps {has})"
+    )
+    note(f"warning: {model} has {has} but {weights} was trained with {wanted}: {done}")
 
 
 def is_openai_archive(path: Path) -> bool:

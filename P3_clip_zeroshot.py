@@ -22,7 +22,7 @@ import pandas as pd
 
 from P3_clip_features import Bench, FeatureFile, key_of, logits_of
 from P3_clip_weights import Source, resolve
-from P3_pictures import find_labels, list_pictures
+from P3_pictures import list_pictures
 from P3_prompts import templates_of
 from P3_zeroshot_report import (
     COLUMNS,
@@ -42,9 +42,9 @@ from P3_zeroshot_report import (
     write_csv,
 )
 from P3_zeroshot_settings import HERE, Choice, Settings, base_choice, check, parse_choice, precision_of
-from runtime.cli import note, run_script
+from runtime.cli import BadInput, note, run_script
 from runtime.device import allow_tf32, detect
-from runtime.files import output_folder, read_json, require_file
+from runtime.files import output_folder, read_json
 from runtime.record import Record
 
 PAIR = ("truth", "predicted", "times", "pictures")
@@ -128,6 +128,15 @@ def sources_of(settings: Settings, base: Choice, choices: Sequence[Choice]) -> l
     ]
 
 
+def output_folders(settings: Settings, sources: Sequence[Source], choices: Sequence[Choice]) -> list[Path]:
+    """Where each setting's results go; raises BadInput where a file is in the way, before the work."""
+    root, own = settings.output or RUNS, bool(settings.compare) or settings.output is None
+    folders = [root / folder_name(*one) if own else root for one in zip(sources, choices, strict=True)]
+    if blocked := [path for folder in folders for path in (folder, root) if path.is_file()]:
+        raise BadInput(f"output {blocked[0]}: a file is in the way, name a folder")
+    return folders
+
+
 def main(settings: Settings) -> None:
     """Measures one setting or several."""
     check(settings)
@@ -140,16 +149,11 @@ def main(settings: Settings) -> None:
     choices = [parse_choice(text, base) for text in settings.compare] or [base]
     for choice in choices:
         templates_of(choice.prompts)  # a bad one is told before the work
-    labels = require_file(settings.labels) if settings.labels else find_labels(settings.images)
-    pictures = list_pictures(settings.images, labels)
+    pictures = list_pictures(settings.images, settings.labels)
     sources = sources_of(settings, base, choices)
     bench = Bench(settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures))
-    rows = []
-    for source, choice in zip(sources, choices, strict=True):
-        folder = settings.output or RUNS / folder_name(source, choice)
-        if settings.compare:
-            folder = (settings.output or RUNS) / folder_name(source, choice)
-        rows.append(measure(bench, source, choice, folder))
+    folders = output_folders(settings, sources, choices)
+    rows = [measure(bench, *one) for one in zip(sources, choices, folders, strict=True)]
     if settings.compare:
         table = pd.DataFrame(rows)[list(COLUMNS)]
         write_csv((settings.output or RUNS) / "compare.csv", table)

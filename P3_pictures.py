@@ -127,10 +127,12 @@ def read_picture(path: Path) -> tuple[Image.Image, str]:
     return picture, mode
 
 
-def list_pictures(folder: Path, labels: Path) -> Pictures:
-    """All pictures of the folder, none decoded yet. Raises BadInput for no picture, a name without a class id, an id without a name."""
+def list_pictures(folder: Path, labels: Path | None = None) -> Pictures:
+    """All pictures of the folder, none decoded yet; without `labels` the file is looked for.
+    Raises BadInput for no picture, a name without a class id, an id without a name."""
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder; hw2_data/README.md says how to get the pictures")
+    labels = labels or find_labels(folder)
     classes = read_labels(labels)
     row = {number: index for index, number in enumerate(classes)}
     found = []

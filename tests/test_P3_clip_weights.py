@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,10 @@ import P3_clip_weights
 from P3_clip import load
 from P3_clip_features import encode_all
 from P3_clip_weights import find_weights, matching_activation, resolve, tag_of_file
+from P3_clip_zeroshot import main
 from P3_prompts import fillers, templates_of
+from P3_zeroshot_settings import Settings
 from runtime.cli import BadInput
-
-ROOT = Path(__file__).resolve().parents[1]
-STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
 
 
 def test_a_weights_file_on_an_architecture_equals_the_whole_folder(
@@ -56,16 +57,45 @@ def test_weights_of_a_tag_are_found_where_a_user_put_them(
     assert source.label == "ViT-B-32:openai"
 
 
-def test_absent_weights_are_one_line_with_place_and_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No weights in any place where they are looked for, and a hub at an address where nobody answers."""
     monkeypatch.setattr(P3_clip_weights, "PLACED", tmp_path)
     monkeypatch.setattr(P3_clip_weights, "OPENAI_CACHE", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("download", "why"), [(False, "--weights openai"), (True, "the network doesn't answer")])
+def test_absent_weights_are_one_line_with_place_and_origin(download: bool, why: str, nothing_here: Path) -> None:
     with pytest.raises(BadInput) as error:
-        resolve("ViT-B-32", "openai")
-    assert "timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors" in str(error.value)
-    assert str(tmp_path / "ViT-B-32.openai.safetensors") in str(error.value)
-    assert "--weights openai" in str(error.value)
-    assert "\n" not in str(error.value)
+        resolve("ViT-B-32", "openai", download=download)
+    told = str(error.value)
+    assert why in told
+    assert "timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors" in told
+    assert str(nothing_here / "ViT-B-32.openai.safetensors") in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_an_absent_hub_model_is_one_line(download: bool, nothing_here: Path) -> None:
+    with pytest.raises(BadInput, match="hf-hub:some/model: it is not on this machine") as error:
+        resolve("hf-hub:some/model", None, download=download)
+    assert "local-dir:PATH" in str(error.value)
+
+
+def test_a_bare_command_and_a_local_model_use_no_network(
+    nothing_here: Path, tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network was used")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    with pytest.raises(BadInput, match="weights openai of ViT-B-32 are not on this machine"):
+        main(Settings(images=labelled, cache=nothing_here / "cache"))
+    assert run(nothing_here, labelled, tiny_clip)["metrics"]["pictures"] == 30
 
 
 @pytest.mark.parametrize(
@@ -91,6 +121,11 @@ def test_the_activation_follows_the_weights_and_a_mismatch_is_named(
     assert matching_activation(model, tag, tmp_path / "w.pt") == expected
     printed = capsys.readouterr().err
     assert (told in printed) if told else not printed
+
+
+def test_a_mismatch_is_named_when_it_is_kept_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matching_activation("ViT-B-32", "openai", tmp_path / "w.pt", keep=True) == ("ViT-B-32", False)
+    assert "GELU but openai was trained with QuickGELU: GELU is kept" in capsys.readouterr().err
 
 
 def test_a_forced_activation_is_that_of_the_quickgelu_variant(tiny_weights: Path, labelled: Path) -> None:

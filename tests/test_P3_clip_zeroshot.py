@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, pictures_of, relative, run, save_model
 
+import P3_pictures
 from P3_clip import load
 from P3_clip_features import encode_all, logits_of
 from P3_clip_weights import resolve
@@ -95,6 +96,24 @@ def test_the_run_predicts_what_the_plain_api_predicts(tiny_clip: str, labelled: 
             assert row.probability == pytest.approx(float(shares.max()), abs=1e-5)
             assert row.truth == NAMES[int(row.file.split("_")[0])]
             assert row.top5.split("|") == [NAMES[i] for i in shares.topk(5).indices]
+
+
+def test_pictures_too_many_for_memory_are_read_again(
+    tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, kept, reread = load(resolve(tiny_clip, None), CPU), pictures_of(labelled), pictures_of(labelled)
+    kept.decode(2)
+    monkeypatch.setattr(P3_pictures, "KEPT_BYTES", 10 * 3 * 32 * 32)
+    reread.decode(2)
+    assert sum(picture is not None for picture in reread.kept) == 10
+    assert torch.equal(encode_all(clip, kept, 8, 2), encode_all(clip, reread, 8, 2))
+
+
+def test_bf16_is_close_to_fp32(tiny_clip: str, labelled: Path) -> None:
+    source, pictures = resolve(tiny_clip, None), pictures_of(labelled)
+    fine, coarse = (encode_all(load(source, CPU, kind), pictures, 8, 2) for kind in ("fp32", "bf16"))
+    assert coarse.dtype == torch.float32
+    assert 0 < float((fine - coarse).abs().max()) < 0.05
 
 
 def test_the_batch_changes_no_feature(tiny_clip: str, labelled: Path) -> None:
@@ -282,7 +301,7 @@ def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: 
         ({"weights": "openai"}, "brings its own weights"),
         ({"prompts": "cifr"}, "did you mean cifar"),
         ({"prompts": str(ROOT / "LICENSE")}, "line 1: no placeholder"),
-        ({"images": Path("nowhere"), "labels": ROOT / "pyproject.toml"}, "not a folder|not valid JSON"),
+        ({"images": Path("nowhere")}, "--images nowhere is not a folder"),
         ({"labels": Path("nowhere.json")}, "nowhere.json does not exist"),
         ({"batch": -1}, "--batch -1"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
@@ -305,6 +324,15 @@ def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: P
         run(tmp_path, tmp_path / "val", tiny_clip)
     with pytest.raises(BadInput, match="holds no picture"):
         run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    for more in ({}, {"compare": ("cifar",)}):
+        with pytest.raises(BadInput, match="a file is in the way"):
+            run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors", **more)
+    assert (tmp_path / "out").read_text() == "precious"
+    assert not (tmp_path / "features.safetensors").exists()
 
 
 def test_the_command_ends_with_one_line_and_code_2(labelled: Path) -> None:

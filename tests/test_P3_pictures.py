@@ -13,9 +13,6 @@ from PIL import Image
 from P3_pictures import list_pictures, read_labels
 from runtime.cli import BadInput
 
-ROOT = Path(__file__).resolve().parents[1]
-STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
-
 
 @pytest.mark.parametrize(
     ("content", "expected"),

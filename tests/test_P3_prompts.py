@@ -9,9 +9,6 @@ import pytest
 
 from P3_prompts import CIFAR, fill, templates_of
 
-ROOT = Path(__file__).resolve().parents[1]
-STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
-
 
 def test_the_prompt_sets() -> None:
     assert templates_of("report") == ("A photo of {}",)

@@ -12,9 +12,6 @@ from P3_pictures import Pictures
 from P3_zeroshot_report import PUBLISHED, Result, accuracies, cases, confused_pairs, per_class, published
 from P3_zeroshot_settings import PRESETS, Choice, parse_choice
 
-ROOT = Path(__file__).resolve().parents[1]
-STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
-
 
 def test_what_compare_understands(tmp_path: Path) -> None:
     base = Choice("ViT-B-32", "openai", "report", "raw")
