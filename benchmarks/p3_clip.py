@@ -1,6 +1,6 @@
 """Zero-shot speed: ViT-B-32 with random weights on random 32x32 pictures of 50 classes, fp32 on a CPU.
 
-  python benchmarks/p3_clip.py                     about four minutes on a CPU core shared with other work
+  python benchmarks/p3_clip.py                     several minutes on a CPU core
 
 1. images/s against a loop over single pictures, in two forms. "pair": model(image, texts) per picture, as the example of OpenAI's
    package does and most public solutions copy; the text of all classes is encoded again for every picture. "image": the text once.
