@@ -16,7 +16,17 @@ from typing import Any
 from runtime.device import Machine
 from runtime.files import write_json
 
-PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "timm", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass

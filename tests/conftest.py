@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -83,3 +84,41 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model's name; "tiny-clip" (GELU) and "tiny-clip-quickgelu" are known to open_clip as architectures as well."""
+    import open_clip  # slow to import, and few tests need it
+    import small_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    small_clip.save_model(folder / "tiny", seed=0)
+    (folder / "archs").mkdir()
+    for name, extra in (("tiny-clip", {}), ("tiny-clip-quickgelu", {"quick_gelu": True})):
+        (folder / "archs" / f"{name}.json").write_text(json.dumps(small_clip.CONFIG | extra))
+    open_clip.add_model_config(folder / "archs")
+    return f"local-dir:{folder / 'tiny'}"
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_clip: str) -> Path:
+    """The weights file of that model."""
+    return Path(tiny_clip.removeprefix("local-dir:")) / "open_clip_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 pictures of 6 classes and id2label.json beside them; numbered 7 to 11."""
+    from small_clip import NAMES
+
+    root = tmp_path_factory.mktemp("data")
+    (root / "val").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(len(NAMES)):
+        for index in (7, 8, 9, 10, 11):
+            pixels = random.integers(0, 256, 3) * 0.5 + random.integers(0, 256, (8, 8, 3)) * 0.5
+            picture = Image.fromarray(pixels.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST)
+            picture.save(root / "val" / f"{number}_{index}.png")
+    (root / "id2label.json").write_text(json.dumps({str(k): v for k, v in enumerate(NAMES)}))
+    return root / "val"

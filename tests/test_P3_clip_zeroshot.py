@@ -1,0 +1,343 @@
+"""Zero-shot classification on a small open_clip model with random weights on disk: exact, cached, and clear about bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, pictures_of, relative, run, save_model
+
+import P3_pictures
+from P3_clip import load
+from P3_clip_features import encode_all, logits_of
+from P3_clip_weights import resolve
+from P3_clip_zeroshot import main
+from P3_prompts import CIFAR, fillers, templates_of
+from P3_zeroshot_settings import Settings
+from runtime.cli import BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
+
+
+# --------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize(("prompts", "names"), [("report", "raw"), ("cifar", "clean")])
+def test_logits_equal_open_clips_plain_api(prompts: str, names: Any, tiny_clip: str, labelled: Path) -> None:
+    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
+    templates = templates_of(prompts)
+    classifier = ours.classifier(pictures.names, fillers(templates, names))
+    logits = logits_of(encode_all(ours, pictures, 8, 2), classifier, ours.scale, ours.bias)
+
+    model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
+    model.eval()
+    texts = [t.replace("{}", "{0}") for t in templates]
+    named = [name.replace("_", " ") for name in NAMES] if names == "clean" else NAMES
+    if names == "clean":
+        texts = [(lambda c, t=t: re.sub(r"\ba (?=[aeiou])", "a" + "n ", t.format(c))) for t in texts]
+    with torch.no_grad():
+        heads = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(tiny_clip), named, texts)
+        batch = torch.stack([preprocess(Image.open(path)) for path in pictures.paths])
+        plain = model.logit_scale.exp() * model.encode_image(batch, normalize=True) @ heads
+    assert relative(logits, plain) <= 1e-5
+    assert torch.equal(logits.argmax(1), plain.argmax(1))
+    assert len(set(plain.argmax(1).tolist())) > 1  # the model tells pictures apart, so agreement means something
+
+
+def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
+    tiny_clip: str, tiny_weights: Path, labelled: Path
+) -> None:
+    """No open_clip transform, classifier builder or loader: Pillow, numpy and the two towers."""
+    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
+    classifier = ours.classifier(pictures.names, fillers(CIFAR, "raw"))
+    logits = logits_of(encode_all(ours, pictures, 8, 2), classifier, ours.scale, ours.bias)
+
+    model = open_clip.CLIP(**CONFIG).eval()
+    model.load_state_dict(load_file(tiny_weights))
+    mean, std = np.array(PREPROCESSING["mean"]), np.array(PREPROCESSING["std"])
+    with torch.no_grad():
+        heads = []
+        for name in NAMES:
+            vectors = [model.encode_text(open_clip.tokenize([t.replace("{}", name)]))[0] for t in CIFAR]
+            mean_vector = torch.stack([v / v.norm() for v in vectors]).mean(0)
+            heads.append(mean_vector / mean_vector.norm())
+        for row, path in enumerate(pictures.paths):
+            pixels = np.asarray(Image.open(path).resize((48, 48), Image.Resampling.BICUBIC)) / 255
+            image = torch.tensor(((pixels - mean) / std).transpose(2, 0, 1), dtype=torch.float32)
+            vector = model.encode_image(image[None])[0]
+            expected = torch.stack([model.logit_scale.exp() * (vector / vector.norm()) @ head for head in heads])
+            assert relative(logits[row], expected) <= 1e-5
+
+
+def test_the_run_predicts_what_the_plain_api_predicts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    run(tmp_path, labelled, tiny_clip, prompts="single", names="raw")
+    model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
+    texts = open_clip.get_tokenizer(tiny_clip)([f"a photo of a {name}." for name in NAMES])
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(table) == 30
+    with torch.no_grad():
+        for row in table.itertuples():
+            logits = model.eval()(preprocess(Image.open(labelled / row.file))[None], texts)
+            shares = (logits[0] @ logits[1].T * logits[2]).softmax(1)[0]
+            assert row.predicted == NAMES[int(shares.argmax())]
+            assert row.probability == pytest.approx(float(shares.max()), abs=1e-5)
+            assert row.truth == NAMES[int(row.file.split("_")[0])]
+            assert row.top5.split("|") == [NAMES[i] for i in shares.topk(5).indices]
+
+
+def test_pictures_too_many_for_memory_are_read_again(
+    tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, kept, reread = load(resolve(tiny_clip, None), CPU), pictures_of(labelled), pictures_of(labelled)
+    kept.decode(2)
+    monkeypatch.setattr(P3_pictures, "KEPT_BYTES", 10 * 3 * 32 * 32)
+    reread.decode(2)
+    assert sum(picture is not None for picture in reread.kept) == 10
+    assert torch.equal(encode_all(clip, kept, 8, 2), encode_all(clip, reread, 8, 2))
+
+
+def test_bf16_is_close_to_fp32(tiny_clip: str, labelled: Path) -> None:
+    source, pictures = resolve(tiny_clip, None), pictures_of(labelled)
+    fine, coarse = (encode_all(load(source, CPU, kind), pictures, 8, 2) for kind in ("fp32", "bf16"))
+    assert coarse.dtype == torch.float32
+    assert 0 < float((fine - coarse).abs().max()) < 0.05
+
+
+def test_the_batch_changes_no_feature(tiny_clip: str, labelled: Path) -> None:
+    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
+    one, seven, all_at_once = (encode_all(ours, pictures, batch, 2) for batch in (1, 7, 64))
+    torch.testing.assert_close(one, seven, rtol=0, atol=1e-6)
+    torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-6)
+    assert one.norm(dim=1) == pytest.approx(torch.ones(30))
+
+
+# --------------------------------------------------------------- caches
+
+
+def test_a_second_run_needs_no_model_and_no_picture_and_says_the_same(
+    tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"embeddings": tmp_path / "features.safetensors", "prompts": "cifar"}
+    first = run(tmp_path, labelled, tiny_clip, **more)
+    table = (tmp_path / "out" / "predictions.csv").read_bytes()
+    second = run(tmp_path, labelled, tiny_clip, **more)
+    assert set(first["timings_s"]) == {"decoding", "model", "images", "text", "writing"}
+    assert set(second["timings_s"]) == {"writing"}
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == table
+    assert first["metrics"] == second["metrics"]
+
+
+def test_the_classifier_cache_knows_names_prompts_labels_and_weights(
+    tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    def built(**more: Any) -> bool:
+        return "text" in run(tmp_path, labelled, more.pop("model", tiny_clip), **{"names": "raw", **more})["timings_s"]
+
+    save_model(tmp_path / "other", seed=1)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([*NAMES[:-1], "otter"]))
+    assert built()
+    assert not built()
+    assert built(names="clean")
+    assert built(prompts="single")
+    assert built(labels=other)
+    assert built(model=f"local-dir:{tmp_path / 'other'}")
+    assert not built(names="clean")
+
+
+def test_a_damaged_classifier_is_built_anew(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    first = run(tmp_path, labelled, tiny_clip)
+    (cached,) = (tmp_path / "cache").glob("classifier_*")
+    cached.write_bytes(cached.read_bytes()[:100])
+    again = run(tmp_path, labelled, tiny_clip)
+    assert again["metrics"] == first["metrics"]
+    assert "text" in again["timings_s"]
+
+
+def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "features.safetensors"
+    run(tmp_path, labelled, tiny_clip, embeddings=file)
+    before = file.read_bytes()
+    other = tmp_path / "val"
+    other.mkdir()
+    for path in labelled.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    Image.new("RGB", (32, 32)).save(other / "0_7.png")  # one picture of thirty is another
+    with pytest.raises(BadInput, match="no features of the pictures"):
+        run(tmp_path, other, tiny_clip, embeddings=file, labels=labelled.parent / "id2label.json")
+    assert file.read_bytes() == before
+
+
+def test_embeddings_of_another_model_are_told_and_added(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "features.safetensors"
+    save_model(tmp_path / "other", seed=1)
+    run(tmp_path, labelled, tiny_clip, embeddings=file)
+    other = run(tmp_path, labelled, f"local-dir:{tmp_path / 'other'}", embeddings=file)
+    assert f"features of {tiny_clip}, none of local-dir:{tmp_path / 'other'}" in capsys.readouterr().err
+    assert "images" in other["timings_s"]
+    assert "images" not in run(tmp_path, labelled, tiny_clip, embeddings=file)["timings_s"]
+
+
+def test_skip_existing_skips_the_same_and_nothing_else(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    first = run(tmp_path, labelled, tiny_clip)
+    assert run(tmp_path, labelled, tiny_clip, skip_existing=True)["started"] == first["started"]
+    (tmp_path / "out" / "record.json").write_text(json.dumps(first | {"started": "before"}))
+    assert run(tmp_path, labelled, tiny_clip, skip_existing=True)["started"] == "before"
+    assert run(tmp_path, labelled, tiny_clip, skip_existing=True, prompts="single")["started"] != "before"
+
+
+def test_compare_encodes_pictures_once_and_prints_one_table(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, labelled, tiny_clip, compare=("report", "cifar,clean", "imagenet"))
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/record.json")]
+    assert len(records) == 3
+    assert sorted("images" in record["timings_s"] for record in records) == [False, False, True]
+    table = pd.read_csv(tmp_path / "out" / "compare.csv")
+    assert table.prompts.tolist() == ["report", "cifar", "imagenet"]
+    assert table.names.tolist() == ["raw", "clean", "raw"]
+    alone = run(tmp_path / "alone", labelled, tiny_clip, prompts="cifar", names="clean")
+    assert table.top1[1] == pytest.approx(alone["metrics"]["top1"])
+    assert len(re.findall(r"local-dir:\S+ +(?:report|cifar|imagenet) +(?:raw|clean)", capsys.readouterr().out)) == 3
+    main(Settings(collect=tmp_path))
+    assert len(pd.read_csv(tmp_path / "runs.csv")) == 4
+
+
+# --------------------------------------------------------------- results
+
+
+def test_the_lines_of_the_report(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run(tmp_path, labelled, tiny_clip)
+    lines = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("file")
+    right = int((table.truth == table.predicted).sum())
+    assert f"Accuracy: {100 * right / 30:.2f}%" in lines
+    assert record["metrics"]["top1"] == pytest.approx(right / 30)
+    good = [re.fullmatch(r"Successful Cases: \('(\d+_\d+\.png)', '(\w+)'\)", line) for line in lines]
+    bad = [re.fullmatch(r"Failed Cases: \('(\d+_\d+\.png)', 'GT:(\w+)', 'Predicted:(\w+)'\)", line) for line in lines]
+    assert len([m for m in good if m]) == min(5, right)
+    assert len([m for m in bad if m]) == 5
+    assert all(table.predicted[m[1]] == table.truth[m[1]] == m[2] for m in good if m)
+    assert all((table.truth[m[1]], table.predicted[m[1]]) == (m[2], m[3]) for m in bad if m)
+
+
+def test_what_a_run_leaves_behind(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    metrics = run(tmp_path, labelled, tiny_clip, prompts="cifar", names="clean")["metrics"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "cases.png", "confusion.png", "per_class.csv", "predictions.csv", "record.json"
+    }  # fmt: skip
+    assert metrics["templates"] == list(CIFAR)
+    assert metrics["model"] == tiny_clip
+    assert set(metrics["weights_sha256"]) == {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert 0 <= metrics["top1"] <= metrics["top5"] <= 1
+    assert pd.read_csv(tmp_path / "out" / "per_class.csv").name.tolist() == NAMES
+    assert all(Image.open(tmp_path / "out" / name).width > 300 for name in ("cases.png", "confusion.png"))
+
+
+@pytest.mark.skipif(not STANDIN.is_file(), reason=f"{STANDIN.name} is not beside the repository")
+def test_the_layout_of_the_homework(tiny_clip: str, tmp_path: Path) -> None:
+    with tarfile.open(STANDIN) as archive:
+        archive.extractall(tmp_path, filter="data")
+    record = run(tmp_path, tmp_path / "clip_zeroshot" / "val", tiny_clip)
+    assert record["metrics"]["pictures"] == 200
+    assert record["metrics"]["classes"] == 10
+    table = pd.read_csv(tmp_path / "out" / "per_class.csv")
+    assert table.pictures.tolist() == [20] * 10
+    assert table.name[0] == "airplane"
+
+
+# --------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("cat.png", b"", "cat.png: the name holds no class id"),
+        ("9_1.png", b"", "9_1.png: class 9 is not in"),
+        ("1_1.png", b"not a picture", "1_1.png is not a readable picture"),
+    ],
+)
+def test_bad_pictures_are_named(
+    name: str, content: bytes, named: str, tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / name).write_bytes(content)
+    with pytest.raises(BadInput, match=named):
+        run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "0_1.png").write_bytes((labelled / "0_7.png").read_bytes()[:300])
+    with pytest.raises(BadInput, match="0_1.png is not a readable picture"):
+        run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model": "ViT-B-23", "weights": "openai"}, "nearest: ViT-B-32"),
+        ({"model": "ViT-B-32", "weights": "opnai"}, "nearest: openai"),
+        ({"model": "ViT-L-14"}, "ViT-L-14 needs --weights: a file or one of openai"),
+        ({"model": "local-dir:nowhere"}, "nowhere is not a folder"),
+        ({"weights": "openai"}, "brings its own weights"),
+        ({"prompts": "cifr"}, "did you mean cifar"),
+        ({"prompts": str(ROOT / "LICENSE")}, "line 1: no placeholder"),
+        ({"images": Path("nowhere")}, "--images nowhere is not a folder"),
+        ({"labels": Path("nowhere.json")}, "nowhere.json does not exist"),
+        ({"batch": -1}, "--batch -1"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
+        ({"embeddings": ROOT / "LICENSE"}, "not a safetensors file"),
+        ({"compare": ("cifar", "nonsense")}, "--model nonsense is not known"),
+        ({"collect": ROOT / "tests"}, "no record.json"),
+    ],
+)
+def test_bad_settings_are_named_and_nothing_is_written(
+    given: dict[str, Any], named: str, tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=named):
+        run(tmp_path, given.pop("images", labelled), given.pop("model", tiny_clip), **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    with pytest.raises(BadInput, match="no id2label.json or id.json"):
+        run(tmp_path, tmp_path / "val", tiny_clip)
+    with pytest.raises(BadInput, match="holds no picture"):
+        run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    for more in ({}, {"compare": ("cifar",)}):
+        with pytest.raises(BadInput, match="a file is in the way"):
+            run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors", **more)
+    assert (tmp_path / "out").read_text() == "precious"
+    assert not (tmp_path / "features.safetensors").exists()
+
+
+def test_the_command_ends_with_one_line_and_code_2(labelled: Path) -> None:
+    command = [sys.executable, str(ROOT / "P3_clip_zeroshot.py"), "--images", str(labelled), "--model", "ViT-B-23"]
+    done = subprocess.run([*command, "--weights", "openai"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --model ViT-B-23 is not known")
