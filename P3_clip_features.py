@@ -23,7 +23,6 @@ from P3_zeroshot_settings import Choice, Settings
 from runtime.cli import BadInput, note, progress
 from runtime.device import Machine, len_cores
 from runtime.files import load_safetensors, save_safetensors
-from runtime.generation import padded_batches
 from runtime.record import Record
 
 AHEAD = 3  # batches prepared while the model computes
@@ -40,19 +39,21 @@ def prepared(clip: Clip, pictures: Pictures, batch: int, workers: int) -> Iterat
     def pixels(index: int) -> Tensor:
         return pil_to_tensor(clip.per_picture(pictures.open(index)))
 
-    waiting: deque[tuple[list[Future[Tensor]], int]] = deque()
+    waiting: deque[list[Future[Tensor]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for chunk, valid in padded_batches(range(len(pictures)), batch):
-            waiting.append(([pool.submit(pixels, index) for index in chunk[:valid]], valid))
+        for start in range(0, len(pictures), batch):
+            rows = range(start, min(start + batch, len(pictures)))
+            waiting.append([pool.submit(pixels, row) for row in rows])
             if len(waiting) > AHEAD:
-                yield _stacked(*waiting.popleft(), batch)
+                yield _stacked(waiting.popleft(), batch)
         while waiting:
-            yield _stacked(*waiting.popleft(), batch)
+            yield _stacked(waiting.popleft(), batch)
 
 
-def _stacked(futures: Sequence[Future[Tensor]], valid: int, batch: int) -> tuple[Tensor, int]:
+def _stacked(futures: Sequence[Future[Tensor]], batch: int) -> tuple[Tensor, int]:
+    """The last batch is padded, so that every call has the same shape and kernels round alike."""
     ready = [future.result() for future in futures]
-    return torch.stack(ready + ready[-1:] * (batch - valid)), valid
+    return torch.stack(ready + ready[-1:] * (batch - len(ready))), len(ready)
 
 
 def encode_all(clip: Clip, pictures: Pictures, batch: int, workers: int) -> Tensor:

@@ -43,7 +43,7 @@ from P3_zeroshot_report import (
 )
 from P3_zeroshot_settings import HERE, Choice, Settings, base_choice, check, parse_choice, precision_of
 from runtime.cli import BadInput, note, run_script
-from runtime.device import allow_tf32, detect
+from runtime.device import detect
 from runtime.files import output_folder, read_json
 from runtime.record import Record
 
@@ -144,7 +144,6 @@ def main(settings: Settings) -> None:
         return print_table(collect(settings.collect))
     machine = detect(settings.device)
     precision = precision_of(settings, machine)
-    allow_tf32(precision == "tf32")
     base = base_choice(settings)
     choices = [parse_choice(text, base) for text in settings.compare] or [base]
     for choice in choices:

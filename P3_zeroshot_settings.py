@@ -10,7 +10,7 @@ from P3_clip_weights import HUB, LOCAL, Activation
 from P3_prompts import SETS, Names
 from P3_zeroshot_report import Choosing
 from runtime.cli import BadInput
-from runtime.device import Machine, resolve_precision
+from runtime.device import Machine, set_up
 
 HERE = Path(__file__).resolve().parent
 
@@ -122,7 +122,7 @@ def check(settings: Settings) -> None:
 
 
 def precision_of(settings: Settings, machine: Machine) -> str:
-    """fp32, tf32, bf16 or fp16; raises BadInput for fp16 on a CPU."""
+    """fp32, tf32, bf16 or fp16, with the process readied for it; raises BadInput for fp16 on a CPU."""
     on_gpu = machine.device.type == "cuda"
     if settings.precision == "fp16":
         if machine.device.type == "cpu":
@@ -130,4 +130,4 @@ def precision_of(settings: Settings, machine: Machine) -> str:
         return "fp16"
     if settings.precision == "auto" and on_gpu and not machine.native_bf16:
         return "fp16"
-    return resolve_precision(settings.precision, machine)
+    return set_up(settings.precision, machine)

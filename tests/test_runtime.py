@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from runtime.cli import BadInput
-from runtime.device import Machine, Precision, allow_tf32, detect, keep_freed_memory, resolve_precision, set_up
+from runtime.device import Machine, Precision, allow_tf32, detect, resolve_precision, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import (
     atomic,
@@ -454,24 +454,26 @@ def test_tf32_is_switched_for_convolutions_too() -> None:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def page_faults(megabytes: int = 64) -> int:
-    """How many pages the system hands out while a tensor is made, filled and dropped five times over."""
-    resource = pytest.importorskip("resource", reason="page faults are counted on Unix only")
-    torch.zeros(4 * megabytes, 2**18)  # kept memory has to be there first
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.zeros(megabytes, 2**18)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+PAGE_FAULTS = """
+import resource, torch
+from runtime.device import keep_freed_memory
+
+keep_freed_memory({kept})
+torch.zeros(256, 2**18)  # kept memory has to be there first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.zeros(64, 2**18)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_kept_memory_is_used_again_instead_of_fetched_page_by_page() -> None:
-    try:
-        keep_freed_memory(True)
-        kept = page_faults()
-    finally:
-        keep_freed_memory(False)
-    assert kept < page_faults() / 4
+    kept, dropped = (
+        int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS.format(kept=kept)], cwd=ROOT, timeout=120))
+        for kept in (True, False)
+    )
+    assert kept < dropped / 4
 
 
 @pytest.mark.parametrize("asked", ["auto", "fp32"])
