@@ -1,0 +1,257 @@
+"""The ground-truth meter: a network that tells what a 64x64 picture of the world holds, as a whole and inside boxes.
+miniature/judge.py is the command that trains and grades it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from miniature.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
+from runtime.cli import BadInput
+from runtime.files import load_safetensors, save_safetensors
+
+KIND = "miniature judge"
+SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "miniature" / "judge.safetensors"
+BATCH = 250  # pictures per forward pass
+NONE = len(ALL_KINDS)  # "kind" of a box without an object
+
+# The questions and their answers. "present" and "paints" are yes or no for each answer, the others have one right answer
+WHOLE = {
+    "kind": ALL_KINDS,  # of a single object
+    "colour": tuple(COLOURS),  # of a single object
+    "present": ALL_KINDS,
+    "paints": tuple(COLOURS),  # of any object
+    "style": ALL_STYLES,
+    "background": tuple(BACKGROUNDS),
+    "ground": GROUNDS,
+    "place": PLACES,  # of a single object
+}
+BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}
+EACH = ("present", "paints")
+Logits = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------- the network
+
+
+class Block(nn.Module):
+    """conv, BatchNorm, ReLU, twice, around a skip connection (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, 1) != (outputs, stride) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Layout of the network."""
+
+    stem: int = 16
+    channels: tuple[int, ...] = (32, 64, 128)  # at 16x16, 8x8, 4x4 positions
+    blocks: tuple[int, ...] = (1, 2, 2)
+    fused: int = 64  # channels of the 16x16 map that the heads look at
+    hidden: int = 160
+    crop: int = 5  # positions along each side of a box
+
+
+class JudgeNetwork(nn.Module):
+    """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks"); one head looks at all
+    of it, one at boxes cut out of it."""
+
+    def __init__(self, config: JudgeConfig = JudgeConfig()):
+        super().__init__()
+        self.config, width = config, config.stem
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, width, 3, padding=1), nn.ReLU())
+        self.levels, self.laterals = nn.ModuleList(), nn.ModuleList()
+        for channels, blocks in zip(config.channels, config.blocks, strict=True):
+            steps = [Block(width if not b else channels, channels, 1 if b else 2) for b in range(blocks)]
+            self.levels.append(nn.Sequential(*steps))
+            self.laterals.append(nn.Conv2d(channels, config.fused, 1))
+            width = channels
+        self.norm = nn.BatchNorm2d(config.fused)
+        self.gather = nn.Conv2d(config.fused, 2 * config.fused, 1)
+        self.whole = _head(4 * config.fused, config.hidden, WHOLE)
+        self.boxed = _head(config.fused * config.crop**2, config.hidden, BOXED)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[N,3,64,64] in -1..1 -> [N,fused,16,16]."""
+        h, total = self.stem(x), torch.zeros(())
+        for level, lateral in zip(self.levels, self.laterals, strict=True):
+            h = level(h)
+            part = lateral(h)
+            total = total + F.interpolate(part, scale_factor=SIDE / 4 / part.shape[-1], mode="nearest")
+        return F.relu(self.norm(total))
+
+    def look(self, features: Tensor) -> Logits:
+        """Of the whole picture: {question: logits [N,answers]}."""
+        gathered = F.relu(self.gather(features))
+        pooled = torch.cat([gathered.amax((2, 3)), gathered.mean((2, 3))], 1)
+        return _split(self.whole(pooled), WHOLE)
+
+    def look_into(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Logits:
+        """Of boxes [M,4] (left, top, right, bottom in pixels) of pictures `rows` [M]: {question: logits [M,answers]}."""
+        regions = torch.cat([rows[:, None].to(boxes), boxes], 1)
+        cut = roi_align(features, regions, self.config.crop, 0.25, sampling_ratio=2, aligned=True)
+        return _split(self.boxed(cut.flatten(1)), BOXED)
+
+
+def _head(inputs: int, hidden: int, questions: dict[str, tuple[str, ...]]) -> nn.Sequential:
+    answers = sum(map(len, questions.values()))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, answers))
+
+
+def _split(logits: Tensor, questions: dict[str, tuple[str, ...]]) -> Logits:
+    return dict(zip(questions, logits.split([len(answers) for answers in questions.values()], 1), strict=True))
+
+
+# ---------------------------------------------------------------- the judge
+
+
+class Judge(nn.Module):
+    """Answers in probabilities; pictures are [N,3,64,64] uint8, boxes [.,4] in pixels: left, top, right, bottom."""
+
+    def __init__(self, network: JudgeNetwork):
+        super().__init__()
+        self.network = network
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def whole(self, images: Tensor) -> dict[str, Tensor]:
+        """{question of WHOLE: [N,answers]}: of "present" and "paints" each in 0..1, of the others adding up to 1."""
+        parts = [self.network.look(self._features(chunk)) for chunk in _checked(images).split(BATCH)]
+        joined = {question: torch.cat([part[question] for part in parts]).float() for question in WHOLE}
+        return {question: x.sigmoid() if question in EACH else x.softmax(1) for question, x in joined.items()}
+
+    @torch.inference_mode()
+    def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """One box per picture, [N,4]: {"kind": [N,17], the last one "none"; "colour": [N,8]}."""
+        parts = []
+        for chunk, box in zip(_checked(images).split(BATCH), boxes.float().split(BATCH), strict=True):
+            rows = torch.arange(len(chunk))
+            parts.append(self.network.look_into(self._features(chunk), box.to(self.device), rows.to(self.device)))
+        return {question: torch.cat([part[question] for part in parts]).float().softmax(1) for question in BOXED}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = to_float(images.to(self.device))
+        return self.network.features(x.contiguous(memory_format=torch.channels_last))
+
+    # ------------------------------------------------ questions of the benchmarks: [N] bool each, on the judge's device
+
+    def agrees(self, images: Tensor, **wanted: Sequence[str]) -> Tensor:
+        """Whether whole pictures are as wanted: kind=, colour=, style=, background=, ground=, place=, one word per picture each."""
+        seen = self.whole(images)
+        return _agree({question: seen[question] for question in wanted}, wanted, WHOLE)
+
+    def inside(
+        self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
+    ) -> Tensor:
+        """Whether box i of picture i holds an object of this kind, and, where given, this colour."""
+        wanted = {"kind": kinds} | ({"colour": colours} if colours else {})
+        return _agree(self.boxed(images, boxes), wanted, BOXED)
+
+    def outside(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """What `whole` says of the pictures with their boxes [N,4] painted over: what leaked out of them shows in "present", "paints"."""
+        x = erase(_checked(images).to(self.device).float(), boxes.to(self.device))
+        return self.whole(x.round().to(torch.uint8))
+
+    def leaked(
+        self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
+    ) -> Tensor:
+        """Whether the kind, or the colour where given, is seen on an object outside of its box. Objects that are meant to be there must
+        be of other kinds and colours."""
+        seen = self.outside(images, boxes)
+        found = _answer(seen["present"], kinds, ALL_KINDS) > 0.5
+        return found | (_answer(seen["paints"], colours, tuple(COLOURS)) > 0.5) if colours else found
+
+    def found(self, images: Tensor) -> list[frozenset[str]]:
+        """The kinds of object in each picture, however many."""
+        rows = (self.whole(images)["present"] > 0.5).tolist()
+        return [frozenset(kind for kind, yes in zip(ALL_KINDS, row, strict=True) if yes) for row in rows]
+
+
+def _checked(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
+        raise ValueError(f"the judge takes [N,3,{SIDE},{SIDE}] uint8, not {list(images.shape)} {images.dtype}")
+    return images
+
+
+def _answer(seen: Tensor, words: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """The probability of picture i's word."""
+    columns = torch.tensor([answers.index(word) for word in words], device=seen.device)
+    return seen.gather(1, columns[:, None])[:, 0]
+
+
+def _agree(seen: Logits, wanted: dict[str, Sequence[str]], questions: dict[str, tuple[str, ...]]) -> Tensor:
+    agreed = [_answer(seen[q], words, questions[q]) >= seen[q].amax(1) for q, words in wanted.items()]
+    return torch.stack(agreed).all(0)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
+    """[N,3,64,64] float with box i of picture i, one pixel larger on each side, filled with the mean colour around it, where `which` [N]
+    says so."""
+    axis = torch.arange(SIDE, device=x.device) + 0.5
+    left, top, right, bottom = (boxes + torch.tensor([-1, -1, 1, 1], device=x.device)).T[:, :, None]
+    columns, rows = (axis > left) & (axis < right), (axis > top) & (axis < bottom)
+    inside = (rows[:, None, :, None] & columns[:, None, None, :]).float()
+    if which is not None:
+        inside = inside * which[:, None, None, None]
+    ring = F.max_pool2d(inside, 5, 1, 2) - inside
+    fill = (x * ring).sum((2, 3), keepdim=True) / ring.sum((2, 3), keepdim=True).clamp(min=1)
+    return x + inside * (fill - x)
+
+
+# ---------------------------------------------------------------- files
+
+
+def rounded(network: JudgeNetwork) -> dict[str, Tensor]:
+    """What the file stores: matrices and kernels in half precision, vectors (norms, biases) as they are; on the CPU."""
+    state = network.state_dict()
+    return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
+
+
+def save_judge(path: Path, network: JudgeNetwork, origin: dict[str, Any]) -> None:
+    """One safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
+    header = {"kind": KIND, "model": asdict(network.config), "whole": WHOLE, "boxed": BOXED, "origin": origin}
+    save_safetensors(path, rounded(network), {"judge": json.dumps(header)})
+
+
+def load_judge(device: torch.device | str = "cpu", path: Path = SHIPPED) -> Judge:
+    """The shipped judge, or another file of its kind; raises BadInput for anything else and for one of another vocabulary."""
+    tensors, metadata = load_safetensors(path)
+    header = json.loads(metadata.get("judge", "{}"))
+    if header.get("kind") != KIND:
+        raise BadInput(f"{path} is no judge of the miniature: python miniature/judge.py train makes one")
+    if [header["whole"], header["boxed"]] != json.loads(json.dumps([WHOLE, BOXED])):
+        raise BadInput(f"{path} was trained on another vocabulary: python miniature/judge.py train makes a new one")
+    layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()}
+    network = JudgeNetwork(JudgeConfig(**layout))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
+    return Judge(network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]

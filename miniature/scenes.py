@@ -1,0 +1,317 @@
+"""What a picture of the world holds, drawn from a seed: objects in boxes, a background, a style. The words are those of the captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+from typing import Literal
+
+SIDE = 64  # pixels, height and width of every picture
+
+KINDS = ("three", "four", "seven", "square", "triangle", "star", "heart", "ring", "cross", "house", "tree", "moon")
+HELD_OUT_KINDS = ("key", "fish", "mushroom", "cup")  # in training pictures, but no caption names them
+ALL_KINDS = KINDS + HELD_OUT_KINDS
+STYLES = ("flat", "outline", "hatched", "dots", "mosaic", "watercolour")
+HELD_OUT_STYLES = ("relief", "ripple")  # likewise
+ALL_STYLES = STYLES + HELD_OUT_STYLES
+GROUNDS = ("plain", "gradient", "textured")
+PLACES = ("left", "right", "above", "below", "centre")
+
+COLOURS = {
+    "red": (214, 30, 36),
+    "orange": (250, 136, 10),
+    "yellow": (252, 222, 40),
+    "green": (30, 158, 62),
+    "blue": (34, 78, 222),
+    "purple": (148, 40, 204),
+    "pink": (252, 128, 190),
+    "white": (252, 252, 252),
+}
+BACKGROUNDS = {
+    "red": (176, 46, 50),
+    "yellow": (236, 208, 100),
+    "green": (88, 148, 96),
+    "blue": (92, 132, 206),
+    "purple": (126, 84, 158),
+    "brown": (106, 70, 44),
+    "grey": (134, 136, 140),
+    "white": (240, 240, 236),
+}
+CONTRAST = 132.0  # least distance of an object's colour to its background's, see `distance`
+
+# One colour that each named kind never has in training pictures
+HELD_OUT_PAIRS = tuple((tuple(COLOURS)[(3 * i + 1) % len(COLOURS)], kind) for i, kind in enumerate(KINDS))
+_HELD_OUT = frozenset(HELD_OUT_PAIRS)
+Pairs = Literal["trained", "held_out", "any"]
+
+MIRRORED = {"moon", "key", "fish", "cup"}  # may look either way; the others are symmetric, or digits
+ANGLES = (-8, -4, 0, 4, 8)  # degrees clockwise
+SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # pixels, by the number of objects; even numbers
+SHARE = (0.6, 0.28, 0.12)  # of pictures with one, two, three objects
+GROUND_SHARE = (0.5, 0.25, 0.25)
+TINT = 10  # grey levels by which each channel of a colour may be off
+OFF_CENTRE = 6  # pixels between the centres of box and picture from which on an object is left, right, above or below
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
+Tint = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it is, and the square box that it fills."""
+
+    kind: str
+    colour: str
+    box: Box
+    angle: int = 0
+    mirrored: bool = False
+    tint: Tint = (0, 0, 0)
+
+    @property
+    def size(self) -> int:
+        """Pixels, of the box's sides."""
+        return self.box[2] - self.box[0]
+
+    @property
+    def place(self) -> str:
+        """left, right, above, below or centre of the picture."""
+        return place_of(self.box)
+
+
+@dataclass(frozen=True)
+class Background:
+    """Colour by name, and how it is laid on."""
+
+    colour: str
+    ground: str = "plain"
+    tint: Tint = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The whole truth about a picture; `grain` chooses the style's noise, phases and the gradient's direction."""
+
+    things: tuple[Thing, ...]
+    background: Background
+    style: str = "flat"
+    grain: int = 0
+
+
+def place_of(box: Sequence[float]) -> str:
+    """Where a box lies: along the axis on which its centre is further from the picture's, if that is 6 pixels or more."""
+    right, down = (box[0] + box[2] - SIDE) / 2, (box[1] + box[3] - SIDE) / 2
+    if max(abs(right), abs(down)) < OFF_CENTRE:
+        return "centre"
+    if abs(right) >= abs(down):
+        return "right" if right > 0 else "left"
+    return "below" if down > 0 else "above"
+
+
+def distance(first: Sequence[int], second: Sequence[int]) -> float:
+    """How different two colours look (the "redmean" approximation of perceived distance)."""
+    mean = (first[0] + second[0]) / 2
+    red, green, blue = (a - b for a, b in zip(first, second, strict=True))
+    return float(((2 + mean / 256) * red**2 + 4 * green**2 + (2 + (255 - mean) / 256) * blue**2) ** 0.5) / 1.5
+
+
+@cache
+def fits(colour: str, background: str) -> bool:
+    """True where an object of this colour stands out from that background."""
+    return colour != background and distance(COLOURS[colour], BACKGROUNDS[background]) >= CONTRAST
+
+
+# ---------------------------------------------------------------- drawing a scene
+
+
+class Dice:
+    """Choices from one seed (0 or more), all made of `Random.random`: the one sequence that Python promises never to change."""
+
+    def __init__(self, seed: int):
+        self.uniform = Random(seed).random
+
+    def below(self, count: int) -> int:
+        """An integer in 0 .. count - 1."""
+        return int(self.uniform() * count)
+
+    def between(self, low: int, high: int) -> int:
+        """An integer in low .. high, both included; `low` where the range is empty."""
+        return low + self.below(max(1, high - low + 1))
+
+    def pick(self, options: Sequence[str]) -> str:
+        """One of them."""
+        return options[self.below(len(options))]
+
+    def weighted(self, shares: Sequence[float]) -> int:
+        """An index, as often as its share says."""
+        left = self.uniform() * sum(shares)
+        for index, share in enumerate(shares):
+            left -= share
+            if left < 0:
+                return index
+        return len(shares) - 1
+
+    def chance(self, share: float) -> bool:
+        """True as often as `share`."""
+        return self.uniform() < share
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a scene must hold; what is None is drawn. `kinds`, `colours` and `boxes` have one entry per object, in one order."""
+
+    count: int | None = None
+    kinds: tuple[str, ...] | None = None
+    colours: tuple[str, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
+    place: str | None = None  # of a single object
+    style: str | None = None
+    background: str | None = None
+    ground: str | None = None
+    pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
+    among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for unknown words, lengths that differ and clashing colours."""
+        for word, known in self._words():
+            if word is not None and word not in known:
+                raise ValueError(f"{word} is not one of {', '.join(known)}")
+        lengths = {len(each) for each in (self.kinds, self.colours, self.boxes) if each is not None}
+        if len(lengths | ({self.count} if self.count else set())) > 1:
+            raise ValueError("count, kinds, colours and boxes must agree in length")
+        if not all(1 <= length <= 3 for length in lengths | {self.count or 1}):
+            raise ValueError("a picture holds one to three objects")
+        if self.place and lengths | {self.count or 1} != {1}:
+            raise ValueError("a place can be fixed for a single object only; give boxes for several")
+        if self.background in (self.colours or ()):
+            raise ValueError(f"a {self.background} object on a {self.background} background can't be seen")
+        for box in self.boxes or ():
+            if min(box) < 0 or max(box) > SIDE or min_side(box) < 12:
+                raise ValueError(f"box {box} must lie within 0 .. {SIDE} and measure 12 pixels or more")
+
+    def _words(self) -> list[tuple[str | None, Sequence[str]]]:
+        many: list[tuple[str | None, Sequence[str]]] = [
+            (kind, ALL_KINDS) for kind in (*(self.kinds or ()), *self.among)
+        ]
+        many += [(colour, tuple(COLOURS)) for colour in self.colours or ()]
+        single = [(self.style, ALL_STYLES), (self.background, tuple(BACKGROUNDS)), (self.ground, GROUNDS)]
+        return [*many, *single, (self.place, PLACES)]
+
+    def how_many(self, dice: Dice) -> int:
+        """As given, or as the shares say."""
+        given = self.kinds or self.colours or self.boxes or ((self.place,) if self.place else ())
+        drawn = dice.weighted(SHARE) + 1
+        return self.count or len(given) or drawn
+
+
+FREE = Wish()
+
+
+def min_side(box: Box) -> int:
+    """Pixels of the shorter side."""
+    return min(box[2] - box[0], box[3] - box[1])
+
+
+def sample_scene(seed: int, wish: Wish = FREE) -> Scene:
+    """The scene of this seed (0 or more), with what `wish` fixes; raises ValueError where it can't be had.
+
+    Objects of one picture differ in kind and colour; background and objects always contrast."""
+    dice = Dice(seed)
+    count = wish.how_many(dice)
+    kinds = wish.kinds or _kinds(dice, wish, count)
+    background, colours = _colours(dice, wish, kinds)
+    boxes = [_square(box) for box in wish.boxes] if wish.boxes else _boxes(dice, count, wish.place)
+    things = tuple(
+        Thing(kind, colour, box, ANGLES[dice.below(len(ANGLES))], kind in MIRRORED and dice.chance(0.5), _tint(dice))
+        for kind, colour, box in zip(kinds, colours, boxes, strict=True)
+    )
+    ground, style = GROUNDS[dice.weighted(GROUND_SHARE)], dice.pick(ALL_STYLES)
+    laid = Background(background, wish.ground or ground, _tint(dice))
+    return Scene(things, laid, wish.style or style, dice.below(2**31))
+
+
+def _kinds(dice: Dice, wish: Wish, count: int) -> tuple[str, ...]:
+    """Different ones; where colours are given, such as may have them."""
+    kinds: list[str] = []
+    for index in range(count):
+        free = [k for k in wish.among if k not in kinds]
+        if wish.colours:
+            free = [k for k in free if allowed(wish.colours[index], k, wish.pairs)]
+        if not free:
+            raise ValueError(f"{count} objects of different kinds can't be drawn from {', '.join(wish.among)}")
+        kinds.append(dice.pick(free))
+    return tuple(kinds)
+
+
+def _tint(dice: Dice) -> Tint:
+    return dice.between(-TINT, TINT), dice.between(-TINT, TINT), dice.between(-TINT, TINT)
+
+
+def _colours(dice: Dice, wish: Wish, kinds: Sequence[str]) -> tuple[str, list[str]]:
+    """A background and one colour per kind that stand out from it; where colours are given, the background follows."""
+    if wish.colours:
+        contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in wish.colours)]
+        contrast = contrast or [b for b in BACKGROUNDS if b not in wish.colours]
+        return wish.background or dice.pick(contrast), list(wish.colours)
+    options = [wish.background] if wish.background else list(BACKGROUNDS)
+    while options:
+        background = options.pop(dice.below(len(options)))
+        colours: list[str] = []
+        for kind in kinds:
+            free = [c for c in COLOURS if c not in colours and fits(c, background) and allowed(c, kind, wish.pairs)]
+            if not free:
+                break
+            colours.append(dice.pick(free))
+        else:
+            return background, colours
+    raise ValueError(f"no {wish.pairs} colours are left for {', '.join(kinds)}")
+
+
+def allowed(colour: str, kind: str, pairs: Pairs) -> bool:
+    """Whether (colour, kind) may be drawn."""
+    return pairs == "any" or ((colour, kind) in _HELD_OUT) == (pairs == "held_out")
+
+
+def _square(box: Box) -> Box:
+    """The largest even square in the middle of a box."""
+    size = min_side(box) // 2 * 2
+    left, top = box[0] + (box[2] - box[0] - size) // 2, box[1] + (box[3] - box[1] - size) // 2
+    return left, top, left + size, top + size
+
+
+# ---------------------------------------------------------------- places
+
+
+def _boxes(dice: Dice, count: int, place: str | None) -> list[Box]:
+    """Boxes that don't overlap: one anywhere that has a name, or a row or column of several."""
+    sizes = [2 * dice.between(SIZES[count][0] // 2, SIZES[count][1] // 2) for _ in range(count)]
+    if count == 1:
+        return [_single(dice, sizes[0], place or dice.pick(PLACES))]
+    return _line(dice, sizes, column=dice.chance(0.5))
+
+
+def _single(dice: Dice, size: int, place: str) -> Box:
+    """Plainly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
+    along, across = dice.between(8, (SIDE - size) // 2 - 2), dice.between(-4, 4)
+    right, down = {
+        "left": (-along, across),
+        "right": (along, across),
+        "above": (across, -along),
+        "below": (across, along),
+        "centre": (across * 3 // 4, dice.between(-3, 3)),
+    }[place]
+    left, top = (SIDE - size) // 2 + right, (SIDE - size) // 2 + down
+    return left, top, left + size, top + size
+
+
+def _line(dice: Dice, sizes: Sequence[int], column: bool) -> list[Box]:
+    """One behind the other, in slots of equal width; in the middle of the other axis, up to 5 pixels off."""
+    slot, boxes = SIDE / len(sizes), []
+    for index, size in enumerate(sizes):
+        room = int(slot) - size - 2
+        start = int(index * slot) + 1 + dice.between(0, room)
+        aside = (SIDE - size) // 2 + dice.between(-5, 5)
+        left, top = (aside, start) if column else (start, aside)
+        boxes.append((left, top, left + size, top + size))
+    return boxes
