@@ -48,6 +48,7 @@ bench: setup  ## side-by-side measurements of training and sampling
 	$(RUN) benchmarks/p1_training.py
 	$(RUN) benchmarks/p1_sampling.py
 	$(RUN) benchmarks/p2_ddim.py
+	$(RUN) benchmarks/p3_clip.py
 
 clean:  ## remove .venv, runs and the demo's output
 	rm -rf .venv runs $(DEMO)
