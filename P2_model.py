@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,9 +179,9 @@ def _schedule_of(folder: Path) -> Schedule:
         raise BadInput(f"--model {folder}: predicts {kind!r}, only {' and '.join(PREDICTIONS)} are known")
     known = DDIMScheduler.from_config(config)
     options = known.config
-    if options["trained_betas"] is not None:
+    if options["trained_betas"] is not None and not options["rescale_betas_zero_snr"]:
         betas = torch.tensor(options["trained_betas"], dtype=torch.float64)
-    elif options["beta_schedule"] == "linear":
+    elif options["beta_schedule"] == "linear" and not options["rescale_betas_zero_snr"]:
         steps, ends = options["num_train_timesteps"], (options["beta_start"], options["beta_end"])
         return linear(steps, *ends, prediction=PREDICTIONS[kind])
     else:
@@ -189,7 +190,7 @@ def _schedule_of(folder: Path) -> Schedule:
 
 
 def export(model: Model, folder: Path) -> None:
-    """Saves a UNet2DModel and the homework's rule as a diffusers DDIMPipeline folder (safetensors)."""
+    """Saves a UNet2DModel and the homework's rule as a diffusers DDIMPipeline folder (safetensors), all or nothing."""
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 
     if not isinstance(model.network, UNet2DModel):
@@ -203,4 +204,8 @@ def export(model: Model, folder: Path) -> None:
         steps_offset=1,
         set_alpha_to_one=False,
     )
-    DDIMPipeline(model.network, scheduler).save_pretrained(folder)
+    folder = folder.absolute()
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
+        DDIMPipeline(model.network, scheduler).save_pretrained(Path(temporary) / "whole")
+        folder.rmdir()
+        (Path(temporary) / "whole").replace(folder)

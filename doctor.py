@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from P1_inference import CHECKPOINT, Sampler, expected_seconds
 from P1_model import PRESETS, Network, UNet, load_network
 from P1_recipes import RECIPES
 from runtime.cli import BadInput, run_script
-from runtime.device import Machine, detect, resolve_precision
+from runtime.device import Machine, detect, set_up
 from runtime.record import versions
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +55,21 @@ def drawing_minutes(network: Network) -> float:
     return expected_seconds(network, Sampler.from_dict(network.sampler), 1000, batch) / 60
 
 
+@torch.inference_mode()
+def face_minutes(machine: Machine) -> float:
+    """Estimated for `bash hw2_2.sh` with the course's ten noises, from the network's commonest layer: 496 GFLOP per picture and step."""
+    x = torch.randn(1, 128, 256, 256, device=machine.device).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(128, 128, 3, 3, device=machine.device)
+    for repeat in range(4):
+        if repeat == 1:  # the first one warms up
+            start = time.perf_counter()
+        F.conv2d(x, kernel, padding=1)
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize(machine.device)
+    layer = 2 * 128 * 128 * 9 * 256**2 / 1e9  # GFLOP
+    return (time.perf_counter() - start) / 3 / layer * 496 * 10 * 50 / 60
+
+
 def tell_files(settings: Settings) -> None:
     """Which data and weights are there."""
     for name in DATA:
@@ -73,13 +89,14 @@ def main(settings: Settings) -> None:
     print("packages " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     tell_files(settings)
     preset = "gpu" if machine.device.type == "cuda" else "cpu"
-    precision = resolve_precision("auto", machine)
+    precision = set_up("auto", machine)
     print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
     try:
         minutes = drawing_minutes(load_network(CHECKPOINT, machine.device))
         print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
     except BadInput as error:
         print(f"  bash hw2_1.sh out               not possible: {error}")
+    print(f"  bash hw2_2.sh, 10 noises        {face_minutes(machine):8.0f} minutes (fp32, from one layer's time)")
     print(f"  python P1_training.py           {training_minutes(machine, preset):8.0f} minutes (preset {preset})")
 
 
