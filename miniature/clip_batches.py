@@ -2,7 +2,9 @@
 
 Pictures drawn at random differ in colours and style, which are seen at a glance, so a batch of them hardly asks for shapes. A batch is
 therefore made of small families that share colours, background and style and differ in objects and places; some only swap the colours
-of the same objects. And as the world's captions leave things out, one is often true of several pictures of a batch: which, is known.
+of the same objects. And as the world's captions leave things out, one is often true of several pictures of a batch: of 64 pictures in
+families, 45 % have a true caption besides their own (13 % of pictures drawn at random). Which these are is known, so they aren't
+taken for wrong ones.
 """
 
 from __future__ import annotations

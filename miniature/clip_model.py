@@ -44,10 +44,10 @@ class Size:
     embedding: int = 128
     """Dimensions that pictures and prompts share."""
     vision_width: int = 128
-    vision_layers: int = 5
+    vision_layers: int = 4
     text_width: int = 128
     """Also what a diffusion model's cross-attention is given."""
-    text_layers: int = 4
+    text_layers: int = 3
     patch: int = 8
     """Pixels, height and width."""
     head: int = 32

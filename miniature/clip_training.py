@@ -41,8 +41,8 @@ class Train:
 
     output: Path = SHIPPED
     """Folder of the model, in open_clip's form."""
-    steps: int = 4000
-    batch: int = 128
+    steps: int = 8000
+    batch: int = 64
     """Pictures per step, in families of four."""
     lr: float = 1.5e-3
     """Peak learning rate of AdamW."""
@@ -64,7 +64,7 @@ class Train:
     """Run folder: checkpoint, TensorBoard, record.json."""
 
 
-class ClipLoss(open_clip.ClipLoss):  # type: ignore[misc]  # open_clip has no types
+class ClipLoss(open_clip.ClipLoss):
     """open_clip's loss, with a matrix as `logit_bias` [pictures, captions]: -inf takes a pair out."""
 
     def get_logits(
@@ -82,7 +82,8 @@ def negatives_only(also: Tensor) -> Tensor:
 
 
 def forward(model: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """open_clip's forward for prompts shorter than 77: attention looks back only, so what would follow the end token has no effect."""
+    """open_clip's forward for prompts shorter than 77: attention looks back only, so what would follow the end token has no effect.
+    The positions beyond the longest caption, about 35 tokens, are never trained therefore."""
     length = tokens.shape[1]
     shorter = {
         "positional_embedding": model.positional_embedding[:length],  # type: ignore[index]
@@ -181,7 +182,7 @@ class Training:
                 sampler=steps,
                 batch_size=None,
                 num_workers=workers,
-                collate_fn=same,
+                collate_fn=same,  # type: ignore[arg-type]
                 worker_init_fn=quiet_worker,
             )
         )
@@ -209,9 +210,8 @@ class Training:
             raise BadInput(f"the loss is {loss} at step {self.step:,}; {self.checkpoint} is older: try a lower --lr")
         start = time.perf_counter()
         accuracy = held_out_pairs(self.averaged(), GLANCE, self.settings.seed)
-        log.show(
-            self.step, loss=loss, images_s=speed, accuracy=accuracy, scale=float(self.model.logit_scale.detach().exp())
-        )  # type: ignore[operator]
+        scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+        log.show(self.step, loss=loss, images_s=speed, accuracy=accuracy, scale=scale)
         log.pause(time.perf_counter() - start)
 
     def averaged(self) -> SmallClip:

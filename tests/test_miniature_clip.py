@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from small_clip import run as run_zeroshot
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from miniature.captions import Caption, caption
 from miniature.clip_batches import Batches, relative, true_of
@@ -298,6 +298,22 @@ def test_added_tokens_leave_the_features_right_in_both_forms(folder: Path) -> No
         torch.testing.assert_close(theirs, wanted, atol=1e-4, rtol=0)
         clip.model.text_pool_type = "argmax"
         assert (clip.model.encode_text(tokens, normalize=True) - wanted).abs().max() > 0.01
+
+
+def test_the_text_tower_is_a_text_encoder_of_its_own(clip: SmallClip, tmp_path: Path) -> None:
+    """As a Stable Diffusion pipeline saves and loads it."""
+    tower = to_transformers(clip).text_model
+    tower.save_pretrained(tmp_path)
+    again = CLIPTextModel.from_pretrained(tmp_path)
+    tokens = clip.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
+    with torch.inference_mode():
+        states, wanted = again(tokens.input_ids).last_hidden_state, tower(tokens.input_ids).last_hidden_state
+    assert states.shape == (3, LENGTH, TINY.text_width)
+    assert (states == wanted).all()
+    assert again.config.eos_token_id == clip.tokenizer.eos_token_id
+    ends = tokens.attention_mask.sum(1) - 1
+    features = F.normalize(states[torch.arange(3), ends] @ clip.model.text_projection, dim=1)
+    torch.testing.assert_close(features, encode_texts(clip, PROMPTS), atol=1e-4, rtol=0)
 
 
 def test_the_added_tokens_own_vectors_matter(folder: Path) -> None:
