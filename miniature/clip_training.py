@@ -1,0 +1,243 @@
+"""How the small CLIP learns: open_clip's model and loss, fresh pictures at every step, true captions of others no negatives."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from miniature.clip_batches import FAMILY, Batch, Batches
+from miniature.clip_grading import held_out_pairs
+from miniature.clip_model import PREPROCESSING, SHIPPED, Size, SmallClip, model_config
+from miniature.judge_model import to_float
+from miniature.vocabulary import LENGTH, make_tokenizer
+from miniature.world import as_tensor
+from runtime.cli import BadInput, note
+from runtime.device import detect, len_cores, set_up
+from training.checkpoint import load_state, save_state
+from training.ema import make_ema
+from training.log import TrainingLog
+from training.rate import rate_factor
+from training.signals import StopSignals
+
+KIND = "miniature clip"
+GLANCE = 240  # pictures on which the training looks at its accuracy on the way
+STEEPEST = math.log(100)  # of the logit scale, as in the CLIP paper
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains on pictures rendered on the way; stops cleanly on Ctrl-C or SIGTERM, and goes on with the same command."""
+
+    output: Path = SHIPPED
+    """Folder of the model, in open_clip's form."""
+    steps: int = 8000
+    batch: int = 64
+    """Pictures per step, in families of four."""
+    lr: float = 1.5e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Of matrices; embeddings, gains and biases have none."""
+    ema: float = 0.998
+    """Decay of the averaged weights, which are the ones that are kept."""
+    size: Size = field(default_factory=Size)
+    save_every: int = 100
+    """Steps between checkpoints."""
+    grade: int = 1200
+    """Fresh pictures per question on which the finished model is graded."""
+    seed: int = 0
+    workers: int = -1
+    """Processes that render; -1: one less than there are cores, at most 8; 0: render between the steps."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N."""
+    run: Path = Path("runs/miniature/clip")
+    """Run folder: checkpoint, TensorBoard, record.json."""
+
+
+class ClipLoss(open_clip.ClipLoss):
+    """open_clip's loss, with a matrix as `logit_bias` [pictures, captions]: -inf takes a pair out."""
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both [N,N]: a row per picture, a row per caption."""
+        per_image, per_text = super().get_logits(image_features, text_features, logit_scale)
+        return per_image + logit_bias, per_text + logit_bias.T
+
+
+def negatives_only(also: Tensor) -> Tensor:
+    """[N,N] bool, captions that are true -> [N,N] float: 0, but -inf where the caption of another picture is true as well."""
+    others = also & ~torch.eye(len(also), dtype=torch.bool, device=also.device)
+    return torch.zeros(also.shape, device=also.device).masked_fill(others, -math.inf)
+
+
+def forward(model: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """open_clip's forward for prompts shorter than 77: attention looks back only, so what would follow the end token has no effect.
+    The positions beyond the longest caption, about 35 tokens, are never trained therefore."""
+    length = tokens.shape[1]
+    shorter = {
+        "positional_embedding": model.positional_embedding[:length],  # type: ignore[index]
+        "attn_mask": model.attn_mask[:length, :length],  # type: ignore[index]
+    }
+    return functional_call(model, shorter, (x, tokens))
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices that are no embeddings."""
+    kept = {"token_embedding.weight", *model.no_weight_decay()}  # type: ignore[operator]
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in kept]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name in kept]
+    return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def quiet_worker(_: int) -> None:
+    """The main process alone answers signals: it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def check(settings: Train) -> None:
+    """Raises BadInput for numbers that can't work."""
+    for name in ("steps", "batch", "save_every", "grade"):
+        if getattr(settings, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+    if settings.batch % FAMILY:
+        raise BadInput(f"--batch {settings.batch}: must be a multiple of {FAMILY}, the pictures of a family")
+    if settings.seed < 0:
+        raise BadInput(f"--seed {settings.seed}: give zero or more")
+    if settings.output.is_file():
+        raise BadInput(f"output {settings.output}: a file is in the way, name a folder")
+
+
+class Training:
+    """One run: what is set up once, and the loop."""
+
+    def __init__(self, settings: Train):
+        check(settings)
+        self.settings, self.machine = settings, detect(settings.device)
+        set_up("fp32", self.machine)
+        self.device = self.machine.device
+        self.tokenizer = make_tokenizer()
+        self.config = model_config(settings.size, self.tokenizer)
+        torch.manual_seed(settings.seed)
+        self.model: nn.Module = open_clip.CLIP(**self.config).to(self.device)
+        self.loss = ClipLoss()
+        groups = parameter_groups(self.model, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.98), fused=True)
+        self.ema, self.step, self.seconds = make_ema(self.model, settings.ema), 0, 0.0
+        self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The training's own state."""
+        return self.settings.run / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Everything that going on needs; the random numbers follow from seed and step."""
+        state = {
+            "kind": KIND,
+            "config": self.config,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "averaged": int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_state(self.checkpoint, state)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        state = load_state(self.checkpoint, KIND)
+        if state["config"] != self.config:
+            raise BadInput(f"{self.checkpoint} is of another size or vocabulary: give its flags, or name another --run")
+        self.model.load_state_dict(state["model"])
+        self.ema = make_ema(self.model, self.settings.ema, max(0, state["averaged"] - 1))  # the first one is a copy
+        self.ema.module.load_state_dict(state["ema"])
+        self.ema.n_averaged.fill_(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        note(f"going on at step {self.step:,} from {self.checkpoint}")
+
+    def batches(self) -> Iterator[Batch]:
+        """Those of the steps that are left, rendered ahead by other processes."""
+        workers = self.settings.workers if self.settings.workers >= 0 else min(8, len_cores() - 1)
+        made = Batches(self.settings.seed, self.settings.batch)
+        steps = range(self.step, self.settings.steps)
+        return iter(
+            DataLoader(
+                made,  # type: ignore[arg-type]
+                sampler=steps,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=same,  # type: ignore[arg-type]
+                worker_init_fn=quiet_worker,
+            )
+        )
+
+    def train(self) -> SmallClip:
+        """Steps until the end or a signal; a checkpoint is left either way. Returns the averaged model."""
+        settings, start = self.settings, time.perf_counter() - self.seconds
+        log = TrainingLog(settings.run / "tensorboard", "clip", self.step, settings.steps, True)
+        with StopSignals() as stop:
+            batches = self.batches()
+            while self.step < settings.steps and not stop.asked:
+                log.add(self.one_step(next(batches)), settings.batch)
+                self.seconds = time.perf_counter() - start
+                if self.step % settings.save_every == 0:
+                    self._report(log)
+                    self.save()
+        log.close()
+        self.save()
+        return self.averaged()
+
+    def _report(self, log: TrainingLog) -> None:
+        """Raises BadInput where the loss is no number any more; the checkpoint is older then."""
+        loss, speed = log.read()
+        if not math.isfinite(loss):
+            raise BadInput(f"the loss is {loss} at step {self.step:,}; {self.checkpoint} is older: try a lower --lr")
+        start = time.perf_counter()
+        accuracy = held_out_pairs(self.averaged(), GLANCE, self.settings.seed)
+        scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+        log.show(self.step, loss=loss, images_s=speed, accuracy=accuracy, scale=scale)
+        log.pause(time.perf_counter() - start)
+
+    def averaged(self) -> SmallClip:
+        """The model as it would be kept now."""
+        return SmallClip(self.ema.module.eval(), self.tokenizer, self.config, PREPROCESSING)
+
+    def one_step(self, batch: Batch) -> Tensor:
+        """One optimizer step; returns the loss."""
+        s = self.settings
+        encoded = self.tokenizer(batch.texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        x = to_float(as_tensor(batch.images).to(self.device))
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * rate_factor(self.step, s.steps, max(1, s.steps // 20), 0.9, "cosine")
+        features = forward(self.model, x, encoded["input_ids"].to(self.device))
+        loss = self.loss(*features, negatives_only(batch.also.to(self.device)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=STEEPEST)  # type: ignore[operator]
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return loss
+
+
+def same(batch: Batch) -> Batch:
+    """A batch comes whole: nothing to collate."""
+    return batch
