@@ -22,6 +22,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -74,9 +75,19 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
 
 
 def make_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1's: eps prediction, scaled-linear betas."""
+    """Stable Diffusion v1's: eps prediction, scaled-linear betas. All is told: schedulers made from one that leaves something to its
+    defaults take their own."""
     return PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        trained_betas=None,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        steps_offset=1,
     )
 
 
@@ -87,7 +98,10 @@ def save_part(network: AutoencoderKL | UNet2DConditionModel, folder: Path) -> No
     """fp16 safetensors and config.json; each file is either whole or the old one."""
     output_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
-        copy.deepcopy(network).half().save_pretrained(temporary)
+        try:
+            copy.deepcopy(network).half().save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder} (disk full?): {error}") from None
         for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before config.json
             os.replace(file, folder / file.name)
 
@@ -98,7 +112,7 @@ def load_part(kind: type[Part], folder: Path, hint: str) -> Part:
         raise BadInput(f"{folder} holds no {kind.__name__}: {hint}")
     try:
         network = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder} is no readable {kind.__name__}: {str(error).splitlines()[0][:160]}; {hint}") from None
     return network.eval().requires_grad_(False)
 
@@ -110,7 +124,7 @@ def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     try:
         tower = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder} is no readable CLIP: {str(error).splitlines()[0][:160]}; {MAKE_CLIP}") from None
     length = tower.config.max_position_embeddings
     if tokenizer.model_max_length != length:
@@ -130,14 +144,9 @@ def make_pipeline(
     vae: AutoencoderKL, unet: UNet2DConditionModel, tower: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
     """All parts together, without the filter that needs a download."""
-    parts: dict[str, Any] = {
-        "vae": vae,
-        "text_encoder": tower,
-        "tokenizer": tokenizer,
-        "unet": unet,
-        "scheduler": make_scheduler(),
-    }
-    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    given: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": tower, "tokenizer": tokenizer}
+    without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**given, **without, scheduler=make_scheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -164,8 +173,8 @@ def assemble(parts: Path, clip: Path, output: Path) -> None:
 
 
 def with_solver(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """The same pipeline with DPM-Solver++ (Lu et al. 2022)."""
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    """The same pipeline with DPM-Solver++ (Lu et al. 2022), on a grid that starts at pure noise."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     return pipe
 
 
