@@ -1,0 +1,128 @@
+"""How the miniature's U-Net learns: noisy latents of the world's pictures, told by the frozen text tower of the small CLIP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from diffusion.schedule import add_noise
+from miniature.diffusion_parts import (
+    CLIP,
+    COMPLETE,
+    MAKE_VAE,
+    PARTS,
+    draw,
+    load_part,
+    load_text_tower,
+    make_pipeline,
+    make_scheduler,
+    make_unet,
+    prompt_sheet,
+    tokenize,
+    with_solver,
+)
+from miniature.latents import cached_latents
+from miniature.trainer import Loop, Trainer, check_numbers
+from runtime.cli import BadInput, note
+from training.draws import Draws
+
+SHOWN = (
+    "a photo of a red star",
+    "a photo of a blue seven on a white background",
+    "a yellow house on a purple background",
+    "a green tree on the left",
+    "a pink heart in the style of mosaic",
+    "a white moon at the top, outline style",
+    "an orange ring on a textured blue background",
+    "a purple cross in watercolour style",
+    "a red square next to a green triangle",
+    "a blue four above an orange heart",
+    "a white star, a red ring and a blue tree from left to right",
+    "an object in an unusual style",
+)
+
+
+@dataclass(frozen=True)
+class Train(Loop):
+    """Trains the U-Net; stops cleanly on Ctrl-C or SIGTERM, and goes on with the same command."""
+
+    clip: Path = CLIP
+    """The small CLIP as a transformers folder."""
+    parts: Path = PARTS
+    """The folder that holds vae/, and where unet/ goes."""
+    output: Path = COMPLETE
+    """Where the whole pipeline folder goes."""
+    run: Path = Path("runs/miniature/diffusion")
+    steps: int = 5000
+    batch: int = 64
+    lr: float = 1e-3
+    ema: float = 0.999
+    channels: tuple[int, ...] = (48, 80, 112)
+    """At 16x16, 8x8 and 4x4 latents; multiples of 16."""
+    pictures: int = 60_000
+    """How many are rendered and encoded before the training."""
+    drop_text: float = 0.1
+    """How often the caption is withheld, which guidance needs."""
+
+
+class DiffusionTrainer(Trainer):
+    """eps prediction on latents (Rombach et al. 2022; Ho & Salimans 2022 for the dropped captions)."""
+
+    kind = "miniature diffusion model"
+    settings: Train
+
+    def prepare(self) -> None:
+        s = self.settings
+        self._check()
+        self.tower, self.tokenizer = load_text_tower(s.clip)
+        self.vae = load_part(AutoencoderKL, s.parts / "vae", MAKE_VAE)
+        self.vae.to(self.device, memory_format=torch.channels_last)
+        with self.accelerator.main_process_first():  # the first encodes, the others read its cache
+            self.data = cached_latents(s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed)
+        self.tower.to(self.device)
+        self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
+        self.alphas = make_scheduler().alphas_cumprod.to(self.device)
+
+    def _check(self) -> None:
+        s = self.settings
+        check_numbers(s, "pictures")
+        if not 0 <= s.drop_text <= 1:
+            raise BadInput(f"--drop-text {s.drop_text}: give a share from 0 to 1")
+        if not s.channels or any(width < 16 or width % 16 for width in s.channels):
+            raise BadInput(f"--channels {s.channels}: give multiples of 16, one per resolution")
+
+    def build(self) -> nn.Module:
+        unet = make_unet(self.settings.channels, self.tower.config.hidden_size, self.data.moments.shape[-1])
+        if self.main:
+            size = sum(p.numel() for p in unet.parameters()) / 1e6
+            note(f"U-Net of {size:.2f} M parameters, {self.precision}, on {self.machine.name}")
+        return unet
+
+    def loss(self, draws: Draws) -> Tensor:
+        """Mean of |eps - eps_theta(x_t, t, text)|^2, t stratified over the batch."""
+        rows = (draws.uniform() * len(self.data)).long()
+        x0 = self.data.take(rows, draws.normal(*self.data.moments.shape[2:]))
+        t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        eps = draws.normal(*x0.shape[1:])
+        x = add_noise(x0, eps, self.alphas[t][:, None, None, None]).contiguous(memory_format=torch.channels_last)
+        text = self.read(self.captions(rows, draws))
+        return (self.model(x, t, text).sample.float() - eps).square().mean()
+
+    def captions(self, rows: Tensor, draws: Draws) -> Tensor:
+        """[B,77] token ids of these pictures, some of them those of no words at all."""
+        tokens = self.data.tokens[rows.cpu()].to(self.device).long()
+        return torch.where((draws.uniform() < self.settings.drop_text)[:, None], self.nothing, tokens)
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """[B,77] -> [B,77,width], the tower's last states as Stable Diffusion v1 takes them. Reading anew costs less than 5 % of a step;
+        kept for every caption, they would take 20 KB each."""
+        return self.tower(tokens).last_hidden_state
+
+    def sheet(self) -> Tensor:
+        pipe = with_solver(make_pipeline(self.vae, self.averaged, self.tower, self.tokenizer))
+        return prompt_sheet(draw(pipe, SHOWN, range(len(SHOWN)), 25, 5.0, len(SHOWN)), SHOWN)

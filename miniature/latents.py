@@ -1,0 +1,106 @@
+"""The diffusion model's training data: posteriors of rendered pictures and token ids of captions, encoded once, mapped from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from miniature.diffusion_parts import tokenize
+from miniature.judge_model import to_float
+from miniature.scenes import SIDE
+from miniature.world import Batch, as_tensor, dataset
+from runtime.cli import note, progress
+from runtime.device import len_cores
+from runtime.files import output_folder, read_json, write_json
+from runtime.generation import derived_seed
+
+RENDERED = 4000  # pictures that are in memory at a time
+ENCODED = 125  # .. and that are encoded at once
+
+
+@dataclass(frozen=True)
+class Latents:
+    """N pictures as posteriors, already in the U-Net's scale, and their captions as token ids."""
+
+    moments: npt.NDArray[np.float16]  # [N,2,4,16,16]: mean and standard deviation
+    tokens: Tensor  # [N,77] int32
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def take(self, rows: Tensor, noise: Tensor) -> Tensor:
+        """Latents [B,4,16,16] of pictures `rows`, drawn from their posteriors by standard normal `noise`."""
+        moments = torch.from_numpy(self.moments[rows.cpu().numpy()]).to(noise)
+        return moments[:, 0] + moments[:, 1] * noise
+
+
+def cached_latents(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int) -> Latents:
+    """From `folder`, where it was made of the same pictures, autoencoder and tokenizer; else made now, at a few hundred pictures/s."""
+    facts = {"count": count, "seed": seed, "vae": _fingerprint(vae), "tokenizer": _vocabulary(tokenizer)}
+    done = output_folder(folder) / "facts.json"
+    if not done.is_file() or read_json(done) != facts:
+        done.unlink(missing_ok=True)
+        note(f"encoding {count:,} pictures once, into {folder}")
+        _write(folder, vae, tokenizer, count, seed)
+        write_json(done, facts)
+    moments = np.load(folder / "moments.npy", mmap_mode="r")
+    return Latents(moments, torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int32)))
+
+
+def _write(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int) -> None:
+    channels, side = vae.config["latent_channels"], SIDE // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    with tempfile.TemporaryDirectory(prefix=".latents-", dir=folder) as temporary:
+        file = Path(temporary) / "moments.npy"
+        moments = np.lib.format.open_memmap(file, "w+", np.float16, (count, 2, channels, side, side))
+        tokens = np.empty((count, tokenizer.model_max_length), np.int32)
+        for start, made in _rendered(count, seed):
+            stop = start + len(made.captions)
+            moments[start:stop] = _encoded(vae, as_tensor(made.images))
+            tokens[start:stop] = tokenize(tokenizer, [caption.text for caption in made.captions]).numpy()
+        moments.flush()
+        np.save(Path(temporary) / "tokens.npy", tokens)
+        for name in ("moments.npy", "tokens.npy"):
+            (Path(temporary) / name).replace(folder / name)
+
+
+def _rendered(count: int, seed: int) -> Iterator[tuple[int, Batch]]:
+    """(index of the first, pictures), a part at a time; one process is enough where there are few."""
+    for start in progress(range(0, count, RENDERED), "encoding", leave=False):
+        size = min(RENDERED, count - start)
+        yield start, dataset(size, derived_seed(seed, start), processes=len_cores() if size == RENDERED else 1)
+
+
+@torch.inference_mode()
+def _encoded(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
+    """[N,3,64,64] uint8 -> [N,2,4,16,16]."""
+    device, scale, parts = next(vae.parameters()).device, vae.config["scaling_factor"], []
+    for chunk in images.split(ENCODED):
+        x = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        parts.append(torch.stack([posterior.mean, posterior.std], 1) * scale)
+    return torch.cat(parts).half().cpu().numpy()
+
+
+def _fingerprint(vae: AutoencoderKL) -> str:
+    """Tells one autoencoder from another."""
+    digest = hashlib.blake2b(str(vae.config["scaling_factor"]).encode(), digest_size=8)
+    for tensor in vae.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: CLIPTokenizer) -> str:
+    """Tells one tokenizer from another by what it makes of its own words."""
+    words = sorted(tokenizer.get_vocab().items())
+    merged = tokenize(tokenizer, ["a watercolour photo of seven mushrooms, zqx"]).tolist()
+    return hashlib.blake2b(repr((words, merged)).encode(), digest_size=8).hexdigest()
