@@ -19,8 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
 
-from miniature.judge_model import EACH, NONE, SHIPPED, Judge, load_judge, rounded, save_judge, to_float
-from miniature.judge_training import ANY, IGNORED, Train, Training, truth_of, worsen
+from miniature.judge_model import NONE, SHIPPED, Judge, load_judge, rounded, save_judge, to_float
+from miniature.judge_training import ANY, Train, Training, worsen
+from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenes import KINDS
 from miniature.world import Batch, as_tensor, dataset
 from runtime.cli import BadInput, note, run_script
@@ -143,11 +144,14 @@ def _of_wholes(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
     truth = truth_of(made.scenes, [None] * len(images), Random(seed)).whole
     seen = {question: x.cpu() for question, x in judge.whole(images).items()}
     single = {"kind": "object, single", "colour": "colour, single", "place": "place, single"}
-    questions = [question for question in seen if question not in EACH]
-    rates = {single.get(question, question): _share(seen[question], truth[question]) for question in questions}
-    for question, name in zip(EACH, ("all objects, no other", "all their colours, no other"), strict=True):
-        rates[name] = _mean(((seen[question] > 0.5) == truth[question].bool()).all(1))
-    return rates
+    rates = {single.get(question, question): _share(seen[question], labels) for question, labels in truth.items()}
+    wanted = [{(thing.kind, thing.colour) for thing in scene.things} for scene in made.scenes]
+    exact = torch.tensor([found == want for found, want in zip(judge.found(images), wanted, strict=True)])
+    several = torch.tensor([len(want) > 1 for want in wanted])
+    return rates | {
+        "just its objects, single": _mean(exact[~several]),
+        "just its objects, several": _mean(exact[several]),
+    }
 
 
 def _leaks(judge: Judge, images: Tensor, made: Batch) -> Rates:

@@ -23,19 +23,20 @@ SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "miniature" / "j
 BATCH = 250  # pictures per forward pass
 NONE = len(ALL_KINDS)  # "kind" of a box without an object
 
-# The questions and their answers. "present" and "paints" are yes or no for each answer, the others have one right answer
+# The questions and their answers, of which one is right; kind, colour and place of a whole picture are those of a single object
 WHOLE = {
-    "kind": ALL_KINDS,  # of a single object
-    "colour": tuple(COLOURS),  # of a single object
-    "present": ALL_KINDS,
-    "paints": tuple(COLOURS),  # of any object
+    "kind": ALL_KINDS,
+    "colour": tuple(COLOURS),
     "style": ALL_STYLES,
     "background": tuple(BACKGROUNDS),
     "ground": GROUNDS,
-    "place": PLACES,  # of a single object
+    "place": PLACES,
 }
-BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}
-EACH = ("present", "paints")
+BOXED = {
+    "kind": (*ALL_KINDS, "none"),
+    "colour": tuple(COLOURS),
+}  # of a box, and of each cell of the map: what has its centre here?
+CELLS = 16  # along each side of the map, of 4x4 pixels each
 Logits = dict[str, Tensor]
 
 
@@ -71,7 +72,7 @@ class JudgeConfig:
 
 class JudgeNetwork(nn.Module):
     """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks"); one head looks at all
-    of it, one at boxes cut out of it."""
+    of it, one at each of its cells, one at boxes cut out of it."""
 
     def __init__(self, config: JudgeConfig = JudgeConfig()):
         super().__init__()
@@ -85,6 +86,7 @@ class JudgeNetwork(nn.Module):
             width = channels
         self.norm = nn.BatchNorm2d(config.fused)
         self.gather = nn.Conv2d(config.fused, 2 * config.fused, 1)
+        self.cells = nn.Conv2d(2 * config.fused, sum(map(len, BOXED.values())), 1)
         self.whole = _head(4 * config.fused, config.hidden, WHOLE)
         self.boxed = _head(config.fused * config.crop**2, config.hidden, BOXED)
 
@@ -97,11 +99,11 @@ class JudgeNetwork(nn.Module):
             total = total + F.interpolate(part, scale_factor=SIDE / 4 / part.shape[-1], mode="nearest")
         return F.relu(self.norm(total))
 
-    def look(self, features: Tensor) -> Logits:
-        """Of the whole picture: {question: logits [N,answers]}."""
+    def look(self, features: Tensor) -> tuple[Logits, Logits]:
+        """{question: logits [N,answers]} of whole pictures, {question: logits [N,answers,16,16]} of cells."""
         gathered = F.relu(self.gather(features))
         pooled = torch.cat([gathered.amax((2, 3)), gathered.mean((2, 3))], 1)
-        return _split(self.whole(pooled), WHOLE)
+        return _split(self.whole(pooled), WHOLE), _split(self.cells(gathered), BOXED)
 
     def look_into(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Logits:
         """Of boxes [M,4] (left, top, right, bottom in pixels) of pictures `rows` [M]: {question: logits [M,answers]}."""
@@ -132,10 +134,13 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def whole(self, images: Tensor) -> dict[str, Tensor]:
-        """{question of WHOLE: [N,answers]}: of "present" and "paints" each in 0..1, of the others adding up to 1."""
-        parts = [self.network.look(self._features(chunk)) for chunk in _checked(images).split(BATCH)]
-        joined = {question: torch.cat([part[question] for part in parts]).float() for question in WHOLE}
-        return {question: x.sigmoid() if question in EACH else x.softmax(1) for question, x in joined.items()}
+        """{question of WHOLE: [N,answers], adding up to 1}, and what is there, each in 0..1: "present" [N,16] kinds, "paints" [N,8] colours
+        of objects, "pairs" [N,16,8] kinds in colours."""
+        parts = []
+        for chunk in _checked(images).split(BATCH):
+            whole, cells = self.network.look(self._features(chunk))
+            parts.append({question: x.float().softmax(1) for question, x in whole.items()} | _present(cells))
+        return {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
 
     @torch.inference_mode()
     def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -183,10 +188,21 @@ class Judge(nn.Module):
         found = _answer(seen["present"], kinds, ALL_KINDS) > 0.5
         return found | (_answer(seen["paints"], colours, tuple(COLOURS)) > 0.5) if colours else found
 
-    def found(self, images: Tensor) -> list[frozenset[str]]:
-        """The kinds of object in each picture, however many."""
-        rows = (self.whole(images)["present"] > 0.5).tolist()
-        return [frozenset(kind for kind, yes in zip(ALL_KINDS, row, strict=True) if yes) for row in rows]
+    def found(self, images: Tensor) -> list[frozenset[tuple[str, str]]]:
+        """The objects in each picture, however many: (kind, colour)."""
+        rows = [(pairs > 0.5).nonzero().tolist() for pairs in self.whole(images)["pairs"]]
+        return [frozenset((ALL_KINDS[kind], list(COLOURS)[colour]) for kind, colour in row) for row in rows]
+
+
+def _present(cells: Logits) -> dict[str, Tensor]:
+    """The surest cell for each kind, colour and pair; every object is the centre of some cell."""
+    kind, colour = (cells[question].float().softmax(1).flatten(2) for question in BOXED)
+    kind = kind[:, :NONE]
+    return {
+        "present": kind.amax(2),
+        "paints": (kind.sum(1, keepdim=True) * colour).amax(2),
+        "pairs": (kind[:, :, None] * colour[:, None]).amax(3),
+    }
 
 
 def _checked(images: Tensor) -> Tensor:

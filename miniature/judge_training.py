@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -13,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniature.judge_model import BOXED, EACH, KIND, NONE, SHIPPED, WHOLE, JudgeNetwork, Logits, erase, to_float
-from miniature.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE, Box, Scene, Wish
+from miniature.judge_model import KIND, NONE, SHIPPED, JudgeNetwork, Logits, erase, to_float
+from miniature.judge_truth import IGNORED, Truth, truth_of
+from miniature.scenes import SIDE, Wish
 from miniature.world import as_tensor, batch
 from runtime.cli import BadInput, note
 from runtime.device import detect
+from runtime.files import load_safetensors
 from runtime.generation import derived_seed
 from training.checkpoint import load_state, save_state
 from training.draws import Draws
@@ -26,7 +27,6 @@ from training.log import TrainingLog
 from training.rate import rate_factor
 from training.signals import StopSignals
 
-IGNORED = -100  # label of a question that has no answer here
 ANY = Wish(pairs="any")  # a meter must know the held-out pairs as well as the others
 
 
@@ -36,6 +36,8 @@ class Train:
 
     output: Path = SHIPPED
     """The judge file."""
+    init: Path | None = None
+    """A judge file to start from; layers that it lacks, or has in another shape, start anew."""
     steps: int = 2600
     batch: int = 64
     """Pictures per step."""
@@ -58,91 +60,6 @@ class Train:
 
 
 # ---------------------------------------------------------------- one batch
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Labels of N pictures and M boxes; IGNORED where a question has no answer."""
-
-    whole: dict[str, Tensor]  # [N] long, [N,answers] float for the questions of EACH
-    boxes: Tensor  # [M,4] float, pixels
-    rows: Tensor  # [M], whose box it is
-    boxed: dict[str, Tensor]  # [M] long
-    erased: Tensor  # [N,4] float: the box that is painted over ..
-    which: Tensor  # [N] bool: .. if any
-
-
-def truth_of(scenes: Sequence[Scene], gone: Sequence[int | None], random: Random) -> Truth:
-    """The labels of these scenes, from each of which object `gone` is painted over; boxes are off by a little, as a user's would be."""
-    whole: dict[str, list[object]] = {question: [] for question in WHOLE}
-    boxes: list[Sequence[float]] = []
-    rows: list[int] = []
-    answers: list[tuple[int, int]] = []
-    for row, (scene, missing) in enumerate(zip(scenes, gone, strict=True)):
-        for question, label in _labels(scene, missing).items():
-            whole[question].append(label)
-        for index, thing in enumerate(scene.things):
-            boxes.append(_jittered(thing.box, random))
-            seen = (ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour))
-            answers.append(seen if index != missing else (NONE, IGNORED))
-        empty = [box for box in (_anywhere(random) for _ in range(3)) if not _touches(box, scene)][:1]
-        boxes += empty
-        answers += [(NONE, IGNORED)] * len(empty)
-        rows += [row] * (len(scene.things) + len(empty))
-    kinds, colours = zip(*answers, strict=True)
-    erased = [scene.things[missing or 0].box for scene, missing in zip(scenes, gone, strict=True)]
-    return Truth(
-        {q: torch.tensor(labels, dtype=torch.float32 if q in EACH else torch.long) for q, labels in whole.items()},
-        torch.tensor(boxes, dtype=torch.float32),
-        torch.tensor(rows),
-        {"kind": torch.tensor(kinds), "colour": torch.tensor(colours)},
-        torch.tensor(erased, dtype=torch.float32),
-        torch.tensor([missing is not None for missing in gone]),
-    )
-
-
-def _labels(scene: Scene, missing: int | None) -> dict[str, object]:
-    """Answers to the questions of WHOLE."""
-    left = [thing for index, thing in enumerate(scene.things) if index != missing]
-    single = left[0] if len(left) == 1 else None
-    kinds, colours = {thing.kind for thing in left}, {thing.colour for thing in left}
-    return {
-        "kind": ALL_KINDS.index(single.kind) if single else IGNORED,
-        "colour": list(COLOURS).index(single.colour) if single else IGNORED,
-        "present": [float(kind in kinds) for kind in ALL_KINDS],
-        "paints": [float(colour in colours) for colour in COLOURS],
-        "style": ALL_STYLES.index(scene.style),
-        "background": list(BACKGROUNDS).index(scene.background.colour),
-        "ground": GROUNDS.index(scene.background.ground),
-        "place": PLACES.index(single.place) if single else IGNORED,
-    }
-
-
-def _jittered(box: Box, random: Random) -> list[float]:
-    """Up to an eighth to either side, from a tenth smaller to two fifths larger."""
-    size = box[2] - box[0]
-    centres = [(box[axis] + box[axis + 2]) / 2 + size * random.uniform(-0.125, 0.125) for axis in (0, 1)]
-    halves = [size / 2 * random.uniform(0.9, 1.4) for _ in range(2)]
-    corners = [
-        *(c - h for c, h in zip(centres, halves, strict=True)),
-        *(c + h for c, h in zip(centres, halves, strict=True)),
-    ]
-    return [min(float(SIDE), max(0.0, corner)) for corner in corners]
-
-
-def _anywhere(random: Random) -> list[float]:
-    size = random.uniform(12, 36)
-    left, top = random.uniform(0, SIDE - size), random.uniform(0, SIDE - size)
-    return [left, top, left + size, top + size]
-
-
-def _touches(box: Sequence[float], scene: Scene) -> bool:
-    """Whether a box reaches more than two pixels into that of an object."""
-    return any(
-        min(box[2], thing.box[2]) - max(box[0], thing.box[0]) > 2
-        and min(box[3], thing.box[3]) - max(box[1], thing.box[1]) > 2
-        for thing in scene.things
-    )
 
 
 def worsen(x: Tensor, draws: Draws) -> Tensor:
@@ -172,21 +89,23 @@ def _bent(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
 
 
 def loss_of(network: JudgeNetwork, x: Tensor, truth: Truth) -> Tensor:
-    """The sum of all questions' mean losses."""
+    """The sum of all questions' mean losses; cells with and without an object count equally, as the former are few."""
     features = network.features(x)
-    return _loss(network.look(features), truth.whole, WHOLE) + _loss(
-        network.look_into(features, truth.boxes.to(x), truth.rows.to(x.device)), truth.boxed, BOXED
-    )
+    whole, cells = network.look(features)
+    boxed = network.look_into(features, truth.boxes.to(x), truth.rows.to(x.device))
+    kinds = truth.cells["kind"]
+    objects = torch.where(kinds == NONE, IGNORED, kinds)
+    empty = torch.where(kinds == NONE, NONE, IGNORED)
+    around = _loss(cells, truth.cells | {"kind": objects}) + _loss({"kind": cells["kind"]}, {"kind": empty})
+    return _loss(whole, truth.whole) + _loss(boxed, truth.boxed) + around
 
 
-def _loss(logits: Logits, labels: dict[str, Tensor], questions: dict[str, tuple[str, ...]]) -> Tensor:
+def _loss(logits: Logits, labels: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), device=next(iter(logits.values())).device)
-    for question, answers in questions.items():
-        label, found = labels[question].to(total.device), logits[question].float()
-        if question in EACH:
-            total = total + F.binary_cross_entropy_with_logits(found, label) * len(answers) / 4  # of many no's
-        elif (label != IGNORED).any():
-            total = total + F.cross_entropy(found, label, ignore_index=IGNORED)
+    for question, found in logits.items():
+        label = labels[question].to(total.device)
+        if (label != IGNORED).any():
+            total = total + F.cross_entropy(found.float(), label, ignore_index=IGNORED)
     return total
 
 
@@ -203,12 +122,23 @@ class Training:
         self.settings, self.machine = settings, detect(settings.device)
         self.device = self.machine.device
         torch.manual_seed(settings.seed)
-        self.network = JudgeNetwork().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = JudgeNetwork()
+        if settings.init:
+            self._start(settings.init)
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.ema, self.step, self.seconds = make_ema(self.network, settings.ema), 0, 0.0
         self._resume()
+
+    def _start(self, path: Path) -> None:
+        ours, given = self.network.state_dict(), load_safetensors(path)[0]
+        fitting = {name: x for name, x in given.items() if name in ours and x.shape == ours[name].shape}
+        if not fitting:
+            raise BadInput(f"--init {path} has no layer of a judge")
+        self.network.load_state_dict(fitting, strict=False)
+        note(f"{len(fitting)} of {len(ours)} tensors from {path}")
 
     @property
     def checkpoint(self) -> Path:

@@ -21,7 +21,8 @@ from torch import Tensor
 import miniature.judge_training as judge_training
 from miniature.judge import Grade, Judge, as_generated, graded, main, table
 from miniature.judge_model import NONE, WHOLE, JudgeConfig, JudgeNetwork, erase, load_judge, save_judge, to_float
-from miniature.judge_training import IGNORED, Train, Training, make_batch, truth_of, worsen
+from miniature.judge_training import Train, Training, make_batch, worsen
+from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenes import (
     ALL_KINDS,
     COLOURS,
@@ -115,13 +116,14 @@ def test_a_leak_is_what_lies_outside_the_box(judge: Judge, pairs: tuple[Tensor, 
 
 def test_all_objects_are_found(judge: Judge, pairs: tuple[Tensor, list[Scene]]) -> None:
     images, scenes = pairs
-    wanted = [{thing.kind for thing in scene.things} for scene in scenes]
+    wanted = [{(thing.kind, thing.colour) for thing in scene.things} for scene in scenes]
     assert np.mean([found == want for found, want in zip(judge.found(images), wanted, strict=True)]) >= 0.93
 
 
 def test_the_batch_does_not_matter(judge: Judge, pairs: tuple[Tensor, list[Scene]]) -> None:
     images = pairs[0]
     whole = judge.whole(images.repeat(3, 1, 1, 1))  # more than one batch
+    assert set(whole) == {*WHOLE, "present", "paints", "pairs"}
     for question, answers in judge.whole(images[7:8]).items():
         torch.testing.assert_close(whole[question][207:208], answers, atol=1e-4, rtol=0)
 
@@ -151,8 +153,9 @@ def test_labels_tell_what_is_left_of_a_scene() -> None:
     assert both.boxed["kind"].tolist()[:2] == kinds
     assert one.boxed["kind"].tolist()[:2] == [NONE, kinds[1]]
     assert one.boxed["colour"].tolist()[:2] == [IGNORED, list(COLOURS).index("blue")]
-    assert both.whole["present"].nonzero()[:, 1].tolist() == sorted(kinds)
-    assert one.whole["present"].nonzero()[:, 1].tolist() == kinds[1:]
+    assert set(both.cells["kind"].unique().tolist()) == {IGNORED, *kinds, NONE}
+    assert set(one.cells["kind"].unique().tolist()) == {IGNORED, kinds[1], NONE}
+    assert both.cells["kind"][0, 31 // 4, 16 // 4] == kinds[0]  # the centre of LEFT
     assert both.whole["kind"].tolist() == [IGNORED]  # which of the two?
     assert one.whole["kind"].tolist() == kinds[1:]
     assert WHOLE["place"][one.whole["place"]] == "right"
@@ -216,6 +219,16 @@ def test_a_resumed_training_ends_with_the_very_same_weights(tmp_path: Path) -> N
     assert resumed.step == 2
     weights = resumed.train().state_dict()
     assert all((weights[name] == value).all() for name, value in straight.items())
+
+
+def test_training_can_start_from_another_judge(tmp_path: Path) -> None:
+    first = Training(small(tmp_path / "a"))
+    save_judge(tmp_path / "first.safetensors", first.network, {})
+    second = Training(small(tmp_path / "b", init=tmp_path / "first.safetensors", seed=9))
+    assert (second.network.boxed[0].weight == first.network.boxed[0].weight.half().float()).all()
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match="no layer of a judge"):
+        Training(small(tmp_path / "c", init=tmp_path / "other.safetensors"))
 
 
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
