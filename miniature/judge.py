@@ -1,6 +1,6 @@
 """The judge of the miniature: tells object, colour, style, background and place in pictures and boxes, held-out ones included.
 
-python miniature/judge.py train                    checkpoints/miniature/judge.safetensors; 2,600 steps took 49 minutes on a third of a CPU core
+python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
 python miniature/judge.py grade --count 2000       how often it is right on fresh pictures, clean and worsened as generated ones are
 
 Its answers in code: miniature/judge_model.py.

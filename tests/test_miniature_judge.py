@@ -315,3 +315,8 @@ def test_a_full_disk_keeps_the_old_judge(
     with full_disk(10_000), pytest.raises(OSError, match="judge"):
         save_judge(tmp_path / "judge.safetensors", JudgeNetwork(), {})
     assert (tmp_path / "judge.safetensors").read_text() == "old"
+
+
+def test_a_picture_without_objects_holds_none(judge: Judge) -> None:
+    scenes = [replace(sample_scene(seed), things=()) for seed in range(8)]
+    assert judge.found(drawn(scenes)) == [frozenset()] * 8
