@@ -1,6 +1,6 @@
 """The judge of the miniature: tells object, colour, style, background and place in pictures and boxes, held-out ones included.
 
-python miniature/judge.py train                    checkpoints/miniature/judge.safetensors, about 25 minutes on one CPU core
+python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
 python miniature/judge.py grade --count 2000       how often it is right on fresh pictures, clean and worsened as generated ones are
 
 Its answers in code: miniature/judge_model.py.
@@ -31,6 +31,7 @@ from runtime.record import Record
 from training.draws import Draws
 
 Rates = dict[str, float]
+RECIPE = ("steps", "batch", "lr", "weight_decay", "ema", "erased", "seed")  # settings that a judge file tells
 
 
 @dataclass(frozen=True)

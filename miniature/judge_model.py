@@ -36,6 +36,9 @@ BOXED = {
     "kind": (*ALL_KINDS, "none"),
     "colour": tuple(COLOURS),
 }  # of a box, and of each cell of the map: what has its centre here?
+SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the cells in it that tell of an object
+SURE = 0.8  # least share of an object in a cell that counts; this and the scales were set on pictures of seed 9
+SMALLEST = 18  # pixels, of the world's objects
 CELLS = 16  # along each side of the map, of 4x4 pixels each
 Logits = dict[str, Tensor]
 
@@ -138,9 +141,26 @@ class Judge(nn.Module):
         of objects, "pairs" [N,16,8] kinds in colours."""
         parts = []
         for chunk in _checked(images).split(BATCH):
-            whole, cells = self.network.look(self._features(chunk))
-            parts.append({question: x.float().softmax(1) for question, x in whole.items()} | _present(cells))
+            features = self._features(chunk)
+            whole, cells = self.network.look(features)
+            answers = {question: x.float().softmax(1) for question, x in whole.items()}
+            parts.append(answers | self._present(features, cells))
         return {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
+
+    def _present(self, features: Tensor, cells: Logits) -> dict[str, Tensor]:
+        """The map tells where objects are, a look into boxes there tells what they are: the surest of three sizes counts."""
+        boxes, rows = _spotted(1 - cells["kind"].float().softmax(1)[:, NONE])
+        logits = self.network.look_into(features, boxes.flatten(0, 1), rows.repeat_interleave(boxes.shape[1]))
+        kind, colour = (logits[question].float().softmax(1).unflatten(0, boxes.shape[:2]) for question in BOXED)
+        kind = kind[..., :NONE]
+        surest = kind.amax(2).argmax(1, keepdim=True)[..., None]
+        kind, colour = (x.take_along_dim(surest, 1)[:, 0] for x in (kind, colour))
+        pairs = {
+            "present": kind,
+            "paints": kind.sum(1, keepdim=True) * colour,
+            "pairs": kind[..., None] * colour[:, None],
+        }
+        return {name: _most(x, rows, len(features)) for name, x in pairs.items()}
 
     @torch.inference_mode()
     def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -194,15 +214,40 @@ class Judge(nn.Module):
         return [frozenset((ALL_KINDS[kind], list(COLOURS)[colour]) for kind, colour in row) for row in rows]
 
 
-def _present(cells: Logits) -> dict[str, Tensor]:
-    """The surest cell for each kind, colour and pair; every object is the centre of some cell."""
-    kind, colour = (cells[question].float().softmax(1).flatten(2) for question in BOXED)
-    kind = kind[:, :NONE]
-    return {
-        "present": kind.amax(2),
-        "paints": (kind.sum(1, keepdim=True) * colour).amax(2),
-        "pairs": (kind[:, :, None] * colour[:, None]).amax(3),
-    }
+def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of an object is in each cell [N,16,16], 0..1 -> boxes [M,3,4] of three sizes about each of M objects, and whose they
+    are [M]. In training the cells of an object are those of the inner half of its box; a lone cell is none."""
+    axis = (torch.arange(CELLS, device=filled.device) + 0.5) * (SIDE / CELLS)
+    values = torch.stack([filled, filled * axis, filled * axis[:, None]], 1)
+    sums = _sums(values, _patches(filled[:, None]))
+    rows, patches = (sums[..., 0] > 1.5).nonzero(as_tuple=True)
+    area, centre = sums[rows, patches, :1], sums[rows, patches, 1:] / sums[rows, patches, :1]
+    half = (area.sqrt() * (SIDE / CELLS) * torch.tensor(SCALES, device=filled.device)).clamp(min=SMALLEST / 2)
+    corners = (centre[:, None] - half[..., None], centre[:, None] + half[..., None])
+    return torch.cat(corners, 2).clamp(0, SIDE), rows
+
+
+def _most(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[M,..] -> [count,..]: the largest of those of every picture, 0 where it has none."""
+    index = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+    return values.new_zeros(count, *values.shape[1:]).scatter_reduce(0, index, values, "amax")
+
+
+def _patches(filled: Tensor) -> Tensor:
+    """[N,1,16,16] in 0..1 -> the number, 1 .. 256, of the patch of sure cells that a cell belongs to; 0: of none."""
+    inside = (filled > SURE).float()
+    patch = inside * torch.arange(1, CELLS**2 + 1, device=filled.device).view(CELLS, CELLS)
+    for _ in range(2 * CELLS):  # the largest number spreads to neighbours, not across corners
+        patch = inside * torch.maximum(F.max_pool2d(patch, (3, 1), 1, (1, 0)), F.max_pool2d(patch, (1, 3), 1, (0, 1)))
+    return patch.long()
+
+
+def _sums(values: Tensor, patches: Tensor) -> Tensor:
+    """[N,C,16,16] summed over every patch: [N,256,C]."""
+    rows = patches.flatten(1)[..., None].expand(-1, -1, values.shape[1])
+    return values.new_zeros(len(values), CELLS**2 + 1, values.shape[1]).scatter_add(1, rows, values.flatten(2).mT)[
+        :, 1:
+    ]
 
 
 def _checked(images: Tensor) -> Tensor:

@@ -62,11 +62,14 @@ def pairs() -> tuple[Tensor, list[Scene]]:
 # ---------------------------------------------------------------- the shipped judge
 
 
+@pytest.mark.slow
 def test_the_shipped_judge_is_right(judge: Judge) -> None:
     """0.98 is the bar on thousands of pictures (see its card); 500 leave a standard error of 0.6 points."""
     rates = graded(judge, 500, seed=77)
-    assert min(rates["clean"].values()) >= 0.96, table(rates)
-    assert min(rates["worsened"].values()) >= 0.92, table(rates)
+    listing = {column: {k: v for k, v in rates[column].items() if k.startswith("just")} for column in rates}
+    assert min(v for k, v in rates["clean"].items() if k not in listing["clean"]) >= 0.97, table(rates)
+    assert min(v for k, v in rates["worsened"].items() if k not in listing["worsened"]) >= 0.94, table(rates)
+    assert min(listing["clean"].values()) >= 0.87, table(rates)
 
 
 def test_held_out_objects_styles_and_pairs_are_known(judge: Judge) -> None:
@@ -117,7 +120,7 @@ def test_a_leak_is_what_lies_outside_the_box(judge: Judge, pairs: tuple[Tensor, 
 def test_all_objects_are_found(judge: Judge, pairs: tuple[Tensor, list[Scene]]) -> None:
     images, scenes = pairs
     wanted = [{(thing.kind, thing.colour) for thing in scene.things} for scene in scenes]
-    assert np.mean([found == want for found, want in zip(judge.found(images), wanted, strict=True)]) >= 0.93
+    assert np.mean([found == want for found, want in zip(judge.found(images), wanted, strict=True)]) >= 0.95
 
 
 def test_the_batch_does_not_matter(judge: Judge, pairs: tuple[Tensor, list[Scene]]) -> None:
@@ -312,3 +315,8 @@ def test_a_full_disk_keeps_the_old_judge(
     with full_disk(10_000), pytest.raises(OSError, match="judge"):
         save_judge(tmp_path / "judge.safetensors", JudgeNetwork(), {})
     assert (tmp_path / "judge.safetensors").read_text() == "old"
+
+
+def test_a_picture_without_objects_holds_none(judge: Judge) -> None:
+    scenes = [replace(sample_scene(seed), things=()) for seed in range(8)]
+    assert judge.found(drawn(scenes)) == [frozenset()] * 8
