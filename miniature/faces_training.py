@@ -43,7 +43,7 @@ class Train:
     """Diffusers folder of the same network to start from, such as the shipped one."""
     held_out: int = 4
     """People whom training never sees: what `grade` compares with."""
-    steps: int = 5000
+    steps: int = 3500
     batch: int = 32
     """Pictures per step."""
     lr: float = 1e-3
