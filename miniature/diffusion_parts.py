@@ -7,7 +7,7 @@ writes the whole folder, laid out as any Stable Diffusion v1 of diffusers.
 from __future__ import annotations
 
 import copy
-import os
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from runtime.cli import BadInput, progress
-from runtime.files import output_folder
+from runtime.files import atomic, output_folder
 from runtime.generation import in_batches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,8 @@ def save_part(network: AutoencoderKL | UNet2DConditionModel, folder: Path) -> No
         except SafetensorError as error:
             raise OSError(f"could not write {folder} (disk full?): {error}") from None
         for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before config.json
-            os.replace(file, folder / file.name)
+            with atomic(folder / file.name) as whole:
+                shutil.copyfile(file, whole)
 
 
 def load_part(kind: type[Part], folder: Path, hint: str) -> Part:
@@ -144,9 +145,15 @@ def make_pipeline(
     vae: AutoencoderKL, unet: UNet2DConditionModel, tower: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
     """All parts together, without the filter that needs a download."""
-    given: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": tower, "tokenizer": tokenizer}
+    given: dict[str, Any] = {
+        "vae": vae,
+        "unet": unet,
+        "text_encoder": tower,
+        "tokenizer": tokenizer,
+        "scheduler": make_scheduler(),
+    }
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**given, **without, scheduler=make_scheduler())
+    pipe = StableDiffusionPipeline(**given, **without)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
