@@ -13,10 +13,11 @@ from torch import Tensor
 
 from miniature.diffusion_parts import CLIP, PARTS, draw
 from miniature.judge_model import SHIPPED, WHOLE, Judge
-from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
+from miniature.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
 from runtime.generation import derived_seed
 
 Pair = tuple[str, str]  # colour, kind
+ANSWERS = {**WHOLE, "present": ALL_KINDS, "paints": tuple(COLOURS)}  # what the judge's `whole` tells, by question
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Case:
 
     group: str
     prompt: str
-    wanted: Mapping[str, tuple[str, ...]]  # question of WHOLE: the answers, several only for "present" and "paints"
+    wanted: Mapping[str, tuple[str, ...]]  # question: the answers, several only for "present" and "paints"
 
 
 # ---------------------------------------------------------------- prompts
@@ -121,8 +122,8 @@ def rates_of(judge: Judge, images: Tensor, cases: Sequence[Case]) -> dict[str, d
 def holds(answers: Tensor, question: str, words: Sequence[str]) -> bool:
     """Whether the judge's probabilities [answers] say so: each of several words above one half, a single one above all others."""
     if question in ("present", "paints"):
-        return all(float(answers[WHOLE[question].index(word)]) > 0.5 for word in words)
-    return WHOLE[question][int(answers.argmax())] == words[0]
+        return all(float(answers[ANSWERS[question].index(word)]) > 0.5 for word in words)
+    return ANSWERS[question][int(answers.argmax())] == words[0]
 
 
 def table(rates: dict[str, dict[str, float]]) -> str:

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import miniature.train_autoencoder as autoencoder
 import miniature.train_diffusion as diffusion
-from miniature.diffusion_grading import Grade, cases_of, holds, rates_of
+from miniature.diffusion_grading import ANSWERS, Grade, cases_of, holds, rates_of
 from miniature.diffusion_parts import (
     draw,
     load_part,
@@ -317,7 +317,7 @@ def test_an_answer_holds_where_it_beats_all_others_or_one_half() -> None:
     assert holds(kinds, "kind", ("star",))
     assert not holds(kinds, "kind", ("ring",))
     assert not holds(kinds, "present", ("star",))
-    kinds[[WHOLE["present"].index("star"), WHOLE["present"].index("ring")]] = torch.tensor([0.6, 0.7])
+    kinds[[ANSWERS["present"].index("star"), ANSWERS["present"].index("ring")]] = torch.tensor([0.6, 0.7])
     assert holds(kinds, "present", ("star", "ring"))
     assert not holds(kinds, "present", ("star", "cup"))
 
