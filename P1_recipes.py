@@ -8,7 +8,7 @@ from typing import Literal
 
 from diffusion.schedule import Prediction
 from P1_inference import Sampler
-from runtime.cli import BadInput
+from runtime.cli import BadInput, require_positive
 from runtime.device import Choice, Precision
 
 HERE = Path(__file__).resolve().parent
@@ -100,9 +100,7 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     """The preset's recipe with the flags that were given; raises BadInput for numbers that make no sense."""
     given = {f.name: value for f in fields(Recipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
-    for name in ("steps", "batch", "lr"):
-        if getattr(recipe, name) <= 0:
-            raise BadInput(f"--{name} {getattr(recipe, name)}: must be above zero")
+    require_positive(recipe, "steps", "batch", "lr")
     if settings.svhn_share is not None and not 0 <= settings.svhn_share <= 1:
         raise BadInput(f"--svhn-share {settings.svhn_share}: must lie in 0 .. 1")
     return recipe

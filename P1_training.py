@@ -9,7 +9,6 @@ Stops cleanly on Ctrl-C or SIGTERM with its checkpoint written; the same command
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +31,7 @@ from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
 from runtime.record import Record
 from training.best import BestCandidates
-from training.checkpoint import load_state, save_state
+from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -180,12 +179,8 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "timings": self.record.timings,
-            "model": self.unet.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.checkpoint, state)
+        save_state(self.checkpoint, state | weights_state(self.unet, self.ema, self.optimizer))
 
     def _resume(self) -> None:
         if self.settings.resume == "never" or not self.checkpoint.is_file():
@@ -198,11 +193,7 @@ class Trainer:
                 f"{self.checkpoint} is of preset {state['preset']}, not {self.preset}: "
                 "name another --output, that --preset, or --resume never"
             )
-        self.unet.load_state_dict(state["model"])
-        self.ema = make_ema(self.unet, self.recipe.ema, max(0, state["averaged"] - 1))  # the first one is a copy
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = restore_weights(state, self.unet, self.optimizer, self.recipe.ema)
         self.step, self.history = state["step"], state["history"]
         self.record.timings.update(state["timings"])
 
@@ -243,11 +234,7 @@ class Trainer:
 
     def _report(self, log: TrainingLog) -> None:
         loss, speed = log.read()
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss is {loss} at step {self.step:,}: stopped; {self.checkpoint} keeps the last good "
-                "state. Try a lower --lr or --precision fp32"
-            )
+        require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
         if self.main and "loss" not in self.record.metrics:  # the first reading of this run
             minutes = (self.recipe.steps - self.step) * self.recipe.batch / speed / 60
             note(f"about {minutes:.0f} minutes to go, grading apart")

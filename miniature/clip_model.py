@@ -28,7 +28,7 @@ from transformers import (
 
 from miniature.scenes import SIDE
 from miniature.vocabulary import LENGTH, save_tokenizer
-from runtime.cli import BadInput
+from runtime.cli import BadInput, require_positive
 from runtime.files import load_safetensors, output_folder, read_json, require_file, save_safetensors, write_json
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "miniature" / "clip"
@@ -55,9 +55,7 @@ class Size:
 
     def __post_init__(self) -> None:
         """Raises BadInput for sizes that can't be built."""
-        for name, value in vars(self).items():
-            if value < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {value}: must be above zero")
+        require_positive(self, *vars(self))
         if SIDE % self.patch:
             raise BadInput(f"--patch {self.patch}: must divide {SIDE}")
         for name in ("vision_width", "text_width"):

@@ -22,9 +22,9 @@ from miniature.clip_model import PREPROCESSING, SHIPPED, Size, SmallClip, model_
 from miniature.judge_model import to_float
 from miniature.vocabulary import LENGTH, make_tokenizer
 from miniature.world import as_tensor
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, note, require_positive
 from runtime.device import detect, len_cores, set_up
-from training.checkpoint import load_state, save_state
+from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
 from training.log import TrainingLog
 from training.rate import rate_factor
@@ -109,9 +109,7 @@ def quiet_worker(_: int) -> None:
 
 def check(settings: Train) -> None:
     """Raises BadInput for numbers that can't work."""
-    for name in ("steps", "batch", "save_every", "grade"):
-        if getattr(settings, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+    require_positive(settings, "steps", "batch", "save_every", "grade")
     if settings.batch % FAMILY:
         raise BadInput(f"--batch {settings.batch}: must be a multiple of {FAMILY}, the pictures of a family")
     if settings.seed < 0:
@@ -150,12 +148,8 @@ class Training:
             "config": self.config,
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.checkpoint, state)
+        save_state(self.checkpoint, state | weights_state(self.model, self.ema, self.optimizer))
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
@@ -163,11 +157,7 @@ class Training:
         state = load_state(self.checkpoint, KIND)
         if state["config"] != self.config:
             raise BadInput(f"{self.checkpoint} is of another size or vocabulary: give its flags, or name another --run")
-        self.model.load_state_dict(state["model"])
-        self.ema = make_ema(self.model, self.settings.ema, max(0, state["averaged"] - 1))  # the first one is a copy
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = restore_weights(state, self.model, self.optimizer, self.settings.ema)
         self.step, self.seconds = state["step"], state["seconds"]
         note(f"going on at step {self.step:,} from {self.checkpoint}")
 
@@ -206,8 +196,7 @@ class Training:
     def _report(self, log: TrainingLog) -> None:
         """Raises BadInput where the loss is no number any more; the checkpoint is older then."""
         loss, speed = log.read()
-        if not math.isfinite(loss):
-            raise BadInput(f"the loss is {loss} at step {self.step:,}; {self.checkpoint} is older: try a lower --lr")
+        require_finite(loss, self.step, self.checkpoint)
         start = time.perf_counter()
         accuracy = held_out_pairs(self.averaged(), GLANCE, self.settings.seed)
         scale = float(self.model.logit_scale.detach().exp())  # type: ignore[operator]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from diffusion.schedule import add_noise, linear, min_snr_weight
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
 from miniature.faces_model import HERE, ORIGIN, SHIPPED, STEPS, draw_faces, make_network, memory_format, start_from
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, note, require_positive
 from runtime.device import detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json
-from training.checkpoint import load_state, save_state
+from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -87,9 +86,7 @@ class Training:
     """One run: what is set up once, and the loop."""
 
     def __init__(self, settings: Train):
-        for name in ("steps", "batch", "save_every"):
-            if getattr(settings, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+        require_positive(settings, "steps", "batch", "save_every")
         self.settings, self.machine = settings, detect(settings.device)
         self.device = self.machine.device
         set_up("fp32", self.machine)
@@ -145,12 +142,8 @@ class Training:
             "held_out": self.held_out,
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.network.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.checkpoint, state)
+        save_state(self.checkpoint, state | weights_state(self.network, self.ema, self.optimizer))
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
@@ -160,11 +153,7 @@ class Training:
         for name, value in ours.items():
             if state[name] != value:
                 raise BadInput(f"{self.checkpoint}: its {name} is {state[name]}, not {value}: name another --run")
-        self.network.load_state_dict(state["model"])
-        self.ema = make_ema(self.network, self.settings.ema, max(0, state["averaged"] - 1))  # the first one is a copy
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def train(self) -> UNet2DModel:
@@ -187,8 +176,7 @@ class Training:
 
     def _report(self, log: TrainingLog) -> None:
         loss, speed = log.read()
-        if not math.isfinite(loss):
-            raise BadInput(f"the loss is {loss} at step {self.step:,}; {self.checkpoint} is older: try a lower --lr")
+        require_finite(loss, self.step, self.checkpoint)
         if not self.told:
             minutes = (self.settings.steps - self.step) * self.settings.batch / speed / 60
             note(f"{speed:.1f} pictures/s: about {minutes:.0f} minutes to go")

@@ -29,9 +29,9 @@ from runtime.device import detect
 from runtime.generation import derived_seed
 from runtime.record import Record
 from training.draws import Draws
+from training.signals import leave_stopped
 
 Rates = dict[str, float]
-RECIPE = ("steps", "batch", "lr", "weight_decay", "ema", "erased", "seed")  # settings that a judge file tells
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def run_training(settings: Train) -> None:
     record = Record(settings, training.machine)
     network = training.train()
     if training.step < settings.steps:
-        note(f"stopped at step {training.step:,}; the same command goes on from {training.checkpoint}")
-        raise SystemExit(130)
+        leave_stopped(training.step, training.checkpoint)
     network.load_state_dict(rounded(network))  # graded as the file will hold it
     rates = graded(Judge(network), settings.grade, settings.seed + 1)
     origin = {

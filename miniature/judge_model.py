@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from miniature.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
+from P1_judge import Block
 from runtime.cli import BadInput
 from runtime.files import load_safetensors, save_safetensors
 
@@ -44,21 +45,6 @@ Logits = dict[str, Tensor]
 
 
 # ---------------------------------------------------------------- the network
-
-
-class Block(nn.Module):
-    """conv, BatchNorm, ReLU, twice, around a skip connection (He et al. 2016)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, 1) != (outputs, stride) else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
 
 
 @dataclass(frozen=True)

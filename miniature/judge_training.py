@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from miniature.judge_model import KIND, NONE, SHIPPED, JudgeNetwork, Logits, era
 from miniature.judge_truth import IGNORED, Truth, truth_of
 from miniature.scenes import SIDE, Wish
 from miniature.world import as_tensor, batch
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, note, require_positive
 from runtime.device import detect
 from runtime.files import load_safetensors
 from runtime.generation import derived_seed
-from training.checkpoint import load_state, save_state
+from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -116,9 +115,7 @@ class Training:
     """One run: what is set up once, and the loop."""
 
     def __init__(self, settings: Train):
-        for name in ("steps", "batch", "save_every", "grade"):
-            if getattr(settings, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+        require_positive(settings, "steps", "batch", "save_every", "grade")
         self.settings, self.machine = settings, detect(settings.device)
         self.device = self.machine.device
         torch.manual_seed(settings.seed)
@@ -151,22 +148,14 @@ class Training:
             "kind": KIND,
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.network.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.checkpoint, state)
+        save_state(self.checkpoint, state | weights_state(self.network, self.ema, self.optimizer))
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
             return
         state = load_state(self.checkpoint, KIND)
-        self.network.load_state_dict(state["model"])
-        self.ema = make_ema(self.network, self.settings.ema, max(0, state["averaged"] - 1))  # the first one is a copy
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
         self.step, self.seconds = state["step"], state["seconds"]
         note(f"going on at step {self.step:,} from {self.checkpoint}")
 
@@ -180,10 +169,7 @@ class Training:
                 self.seconds = time.perf_counter() - start
                 if self.step % settings.save_every == 0:
                     loss, speed = log.read()
-                    if not math.isfinite(loss):
-                        raise BadInput(
-                            f"the loss is {loss} at step {self.step:,}; {self.checkpoint} is older: try a lower --lr"
-                        )
+                    require_finite(loss, self.step, self.checkpoint)
                     log.show(self.step, loss=loss, images_s=speed)
                     self.save()
         log.close()

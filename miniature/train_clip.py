@@ -23,6 +23,7 @@ from miniature.clip_training import Train, Training
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect
 from runtime.record import Record
+from training.signals import leave_stopped
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def run_training(settings: Train) -> None:
     record = Record(settings, training.machine)
     clip = training.train()
     if training.step < settings.steps:
-        note(f"stopped at step {training.step:,}; the same command goes on from {training.checkpoint}")
-        raise SystemExit(130)
+        leave_stopped(training.step, training.checkpoint)
     clip.model.load_state_dict(rounded(clip.model))  # graded as the file will hold it
     with record.timed("grading"):
         rates = graded(clip, settings.grade, settings.seed + 1)

@@ -30,6 +30,7 @@ from runtime.device import detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json, require_file
 from runtime.record import Record
+from training.signals import leave_stopped
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def run_training(settings: Train) -> None:
     record = Record(settings, training.machine)
     network = training.train()
     if training.step < settings.steps:
-        note(f"stopped at step {training.step:,}; the same command goes on from {training.checkpoint}")
-        raise SystemExit(130)
+        leave_stopped(training.step, training.checkpoint)
     save_folder(network, settings.output, training.origin())
     record.timings["training"] = training.seconds
     record.metrics = {"parameters": sum(p.numel() for p in network.parameters())} | training.origin()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -13,17 +12,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, note, require_positive
 from runtime.device import Choice, Precision, detect, set_up, should_compile
 from runtime.figures import save_picture
 from runtime.files import output_folder
 from runtime.record import Record
-from training.checkpoint import load_state, save_state
+from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
 from training.rate import rate_factor
-from training.signals import StopSignals
+from training.signals import StopSignals, leave_stopped
 
 
 @dataclass(frozen=True)
@@ -136,25 +135,17 @@ class Trainer(ABC):
             "kind": self.kind,
             "step": self.step,
             "timings": self.record.timings,
-            "model": self.network.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": int(self.ema.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
         }
-        save_state(self.checkpoint, state)
+        save_state(self.checkpoint, state | weights_state(self.network, self.ema, self.optimizer))
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
             return
         state = load_state(self.checkpoint, self.kind)
         try:
-            self.network.load_state_dict(state["model"])
+            self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
         except RuntimeError:
             raise BadInput(f"{self.checkpoint} is of another layout: name another --run, or remove it") from None
-        self.ema = make_ema(self.network, self.settings.ema, max(0, state["averaged"] - 1))  # the first one is a copy
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.record.timings.update(state["timings"])
         if self.main:
@@ -202,11 +193,7 @@ class Trainer(ABC):
 
     def _report(self, log: TrainingLog) -> None:
         loss, speed = log.read()
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss is {loss} at step {self.step:,}: stopped; {self.checkpoint} keeps the last good state. "
-                "Try a lower --lr or --precision fp32"
-            )
+        require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
         if self.main and "loss" not in self.record.metrics:  # the first reading of this run
             minutes = (self.settings.steps - self.step) * self.settings.batch / speed / 60
             note(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} pictures/s, about {minutes:.0f} minutes to go")
@@ -226,10 +213,10 @@ class Trainer(ABC):
         """After a signal: the record, one line, and exit code 130."""
         if self.done:
             return
-        if self.main:
-            self.save_record()
-            note(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
-        raise SystemExit(130)
+        if not self.main:
+            raise SystemExit(130)
+        self.save_record()
+        leave_stopped(self.step, self.checkpoint)
 
     def save_record(self) -> None:
         """record.json of the run folder."""
@@ -240,8 +227,6 @@ class Trainer(ABC):
 
 def check_numbers(settings: Any, *positive: str) -> None:
     """Raises BadInput for counts that are not above zero, and for a seed below zero."""
-    for name in positive:
-        if getattr(settings, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+    require_positive(settings, *positive)
     if settings.seed < 0:
         raise BadInput(f"--seed {settings.seed}: give zero or more")

@@ -18,6 +18,13 @@ class BadInput(Exception):
     """Something the user can put right: the message names the file, row or flag, the value, and what to do."""
 
 
+def require_positive(settings: object, *names: str) -> None:
+    """Raises BadInput for the first of these settings that is not above zero."""
+    for name in names:
+        if getattr(settings, name) <= 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+
+
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
     """Reads `settings` from the command line, runs `main` on it and exits: 0 done, 2 bad input, 130 interrupted."""
     try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from runtime.cli import BadInput
 from runtime.files import atomic, load_tensors
+from training.ema import make_ema
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -26,3 +30,31 @@ def load_state(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise BadInput(f"{path} is not a checkpoint of {kind}")
     return state
+
+
+def weights_state(network: nn.Module, ema: AveragedModel, optimizer: Any) -> dict[str, Any]:
+    """What a checkpoint holds of the three; random numbers follow from seed and step."""
+    return {
+        "model": network.state_dict(),
+        "ema": ema.module.state_dict(),
+        "averaged": int(ema.n_averaged),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def restore_weights(state: dict[str, Any], network: nn.Module, optimizer: Any, decay: float) -> AveragedModel:
+    """Puts `weights_state` back and returns the average, which goes on with `decay`; raises RuntimeError for another layout."""
+    network.load_state_dict(state["model"])
+    ema = make_ema(network, decay, max(0, state["averaged"] - 1))  # the first one is a copy
+    ema.module.load_state_dict(state["ema"])
+    ema.n_averaged.fill_(state["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    return ema
+
+
+def require_finite(loss: float, step: int, checkpoint: Path, cure: str = "a lower --lr") -> None:
+    """Stops a training whose loss is no number any more, before its weights are saved; raises BadInput."""
+    if not math.isfinite(loss):
+        raise BadInput(
+            f"the loss is {loss} at step {step:,}: stopped; {checkpoint} keeps the last good state. Try {cure}"
+        )

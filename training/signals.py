@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
+
+from runtime.cli import note
 
 
 class StopSignals:
@@ -26,3 +30,9 @@ class StopSignals:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def leave_stopped(step: int, checkpoint: Path) -> NoReturn:
+    """Says from where a stopped training goes on, and ends with exit code 130."""
+    note(f"stopped at step {step:,}; the same command goes on from {checkpoint}")
+    raise SystemExit(130)
