@@ -105,7 +105,7 @@ def sample(
     denoise = guided(network, (digit, domain), both, guidance, len(schedule))
     streams = generators([p.seed for p in pictures])
     x = draw(streams, IMAGE_SHAPE, device).to(memory_format=torch.channels_last)
-    seen = {"watch": watch} if watch else {}
+    seen: dict[str, Any] = {"watch": watch} if watch else {}
     if sampler.name == "dpm":
         return samplers.dpm_solver(denoise, x, schedule, sampler.steps, **seen)
     if sampler.name == "ddpm":

@@ -62,8 +62,11 @@ def ddim(
     return x
 
 
-def dpm_solver(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watch: Watch = _ignore) -> Tensor:
-    """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture."""
+def dpm_solver(
+    denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watch: Watch = _ignore, clamp: bool = True
+) -> Tensor:
+    """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture, which is
+    clamped to [-1, 1] unless it is a latent."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
 
     if not 1 <= steps <= len(schedule):
@@ -81,4 +84,4 @@ def dpm_solver(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watc
     for t, previous in zip(times, [*times[1:], 0], strict=True):
         x = solver.step(denoise(x, t), t, x, return_dict=False)[0]
         watch(previous, x)
-    return x.clamp(-1, 1)
+    return x.clamp(-1, 1) if clamp else x

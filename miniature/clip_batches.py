@@ -25,6 +25,7 @@ from miniature.scenes import (
     COLOURS,
     GROUNDS,
     PLACES,
+    SIDE,
     Scene,
     Wish,
     allowed,
@@ -34,17 +35,20 @@ from miniature.world import Images, render
 from runtime.generation import derived_seed
 
 FAMILY = 4  # pictures
+NONE = len(ALL_KINDS)  # of a patch without an object
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
 MOST = 3  # objects in a picture
 
 
 class Batch(NamedTuple):
-    """N pictures [N,64,64,3] uint8, their captions, and `also` [N,N] bool: caption j is true of picture i."""
+    """N pictures [N,64,64,3] uint8, their captions, `also` [N,N] bool: caption j is true of picture i, and `parts` [N,P,P] int64: the
+    kind of the object that a patch belongs to."""
 
     images: Images
     texts: list[str]
     also: Tensor
+    parts: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Batches:
     seed: int
     count: int
     """Pictures in a batch."""
+    patch: int
+    """Pixels, height and width."""
 
     def __getitem__(self, step: int) -> Batch:
         seeds = [(step, index // FAMILY, index % FAMILY) for index in range(self.count)]
@@ -64,7 +70,8 @@ class Batches:
         captions = [caption(scene, derived_seed(self.seed, *key, 1)) for key, scene in zip(seeds, scenes, strict=True)]
         stops = [derived_seed(self.seed, *key, 2) % 1000 < 1000 * STOP for key in seeds]
         texts = [each.text + "." * stop for each, stop in zip(captions, stops, strict=True)]
-        return Batch(np.stack([render(scene) for scene in scenes]), texts, true_of(scenes, captions))
+        images = np.stack([render(scene) for scene in scenes])
+        return Batch(images, texts, true_of(scenes, captions), parts_of(scenes, self.patch))
 
 
 def relative(head: Scene, member: int, seed: int) -> Scene:
@@ -83,6 +90,18 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
         style=head.style,
     )
     return sample_scene(seed, wish)
+
+
+def parts_of(scenes: list[Scene], patch: int) -> Tensor:
+    """[N,P,P] int64: for every patch whose middle lies in an object's box, a tenth of it left out all round, that object's kind;
+    NONE for the others."""
+    middles = (torch.arange(SIDE // patch) + 0.5) * patch
+    found = torch.full((len(scenes), len(middles), len(middles)), NONE)
+    for row, scene in enumerate(scenes):
+        for thing in scene.things:
+            across, down = ((middles - (thing.box[a] + thing.box[a + 2]) / 2).abs() < 0.4 * thing.size for a in (0, 1))
+            found[row][down[:, None] & across] = ALL_KINDS.index(thing.kind)
+    return found
 
 
 # ---------------------------------------------------------------- which captions are true

@@ -20,12 +20,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput, progress
 from runtime.files import atomic, output_folder
 from runtime.generation import in_batches
@@ -71,23 +71,6 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
         attention_head_dim=tuple(width // 16 for width in channels),  # diffusers' name for the number of heads
         norm_num_groups=16,
         cross_attention_dim=text_width,
-    )
-
-
-def make_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1's: eps prediction, scaled-linear betas. All is told: schedulers made from one that leaves something to its
-    defaults take their own."""
-    return PNDMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        trained_betas=None,
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
     )
 
 

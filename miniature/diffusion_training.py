@@ -7,26 +7,28 @@ from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusion.schedule import add_noise
 from miniature.diffusion_parts import (
     CLIP,
     COMPLETE,
+    MAKE_UNET,
     MAKE_VAE,
     PARTS,
     draw,
     load_part,
     load_text_tower,
     make_pipeline,
-    make_scheduler,
     make_unet,
     prompt_sheet,
     tokenize,
     with_solver,
 )
 from miniature.latents import cached_latents
-from miniature.trainer import Loop, Trainer, check_numbers
+from miniature.trainer import Loop, Trainer, check_numbers, memory_format
+from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput, note
 from training.draws import Draws
 
@@ -56,6 +58,8 @@ class Train(Loop):
     """The folder that holds vae/, and where unet/ goes."""
     output: Path = COMPLETE
     """Where the whole pipeline folder goes."""
+    init: Path | None = None
+    """Folder of a U-Net of the same layout to start from, such as the shipped one."""
     run: Path = Path("runs/miniature/diffusion")
     steps: int = 4500
     batch: int = 64
@@ -80,7 +84,7 @@ class DiffusionTrainer(Trainer):
         self._check()
         self.tower, self.tokenizer = load_text_tower(s.clip)
         self.vae = load_part(AutoencoderKL, s.parts / "vae", MAKE_VAE)
-        self.vae.to(self.device, memory_format=torch.channels_last)
+        self.vae.to(self.device)
         with self.accelerator.main_process_first():  # the first encodes, the others read its cache
             self.data = cached_latents(s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed)
         self.tower.to(self.device)
@@ -97,6 +101,8 @@ class DiffusionTrainer(Trainer):
 
     def build(self) -> nn.Module:
         unet = make_unet(self.settings.channels, self.tower.config.hidden_size, self.data.moments.shape[-1])
+        if self.settings.init:
+            start_from(unet, self.settings.init)
         if self.main:
             size = sum(p.numel() for p in unet.parameters()) / 1e6
             note(f"U-Net of {size:.2f} M parameters, {self.precision}, on {self.machine.name}")
@@ -108,7 +114,7 @@ class DiffusionTrainer(Trainer):
         x0 = self.data.take(rows, draws.normal(*self.data.moments.shape[2:]))
         t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
         eps = draws.normal(*x0.shape[1:])
-        x = add_noise(x0, eps, self.alphas[t][:, None, None, None]).contiguous(memory_format=torch.channels_last)
+        x = add_noise(x0, eps, self.alphas[t][:, None, None, None]).contiguous(memory_format=memory_format(self.device))
         text = self.read(self.captions(rows, draws))
         return (self.model(x, t, text).sample.float() - eps).square().mean()
 
@@ -126,3 +132,12 @@ class DiffusionTrainer(Trainer):
     def sheet(self) -> Tensor:
         pipe = with_solver(make_pipeline(self.vae, self.averaged, self.tower, self.tokenizer))
         return prompt_sheet(draw(pipe, SHOWN, range(len(SHOWN)), 25, 5.0, len(SHOWN)), SHOWN)
+
+
+def start_from(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Copies the weights of a folder; raises BadInput where it holds another network."""
+    found = load_part(UNet2DConditionModel, folder, MAKE_UNET)
+    try:
+        unet.load_state_dict(found.state_dict())
+    except RuntimeError:
+        raise BadInput(f"--init {folder} is of another layout than --channels and --clip ask for") from None

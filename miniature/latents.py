@@ -85,8 +85,7 @@ def _encoded(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
     """[N,3,64,64] uint8 -> [N,2,4,16,16]."""
     device, scale, parts = next(vae.parameters()).device, vae.config["scaling_factor"], []
     for chunk in images.split(ENCODED):
-        x = to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(x).latent_dist
+        posterior = vae.encode(to_float(chunk.to(device))).latent_dist
         parts.append(torch.stack([posterior.mean, posterior.std], 1) * scale)
     return torch.cat(parts).half().cpu().numpy()
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies
 from miniature.diffusion_parts import MAKE_VAE, PARTS, load_part, make_autoencoder, save_part
 from miniature.judge_model import to_float
 from miniature.judge_training import ANY
-from miniature.trainer import Loop, Trainer, check_numbers
+from miniature.trainer import Loop, Trainer, check_numbers, memory_format
 from miniature.world import as_tensor, batch, dataset
 from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import detect, set_up
@@ -42,11 +42,11 @@ class Train(Loop):
     output: Path = PARTS
     """Where vae/ goes."""
     run: Path = Path("runs/miniature/autoencoder")
-    steps: int = 3000
+    steps: int = 4500
     batch: int = 16
     lr: float = 2e-3
     ema: float = 0.995
-    channels: tuple[int, ...] = (16, 32, 64)
+    channels: tuple[int, ...] = (32, 48, 64)
     """At 64x64, 32x32 and 16x16 positions; multiples of 8."""
     kl: float = 3e-4
     """Weight of the KL divergence per latent number: how much the posteriors are blurred into each other."""
@@ -116,7 +116,7 @@ class AutoencoderTrainer(Trainer):
 def pictures(seeds: list[int], device: torch.device) -> Tensor:
     """One fresh picture per seed, [N,3,64,64] in -1..1, of any pair of colour and object: the autoencoder is about looks, not words."""
     x = to_float(as_tensor(batch(seeds, ANY).images).to(device))
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=memory_format(device))
 
 
 def with_measured_scale(vae: AutoencoderKL, seed: int, count: int = 500) -> AutoencoderKL:
@@ -158,7 +158,7 @@ def measured(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
     images = as_tensor(dataset(count, derived_seed(seed, GRADED), ANY).images)
     errors = []
     for chunk in progress(images.split(CHUNK), "measuring", leave=False):
-        back = rebuilt(vae, to_float(chunk.to(device)).contiguous(memory_format=torch.channels_last)).cpu()
+        back = rebuilt(vae, to_float(chunk.to(device))).cpu()
         errors.append((back.double() - chunk.double()).square().mean((1, 2, 3)))
     mse = torch.cat(errors)
     single = 10 * torch.log10(255**2 / mse.clamp(min=1e-3))

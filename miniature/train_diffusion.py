@@ -23,7 +23,6 @@ from miniature.diffusion_parts import (
     PARTS,
     assemble,
     load_pipeline,
-    make_scheduler,
     prompt_sheet,
     save_part,
     with_solver,
@@ -31,6 +30,7 @@ from miniature.diffusion_parts import (
 from miniature.diffusion_training import DiffusionTrainer, Train
 from miniature.judge_model import load_judge
 from miniature.trainer import check_numbers
+from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect, set_up
 from runtime.figures import save_picture

@@ -74,10 +74,11 @@ def output_folder(path: Path) -> Path:
     return Path(path)
 
 
-def load_tensors(path: Path) -> Any:
-    """A torch file read with weights_only=True, on the CPU; raises BadInput when it is truncated or holds code."""
+def load_tensors(path: Path, mapped: bool = False) -> Any:
+    """A torch file read with weights_only=True, on the CPU; raises BadInput when it is truncated or holds code.
+    With `mapped` (zip files only) the tensors stay in the file until they are used."""
     try:
-        return torch.load(require_file(path), map_location="cpu", weights_only=True)
+        return torch.load(require_file(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None

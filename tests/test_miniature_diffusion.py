@@ -28,7 +28,6 @@ from miniature.diffusion_parts import (
     load_pipeline,
     load_text_tower,
     make_autoencoder,
-    make_scheduler,
     prompt_sheet,
     save_part,
     tokenize,
@@ -40,12 +39,13 @@ from miniature.latents import Latents, cached_latents
 from miniature.scenes import HELD_OUT_PAIRS
 from miniature.trainer import Trainer
 from miniature.world import dataset
+from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput
 from runtime.generation import derived_seed
 from training.draws import Draws
 
 CPU = torch.device("cpu")
-LAYOUT = {"device": "cpu", "log_every": 2, "save_every": 2, "show_every": 0}
+LAYOUT = {"device": "cpu", "compile": "off", "log_every": 2, "save_every": 2, "show_every": 0}
 
 
 def save_clip(folder: Path, width: int = 32) -> Path:
