@@ -1,0 +1,184 @@
+"""How textual inversion learns (Gal et al. 2022, arXiv 2208.01618): the denoising loss of a frozen Stable Diffusion, down to the rows
+of new tokens in its text encoder's table. Nothing else is a parameter, so nothing else can change."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.schedule import add_noise
+from P3_concepts import Concept, posteriors, read_pictures, scaled, square
+from P3_embeddings import ExtendedTable, add_names, names_of, tokenize
+from runtime.cli import BadInput
+from runtime.generation import derived_seed
+from training.draws import Draws
+
+
+class Rows(nn.Module):
+    """The one parameter, [all vectors of all tokens, width] float32; a module, so that accelerate averages its gradient."""
+
+    def __init__(self, start: Tensor):
+        super().__init__()
+        self.rows = nn.Parameter(start)
+
+    def forward(self) -> Tensor:
+        """All rows."""
+        return self.rows
+
+
+# ---------------------------------------------------------------- one concept
+
+
+@dataclass
+class Lesson:
+    """A concept made ready: [S,77] token ids of its sentences, and either the posteriors of its pictures [N,2,2,4,h,w] (flips;
+    mean and standard deviation) or, for random crops, the pictures themselves."""
+
+    concept: Concept
+    rows: slice  # of the parameter
+    tokens: Tensor
+    moments: Tensor | None
+    pictures: list[Image.Image]
+
+    @property
+    def key(self) -> int:
+        """Of its random numbers: a concept learns alone as it does among others."""
+        return zlib.crc32(self.concept.token.encode())
+
+
+@dataclass
+class Sample:
+    """A part of a batch: clean latents [B,4,h,w], noise like it, t [B], token ids [B,77]."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    tokens: Tensor
+
+    def __getitem__(self, rows: slice) -> Sample:
+        return Sample(self.x0[rows], self.eps[rows], self.t[rows], self.tokens[rows])
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """One behind the other."""
+    return Sample(*(torch.cat([getattr(s, name) for s in samples]) for name in ("x0", "eps", "t", "tokens")))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+class Learner:
+    """The frozen model with new tokens, their rows, and the loss. `pipe` holds all parts on one device in one dtype."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, concepts: Sequence[Concept], seed: int, crops: bool, flips: bool):
+        self.pipe, self.seed, self.crops, self.flips = pipe, seed, crops, flips
+        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.alphas = pipe.scheduler.alphas_cumprod.float().to(self.device)
+        table = pipe.text_encoder.get_input_embeddings()
+        self.first = len(pipe.tokenizer)
+        self.word_norm = float(table.weight[: self.first].float().norm(dim=1).median())
+        start = torch.cat([self._start(concept, table.weight) for concept in concepts])
+        for concept in concepts:
+            add_names(pipe.tokenizer, concept.token, concept.vectors)
+        self.table = ExtendedTable(table, self.first)
+        pipe.text_encoder.set_input_embeddings(self.table)
+        self.parameter = Rows(start.to(self.device))
+        self.table.rows = self.parameter.rows
+        self.lessons = [self._lesson(concept) for concept in concepts]
+        if not crops:
+            pipe.vae.encoder.to("cpu")  # all that it had to say is kept
+
+    def _start(self, concept: Concept, weight: Tensor) -> Tensor:
+        """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
+        ids = self.pipe.tokenizer(concept.init, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise BadInput(
+                f"--init {concept.init!r}: wanted a single word of the model's vocabulary, this takes {len(ids)} tokens"
+            )
+        word = weight[ids[0]].float().cpu()
+        stream = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(concept.token.encode())))
+        off = torch.randn(concept.vectors, len(word), generator=stream) * word.norm() / len(word) ** 0.5
+        off[0] = 0
+        return word + 0.1 * off
+
+    def _lesson(self, concept: Concept) -> Lesson:
+        pictures = read_pictures(concept.images)
+        ids = self.pipe.tokenizer.convert_tokens_to_ids(names_of(concept.token, concept.vectors))
+        rows = slice(ids[0] - self.first, ids[-1] - self.first + 1)
+        moments = None if self.crops else posteriors(self.pipe.vae, square(pictures, self.side))
+        tokens = tokenize(self.pipe, concept.sentences).to(self.device)
+        return Lesson(concept, rows, tokens, moments, pictures)
+
+    # ------------------------------------------------ batches
+
+    def batch(self, step: int, rows: slice, total: int) -> Sample:
+        """Samples `rows` of `total` of every concept at this step, concept by concept."""
+        return joined([self._sample(lesson, step, rows, total) for lesson in self.lessons])
+
+    def _sample(self, lesson: Lesson, step: int, rows: slice, total: int) -> Sample:
+        draws = Draws(derived_seed(self.seed, lesson.key), step, rows, total, self.device)
+        which, flip, sentence = draws.uniform(), draws.uniform(), draws.uniform()
+        t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        shape = (self.pipe.unet.config.in_channels, *[self.pipe.unet.config.sample_size] * 2)
+        eps, noise = draws.normal(*shape), draws.normal(*shape)
+        which = (which * len(lesson.pictures)).long()
+        flip = ((flip < 0.5) & torch.tensor(self.flips, device=self.device)).long()
+        moments = self._cropped(lesson, which, draws) if self.crops else lesson.moments[which]  # type: ignore[index]
+        mean, std = moments.gather(1, flip.view(-1, 1, 1, 1, 1, 1).expand(-1, 1, *moments.shape[2:]))[:, 0].unbind(1)
+        return Sample(mean + std * noise, eps, t, lesson.tokens[(sentence * len(lesson.tokens)).long()])
+
+    def _cropped(self, lesson: Lesson, which: Tensor, draws: Draws) -> Tensor:
+        """Posteriors [B,2,2,4,h,w] of squares cut at random, of at least seven tenths of the shorter side."""
+        size, right, down = draws.uniform(), draws.uniform(), draws.uniform()
+        cut = []
+        for index, s, x, y in zip(which.tolist(), size.tolist(), right.tolist(), down.tolist(), strict=True):
+            image = scaled(lesson.pictures[index], round(self.side / (0.7 + 0.3 * s)))
+            top, left = (
+                int(share * (length - self.side + 1)) for share, length in zip((y, x), image.shape[1:], strict=True)
+            )
+            cut.append(image[:, top : top + self.side, left : left + self.side])
+        return posteriors(self.pipe.vae, torch.stack(cut))
+
+    # ------------------------------------------------ the loss
+
+    def loss(self, sample: Sample, concepts: int) -> Tensor:
+        """Mean of |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts."""
+        text = self.pipe.text_encoder(sample.tokens)[0]
+        x = add_noise(sample.x0, sample.eps, self.alphas[sample.t][:, None, None, None])
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        error = self.pipe.unet(x, sample.t, encoder_hidden_states=text).sample.float() - sample.eps
+        return error.square().mean() * concepts
+
+    def backward(self, accelerator: Accelerator, rows: nn.Module, sample: Sample, parts: int) -> Tensor:
+        """Leaves the gradient on the rows, of the samples in `parts` pieces; returns the loss, which stays on the device."""
+        size, total = -(-len(sample.t) // parts), torch.zeros((), device=self.device)
+        for start in range(0, len(sample.t), size):
+            part = sample[start : start + size]
+            last = start + size >= len(sample.t)
+            with nullcontext() if last else accelerator.no_sync(rows):
+                self.table.rows = rows()
+                loss = self.loss(part, len(self.lessons)) * (len(part.t) / len(sample.t))
+                accelerator.backward(loss)
+            total += loss.detach()
+        self.table.rows = self.parameter.rows
+        return total
+
+    @torch.no_grad()
+    def hold_norms(self, most: float) -> None:
+        """Rows longer than `most` times an ordinary word's are brought back to that: long ones drown the rest of a prompt."""
+        rows = self.parameter.rows
+        rows.mul_((most * self.word_norm / rows.norm(dim=1, keepdim=True)).clamp(max=1))
+
+    def learned(self) -> dict[str, Tensor]:
+        """A copy of every concept's rows as they are now, on the CPU."""
+        rows = self.parameter.rows.detach().cpu()
+        return {lesson.concept.token: rows[lesson.rows].clone() for lesson in self.lessons}

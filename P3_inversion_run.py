@@ -1,0 +1,306 @@
+"""One run of textual inversion: settings, loop, looks at the progress, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffusion.guidance import Guidance
+from P3_concepts import SEEN, Concept
+from P3_drawing import Manner, Order, Painter
+from P3_inversion import Learner, Lesson
+from P3_model import load_pipeline
+from P3_scores import TEXT_WEIGHT, Scorer
+from runtime.cli import BadInput, note
+from runtime.device import Choice, Precision, detect, set_up, should_compile
+from runtime.figures import labelled_grid, line_figure
+from runtime.files import output_folder
+from runtime.generation import derived_seed
+from runtime.record import Record
+from training.checkpoint import load_state, require_finite, save_state
+from training.draws import process_rows
+from training.log import TrainingLog
+from training.rate import rate_factor
+from training.signals import StopSignals, leave_stopped
+
+KIND = "textual inversion"
+SHOWN = 4  # pictures of every look
+LOOK = Manner(solver="dpm", steps=15, guidance=Guidance(5.0))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What does not depend on the concepts."""
+
+    model: str
+    """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
+    steps: int = 500
+    batch: int = 8
+    """Pictures of every concept per step, over all processes."""
+    accumulate: int = 1
+    """Parts into which that is cut where memory is short."""
+    lr: float = 5e-3
+    """Peak learning rate of AdamW (without weight decay), on the new rows."""
+    keep_norm: float = 1.0
+    """No row gets longer than this many times an ordinary word's, so that the rest of a prompt is still heard; 0: any length."""
+    crop: Literal["center", "random"] = "center"
+    """random cuts anew at every step, so that nothing can be encoded beforehand."""
+    flip: bool = True
+    """Shows pictures mirrored half of the time."""
+    validate_every: int = 100
+    """Steps between looks at the progress; 0: at the end only."""
+    validate: tuple[str, ...] = ()
+    """Prompts of these looks, with {} for the token; none given: "a photo of a {}", or "a picture in the style of {}"."""
+    clip: str | None = None
+    """A CLIP (transformers folder or hub name) that scores the looks: image + 2.5 x text; the best vectors are kept. None: the last."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N."""
+    precision: Precision = "auto"
+    """Of the frozen model; auto takes bf16 where the hardware has it. The rows are float32."""
+    compile: Choice = "auto"
+    """torch.compile of the U-Net; auto: on CUDA, for a hundred steps or more."""
+    low_memory: bool = False
+    """Gradient checkpointing in the U-Net: less memory, a third slower."""
+    log_every: int = 25
+    save_every: int = 50
+    """Steps between checkpoints."""
+    run: Path = Path("runs/p3_textual_inversion")
+    """Run folder: checkpoint, TensorBoard, pictures of the progress, record.json."""
+
+
+@dataclass
+class Look:
+    """A look at the progress: per token the pictures [N,3,H,W] uint8, and a score where a CLIP is at hand."""
+
+    step: int
+    images: dict[str, Tensor]
+    scores: dict[str, float]
+
+
+class Run:
+    """What is set up once, and the loop."""
+
+    def __init__(self, settings: Recipe, concepts: Sequence[Concept]):
+        self.settings, self.machine = settings, detect(settings.device)
+        self.precision = set_up(settings.precision, self.machine)
+        self.accelerator = Accelerator(cpu=self.machine.device.type == "cpu")
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.rows = self._rows()
+        self.record = Record(settings, replace(self.machine, device=self.device))
+        with self.record.timed("loading"):
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            pipe = load_pipeline(settings.model, self.device, dtype)
+            self.scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
+            self.learner = Learner(pipe, concepts, settings.seed, settings.crop == "random", settings.flip)
+        self._ready(pipe)
+        self.step = 0
+        self.losses: list[tuple[int, float]] = []
+        self.looks: list[Look] = []
+        self.best: dict[str, tuple[float, Tensor]] = {}
+        self._resume()
+
+    def _rows(self) -> slice:
+        processes, batch = self.accelerator.num_processes, self.settings.batch
+        try:
+            return process_rows(batch, self.accelerator.process_index, processes)
+        except ValueError as error:
+            raise BadInput(f"--batch {batch}: {error}") from None
+
+    def _ready(self, pipe: Any) -> None:
+        """Optimizer, memory and speed of the frozen network."""
+        pipe.unet.to(memory_format=torch.channels_last)
+        if self.settings.low_memory:
+            pipe.unet.enable_gradient_checkpointing()
+        worth = self.settings.compile == "on" or self.device.type == "cuda" and self.settings.steps >= 100
+        if worth and should_compile(self.settings.compile, self.machine):
+            pipe.unet.compile()
+        optimizer = torch.optim.AdamW(
+            self.learner.parameter.parameters(),
+            self.settings.lr,
+            weight_decay=0.0,
+            fused=self.device.type in ("cuda", "cpu"),
+        )
+        self.parameter, self.optimizer = self.accelerator.prepare(self.learner.parameter, optimizer)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made."""
+        return self.step >= self.settings.steps
+
+    # ------------------------------------------------ checkpoints
+
+    @property
+    def checkpoint(self) -> Path:
+        """The run's own state."""
+        return self.settings.run / "checkpoint.pt"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What has to be the same for going on to make sense."""
+        lessons = [(x.concept.token, x.concept.vectors, x.concept.init, x.concept.kind) for x in self.learner.lessons]
+        return {
+            "concepts": [list(lesson) for lesson in lessons],
+            "seed": self.settings.seed,
+            "batch": self.settings.batch,
+        }
+
+    def save(self) -> None:
+        """Everything that going on needs; the random numbers follow from seed and step."""
+        if not self.main:
+            return
+        state = {"kind": KIND, "facts": self.facts, "step": self.step, "rows": self.learner.parameter.rows.detach()}
+        state |= {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "best": self.best}
+        looks = [(look.step, look.images, look.scores) for look in self.looks]
+        save_state(self.checkpoint, state | {"looks": looks, "timings": self.record.timings})
+
+    def _resume(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        state = load_state(self.checkpoint, KIND)
+        for name, value in self.facts.items():
+            if state["facts"].get(name) != value:
+                was = state["facts"].get(name)
+                raise BadInput(
+                    f"{self.checkpoint} is of another run, its {name} {was}, not {value}: name another --run"
+                )
+        with torch.no_grad():
+            self.learner.parameter.rows.copy_(state["rows"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.losses, self.best = state["step"], state["losses"], state["best"]
+        self.looks = [Look(*look) for look in state["looks"]]
+        self.record.timings.update(state["timings"])
+        if self.main:
+            note(f"going on at step {self.step:,} from {self.checkpoint}")
+
+    # ------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Steps until the end or a signal; a checkpoint is left either way."""
+        settings = self.settings
+        output_folder(settings.run)
+        log = TrainingLog(settings.run / "tensorboard", KIND, self.step, settings.steps, self.main)
+        images = settings.batch * len(self.learner.lessons)
+        with StopSignals() as stop, self.record.timed("training"):
+            while not self.done and not stop.asked:
+                log.add(self.one_step(), images)
+                if self._due(settings.log_every) or self._due(settings.save_every):
+                    self._report(log)
+                if self.main and (self.done or settings.validate_every and self._due(settings.validate_every)):
+                    self._look(log)
+                if self._due(settings.save_every):
+                    self.save()
+        log.close()
+        self.save()
+
+    def one_step(self) -> Tensor:
+        """One optimizer step; returns the loss, which stays on the device."""
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * rate_factor(self.step, s.steps, max(1, s.steps // 20), 0.5)
+        sample = self.learner.batch(self.step, self.rows, s.batch)
+        try:
+            loss = self.learner.backward(self.accelerator, self.parameter, sample, s.accumulate)
+        except torch.OutOfMemoryError:
+            raise BadInput(
+                f"out of memory with --batch {s.batch} in {s.accumulate} parts: try --accumulate {2 * s.accumulate} or --low-memory"
+            ) from None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if s.keep_norm:
+            self.learner.hold_norms(s.keep_norm)
+        self.step += 1
+        return loss
+
+    def _due(self, every: int) -> bool:
+        return self.done or self.step % every == 0
+
+    def _report(self, log: TrainingLog) -> None:
+        loss, speed = log.read()
+        require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
+        self.losses.append((self.step, loss))
+        self.record.metrics |= {"loss": loss, "images_per_s": speed}
+        norm = float(self.learner.parameter.rows.detach().norm(dim=1).mean()) / self.learner.word_norm
+        log.show(self.step, loss=loss, images_s=speed, norm=norm)
+
+    def _look(self, log: TrainingLog) -> None:
+        """Draws every concept, scores it, keeps the best rows."""
+        start = time.perf_counter()
+        look = Look(self.step, {}, {})
+        painter = Painter(self.learner.pipe, LOOK)
+        rows = self.learner.learned()
+        for lesson in self.learner.lessons:
+            token = lesson.concept.token
+            prompts = self._prompts(lesson.concept)
+            orders = [
+                Order(prompts[k % len(prompts)], derived_seed(self.settings.seed, lesson.key, k)) for k in range(SHOWN)
+            ]
+            look.images[token] = painter.paint(orders)
+            score = self._score(lesson, orders, look.images[token])
+            if score is not None:
+                look.scores[token] = score
+                log.show(self.step, **{f"score {token}": score})
+            if score is None or token not in self.best or score > self.best[token][0]:
+                self.best[token] = (score or 0.0, rows[token])
+            log.picture(self.step, token, torch.cat(list(look.images[token]), 2))
+        self.looks.append(look)
+        self.draw_progress()
+        log.pause(time.perf_counter() - start)
+
+    def _prompts(self, concept: Concept) -> list[str]:
+        return [text.replace("{}", concept.token) for text in self.settings.validate or (SEEN[concept.kind],)]
+
+    def _score(self, lesson: Lesson, orders: Sequence[Order], images: Tensor) -> float | None:
+        """Mean of image + 2.5 x text, the text being the prompt with the initial word in the token's place."""
+        if not self.scorer:
+            return None
+        features, references = self.scorer.encode(images), self.scorer.encode(lesson.pictures)
+        likeness = self.scorer.image_scores(features, references)
+        texts = [order.prompt.replace(lesson.concept.token, lesson.concept.init) for order in orders]
+        fit = torch.stack([self.scorer.text_scores(features[k : k + 1], text)[0] for k, text in enumerate(texts)])
+        return float((likeness + TEXT_WEIGHT * fit).mean())
+
+    # ------------------------------------------------ what is left
+
+    def draw_progress(self) -> None:
+        """progress_NAME.png per token: a row per look; progress.png: loss and scores over the steps."""
+        for lesson in self.learner.lessons:
+            token = lesson.concept.token
+            names = [f"{look.step:,}" + (f"\n{look.scores[token]:.1f}" if look.scores else "") for look in self.looks]
+            images = torch.cat([look.images[token] for look in self.looks])
+            columns = [f"{k + 1}" for k in range(SHOWN)]
+            path = self.settings.run / f"progress_{token.strip('<>')}.png"
+            labelled_grid(path, images, names, columns, f"{self._prompts(lesson.concept)[0]}, by step", inch=1.0)
+        if len(self.losses) > 1:
+            steps, losses = zip(*self.losses, strict=True)
+            line_figure(
+                self.settings.run / "loss.png", steps, {"loss": {"mean": list(losses)}}, "step", "Textual inversion"
+            )
+
+    def chosen(self) -> dict[str, Tensor]:
+        """Per token the vectors that scored best, or the last ones."""
+        last = self.learner.learned()
+        return {token: self.best[token][1] if self.scorer else rows for token, rows in last.items()}
+
+    def leave_if_stopped(self) -> None:
+        """After a signal: one line, and exit code 130."""
+        if self.done:
+            return
+        if not self.main:
+            raise SystemExit(130)
+        leave_stopped(self.step, self.checkpoint)
+
+    def save_record(self, facts: dict[str, Any]) -> None:
+        """record.json of the run folder."""
+        scores = {
+            token: {look.step: look.scores[token] for look in self.looks if token in look.scores} for token in self.best
+        }
+        self.record.metrics |= facts | {"step": self.step, "scores": scores, "precision": self.precision}
+        self.record.save(self.settings.run / "record.json")

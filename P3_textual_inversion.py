@@ -1,0 +1,85 @@
+"""Textual inversion: learns new words, such as <new1>, from a few pictures each; the model itself stays as it is, bit for bit.
+
+  python P3_textual_inversion.py --model MODEL --images dog --token "<new1>" --init dog
+  python P3_textual_inversion.py --model MODEL --images revoy --token "<new2>" --init painting --kind style
+  python P3_textual_inversion.py --model MODEL --concepts concepts.json              several in one run
+  python P3_inference.py --model MODEL --prompt "a <new1> in the style of <new2>"    draws with what was learned
+
+MODEL is a diffusers folder, a hub name or a single Stable Diffusion v1 file. Several GPUs: accelerate launch, or torchrun. Ctrl-C leaves
+a checkpoint, and the same command goes on from it. With --clip every look at the progress is scored as the course does, and the best
+vectors are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from P3_concepts import Concept, Kind, read_concepts
+from P3_embeddings import FOLDER, file_of, save_vectors
+from P3_inversion_run import Recipe, Run
+from runtime.cli import BadInput, note, require_positive, run_script
+from runtime.files import output_folder
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Flags."""
+
+    images: Path | None = None
+    """Folder of pictures of one concept."""
+    token: str = "<new1>"
+    """Its name in prompts, in angle brackets."""
+    init: str | None = None
+    """A single ordinary word for it, such as dog or painting, which its vectors start from."""
+    kind: Kind = "object"
+    """Which sentences it is learned in."""
+    vectors: int = 1
+    """How many: more hold more of the pictures, and leave less of the prompt's other words."""
+    concepts: Path | None = None
+    """Instead of these five: a json list of objects with the same names."""
+    output: Path = FOLDER
+    """Folder for learned_NAME.safetensors, one per token; other files there stay."""
+
+
+def main(settings: Settings) -> None:
+    """Learns, saves, records; after a signal only the checkpoint is left. Raises BadInput."""
+    check(settings)
+    concepts = concepts_of(settings)
+    output_folder(settings.output)
+    run = Run(settings, concepts)
+    run.train()
+    run.leave_if_stopped()
+    if not run.main:
+        return
+    for token, rows in run.chosen().items():
+        path = file_of(settings.output, token)
+        save_vectors(path, token, rows, f"{settings.model}, {run.step} steps, seed {settings.seed}")
+        print(f"{token}: {path}")
+    run.save_record({"concepts": [asdict(concept) for concept in concepts]})
+    note(f"progress and record: {settings.run}")
+
+
+def check(settings: Settings) -> None:
+    """Raises BadInput for numbers that can't work."""
+    require_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
+    for name in ("seed", "keep_norm", "validate_every"):
+        if getattr(settings, name) < 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: give zero or more")
+    if settings.batch % settings.accumulate:
+        raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
+
+
+def concepts_of(settings: Settings) -> list[Concept]:
+    """From the file, or the one that the flags name."""
+    if settings.concepts:
+        if settings.images:
+            raise BadInput("--images and --concepts: give one of them")
+        return read_concepts(settings.concepts)
+    if not settings.images or not settings.init:
+        raise BadInput("name the pictures and a word for what they show: --images DIR --init WORD (or --concepts FILE)")
+    return [Concept(settings.token, settings.images, settings.init, settings.kind, settings.vectors)]
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)

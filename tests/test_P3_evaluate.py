@@ -1,0 +1,384 @@
+"""The course's grading on a small random CLIP: number for number what a plain loop over transformers' own calls gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPProcessor
+
+import P3_scores
+from miniature.clip_model import PREPROCESSING, Size, SmallClip, make_processor, model_config, to_transformers
+from miniature.vocabulary import make_tokenizer
+from P3_evaluate import Settings, main
+from P3_scores import Scorer, open_pictures, rank
+from runtime.cli import BadInput
+from runtime.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SIZE = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
+INPUT: dict[str, Any] = {
+    "0": {
+        "src_image": "star",
+        "token_name": "<s>",
+        "prompt": ["a <s> on a red background", "a photo of a <s>"],
+        "prompt_4_clip_eval": ["a star on a red background", "a photo of a star"],
+        "baseline": [[-100, -1000], [-100, 1000]],
+    },
+    "ring": {
+        "src_image": "ring",
+        "token_name": "<r>",
+        "prompt": ["a <r>"],
+        "prompt_4_clip_eval": ["a ring"],
+        "baseline": [[101, -1000]],
+    },
+}
+
+
+def random_picture(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Coarse random blocks: unlike each other also when they are made small."""
+    pixels = random.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP in transformers' form, with weights large enough that pictures and prompts differ."""
+    import open_clip
+
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), make_tokenizer()
+    config = model_config(SIZE, tokenizer)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+    small = SmallClip(model, tokenizer, config, PREPROCESSING)
+    to_transformers(small).save_pretrained(folder)
+    make_processor(small).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """input.json, out/ with 25 pictures for each prompt, and references/ of several sizes, one turned by EXIF, one with transparency."""
+    root, random = tmp_path_factory.mktemp("graded"), np.random.default_rng(0)
+    write_json(root / "input.json", INPUT)
+    for key, fields in INPUT.items():
+        for prompt in range(len(fields["prompt"])):
+            (root / "out" / key / str(prompt)).mkdir(parents=True)
+            for n in range(25):
+                picture = random_picture(random, 96, 96)
+                picture.save(root / "out" / key / str(prompt) / f"source{key}_prompt{prompt}_{n}.png")
+        (root / "references" / key).mkdir(parents=True)
+        for index, (width, height) in enumerate([(80, 120), (200, 70)]):
+            exif = Image.Exif()
+            exif[0x0112] = 6  # stored lying on its side
+            random_picture(random, width, height).save(root / "references" / key / f"{index}.jpg", exif=exif)
+    random_picture(random, 64, 64).convert("RGBA").save(root / "references" / "0" / "2.PNG")
+    return root
+
+
+@pytest.fixture
+def copy(graded: Path, tmp_path: Path) -> Path:
+    """The same, to be spoiled."""
+    return shutil.copytree(graded, tmp_path / "graded")
+
+
+def run(root: Path, clip: Path | str, **more: Any) -> dict[str, Any]:
+    """The script's main; returns the record's metrics."""
+    paths = {"images": root / "out", "input": root / "input.json", "references": root / "references"}
+    settings = Settings(**{**paths, "clip": str(clip), "output": root / "runs", "device": "cpu", **more})
+    main(settings)
+    return json.loads((settings.output / "record.json").read_text())["metrics"]
+
+
+def plain_scores(root: Path, clip: Path, key: str, prompt: int) -> list[tuple[float, float]]:
+    """Image and text score of each picture, straight from the grader's description: one picture and one reference at a time."""
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    text = INPUT[key]["prompt_4_clip_eval"][prompt]
+    scores = []
+    for n in range(25):
+        picture = Image.open(root / "out" / key / str(prompt) / f"source{key}_prompt{prompt}_{n}.png").convert("RGB")
+        inputs = processor(text=[text], images=picture, return_tensors="pt", padding=True)
+        cosines = []
+        with torch.no_grad():
+            answer = model(**inputs)
+            for path in (root / "references" / key).iterdir():
+                reference = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
+                theirs = model.get_image_features(**reference).pooler_output
+                ours = model.get_image_features(inputs.pixel_values).pooler_output
+                cosines.append(100 * torch.nn.functional.cosine_similarity(ours, theirs).item())
+        scores.append((sum(cosines) / len(cosines), answer.logits_per_image.item()))
+    return scores
+
+
+# --------------------------------------------------------------- the grader, number for number
+
+
+@pytest.fixture(scope="module")
+def metrics(graded: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(graded, clip, output=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize(("row", "key", "prompt"), [(0, "0", 0), (1, "0", 1), (2, "ring", 0)])
+def test_scores_ranks_and_averages_are_those_of_a_plain_loop(
+    row: int, key: str, prompt: int, metrics: dict[str, Any], graded: Path, clip: Path
+) -> None:
+    case, scores = metrics["cases"][row], plain_scores(graded, clip, key, prompt)
+    assert (case["key"], case["prompt"]) == (key, prompt)
+    assert len(case["pictures"]) == 25
+    for picture, (image, text) in zip(case["pictures"], scores, strict=True):
+        assert picture["image_score"] == pytest.approx(image, abs=1e-4)
+        assert picture["text_score"] == pytest.approx(text, abs=1e-4)
+    by_value = sorted(range(25), key=lambda n: scores[n][0] + 2.5 * scores[n][1], reverse=True)
+    assert sorted(range(25), key=lambda n: case["pictures"][n]["rank"]) == by_value
+    assert case["image_score"] == pytest.approx(sum(scores[n][0] for n in by_value[:5]) / 5, abs=1e-4)
+    assert case["text_score"] == pytest.approx(sum(scores[n][1] for n in by_value[:5]) / 5, abs=1e-4)
+
+
+def test_the_model_tells_pictures_apart(metrics: dict[str, Any]) -> None:
+    """So that agreement with the plain loop means something."""
+    for case in metrics["cases"]:
+        for name in ("image_score", "text_score"):
+            values = [picture[name] for picture in case["pictures"]]
+            assert max(values) - min(values) > 1
+
+
+def test_both_scores_must_reach_the_baseline(metrics: dict[str, Any]) -> None:
+    assert [case["passed"] for case in metrics["cases"]] == [True, False, False]
+    assert metrics["passed"] == 1
+
+
+def test_a_score_that_just_reaches_the_baseline_passes(metrics: dict[str, Any], copy: Path, clip: Path) -> None:
+    reached = [metrics["cases"][2][name] for name in ("image_score", "text_score")]
+    above = [reached[0], float(np.nextafter(reached[1], 1000))]
+    for wanted, passed in ((reached, True), (above, False)):
+        write_json(copy / "input.json", {"ring": INPUT["ring"] | {"baseline": [wanted]}})
+        assert run(copy, clip)["cases"][0]["passed"] is passed
+
+
+def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip: Path, tmp_path: Path) -> None:
+    small = run(graded, clip, batch=4, output=tmp_path)
+    for ours, theirs in zip(small["cases"], metrics["cases"], strict=True):
+        for one, other in zip(ours["pictures"], theirs["pictures"], strict=True):
+            assert one["image_score"] == pytest.approx(other["image_score"], abs=1e-4)
+            assert one["text_score"] == pytest.approx(other["text_score"], abs=1e-4)
+
+
+def test_every_file_is_decoded_once(graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    plain = P3_scores.open_picture
+    monkeypatch.setattr(P3_scores, "open_picture", lambda path: (opened.append(path), plain(path))[1])
+    run(graded, clip, output=tmp_path)
+    assert len(opened) == len(set(opened)) == 3 * 25 + 3 + 2
+
+
+def test_no_network_is_used_for_a_folder(
+    graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    run(graded, clip, output=tmp_path)
+    assert not asked
+
+
+# --------------------------------------------------------------- the scorer
+
+
+def test_best_first_and_equals_in_their_order() -> None:
+    image, text = torch.tensor([10.0, 0.0, 12.5, 10.0, 50.0]), torch.tensor([1.0, 5.0, 0.0, 1.0, -20.0])
+    assert rank(image, text).tolist() == [0, 1, 2, 3, 4]  # 12.5 four times, then 0
+    assert rank(image, text + torch.tensor([0, 0, 0.1, 0, 0])).tolist() == [2, 0, 1, 3, 4]
+
+
+def test_tensors_and_pil_pictures_have_the_same_features(graded: Path, clip: Path) -> None:
+    scorer = Scorer.load(str(clip), CPU)
+    paths = sorted((graded / "references" / "0").iterdir())
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    assert torch.equal(scorer.encode(pictures), scorer.encode(open_pictures(paths)))
+
+
+def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
+    paths = sorted((graded / "references" / "0").iterdir())
+    scorer, picture = Scorer.load(str(clip), CPU, "pillow"), Image.open(paths[0]).convert("RGB")
+    small = picture.resize((64, 96), Image.Resampling.BICUBIC).crop((0, 16, 64, 80))
+    wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
+    found = scorer.processor(images=open_pictures(paths[:1]), return_tensors="pt").pixel_values
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = Scorer.load(str(clip), CPU)
+    long = scorer.encode_text("a star " * 60)
+    assert "122 tokens, CLIP reads the first 76" in capsys.readouterr().err
+    torch.testing.assert_close(long, scorer.encode_text("a star " * 37 + "a"))
+    assert not capsys.readouterr().err
+
+
+def test_tokens_added_to_an_old_configuration_leave_the_pooling_at_the_end(clip: Path, tmp_path: Path) -> None:
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    processor.tokenizer.add_tokens(["<new1>"])
+    model.text_model.resize_token_embeddings(len(processor.tokenizer))
+    model.config.text_config.eos_token_id = 2
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    modern = Scorer(CLIPModel.from_pretrained(clip).eval(), processor)
+    modern.model.text_model.set_input_embeddings(model.text_model.get_input_embeddings())
+    text = "a photo of a <new1> on a red background"
+    torch.testing.assert_close(Scorer.load(str(tmp_path), CPU).encode_text(text), modern.encode_text(text).detach())
+
+
+# --------------------------------------------------------------- results
+
+
+def test_the_lines_of_a_run(graded: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = run(graded, clip, output=tmp_path)["cases"]
+    lines = capsys.readouterr().out.splitlines()
+    for case, verdict in zip(cases, ("PASS", "FAIL", "FAIL"), strict=True):
+        image, text = f"{case['image_score']:.2f}", f"{case['text_score']:.2f}"
+        start = lines.index(f"{case['key']}/{case['prompt']}: {case['text']}")
+        assert lines[start + 1 : start + 4] == [f"CLIP Image Score: {image}", f"CLIP Text Score: {text}", verdict]
+        numbers = [image, f"{case['baseline'][0]:.2f}", text, f"{case['baseline'][1]:.2f}"]
+        assert [f"{case['key']}/{case['prompt']}", *numbers, verdict] in [line.split() for line in lines]
+    assert lines[-1] == "1 of 3 cases passed"
+
+
+def test_what_a_run_leaves_behind(graded: Path, clip: Path, tmp_path: Path) -> None:
+    metrics = run(graded, clip, output=tmp_path / "runs")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"record.json", "best.png"}
+    assert Image.open(tmp_path / "runs" / "best.png").height > 600
+    assert metrics["references"] == {"0": ["0.jpg", "1.jpg", "2.PNG"], "ring": ["0.jpg", "1.jpg"]}
+    assert metrics["logit_scale"] == pytest.approx(CLIPModel.from_pretrained(clip).logit_scale.exp().item())
+
+
+def test_another_logit_scale_than_the_courses_is_told(
+    graded: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = run(graded, clip, output=tmp_path)["logit_scale"]
+    assert f"{scale:.2f} x cosine with this CLIP" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------- bad input
+
+
+def test_a_missing_picture_is_named_with_the_count(copy: Path, clip: Path) -> None:
+    (copy / "out" / "0" / "1" / "source0_prompt1_7.png").unlink()
+    with pytest.raises(BadInput, match=r"out/0/1 holds 24 files, .*25 pictures; missing: source0_prompt1_7\.png"):
+        run(copy, clip)
+
+
+def test_a_file_too_many_is_named_with_the_count(copy: Path, clip: Path) -> None:
+    (copy / "out" / "ring" / "0" / "notes.txt").touch()
+    with pytest.raises(BadInput, match=r"out/ring/0 holds 26 files, .*25 pictures; not wanted: notes\.txt"):
+        run(copy, clip)
+
+
+def test_a_prompt_without_pictures_is_named(copy: Path, clip: Path) -> None:
+    shutil.rmtree(copy / "out" / "0" / "1")
+    with pytest.raises(BadInput, match=r"out/0/1 is not a folder; prompt 1 of concept '0'"):
+        run(copy, clip)
+
+
+def test_a_broken_picture_is_named(copy: Path, clip: Path) -> None:
+    path = copy / "out" / "0" / "0" / "source0_prompt0_3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(BadInput, match=r"source0_prompt0_3\.png is not a readable picture"):
+        run(copy, clip)
+
+
+def test_a_concept_without_references_is_named(copy: Path, clip: Path) -> None:
+    for path in (copy / "references" / "ring").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(BadInput, match="references: folder ring holds no picture"):
+        run(copy, clip)
+    shutil.rmtree(copy / "references" / "ring")
+    with pytest.raises(BadInput, match="references: no folder ring"):
+        run(copy, clip)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"clip": "no/such/folder"}, "--clip no/such/folder is not a folder"),
+        ({"clip": str(ROOT / "tests")}, r"config\.json does not exist; --clip wants a CLIPModel"),
+        ({"batch": -1}, "--batch -1"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"input": ROOT / "LICENSE"}, "LICENSE is not valid JSON"),
+    ],
+)
+def test_bad_settings_are_named_and_nothing_is_written(
+    more: dict[str, Any], named: str, graded: Path, clip: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=named):
+        run(graded, more.pop("clip", clip), output=tmp_path / "runs", **more)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_results_never_go_among_the_graded_pictures(graded: Path, clip: Path) -> None:
+    with pytest.raises(BadInput, match="lies in --images"):
+        run(graded, clip, output=graded / "out" / "runs")
+
+
+def without_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncated(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+
+
+def changed(folder: Path, part: str | None, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config).update(values)
+    write_json(folder / "config.json", config)
+
+
+def without_words(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+SPOILED = {
+    "the weights lack 1 tensors, such as visual_projection.weight": without_a_tensor,
+    "--clip .*clip: ": truncated,
+    "type 'siglip'": lambda folder: changed(folder, None, model_type="siglip"),
+    "tokenizer.json or vocab.json is missing": without_words,
+    "--clip .*: .*size": lambda folder: changed(folder, "text_config", hidden_size=64),
+    "open_clip's form": lambda folder: (folder / "open_clip_config.json").touch(),
+}
+
+
+@pytest.mark.parametrize("named", SPOILED)
+def test_a_clip_that_is_not_whole_is_named(named: str, clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    SPOILED[named](folder)
+    with pytest.raises(BadInput, match=named) as caught:
+        Scorer.load(str(folder), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_offline_ends_with_one_line_and_code_2(graded: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "P3_evaluate.py"), "--images", str(graded / "out")]
+    command += ["--input", str(graded / "input.json"), "--references", str(graded / "references")]
+    offline = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --clip openai/clip-vit-base-patch32: no such folder")
+    assert "--clip FOLDER" in done.stderr

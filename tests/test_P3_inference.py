@@ -1,0 +1,243 @@
+"""Drawing: the grader's tree and nothing else in it, seeds that belong to pictures, solvers as diffusers has them, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+from small_pipeline import WIDTH, save_clip, save_pipeline
+
+import P3_inference
+from diffusion.guidance import Guidance
+from diffusion.noise import draw, generators
+from P3_drawing import Manner, Order, Painter
+from P3_embeddings import file_of, save_vectors
+from P3_inference import Settings, main
+from P3_model import load_pipeline
+from P3_scores import Scorer
+from runtime.cli import BadInput
+from runtime.figures import open_picture
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    "0": {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>.", "A <new1> in the style of <new2>."]},
+    "cat": {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["A star in the style of <new2>."]},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """input.json, and vectors of its tokens."""
+    (tmp_path / "input.json").write_text(json.dumps(CASES))
+    for index, token in enumerate(("<new1>", "<new2>")):
+        rows = torch.randn(index + 1, WIDTH, generator=torch.Generator().manual_seed(index))
+        save_vectors(file_of(tmp_path / "learned", token), token, rows, "test")
+    return tmp_path
+
+
+def settings(folder: Path, model: str, /, **changes: Any) -> Settings:
+    flags: dict[str, Any] = {
+        "model": model,
+        "output": folder / "out",
+        "input": folder / "input.json",
+        "embeddings": (folder / "learned",),
+        "steps": 1,
+        "guidance": 2.0,
+        "batch": 25,
+        "precision": "fp32",
+        "device": "cpu",
+        "record": folder / "record.json",
+    }
+    return Settings(**flags | changes)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------- the tree
+
+
+def test_the_graded_tree_holds_25_pictures_per_prompt_and_nothing_else(given: Path, model: str) -> None:
+    main(settings(given, model))
+    wanted = [
+        f"{key}/{k}/source{key}_prompt{k}_{n}.png" for key, k in (("0", 0), ("0", 1), ("cat", 0)) for n in range(25)
+    ]
+    assert files_in(given / "out") == sorted(wanted)
+    assert Image.open(given / "out" / wanted[0]).size == (64, 64)
+    assert json.loads((given / "record.json").read_text())["metrics"]["pictures"] == 75
+
+
+def test_pictures_of_an_earlier_run_are_replaced(given: Path, model: str) -> None:
+    old = given / "out" / "0" / "7" / "source0_prompt7_3.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    main(settings(given, model))
+    assert not old.exists()
+    assert len(files_in(given / "out")) == 75
+
+
+def test_a_file_that_does_not_belong_is_named_and_kept(given: Path, model: str) -> None:
+    foreign = given / "out" / "0" / "0" / "mine.png"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(BadInput, match=r"mine\.png does not belong"):
+        main(settings(given, model))
+    assert files_in(given / "out") == ["0/0/mine.png"]
+
+
+def test_a_picture_is_the_same_in_any_batch_and_company(given: Path, model: str) -> None:
+    painter = Painter(load_pipeline(model, CPU, torch.float32), Manner("dpm", 3, Guidance(3.0)))
+    orders = [Order(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
+    together = painter.paint(orders).int()
+    for order, image in zip(orders, together, strict=True):
+        assert (painter.paint([order])[0].int() - image).abs().max() <= 1
+    assert (together[0] - together[1]).abs().max() > 20
+
+
+def test_any_prompts_without_a_file(given: Path, model: str) -> None:
+    main(settings(given, model, input=None, prompt=("a red star", "a <new1>"), count=2))
+    assert files_in(given / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+
+
+def test_the_best_of_many_are_kept(given: Path, model: str) -> None:
+    clip, prompt = str(save_clip(given / "clip")), "a red star"
+    flags: dict[str, Any] = {"input": None, "prompt": (prompt,), "clip": clip}
+    main(settings(given, model, **flags, count=2, candidates=5))
+    main(settings(given, model, **flags, count=5, output=given / "all"))
+    every = [open_picture(given / "all" / f"0_{n}.png") for n in range(5)]
+    scorer = Scorer.load(clip, CPU)
+    order = scorer.text_scores(scorer.encode(every), prompt).argsort(descending=True).tolist()
+    for n in range(2):
+        assert torch.equal(open_picture(given / "out" / f"0_{n}.png"), every[order[n]])
+
+
+# ---------------------------------------------------------------- solvers
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
+    """The pipeline's own call, on the same noise."""
+    pipe = load_pipeline(model, CPU, torch.float32)
+    ours = Painter(pipe, Manner(solver, 5, Guidance(3.0))).latents([Order("a red star", 4)])
+    if solver == "ddim":
+        made = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
+    else:
+        made = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = made
+    noise = draw(generators([4]), (4, 16, 16), CPU)
+    theirs = pipe("a red star", latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_token_without_vectors_names_the_commands_that_learn_it(
+    given: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(P3_inference, "FOLDER", given / "none")
+    with pytest.raises(BadInput) as caught:
+        main(settings(given, model, embeddings=()))
+    lines = str(caught.value).splitlines()
+    assert "<new1>, <new2>" in lines[0]
+    assert '--token "<new1>" --init star' in lines[1]
+    assert '--token "<new2>" --init painting --kind style' in lines[2]
+    assert not (given / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": None}, "either --input FILE or --prompt TEXT"),
+        ({"prompt": ("a",)}, "either --input FILE or --prompt TEXT"),
+        ({"steps": 0}, "--steps 0"),
+        ({"steps": 1001}, "--steps 1001"),
+        ({"candidates": 3}, "--candidates 3"),
+        ({"interval": (0.5, 0.5)}, "--interval"),
+        ({"size": 65}, "--size 65"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"embeddings": (Path("/nowhere"),)}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    given: Path, model: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        main(settings(given, model, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (given / "out").exists()
+
+
+def test_nothing_old_is_lost_when_the_model_is_refused(given: Path, model: str) -> None:
+    old = given / "out" / "0" / "0" / "source0_prompt0_0.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    with pytest.raises(BadInput):
+        main(settings(given, "/nowhere"))
+    assert old.read_bytes() == b"old"
+
+
+def test_vectors_of_another_width_are_refused(given: Path, model: str) -> None:
+    save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
+    with pytest.raises(BadInput, match="768 wide"):
+        main(settings(given, model))
+
+
+def test_a_dry_run_draws_nothing(given: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(settings(given, model, dry_run=True))
+    assert "3 prompts, 75 pictures" in capsys.readouterr().out
+    assert not (given / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_grading_script_from_another_folder(given: Path, model: str) -> None:
+    """Relative paths mean the caller's; a token without vectors exits with 2 and two commands."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "hw2_3.sh"), "input.json", "out put/", os.path.relpath(model, given)],
+        cwd=given,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("python P3_textual_inversion.py") == 2
+    assert not (given / "out put").exists()
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("level", ["joint", "regional", "conductor"])
+def test_a_layout_is_drawn_at_every_level(given: Path, model: str, level: Any) -> None:
+    concepts = [{"token": "<new1>", "box": [0, 0, 0.5, 1]}, {"token": "<new2>", "style": True}]
+    (given / "layout.json").write_text(json.dumps({"prompt": "a star", "concepts": concepts}))
+    more = {"input": None, "layout": str(given / "layout.json"), "level": level, "count": 2}
+    main(settings(given, model, **more, draw_layout=given / "layout.png"))
+    assert files_in(given / "out") == [f"{level}_0.png", f"{level}_1.png"]
+    assert Image.open(given / "layout.png").size == (256, 256)
+
+
+def test_a_layout_is_made_of_a_prompt(given: Path, model: str) -> None:
+    more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "words": ("star", "moon")}
+    main(settings(given, model, **more, count=1))
+    assert files_in(given / "out") == ["conductor_0.png"]
+
+
+def test_a_layouts_token_without_vectors_is_told(given: Path, model: str) -> None:
+    more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <other>",)}
+    with pytest.raises(BadInput, match="no vectors of <other>"):
+        main(settings(given, model, **more))

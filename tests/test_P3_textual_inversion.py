@@ -1,0 +1,298 @@
+"""Textual inversion: the gradient is the plain method's, only the new rows change, runs go on to the bit, pictures are read as they are
+meant."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
+
+from P3_concepts import Concept, read_concepts, read_pictures, square
+from P3_embeddings import install
+from P3_inversion import Learner
+from P3_inversion_run import Run
+from P3_model import load_pipeline
+from P3_textual_inversion import Settings, main
+from runtime.cli import BadInput
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "<new1>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return save_pictures(tmp_path / "images", 3)
+
+
+def settings(tmp_path: Path, model: str, images: Path | None, /, **changes: Any) -> Settings:
+    given: dict[str, Any] = {
+        "model": model,
+        "images": images,
+        "init": "star",
+        "steps": 6,
+        "batch": 2,
+        "validate_every": 3,
+        "save_every": 2,
+        "log_every": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "run": tmp_path / "run",
+        "output": tmp_path / "learned",
+    }
+    return Settings(**given | changes)
+
+
+def learner(model: str, concepts: list[Concept], crops: bool = False) -> Learner:
+    return Learner(load_pipeline(model, CPU, torch.float32), concepts, 0, crops, True)
+
+
+def gradient(model: str, concepts: list[Concept], parts: int = 1) -> Any:
+    one = learner(model, concepts)
+    sample = one.batch(3, slice(4), 4)
+    one.backward(Accelerator(cpu=True), one.parameter, sample, parts)
+    return one, sample, one.parameter.rows.grad
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_the_gradient_is_that_of_the_plain_method(model: str, images: Path, vectors: int) -> None:
+    """Plain: the whole table is the parameter, and pictures go through the autoencoder."""
+    one, sample, ours = gradient(model, [Concept(TOKEN, images, "star", vectors=vectors)])
+    pipe = load_pipeline(model, CPU, torch.float32)
+    install(pipe, {TOKEN: one.parameter.rows.detach()})
+    table = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    noisy = pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
+    out = pipe.unet(noisy, sample.t, encoder_hidden_states=pipe.text_encoder(sample.tokens)[0]).sample
+    torch.nn.functional.mse_loss(out, sample.eps).backward()
+    assert table.grad is not None
+    theirs = table.grad[one.first :]
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_cached_posterior_is_the_autoencoders(model: str, images: Path) -> None:
+    one = learner(model, [Concept(TOKEN, images, "star")])
+    pipe = load_pipeline(model, CPU, torch.float32)
+    x = square(read_pictures(images), 64)
+    moments = one.lessons[0].moments
+    assert moments is not None
+    for flip, pictures in ((0, x), (1, x.flip(-1))):
+        posterior = pipe.vae.encode(pictures).latent_dist
+        scale = pipe.vae.config["scaling_factor"]
+        torch.testing.assert_close(moments[:, flip, 0], posterior.mean * scale, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments[:, flip, 1], posterior.std * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_batch_add_up(model: str, images: Path) -> None:
+    concepts = [Concept(TOKEN, images, "star")]
+    whole, parts = gradient(model, concepts)[2], gradient(model, concepts, 2)[2]
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
+
+
+def test_a_concept_learns_among_others_as_it_does_alone(model: str, images: Path) -> None:
+    first, second = Concept(TOKEN, images, "star"), Concept("<new2>", images, "moon", "style", 2)
+    alone = gradient(model, [second])[2]
+    together = gradient(model, [first, second])[2]
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-7)
+
+
+def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None:
+    one = learner(model, [Concept(TOKEN, images, "star")], crops=True)
+    sample = one.batch(0, slice(4), 4)
+    assert sample.x0.shape == (4, 4, 16, 16)
+    assert one.lessons[0].moments is None
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_only_the_new_rows_change(tmp_path: Path, model: str, images: Path) -> None:
+    run = Run(settings(tmp_path, model, images), [Concept(TOKEN, images, "star", vectors=2)])
+    before, fresh = run.learner.learned()[TOKEN], load_pipeline(model, CPU, torch.float32)
+    run.train()
+    assert not torch.equal(run.learner.learned()[TOKEN], before)
+    pipe = run.learner.pipe
+    for part in ("unet", "vae", "text_encoder"):
+        now = {
+            name.replace("token_embedding.table", "token_embedding"): x
+            for name, x in getattr(pipe, part).state_dict().items()
+        }
+        for name, tensor in getattr(fresh, part).state_dict().items():
+            assert torch.equal(now[name], tensor), name
+
+
+def test_it_leaves_vectors_pictures_and_a_record(tmp_path: Path, model: str, images: Path) -> None:
+    main(settings(tmp_path, model, images, vectors=2))
+    saved = load_file(tmp_path / "learned" / "learned_new1.safetensors")
+    assert saved[TOKEN].shape == (2, WIDTH)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["metrics"]["step"] == 6
+    for name in ("progress_new1.png", "loss.png"):
+        assert Image.open(tmp_path / "run" / name).width > 100
+
+
+def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path) -> None:
+    clip = save_clip(tmp_path / "clip")
+    run = Run(settings(tmp_path, model, images, clip=str(clip)), [Concept(TOKEN, images, "star")])
+    run.train()
+    scores = [look.scores[TOKEN] for look in run.looks]
+    assert len(scores) == 2
+    assert run.best[TOKEN][0] == max(scores)
+    assert torch.equal(run.chosen()[TOKEN], run.best[TOKEN][1])
+
+
+def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
+    run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [Concept(TOKEN, images, "star")])
+    run.train()
+    assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norm * 1.0001
+
+
+def command(given: Settings) -> list[str]:
+    flags = [
+        "--model",
+        given.model,
+        "--images",
+        str(given.images),
+        "--init",
+        "star",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    flags += [
+        "--steps",
+        str(given.steps),
+        "--batch",
+        "2",
+        "--validate-every",
+        "0",
+        "--save-every",
+        "1",
+        "--log-every",
+        "1",
+    ]
+    return [
+        sys.executable,
+        str(ROOT / "P3_textual_inversion.py"),
+        *flags,
+        "--run",
+        str(given.run),
+        "--output",
+        str(given.output),
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: str, images: Path) -> None:
+    """SIGKILL at some step, then the same command; against a run that nobody disturbed."""
+    broken = settings(tmp_path, model, images, steps=40)
+    process = subprocess.Popen(command(broken), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    checkpoint = broken.run / "checkpoint.pt"
+    while not checkpoint.is_file() and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (broken.output / "learned_new1.safetensors").exists()
+    done = subprocess.run(command(broken), capture_output=True, text=True, timeout=300)
+    assert "going on at step" in done.stderr
+    whole = settings(tmp_path, model, images, steps=40, run=tmp_path / "run2", output=tmp_path / "learned2")
+    subprocess.run(command(whole), capture_output=True, timeout=300, check=True)
+    files = [folder / "learned_new1.safetensors" for folder in (broken.output, whole.output)]
+    assert torch.equal(load_file(files[0])[TOKEN], load_file(files[1])[TOKEN])
+
+
+# ---------------------------------------------------------------- pictures and bad input
+
+
+def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(folder / "b.jpg", exif=exif)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(folder / "a.png")
+    (folder / "notes.txt").write_text("no picture")
+    clear, turned = read_pictures(folder)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert turned.size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "--images DIR --init WORD"),
+        ({"init": "zqxj"}, "--init 'zqxj'"),
+        ({"token": "new1"}, "--token new1"),
+        ({"vectors": 9}, "--vectors 9"),
+        ({"steps": 0}, "--steps 0"),
+        ({"accumulate": 3}, "--accumulate 3"),
+        ({"seed": -1}, "--seed -1"),
+        ({"images": Path("/nowhere")}, "/nowhere is not a folder"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"clip": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, model: str, images: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        main(settings(tmp_path, model, images, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "learned" / "learned_new1.safetensors").exists()
+
+
+def test_an_empty_folder_and_a_broken_picture_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with pytest.raises(BadInput, match="holds no picture"):
+        read_pictures(folder)
+    (folder / "x.png").write_bytes(b"nothing")
+    with pytest.raises(BadInput, match=r"x\.png is not a readable picture"):
+        read_pictures(folder)
+
+
+def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images: Path) -> None:
+    pipe = load_pipeline(model, CPU, torch.float32)
+    install(pipe, {TOKEN: torch.zeros(1, WIDTH)})
+    pipe.save_pretrained(tmp_path / "extended")
+    with pytest.raises(BadInput, match="<new1> is in the model's vocabulary"):
+        main(settings(tmp_path, str(tmp_path / "extended"), images))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "wanted a list"),
+        ([{"token": "<a>"}], "entry 0: wants token, images and init"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "vectors": "2"}], "entry 0: vectors '2'"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "kind": "animal"}], "animal"),
+        ([{"token": "<a>", "images": "x", "init": "dog"}] * 2, "<a> is there twice"),
+    ],
+)
+def test_bad_lists_of_concepts_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    (tmp_path / "concepts.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=message):
+        read_concepts(tmp_path / "concepts.json")
+
+
+def test_another_runs_checkpoint_is_not_taken(tmp_path: Path, model: str, images: Path) -> None:
+    main(settings(tmp_path, model, images))
+    with pytest.raises(BadInput, match="another run"):
+        main(settings(tmp_path, model, images, seed=5))
