@@ -49,6 +49,8 @@ bench: setup  ## side-by-side measurements of training and sampling
 	$(RUN) benchmarks/p1_sampling.py
 	$(RUN) benchmarks/p2_ddim.py
 	$(RUN) benchmarks/p3_clip.py
+	$(RUN) benchmarks/p3_textual_inversion.py speed
+	$(RUN) benchmarks/p3_textual_inversion.py concepts
 
 clean:  ## remove .venv, runs and the demo's output
 	rm -rf .venv runs $(DEMO)
