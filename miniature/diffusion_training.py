@@ -29,6 +29,7 @@ from miniature.diffusion_parts import (
 from miniature.latents import cached_latents
 from miniature.trainer import Loop, Trainer, check_numbers, memory_format
 from P3_checkpoint import make_scheduler
+from P3_model import suit_training
 from runtime.cli import BadInput, note
 from training.draws import Draws
 
@@ -61,14 +62,16 @@ class Train(Loop):
     init: Path | None = None
     """Folder of a U-Net of the same layout to start from, such as the shipped one."""
     run: Path = Path("runs/miniature/diffusion")
-    steps: int = 4500
+    steps: int = 14_000
     batch: int = 64
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     ema: float = 0.999
-    channels: tuple[int, ...] = (48, 80, 96)
+    channels: tuple[int, ...] = (64, 96, 80)
     """At 16x16, 8x8 and 4x4 latents; multiples of 16."""
-    pictures: int = 60_000
+    pictures: int = 100_000
     """How many are rendered and encoded before the training."""
+    most_weight: float = 10.0
+    """Loss weight 1 + 1/SNR, up to this: what a picture holds is decided where the noise is strong, and there errors of eps are small."""
     drop_text: float = 0.1
     """How often the caption is withheld, which guidance needs."""
 
@@ -93,7 +96,7 @@ class DiffusionTrainer(Trainer):
 
     def _check(self) -> None:
         s = self.settings
-        check_numbers(s, "pictures")
+        check_numbers(s, "pictures", "most_weight")
         if not 0 <= s.drop_text <= 1:
             raise BadInput(f"--drop-text {s.drop_text}: give a share from 0 to 1")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):
@@ -101,6 +104,7 @@ class DiffusionTrainer(Trainer):
 
     def build(self) -> nn.Module:
         unet = make_unet(self.settings.channels, self.tower.config.hidden_size, self.data.moments.shape[-1])
+        suit_training(unet, self.device, self.precision)
         if self.settings.init:
             start_from(unet, self.settings.init)
         if self.main:
@@ -109,14 +113,17 @@ class DiffusionTrainer(Trainer):
         return unet
 
     def loss(self, draws: Draws) -> Tensor:
-        """Mean of |eps - eps_theta(x_t, t, text)|^2, t stratified over the batch."""
+        """Mean of weight(t) |eps - eps_theta(x_t, t, text)|^2, t stratified over the batch; without a cap on the weight it were the loss
+        of v (Salimans & Ho 2022, appendix D)."""
         rows = (draws.uniform() * len(self.data)).long()
         x0 = self.data.take(rows, draws.normal(*self.data.moments.shape[2:]))
         t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
         eps = draws.normal(*x0.shape[1:])
-        x = add_noise(x0, eps, self.alphas[t][:, None, None, None]).contiguous(memory_format=memory_format(self.device))
+        alpha = self.alphas[t][:, None, None, None]
+        x = add_noise(x0, eps, alpha).contiguous(memory_format=memory_format(self.device))
         text = self.read(self.captions(rows, draws))
-        return (self.model(x, t, text).sample.float() - eps).square().mean()
+        weight = (1 / alpha).clamp(max=self.settings.most_weight)  # 1 + 1/SNR, where SNR = alpha / (1 - alpha); alpha: abar
+        return (weight * (self.model(x, t, text).sample.float() - eps).square()).mean()
 
     def captions(self, rows: Tensor, draws: Draws) -> Tensor:
         """[B,77] token ids of these pictures, some of them those of no words at all."""

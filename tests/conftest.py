@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,14 @@ from P1_model import ModelConfig, Network, UNet
 def one_thread() -> None:
     """Tensors this small gain nothing from threads, and on a busy machine threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its first precision for the life of a process; a script has one, tests have many."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) and state.AcceleratorState._shared_state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 TINY = ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=32, head_channels=16, timesteps=20)

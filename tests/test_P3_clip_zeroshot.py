@@ -83,7 +83,7 @@ def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
 
 
 def test_the_run_predicts_what_the_plain_api_predicts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
-    run(tmp_path, labelled, tiny_clip, prompts="single", names="raw")
+    run(tmp_path, labelled, tiny_clip, prompts="single", names="raw", precision="fp32")
     model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
     texts = open_clip.get_tokenizer(tiny_clip)([f"a photo of a {name}." for name in NAMES])
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
