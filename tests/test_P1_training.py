@@ -23,7 +23,8 @@ from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT: dict[str, Any] = {
-    "preset": "tiny", "device": "cpu", "precision": "fp32", "compile": "off", "batch": 8, "warmup": 2, "log_every": 5, "eval_every": 0, "eval_count": 1, "final_count": 1,
+    "preset": "tiny", "device": "cpu", "precision": "fp32", "compile": "off", "batch": 8, "warmup": 2,
+    "log_every": 5, "eval_every": 0, "eval_count": 1, "final_count": 1,
 }  # fmt: skip
 
 
