@@ -91,7 +91,7 @@ class Trainer:
         self.machine = detect(settings.device)
         self.preset = self._preset()
         self.recipe = resolve_recipe(settings, self.preset)
-        precision = set_up(settings.precision, self.machine)
+        precision = set_up(settings.precision, self.machine, training=True)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=self.machine.device.type == "cpu",

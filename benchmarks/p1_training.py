@@ -30,7 +30,7 @@ from P1_model import DOMAINS, PRESETS, UNet
 from P1_recipes import HERE, Settings
 from P1_training import Trainer
 from runtime.cli import note, progress, run_script
-from runtime.device import allow_tf32
+from runtime.device import set_up
 from runtime.record import Record
 from training.draws import process_rows
 
@@ -103,7 +103,7 @@ def main(bench: Bench) -> None:
         note(f"{name}: first two steps took {seconds(step, 2, trainer.device):.1f} s")
     for _ in progress(range(bench.rounds), "rounds"):
         for name, step in steps.items():
-            allow_tf32(False)
+            set_up("fp32", trainer.machine) if name == "plain" else set_up(settings.precision, trainer.machine, True)
             taken = seconds(step, bench.steps, trainer.device)
             speeds[name].append(bench.steps * trainer.recipe.batch / taken)
     ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True)]

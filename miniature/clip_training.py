@@ -177,7 +177,7 @@ class Training:
     def __init__(self, settings: Train):
         check(settings)
         self.settings, self.machine = settings, detect(settings.device)
-        self.half = set_up(settings.precision, self.machine) == "bf16"
+        self.half = set_up(settings.precision, self.machine, training=True) == "bf16"
         self.device = self.machine.device
         self.tokenizer = make_tokenizer()
         self.config = model_config(settings.size, self.tokenizer)

@@ -65,7 +65,7 @@ class Trainer(ABC):
     def __init__(self, settings: Loop):
         check_numbers(settings, "steps", "batch", "log_every", "save_every")
         self.settings, self.machine = settings, detect(settings.device)
-        self.precision = set_up(settings.precision, self.machine)
+        self.precision = set_up(settings.precision, self.machine, training=True)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=self.machine.device.type == "cpu"
         )
