@@ -9,6 +9,7 @@ taken for wrong ones.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
@@ -36,8 +37,10 @@ from runtime.generation import derived_seed
 
 FAMILY = 4  # pictures
 NONE = len(ALL_KINDS)  # of a patch without an object
+GREY = 0.35  # share of families without colours, in picture and caption: see `greyed`
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
+COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w))")
 MOST = 3  # objects in a picture
 
 
@@ -68,9 +71,12 @@ class Batches:
             place, member = derived_seed(self.seed, *key), key[-1]
             scenes.append(relative(scenes[-member], member, place) if member else sample_scene(place))
         captions = [caption(scene, derived_seed(self.seed, *key, 1)) for key, scene in zip(seeds, scenes, strict=True)]
+        images = np.stack([render(scene) for scene in scenes])
+        for row, (_, family, _) in enumerate(seeds):
+            if derived_seed(self.seed, step, family, 0, 3) % 1000 < 1000 * GREY:
+                images[row], captions[row] = greyed(images[row], captions[row])
         stops = [derived_seed(self.seed, *key, 2) % 1000 < 1000 * STOP for key in seeds]
         texts = [each.text + "." * stop for each, stop in zip(captions, stops, strict=True)]
-        images = np.stack([render(scene) for scene in scenes])
         return Batch(images, texts, true_of(scenes, captions), parts_of(scenes, self.patch))
 
 
@@ -90,6 +96,15 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
         style=head.style,
     )
     return sample_scene(seed, wish)
+
+
+def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:
+    """A picture [64,64,3] and its caption without any colour. Every object has a colour that it is never seen in, from which follows
+    what an object of that colour is not: a shortcut that fails on just the pairs that are held out. Without colours there is none."""
+    luma = (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
+    named = frozenset(name for name in caption.named if not name.startswith(("colour", "background")))
+    text = COLOURED.sub(lambda found: ("an " if found[2] in "aeiou" else "a ") if found[1] else "", caption.text)
+    return np.repeat(luma[..., None], 3, 2), Caption(text, named)
 
 
 def parts_of(scenes: list[Scene], patch: int) -> Tensor:

@@ -24,14 +24,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from miniature.captions import Caption, caption
-from miniature.clip_batches import NONE, Batches, parts_of, relative, true_of
+from miniature.clip_batches import NONE, Batches, greyed, parts_of, relative, true_of
 from miniature.clip_grading import encode_pictures, encode_texts, held_out_pairs, matching
 from miniature.clip_model import SHIPPED, WEIGHTS, Size, SmallClip, convert, load_clip, save_clip, to_transformers
 from miniature.clip_training import ClipLoss, Train, Training, forward, negatives_only, parameter_groups
 from miniature.scenes import ALL_KINDS, HELD_OUT_KINDS, HELD_OUT_PAIRS, KINDS, Background, Scene, Thing, sample_scene
 from miniature.train_clip import Convert, Grade, main
 from miniature.vocabulary import END, LENGTH, START, learn_merges, make_tokenizer, save_tokenizer
-from miniature.world import Zeroshot, as_tensor, batch, dataset, write_zeroshot
+from miniature.world import Zeroshot, as_tensor, batch, dataset, render, write_zeroshot
 from runtime.cli import BadInput
 
 TINY = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
@@ -515,3 +515,14 @@ def test_patches_know_whose_they_are() -> None:
     parts = parts_of([scene], 8)[0]
     assert (parts[:4, :4] == ALL_KINDS.index("star")).all()
     assert (parts != NONE).sum() == 16
+
+
+def test_without_colours_a_caption_stays_true_and_a_sentence() -> None:
+    scene = Scene((Thing("star", "red", (0, 0, 32, 32)), Thing("ring", "orange", (32, 32, 60, 60))), Background("blue"))
+    text = "an orange ring and the red star with red object on a textured blue background"
+    told = Caption(text, frozenset({"kind0", "kind1", "colour0", "colour1", "background", "ground"}))
+    image, grey = greyed(render(scene), told)
+    assert (image == image[..., :1]).all()
+    assert image.std() > 10
+    assert grey.text == "a ring and the star with object on a textured background"
+    assert grey.named == {"kind0", "kind1", "ground"}
