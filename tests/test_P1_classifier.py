@@ -224,18 +224,20 @@ def test_a_shipped_judge_knows_its_training_pictures(shipped: list[Judge]) -> No
         assert memorised(judge.reference.train[:200], judge.reference) == 1
 
 
+@pytest.mark.parametrize("domain", [0, 1])
 def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_file(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], domain: int
 ) -> None:
+    name_of: Any = DOMAINS[domain]
     for name in ("a", "b"):
         path, run = tmp_path / f"{name}.safetensors", tmp_path / "run"
         P1_classifier.run_training(
-            Train("svhn", data=digits_folder, output=path, epochs=2, batch=10, device="cpu", run=run)
+            Train(name_of, data=digits_folder, output=path, epochs=2, batch=10, device="cpu", run=run)
         )
     first, second = (load_judge(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
-    assert "svhn validation accuracy: " in capsys.readouterr().out
-    assert json.loads((run / "svhn" / "record.json").read_text())["seed"] == 0
-    assert first.domain == 1
+    assert f"{name_of} validation accuracy: " in capsys.readouterr().out
+    assert json.loads((run / name_of / "record.json").read_text())["seed"] == 0
+    assert first.domain == domain
     for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert first.reference
