@@ -5,6 +5,9 @@ therefore made of small families that share colours, background and style and di
 of the same objects. And as the world's captions leave things out, one is often true of several pictures of a batch: of 64 pictures in
 families, 45 % have a true caption besides their own (13 % of pictures drawn at random). Which these are is known, so they aren't
 taken for wrong ones.
+
+Every object has a colour that it is never seen in. From that follows what an object of this colour is not: a shortcut, which fails on
+just the pairs that are held out. So some families have no colours at all, and nothing is asked whose answer the colour alone would give.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from miniature.scenes import (
     BACKGROUNDS,
     COLOURS,
     GROUNDS,
+    HELD_OUT_PAIRS,
     PLACES,
     SIDE,
     Scene,
@@ -37,7 +41,7 @@ from runtime.generation import derived_seed
 
 FAMILY = 4  # pictures
 NONE = len(ALL_KINDS)  # of a patch without an object
-GREY = 0.35  # share of families without colours, in picture and caption: see `greyed`
+GREY = 0.35  # share of families without colours, in picture and caption: see above
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
 COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w))")
@@ -45,13 +49,14 @@ MOST = 3  # objects in a picture
 
 
 class Batch(NamedTuple):
-    """N pictures [N,64,64,3] uint8, their captions, `also` [N,N] bool: caption j is true of picture i, and `parts` [N,P,P] int64: the
-    kind of the object that a patch belongs to."""
+    """N pictures [N,64,64,3] uint8, their captions, `also` [N,N] bool: caption j is true of picture i, or false for its colour alone;
+    `parts` [N,P,P] int64: the kind of the object that a patch belongs to; `never` [N,kinds] bool: kinds that no patch is compared with."""
 
     images: Images
     texts: list[str]
     also: Tensor
     parts: Tensor
+    never: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ class Batches:
                 images[row], captions[row] = greyed(images[row], captions[row])
         stops = [derived_seed(self.seed, *key, 2) % 1000 < 1000 * STOP for key in seeds]
         texts = [each.text + "." * stop for each, stop in zip(captions, stops, strict=True)]
-        return Batch(images, texts, true_of(scenes, captions), parts_of(scenes, self.patch))
+        never = never_seen(scenes)
+        also = true_of(scenes, captions) | (never.float() @ bare_kinds(scenes, captions).float().T > 0)
+        return Batch(images, texts, also, parts_of(scenes, self.patch), never)
 
 
 def relative(head: Scene, member: int, seed: int) -> Scene:
@@ -99,8 +106,7 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
 
 
 def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:
-    """A picture [64,64,3] and its caption without any colour. Every object has a colour that it is never seen in, from which follows
-    what an object of that colour is not: a shortcut that fails on just the pairs that are held out. Without colours there is none."""
+    """A picture [64,64,3] and its caption without any colour."""
     luma = (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
     named = frozenset(name for name in caption.named if not name.startswith(("colour", "background")))
     text = COLOURED.sub(lambda found: ("an " if found[2] in "aeiou" else "a ") if found[1] else "", caption.text)
@@ -116,6 +122,26 @@ def parts_of(scenes: list[Scene], patch: int) -> Tensor:
         for thing in scene.things:
             across, down = ((middles - (thing.box[a] + thing.box[a + 2]) / 2).abs() < 0.4 * thing.size for a in (0, 1))
             found[row][down[:, None] & across] = ALL_KINDS.index(thing.kind)
+    return found
+
+
+def never_seen(scenes: list[Scene]) -> Tensor:
+    """[N,kinds] bool: kinds, none of the scene's own, that are never seen in a colour of its objects."""
+    found = torch.zeros(len(scenes), len(ALL_KINDS), dtype=torch.bool)
+    for row, scene in enumerate(scenes):
+        own, colours = {thing.kind for thing in scene.things}, {thing.colour for thing in scene.things}
+        for colour, kind in HELD_OUT_PAIRS:
+            found[row, ALL_KINDS.index(kind)] |= colour in colours and kind not in own
+    return found
+
+
+def bare_kinds(scenes: list[Scene], captions: list[Caption]) -> Tensor:
+    """[N,kinds] bool: kinds that a caption, of this scene, names without a colour."""
+    found = torch.zeros(len(scenes), len(ALL_KINDS), dtype=torch.bool)
+    for row, (scene, each) in enumerate(zip(scenes, captions, strict=True)):
+        for index, thing in enumerate(scene.things):
+            if f"kind{index}" in each.named and f"colour{index}" not in each.named:
+                found[row, ALL_KINDS.index(thing.kind)] = True
     return found
 
 

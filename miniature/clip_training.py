@@ -60,7 +60,7 @@ class Train:
     init: Path | None = None
     """Folder of a model of the same size to start from, such as the shipped one."""
     lock_text: bool = False
-    """Leaves the text tower as it is in --init, so that what was trained with it stays valid."""
+    """Leaves the text tower's states as they are in --init, which the U-Net is told by; its projection, which only CLIP uses, learns."""
     size: Size = field(default_factory=Size)
     save_every: int = 100
     """Steps between checkpoints."""
@@ -90,10 +90,11 @@ class PartsLoss(nn.Module):
     def _keep(self, _: nn.Module, __: Any, states: Tensor) -> None:
         self.states = states
 
-    def forward(self, parts: Tensor) -> Tensor:
-        """parts [N,P,P] int64, of the pictures that the tower saw last -> scalar."""
+    def forward(self, parts: Tensor, never: Tensor) -> Tensor:
+        """parts [N,P,P] int64 and never [N,kinds] bool, of the pictures that the tower saw last -> scalar."""
         assert self.states is not None
         logits = self.head(self.states[:, 1:].float())  # the first is the picture's own token
+        logits[..., :NONE] = logits[..., :NONE].masked_fill(never[:, None], -math.inf)
         self.states = None
         weight = torch.ones(NONE + 1, device=logits.device)
         weight[NONE] = 0.3  # most patches hold no object
@@ -146,8 +147,8 @@ def start_from(model: nn.Module, folder: Path) -> None:
 
 
 def text_tower(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters that prompts go through."""
-    names = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+    """All parameters that prompts go through, but the projection into the space that they share with pictures."""
+    names = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
     return [parameter for name, parameter in model.named_parameters() if name.startswith(names)]
 
 
@@ -278,7 +279,7 @@ class Training:
             pictures, texts, scale = forward(self.model, x, encoded["input_ids"].to(self.device))
         loss = self.loss(pictures.float(), texts.float(), scale, negatives_only(batch.also.to(self.device)))
         if s.parts:
-            loss = loss + s.parts * self.parts(batch.parts.to(self.device))
+            loss = loss + s.parts * self.parts(batch.parts.to(self.device), batch.never.to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from miniature.captions import Caption, caption
-from miniature.clip_batches import NONE, Batches, greyed, parts_of, relative, true_of
+from miniature.clip_batches import NONE, Batches, bare_kinds, greyed, never_seen, parts_of, relative, true_of
 from miniature.clip_grading import encode_pictures, encode_texts, held_out_pairs, matching
 from miniature.clip_model import SHIPPED, WEIGHTS, Size, SmallClip, convert, load_clip, save_clip, to_transformers
 from miniature.clip_training import ClipLoss, Train, Training, forward, negatives_only, parameter_groups
@@ -501,12 +501,12 @@ def test_the_shipped_model_knows_objects_in_colours_it_never_saw() -> None:
     assert (SHIPPED / "README.md").is_file()
 
 
-def test_a_locked_text_tower_stays_as_it_was_and_the_other_learns(folder: Path, tmp_path: Path) -> None:
+def test_a_locked_text_towers_states_stay_as_they_were_and_the_rest_learns(folder: Path, tmp_path: Path) -> None:
     before = load_clip(folder).model.state_dict()
     after = Training(small(tmp_path, init=folder, lock_text=True)).train().model.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert "visual.conv1.weight" in changed
-    assert all(name.startswith(("visual.", "logit_scale")) for name in changed)
+    assert all(name.startswith(("visual.", "logit_scale", "text_projection")) for name in changed)
 
 
 def test_patches_know_whose_they_are() -> None:
@@ -526,3 +526,18 @@ def test_without_colours_a_caption_stays_true_and_a_sentence() -> None:
     assert image.std() > 10
     assert grey.text == "a ring and the star with object on a textured background"
     assert grey.named == {"kind0", "kind1", "ground"}
+
+
+def test_what_only_the_colour_could_answer_is_not_asked() -> None:
+    """No red three in training, so "a three" is no wrong caption of a red star: that it is none would follow from its colour."""
+    colour, kind = HELD_OUT_PAIRS[0]
+    scenes = [
+        Scene((Thing("star", colour, (0, 0, 32, 32)),), Background("blue")),
+        Scene((Thing(kind, "white", (0, 0, 32, 32)),), Background("blue")),
+    ]
+    bare, coloured = frozenset({"kind0"}), frozenset({"kind0", "colour0"})
+    assert never_seen(scenes)[0, ALL_KINDS.index(kind)]
+    assert not never_seen(scenes)[1, ALL_KINDS.index(kind)]
+    assert bare_kinds(scenes, [Caption("", bare), Caption("", coloured)]).nonzero().tolist() == [
+        [0, ALL_KINDS.index("star")]
+    ]
