@@ -240,7 +240,7 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
 def _region(path: Path, entry: dict[str, Any], base: str, words: Sequence[str]) -> Region:
     token, word = entry["token"], entry.get("word", "object")
     own = slots(base, words, token) if "word" in entry else ""
-    prompt = entry.get("prompt") or (own if token in own else f"a photo of a {token}")
+    prompt = str(entry.get("prompt", own if token in own else f"a photo of a {token}"))
     images = path.parent / entry["images"] if "images" in entry else None
     if images and not images.is_dir():
         raise BadInput(f"{path}, {token}: images {images} is not a folder")

@@ -210,7 +210,8 @@ def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -
 
 def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
     """{case: {level: rate}}, and a sheet of the first pictures."""
-    rates, sheet = {}, []
+    rates: dict[str, float] = {}
+    sheet = []
     for level in bench.levels:
         images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
         rates[level] = share(judge, name, cases, images)

@@ -170,7 +170,8 @@ def mixed(base: Tensor, concepts: list[Tensor]) -> Tensor:
     side = base.shape[-1] if base.dim() == 4 else round(base.shape[1] ** 0.5)
     left = torch.arange(side) < side // 2
     where = left if base.dim() == 4 else left.repeat(side)[:, None]
-    return torch.where(where, *concepts)
+    first, second = concepts
+    return torch.where(where, first, second)
 
 
 @contextmanager
