@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
@@ -111,10 +111,10 @@ class Composition:
 
 
 class ComposedAttention:
-    """diffusers' attention, then what the composition asks for; `up`: this layer is in an up block."""
+    """A layer's own attention, then what the composition asks for; `up`: the layer is in an up block."""
 
-    def __init__(self, composition: Composition, up: bool):
-        self.composition, self.up, self.plain = composition, up, AttnProcessor2_0()
+    def __init__(self, composition: Composition, up: bool, plain: Any):
+        self.composition, self.up, self.plain = composition, up, plain
 
     def __call__(
         self,
@@ -150,7 +150,7 @@ class ComposedAttention:
 def composed(unet: Any, composition: Composition) -> Iterator[None]:
     """The U-Net with these processors, and hooks on the residual blocks of its up blocks; as it was afterwards."""
     before = dict(unet.attn_processors)
-    made = {name: ComposedAttention(composition, name.startswith("up_blocks")) for name in before}
+    made = {name: ComposedAttention(composition, name.startswith("up_blocks"), own) for name, own in before.items()}
     with ExitStack() as stack:
         stack.callback(unet.set_attn_processor, before)
         unet.set_attn_processor(dict(made))
