@@ -51,6 +51,7 @@ bench: setup  ## side-by-side measurements of training and sampling
 	$(RUN) benchmarks/p3_clip.py
 	$(RUN) benchmarks/p3_textual_inversion.py speed
 	$(RUN) benchmarks/p3_textual_inversion.py concepts
+	$(RUN) benchmarks/p3_composition.py
 
 clean:  ## remove .venv, runs and the demo's output
 	rm -rf .venv runs $(DEMO)

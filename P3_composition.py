@@ -2,69 +2,119 @@
 
 joint      all tokens in one prompt: nothing keeps the concepts apart
 regional   cross-attention hears, inside a concept's mask, that concept's prompt only
-conductor  regional, and multipath: branches share one latent, the base branch and one per concept; inside a concept's mask the attention
-           outputs of the base branch's up blocks are those of the concept's branch (after Concept Conductor, arXiv 2408.03632)
+conductor  regional, and multipath: branches share one latent, the base branch and one per concept; inside a concept's mask what the up
+           blocks of the base branch compute is taken from the concept's branch (after Concept Conductor, arXiv 2408.03632)
 
 All branches have the same weights, so they go through the U-Net as one batch: base, concepts, unconditional. The latter needs no branches
-of its own: without words all branches are the same.
+of its own: without words all branches are the same. With a reference picture the latent follows its layout (P3_alignment.py); masks can
+be fitted to what appears in them (P3_refinement.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from P3_drawing import Painter
-from P3_layout import Layout
+from P3_alignment import Alignment
+from P3_drawing import Order, Painter
+from P3_layout import Layout, inside
+from P3_refinement import fitted, watched
 
 Level = Literal["joint", "regional", "conductor"]
+Piece = Literal["attention", "features", "noise"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the level `conductor` does; the defaults are what did best on the miniature (README)."""
+
+    inject: tuple[Piece, ...] = ("attention", "features", "noise")
+    """What is taken from a concept's branch inside its mask: outputs of the attention layers of all up blocks, outputs of their residual
+    blocks (at full latent resolution too), the predicted noise."""
+    focus: bool = True
+    """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
+    align: float = 10.0
+    """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
+    refine: bool = False
+    """Masks follow what the self-attention sees in them."""
+
+    GUIDED: ClassVar[float] = 0.3
+    """Share of the steps, from the first one, in which the latent is aligned."""
+    FITTED: ClassVar[tuple[float, float]] = (0.25, 0.4)
+    """Shares of the steps between which masks are refined."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One picture to draw: where what is, and the seed of its noise."""
+
+    layout: Layout
+    seed: int
 
 
 @dataclass
 class Composition:
-    """What the attention processors go by during one call of the U-Net on rows [base B, concept 1 B, .., concept N B, unconditional B];
+    """What processors and hooks go by during one call of the U-Net on rows [base B, concept 1 B, .., concept N B, unconditional B];
     without branches on [base B, unconditional B]."""
 
-    layout: Layout
-    count: int
-    """B, pictures."""
-    shape: tuple[int, int]
-    """Height and width of the latents."""
+    shares: Tensor
+    """[N,B,h,w] at the latents' resolution: how much of each position belongs to a concept, 0..1."""
     branches: bool
     """Whether the concepts have rows of their own."""
+    inject: tuple[Piece, ...] = ()
+    base: Tensor | None = None
+    """[B,77,width], the base prompts, where branches hear them outside their masks."""
     regional: Tensor | None = None
-    """[N,77,width], the concepts' texts, where cross-attention goes by regions."""
-    _masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+    """[N,B,77,width], the concepts' prompts, where the base branch's cross-attention goes by regions."""
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """B, pictures."""
+        return self.shares.shape[1]
 
     def masks(self, like: Tensor) -> Tensor:
-        """[N,1,positions,1] for attention states [rows,positions,channels]."""
-        key = (like.shape[1], like.device, like.dtype)
+        """[N,B,positions,1] for attention states [rows,positions,channels], [N,B,1,h,w] for maps [rows,channels,h,w]; 0 or 1."""
+        key = (tuple(like.shape[1:]), like.device, like.dtype)
         if key not in self._masks:
-            height, width = self.shape
-            shrunk = round((height * width / like.shape[1]) ** 0.5)
-            found = self.layout.masks(-(-height // shrunk), -(-width // shrunk))
-            self._masks[key] = found.flatten(1)[:, None, :, None].to(like)
+            height, width = self.shares.shape[2:]
+            if like.dim() == 4:
+                self._masks[key] = inside(self.shares, *like.shape[2:])[:, :, None].to(like)
+            else:
+                shrunk = round((height * width / like.shape[1]) ** 0.5)
+                found = inside(self.shares, -(-height // shrunk), -(-width // shrunk))
+                self._masks[key] = found.flatten(2)[..., None].to(like)
         return self._masks[key]
 
     def blended(self, base: Tensor, others: Tensor) -> Tensor:
-        """base [B,P,C], but others [N,B,P,C] inside the masks; where no mask is, base as it is, bit for bit."""
+        """base [B,..], but others [N,B,..] inside the masks; where no mask is, base as it is, bit for bit."""
         masks = self.masks(base)
-        inside = masks.sum(0) > 0
-        return torch.where(inside, (masks * others).sum(0), base)
+        return torch.where(masks.sum(0) > 0, (masks * others).sum(0), base)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Base [B,..], concepts [N,B,..] (N is 0 without branches), unconditional [B,..]."""
+        concepts = rows[self.count : -self.count]
+        return rows[: self.count], concepts.unflatten(0, (-1, self.count)), rows[-self.count :]
+
+    def injected(self, rows: Tensor) -> Tensor:
+        """rows, those of the base branch with the concepts' inside the masks."""
+        base, concepts, _ = self.parts(rows)
+        return torch.cat([self.blended(base, concepts), rows[self.count :]])
 
 
 class ComposedAttention:
-    """diffusers' attention, then what the composition asks for; `injects`: this layer is in an up block."""
+    """A layer's own attention, then what the composition asks for; `up`: the layer is in an up block."""
 
-    def __init__(self, composition: Composition, injects: bool):
-        self.composition, self.injects, self.plain = composition, injects, AttnProcessor2_0()
+    def __init__(self, composition: Composition, up: bool, plain: Any):
+        self.composition, self.up, self.plain = composition, up, plain
 
     def __call__(
         self,
@@ -77,59 +127,93 @@ class ComposedAttention:
         """[rows,positions,channels], after the output projection."""
         now = self.composition
         out = self.plain(attn, hidden_states, encoder_hidden_states, *args, **more)
-        base = out[: now.count]
-        if encoder_hidden_states is not None and now.regional is not None:
-            base = now.blended(base, self._by_region(attn, hidden_states[: now.count], now.regional))
-        if self.injects and now.branches:
-            base = now.blended(base, out[now.count : -now.count].unflatten(0, (-1, now.count)))
-        return torch.cat([base, out[now.count :]])
+        if encoder_hidden_states is not None:
+            out = self._by_region(attn, hidden_states, out)
+        return now.injected(out) if self.up and now.branches and "attention" in now.inject else out
 
-    def _by_region(self, attn: Attention, hidden: Tensor, texts: Tensor) -> Tensor:
-        """[N,B,P,C]: what the base branch would hear of each concept's text alone."""
-        concepts, count = len(texts), len(hidden)
-        heard = self.plain(attn, hidden.repeat(concepts, 1, 1), texts.repeat_interleave(count, 0))
-        return heard.unflatten(0, (concepts, count))
+    def _by_region(self, attn: Attention, hidden: Tensor, out: Tensor) -> Tensor:
+        """The base branch hears each concept's prompt inside its mask; each concept's branch hears the base prompt outside of it."""
+        now = self.composition
+        heard, concepts, nothing = now.parts(out)
+        own, others, _ = now.parts(hidden)
+        if now.regional is not None:
+            count = len(now.regional)
+            regions = self.plain(attn, own.repeat(count, 1, 1), now.regional.flatten(0, 1))
+            heard = now.blended(heard, regions.unflatten(0, (count, -1)))
+        if now.branches and now.base is not None:
+            plain = self.plain(attn, others.flatten(0, 1), now.base.repeat(len(others), 1, 1))
+            concepts = torch.where(now.masks(hidden) > 0, concepts, plain.unflatten(0, (len(others), -1)))
+        return torch.cat([heard, concepts.flatten(0, 1), nothing])
 
 
 @contextmanager
 def composed(unet: Any, composition: Composition) -> Iterator[None]:
-    """The U-Net with these processors; its own are back afterwards."""
+    """The U-Net with these processors, and hooks on the residual blocks of its up blocks; as it was afterwards."""
     before = dict(unet.attn_processors)
-    made = {name: ComposedAttention(composition, name.startswith("up_blocks")) for name in before}
-    unet.set_attn_processor(dict(made))
-    try:
+    made = {name: ComposedAttention(composition, name.startswith("up_blocks"), own) for name, own in before.items()}
+    with ExitStack() as stack:
+        stack.callback(unet.set_attn_processor, before)
+        unet.set_attn_processor(dict(made))
+        if composition.branches and "features" in composition.inject:
+            for module in unet.up_blocks.modules():
+                if isinstance(module, ResnetBlock2D):
+                    hook = module.register_forward_hook(lambda _, __, out: composition.injected(out))
+                    stack.callback(hook.remove)
         yield
-    finally:
-        unet.set_attn_processor(before)
 
 
 # ---------------------------------------------------------------- drawing
 
 
-@dataclass(frozen=True)
-class Composed:
-    """One picture to draw: where what is, and the seed of its noise."""
+@torch.no_grad()
+def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means()) -> Tensor:
+    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions."""
+    layouts = [order.layout for order in orders]
+    if level == "joint" or not layouts[0].regions:
+        prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
+        return painter.paint([Order(text, order.seed) for text, order in zip(prompts, orders, strict=True)])
+    together = Ensemble(painter, layouts, level, means)
+    x = draw(generators([order.seed for order in orders]), painter.shape, painter.pipe.unet.device)
+    return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
 
-    layout: Layout
-    seed: int
 
+class Ensemble:
+    """The branches of a batch of pictures on their way from noise to latents."""
 
-@torch.inference_mode()
-def compose(painter: Painter, layout: Layout, seeds: Sequence[int], level: Level) -> Tensor:
-    """[N,3,H,W] uint8: pictures of one layout."""
-    unet = painter.pipe.unet
-    x = draw(generators(seeds), painter.shape, unet.device)
-    base = layout.joint if level == "joint" else layout.prompt
-    texts = painter.text([base, *layout.prompts[1:], painter.manner.negative])
-    branches, regional = level == "conductor", level in ("regional", "conductor")
-    composition = Composition(layout, len(seeds), painter.shape[1:], branches, texts[1:-1] if regional else None)
-    rows = texts if branches else texts[[0, -1]]
-    text = rows.repeat_interleave(len(seeds), 0)
+    def __init__(self, painter: Painter, layouts: Sequence[Layout], level: Level, means: Means):
+        self.painter, self.means, count = painter, means, len(layouts)
+        prompts = [prompt for same in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in same]
+        texts = painter.text(prompts).unflatten(0, (-1, count))
+        branches = level == "conductor"
+        shares = torch.stack([layout.shares(*painter.shape[1:]) for layout in layouts], 1).to(texts.device)
+        base = texts[0] if branches and means.focus else None
+        self.now = Composition(shares, branches, means.inject if branches else (), base, texts[1:])
+        rows = texts if branches else texts[:1]
+        self.text = torch.cat([rows.flatten(0, 1), painter.text([painter.manner.negative]).repeat(count, 1, 1)])
+        self.step, steps = 0, painter.manner.steps
+        self.guided = range(round(means.GUIDED * steps) if branches and means.align else 0)
+        self.fitted = range(*(round(share * steps) for share in means.FITTED) if branches and means.refine else (0,))
+        self.alignment = Alignment.of(painter, layouts, texts, means.align) if self.guided else None
 
-    def denoise(x: Tensor, t: int) -> Tensor:
-        out = painter.network(x.repeat(len(rows), 1, 1, 1), t, text)
-        base, nothing = out[: len(x)], out[-len(x) :]
-        return nothing + painter.manner.guidance.scale * (base - nothing)
+    def nudge(self, x: Tensor, t: int) -> Tensor:
+        """The latents [B,4,h,w] a step nearer to the reference's layout, in the first steps."""
+        if self.alignment and self.step in self.guided:
+            return self.alignment.aligned(x, t)
+        return x
 
-    with composed(unet, composition):
-        return painter.decode(painter.solve(denoise, x))
+    def denoise(self, x: Tensor, t: int) -> Tensor:
+        """The guided noise of the base branch; masks are refined on the way."""
+        now, unet = self.now, self.painter.pipe.unet
+        rows = x.repeat(len(self.text) // len(x), 1, 1, 1)
+        with ExitStack() as stack:
+            seen = stack.enter_context(watched(unet)) if self.step in self.fitted else None
+            stack.enter_context(composed(unet, now))
+            out = self.painter.network(rows, t, self.text)
+        if seen:
+            base, concepts, _ = now.parts(seen.probabilities())
+            self.now = replace(now, shares=fitted(now.shares, base, concepts), _masks={})
+        self.step += 1
+        base, concepts, plain = now.parts(out)
+        if "noise" in now.inject:
+            base = now.blended(base, concepts)
+        return plain + self.painter.manner.guidance.scale * (base - plain)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
-from diffusion.samplers import ddim, dpm_solver
+from diffusion.samplers import Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
 from diffusion.steps import step_rule
 from P3_embeddings import encode
@@ -96,12 +96,12 @@ class Painter:
         x = x.to(self.pipe.unet.dtype).contiguous(memory_format=torch.channels_last)
         return self.pipe.unet(x, t, encoder_hidden_states=text).sample.float()
 
-    def solve(self, denoise: Denoise, x: Tensor) -> Tensor:
-        """From noise to latents by the chosen solver."""
+    def solve(self, denoise: Denoise, x: Tensor, nudge: Nudge = unchanged) -> Tensor:
+        """From noise to latents by the chosen solver; `nudge` as the samplers have it."""
         if self.manner.solver == "dpm":
-            return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False)
+            return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False, nudge=nudge)
         steps = replace(step_rule("homework", len(self.schedule), self.manner.steps), clamp=False)
-        return ddim(denoise, x, self.schedule, steps)
+        return ddim(denoise, x, self.schedule, steps, nudge=nudge)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

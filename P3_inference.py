@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 
 from diffusion.guidance import Guidance
-from P3_composition import Level, compose
+from P3_composition import Composed, Level, Means, compose
+from P3_composition_report import layout_picture, levels_figure, means_of, scores_inside
 from P3_concepts import read_pictures
 from P3_drawing import Manner, Order, Painter, Solver, in_turn
 from P3_embeddings import FOLDER, Vectors, find_vectors, install, tokens_in
 from P3_input import PICTURES, Concept, picture_path, read_input
-from P3_layout import Layout, auto_layout, layout_picture, read_layout
+from P3_layout import Layout, auto_layout, read_layout
 from P3_model import check_model, load_pipeline
 from P3_scores import Scorer, rank
 from runtime.cli import BadInput, require_positive, run_script
 from runtime.device import Choice, Machine, Precision, detect, set_up, should_compile
-from runtime.figures import save_picture
+from runtime.figures import open_picture, save_picture
 from runtime.files import output_folder
 from runtime.generation import derived_seed
 from runtime.record import Record
@@ -67,6 +68,11 @@ class Settings:
     """With --layout auto: ordinary words for the prompt's tokens, in their order; none given: object."""
     draw_layout: Path | None = None
     """Also writes the layout as a picture."""
+    means: Means = Means()
+    figure: Path | None = None
+    """Also writes a figure: layout, joint, regional, conductor side by side, masks shown."""
+    scores: bool = False
+    """Also scores each concept inside its mask with --clip: text, and likeness to its pictures where the layout names them."""
     embeddings: tuple[Path, ...] = ()
     """Files and folders with learned tokens; checkpoints/p3 comes last."""
     solver: Solver = "dpm"
@@ -98,7 +104,7 @@ class Settings:
     compile: Choice = "auto"
     """torch.compile of the U-Net; auto: on CUDA, for fifty pictures or more."""
     dry_run: bool = False
-    """Checks file, tokens, model, disk; draws nothing."""
+    """Checks file, tokens, model, disk; draws nothing but --draw-layout."""
     record: Path = HERE / "runs" / "p3_inference" / "record.json"
 
 
@@ -132,18 +138,22 @@ def main(settings: Settings) -> None:
     if settings.dry_run:
         check_model(settings.model)
         tell(settings, jobs, vectors)
+        if settings.draw_layout and jobs[0].layout:
+            save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
         return
     record = Record(settings, machine)
     with record.timed("loading"):
         painter, scorer = prepare(settings, machine, vectors, sum(len(job.seeds) for job in jobs))
-    if settings.draw_layout and jobs[0].layout:
-        save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
+    if jobs[0].layout:
+        jobs[0].layout.require_room(*painter.shape[1:])
     for path in stale:
         path.unlink()
     with record.timed("drawing"):
         kept = draw_all(settings, painter, scorer, jobs)
     seconds = record.timings["drawing"] / sum(len(job.seeds) for job in jobs)
     record.metrics = {"pictures": kept, "seconds_per_picture": round(seconds, 4)}
+    if jobs[0].layout:
+        record.metrics |= about_layout(settings, painter, scorer, jobs[0], jobs[0].layout)
     record.save(settings.record)
     print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each")
 
@@ -161,6 +171,12 @@ def check(settings: Settings) -> None:
         raise BadInput("--layout goes with a single --prompt, or with none")
     if settings.layout and (settings.interval != (0.0, 1.0) or settings.rescale):
         raise BadInput("--interval and --rescale are not available with --layout")
+    if settings.layout and settings.compile == "on":
+        raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
+    if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
+        raise BadInput("--draw-layout, --figure and --scores need a --layout")
+    if not 0 <= settings.means.align < float("inf"):
+        raise BadInput(f"--align {settings.means.align}: give zero or more")
     if min(settings.seed, settings.batch, settings.candidates) < 0:
         raise BadInput("--seed, --batch and --candidates: give zero or more")
     if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:
@@ -290,10 +306,10 @@ def prepare(settings: Settings, machine: Machine, vectors: Vectors, drawn: int) 
     painter = Painter(pipe, manner_of(settings))
     assert painter.shape  # a size that the model can't draw shows here
     pipe.unet.to(memory_format=torch.channels_last)
-    worth = settings.compile == "on" or machine.device.type == "cuda" and drawn >= 50
+    worth = settings.compile == "on" or machine.device.type == "cuda" and drawn >= 50 and not settings.layout
     if worth and should_compile(settings.compile, machine):
         pipe.unet.compile()
-    return painter, Scorer.load(settings.clip, machine.device) if settings.candidates else None
+    return painter, Scorer.load(settings.clip, machine.device) if settings.candidates or settings.scores else None
 
 
 def draw_all(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job]) -> int:
@@ -303,9 +319,9 @@ def draw_all(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: 
     orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
     files = [path for job in jobs for path in job.files]
     layout = jobs[0].layout
-    paint = partial(composed_pictures, painter, layout, settings.level) if layout else painter.paint
+    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.paint
     pictures = in_turn(paint, orders, settings.batch, on_gpu)
-    if not scorer:
+    if not scorer or not settings.candidates:
         for path, (_, image) in zip(files, pictures, strict=True):
             save_picture(path, image)
         return len(files)
@@ -316,9 +332,25 @@ def draw_all(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: 
     return len(files)
 
 
-def composed_pictures(painter: Painter, layout: Layout, level: Level, orders: Sequence[Order]) -> Tensor:
+def composed_pictures(painter: Painter, layout: Layout, settings: Settings, orders: Sequence[Order]) -> Tensor:
     """[N,3,H,W] uint8 of these seeds, concepts in their places."""
-    return compose(painter, layout, [order.seed for order in orders], level)
+    return compose(painter, [Composed(layout, order.seed) for order in orders], settings.level, settings.means)
+
+
+def about_layout(
+    settings: Settings, painter: Painter, scorer: Scorer | None, job: Job, layout: Layout
+) -> dict[str, object]:
+    """Plan and figure as files, where asked for; scores per picture and concept."""
+    if settings.draw_layout:
+        save_picture(settings.draw_layout, layout_picture(layout))
+    if settings.figure:
+        levels_figure(settings.figure, painter, layout, job.seeds, settings.means)
+    if not scorer or not settings.scores:
+        return {}
+    found = scores_inside(scorer, layout, torch.stack([open_picture(path) for path in job.files]))
+    for token, values in means_of(found).items():
+        print(f"{token}: " + ", ".join(f"{kind} score {value:.2f}" for kind, value in values.items()))
+    return {"concepts": {path.name: row for path, row in zip(job.files, found, strict=True)}}
 
 
 def best(scorer: Scorer, job: Job, images: Tensor) -> list[int]:

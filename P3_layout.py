@@ -1,18 +1,23 @@
 """A layout: what a picture shows as a whole, and which learned concept belongs where.
 
   {"prompt": "a photo of a dog next to a cat on a bench",
-   "concepts": [{"token": "<new1>", "prompt": "a photo of a <new1> on a bench", "box": [0.05, 0.3, 0.45, 0.9]},
+   "concepts": [{"token": "<new1>", "word": "dog", "box": [0.05, 0.3, 0.45, 0.9], "images": "pictures/dog"},
                 {"token": "<cat>", "prompt": "a photo of a <cat> on a bench", "mask": "cat.png"},
-                {"token": "<new2>", "style": true}]}
+                {"token": "<new2>", "style": true}],
+   "reference": "two_dogs_on_a_bench.png", "reference_prompt": "two dogs on a bench"}
 
-Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style has neither: it
-is added to all prompts. "joint", if given, is the prompt of the level of that name, which has all tokens in one.
+Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style without either
+is added to all prompts; with one, to those of the concepts there, and to the base prompt in the rest of its region. "word" says a token
+in ordinary words; a concept without a prompt of its own has the base prompt with its token for all concepts' words. "images", a folder of
+a concept's pictures, serves scores only. "joint", if given, is the prompt of the level of that name, which has all tokens in one. A
+"reference" is a square picture whose layout is followed. Files are relative to the layout's own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,8 @@ from runtime.files import read_json
 
 Box = tuple[float, float, float, float]
 FINEST = 512  # positions along each side in which masks are kept
-FIELDS = {"token", "prompt", "box", "mask", "style"}
+KNOWN = {"prompt", "concepts", "joint", "reference", "reference_prompt"}
+FIELDS = {"token", "prompt", "box", "mask", "style", "word", "images"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,23 @@ class Region:
     token: str
     prompt: str
     mask: Tensor
+    word: str = "object"
+    """The token in ordinary words."""
+    images: Path | None = None
+    """Folder of the concept's pictures."""
+
+    @property
+    def plain(self) -> str:
+        """Its prompt in ordinary words, without learned styles."""
+        return TOKEN.sub("", self.prompt.replace(self.token, self.word)).split(" in the style of ")[0].strip()
+
+
+@dataclass(frozen=True)
+class Style:
+    """A style's token, and where it belongs: [512,512] float32, 0 or 1, or everywhere."""
+
+    token: str
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,16 +69,39 @@ class Layout:
     prompt: str
     regions: tuple[Region, ...]
     joint: str = ""
+    reference: Tensor | None = None
+    """[3,S,S] uint8, the picture whose layout is followed."""
+    reference_prompt: str = ""
+    """What it shows; none given: the base prompt."""
+
+    def shares(self, height: int, width: int) -> Tensor:
+        """[N,height,width] float32, how much of each position belongs to a region, 0..1."""
+        if not self.regions:
+            return torch.zeros(0, height, width)
+        masks = torch.stack([region.mask for region in self.regions])
+        return F.interpolate(masks[None], size=(height, width), mode="area")[0]
 
     def masks(self, height: int, width: int) -> Tensor:
         """[N,height,width] float32, 0 or 1, at another resolution; none of them overlap."""
-        masks = torch.stack([region.mask for region in self.regions])
-        return (F.interpolate(masks[:, None], size=(height, width), mode="area")[:, 0] > 0.5).float()
+        return (self.shares(height, width) > 0.5).float()
 
     @property
     def prompts(self) -> list[str]:
         """The base prompt, then one per region."""
         return [self.prompt, *(region.prompt for region in self.regions)]
+
+    def require_room(self, height: int, width: int) -> None:
+        """Raises BadInput for a region in which no latent of this size lies."""
+        for region, mask in zip(self.regions, self.masks(height, width), strict=True):
+            if not mask.any():
+                raise BadInput(
+                    f"{region.token}: its region is smaller than the {height}x{width} latents of this model resolve"
+                )
+
+
+def inside(shares: Tensor, height: int, width: int) -> Tensor:
+    """Shares [N,B,h,w] -> masks [N,B,height,width] float32, 0 or 1, of positions of which more than half belongs to a concept."""
+    return (F.interpolate(shares, size=(height, width), mode="area") > 0.5).float()
 
 
 def box_mask(box: Box) -> Tensor:
@@ -65,31 +111,71 @@ def box_mask(box: Box) -> Tensor:
     return ((middles >= top) & (middles < bottom)).float()[:, None] * ((middles >= left) & (middles < right)).float()
 
 
-def without_overlap(masks: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+# ---------------------------------------------------------------- making one
+
+
+def without_overlap(regions: Sequence[Region]) -> list[Region]:
     """Where two masks overlap the later one yields, with a line; raises BadInput where nothing is left of one."""
-    taken = torch.zeros_like(masks[0])
-    found: list[Tensor] = []
-    for mask, name in zip(masks, names, strict=True):
-        free = mask * (1 - taken)
+    taken = torch.zeros(FINEST, FINEST)
+    found: list[Region] = []
+    for region in regions:
+        free = region.mask * (1 - taken)
         if not free.any():
-            raise BadInput(f"{name}: its region is empty, or lies within those before it")
-        if free.sum() < mask.sum():
-            note(f"{name}: {1 - float(free.sum() / mask.sum()):.0%} of its region belongs to concepts before it")
-        taken, found = taken + free, [*found, free]
+            raise BadInput(f"{region.token}: its region is empty, or lies within those before it")
+        if free.sum() < region.mask.sum():
+            note(
+                f"{region.token}: {1 - float(free.sum() / region.mask.sum()):.0%} of its region belongs to concepts before it"
+            )
+        taken, found = taken + free, [*found, replace(region, mask=free)]
     return found
 
 
 def make_layout(
-    prompt: str, regions: Sequence[tuple[str, str, Tensor]], styles: Sequence[str] = (), joint: str = ""
+    prompt: str, regions: Sequence[Region], styles: Sequence[Style] = (), joint: str = "", **reference: Any
 ) -> Layout:
-    """From (token, prompt, mask) per region; styles go to the end of every prompt. `joint`: all tokens in one prompt."""
-    ending = "".join(f" in the style of {style}" for style in styles)
-    masks = without_overlap([mask for *_, mask in regions], [token for token, *_ in regions]) if regions else []
-    parts = [
-        Region(token, text.rstrip(".") + ending, mask) for (token, text, _), mask in zip(regions, masks, strict=True)
+    """Regions may overlap; whole-picture styles go to the end of every prompt. `joint`: all tokens in one prompt. `reference`: the
+    layout's fields of these names."""
+    ending = "".join(f" in the style of {style.token}" for style in styles if style.mask is None)
+    apart = [replace(region, prompt=_ended(region.prompt, ending)) for region in without_overlap(regions)]
+    for style in styles:
+        if style.mask is not None:
+            apart = styled(apart, _ended(prompt, ending), style.token, style.mask)
+    everything = "".join(f" in the style of {style.token}" for style in styles)
+    joint = joint or _ended(_together(prompt, regions), everything)
+    return Layout(_ended(prompt, ending), tuple(apart), joint, **reference)
+
+
+def _together(prompt: str, regions: Sequence[Region]) -> str:
+    """The prompt with every word as its token, where it has all words; else the tokens next to each other."""
+    for region in regions:
+        prompt = slots(prompt, [region.word], region.token, 1)
+    if all(region.token in prompt for region in regions):
+        return prompt
+    return "a photo of " + " next to ".join(f"a {region.token}" for region in regions)
+
+
+def _ended(prompt: str, ending: str) -> str:
+    return prompt.rstrip(".") + ending
+
+
+def styled(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> list[Region]:
+    """The regions, those mostly inside the mask in this style, and what is left of the mask as a region of the base prompt in it."""
+    ending = f" in the style of {token}"
+    within = [bool((region.mask * mask).sum() * 2 > region.mask.sum()) for region in regions]
+    found = [
+        replace(region, prompt=region.prompt + ending) if yes else region
+        for region, yes in zip(regions, within, strict=True)
     ]
-    joint = joint or "a photo of " + " next to ".join(f"a {token}" for token, *_ in regions) + ending
-    return Layout(prompt.rstrip(".") + ending, tuple(parts), joint)
+    left = mask * (1 - sum((region.mask for region in regions), torch.zeros(FINEST, FINEST)))
+    return [*found, Region(token, prompt + ending, left)] if left.any() else found
+
+
+def slots(prompt: str, words: Sequence[str], token: str, most: int = 0) -> str:
+    """The prompt with the token in the place of every one of these words (of the first `most`): "a dog next to a cat" -> "a <new1> next
+    to a <new1>"; so a concept's branch puts as many things where the base branch does."""
+    either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    found = re.compile(rf"(\ban )?(?<!\w)(?:{either})(?!\w)")
+    return found.sub(lambda match: f"a {token}" if match[1] else token, prompt, count=most)
 
 
 def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
@@ -106,21 +192,10 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     width = 1 / len(objects)
     regions = []
     for index, token in enumerate(objects):
-        left = index * width
-        box = (left + 0.05 * width, 0.15, left + 0.95 * width, 0.85)
-        regions.append((token, f"a photo of a {token}", box_mask(box)))
-    return make_layout(TOKEN.sub(lambda found: words.get(found[0], "object"), plain), regions, styles, prompt)
-
-
-def layout_picture(layout: Layout, side: int = 256) -> Tensor:
-    """[3,side,side] uint8: each region in a colour of its own on grey, in the layout's order: red, green, blue, yellow, purple, teal."""
-    colours = torch.tensor(
-        [(228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178)]
-    )
-    chosen = colours[torch.arange(len(layout.regions)) % len(colours)].float()
-    masks = layout.masks(side, side)
-    picture = torch.einsum("nhw,nc->chw", masks, chosen) + 210 * (1 - masks.sum(0))
-    return picture.to(torch.uint8)
+        box = ((index + 0.05) * width, 0.15, (index + 0.95) * width, 0.85)
+        regions.append(Region(token, slots(plain, objects, token), box_mask(box), words.get(token, "object")))
+    base = TOKEN.sub(lambda found: words.get(found[0], "object"), plain)
+    return make_layout(base, regions, [Style(style) for style in styles], prompt)
 
 
 # ---------------------------------------------------------------- the file
@@ -131,18 +206,20 @@ def read_layout(path: Path) -> Layout:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise BadInput(f'{path}: wanted an object with "prompt" and "concepts"')
+    if unknown := set(content) - KNOWN:
+        raise BadInput(f"{path}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(KNOWN))}")
     entries = content.get("concepts")
     if not isinstance(entries, list) or not entries:
         raise BadInput(f"{path}: concepts must be a list of at least one concept")
     for number, entry in enumerate(entries):
         _check_entry(path, number, entry)
-    styles = [entry["token"] for entry in entries if entry.get("style")]
-    regions = [
-        (entry["token"], entry.get("prompt") or f"a photo of a {entry['token']}", _mask(path, entry))
-        for entry in entries
-        if not entry.get("style")
-    ]
-    return make_layout(content["prompt"], regions, styles, str(content.get("joint", "")))
+    words = [entry["word"] for entry in entries if "word" in entry]
+    regions = [_region(path, entry, content["prompt"], words) for entry in entries if not entry.get("style")]
+    styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
+    reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}
+    if "reference" in reference:
+        reference["reference"] = _reference(path, str(reference["reference"]))
+    return make_layout(content["prompt"], regions, styles, str(content.get("joint", "")), **reference)
 
 
 def _check_entry(path: Path, number: int, entry: Any) -> None:
@@ -151,18 +228,33 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
     name = f"{path}, {entry['token']}"
     if unknown := set(entry) - FIELDS:
         raise BadInput(f"{name}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(FIELDS))}")
-    if entry.get("style"):
-        return
-    if ("box" in entry) == ("mask" in entry):
+    for field in ("prompt", "word", "images", "mask"):
+        if field in entry and not (isinstance(entry[field], str) and entry[field].strip()):
+            raise BadInput(f"{name}: {field} {entry[field]!r} must be a text")
+    if "box" in entry and "mask" in entry or not entry.get("style") and not {"box", "mask"} & set(entry):
         raise BadInput(f"{name}: give it either a box or a mask")
-    if entry["token"] not in str(entry.get("prompt", entry["token"])):
+    if entry["token"] not in entry.get("prompt", entry["token"]):
         raise BadInput(f"{name}: its prompt doesn't hold it: {entry['prompt']!r}")
 
 
-def _mask(path: Path, entry: dict[str, Any]) -> Tensor:
+def _region(path: Path, entry: dict[str, Any], base: str, words: Sequence[str]) -> Region:
+    token, word = entry["token"], entry.get("word", "object")
+    own = slots(base, words, token) if "word" in entry else ""
+    prompt = str(entry.get("prompt", own if token in own else f"a photo of a {token}"))
+    images = path.parent / entry["images"] if "images" in entry else None
+    if images and not images.is_dir():
+        raise BadInput(f"{path}, {token}: images {images} is not a folder")
+    mask = _mask(path, entry)
+    assert mask is not None  # only a style may have none
+    return Region(token, prompt, mask, word, images)
+
+
+def _mask(path: Path, entry: dict[str, Any]) -> Tensor | None:
     if "mask" in entry:
-        picture = open_picture(path.parent / str(entry["mask"])).float().mean(0) / 255
+        picture = open_picture(path.parent / entry["mask"]).float().mean(0) / 255
         return (F.interpolate(picture[None, None], size=(FINEST, FINEST), mode="area")[0, 0] > 0.5).float()
+    if "box" not in entry:
+        return None
     box = entry["box"]
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
     if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
@@ -170,3 +262,11 @@ def _mask(path: Path, entry: dict[str, Any]) -> Tensor:
             f"{path}, {entry['token']}: box {box} must be left, top, right, bottom in shares from 0 to 1, rising"
         )
     return box_mask(tuple(box))
+
+
+def _reference(path: Path, file: str) -> Tensor:
+    picture = open_picture(path.parent / file)
+    height, width = picture.shape[1:]
+    if height != width:
+        raise BadInput(f"{path}: reference {file} has {width}x{height} pixels, but pictures are square: crop it")
+    return picture

@@ -2,51 +2,68 @@
 
   python benchmarks/p3_composition.py --count 200 --seed 1            needs the miniature assembled; learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
+  python benchmarks/p3_composition.py --ablation --count 60           conductor with each of its parts on and off
+  python benchmarks/p3_composition.py --ordinary --count 20           ordinary objects and styles in the place of learned ones
 
 two     two learned objects, each in its box                          three   three learned objects
 scene   a learned object, an ordinary one in a colour, a background, a learned style: all four right
-leak    two: share of pictures in which an object's kind is seen outside its box
-alone   what the parts give alone with the same vectors; their product is what a level could reach at most
-time    seconds per picture over those of a plain guided picture
+leak    two learned objects in colours: share of pictures in which a kind or colour is seen outside its box
+alone   what the parts give alone, with the same vectors; possible: their product, what a level could reach at most
+time    seconds per picture of two objects over those of a plain guided picture
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
 from benchmarks.p3_textual_inversion import INITIAL, MODEL, pictures_of
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
-from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, SIDE, fits
-from P3_composition import Level, compose
+from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
+from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
-from P3_layout import Box, Layout, box_mask, make_layout
 from P3_model import load_pipeline
-from runtime.cli import note, progress, require_positive, run_script
+from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import detect, set_up
-from runtime.generation import derived_seed
+from runtime.figures import labelled_grid
+from runtime.generation import derived_seed, in_batches
 from runtime.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
-CaseName = Literal["two", "three", "scene"]
-HALVES: tuple[Box, ...] = ((0.04, 0.25, 0.48, 0.75), (0.52, 0.25, 0.96, 0.75))
-STACKED: tuple[Box, ...] = ((0.25, 0.04, 0.75, 0.48), (0.25, 0.52, 0.75, 0.96))
-THIRDS: tuple[Box, ...] = ((0.02, 0.33, 0.33, 0.67), (0.345, 0.33, 0.655, 0.67), (0.67, 0.33, 0.98, 0.67))
+KEPT = ROOT / "runs" / "bench" / "p3_composition"
+BATCH = 10
+WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
+Table = dict[str, dict[str, float]]
+VARIANTS: dict[str, Means] = {
+    "all": Means(),
+    "without attention": Means(("features", "noise")),
+    "without features": Means(("attention", "noise")),
+    "without noise": Means(("attention", "features")),
+    "attention only": Means(("attention",)),
+    "features only": Means(("features",)),
+    "noise only": Means(("noise",)),
+    "without focus": Means(focus=False),
+    "with refinement": Means(refine=True),
+    "with alignment": Means(),  # to a picture with ordinary objects in the boxes
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +71,19 @@ class Bench:
     """Flags."""
 
     model: str = MODEL
-    embeddings: Path = ROOT / "runs" / "bench" / "p3_composition"
-    """Folder of the vectors; what isn't there is learned."""
-    cases: tuple[CaseName, ...] = ("two", "three", "scene")
+    embeddings: Path | None = None
+    """Folder of the vectors, where what is absent is learned; none given: one below runs/bench/p3_composition, by the model's weights."""
+    cases: tuple[CaseName, ...] = CASES
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
     count: int = 200
     """Layouts per case."""
+    alone: int = 100
+    """Pictures of every part alone."""
+    ablation: bool = False
+    """Instead of levels: conductor with its parts on and off."""
+    ordinary: bool = False
+    """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
+    means: Means = Means()
     learn: int = 500
     """Steps of textual inversion."""
     steps: int = 25
@@ -69,160 +93,176 @@ class Bench:
     output: Path = ROOT / "runs" / "bench" / "p3_composition.json"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layout, and what the judge should find: kinds (and colours) in boxes, of the whole the rest."""
-
-    layout: Layout
-    boxes: tuple[Box, ...]
-    kinds: tuple[str, ...]
-    colours: tuple[str | None, ...]
-    whole: dict[str, str]
-
-
-# ---------------------------------------------------------------- layouts
-
-
-def make_case(name: CaseName, random: Random) -> Case:
-    """One of many of its kind."""
-    if name == "scene":
-        return scene(random)
-    boxes = THIRDS if name == "three" else random.choice((HALVES, STACKED))
-    kinds = tuple(random.sample(HELD_OUT_KINDS, len(boxes)))
-    regions = [(f"<{kind}>", f"a photo of a <{kind}>", box_mask(box)) for kind, box in zip(kinds, boxes, strict=True)]
-    base = "a photo of " + " next to ".join(["an object"] * len(boxes))
-    return Case(make_layout(base, regions), boxes, kinds, (None,) * len(boxes), {})
-
-
-def scene(random: Random) -> Case:
-    """The report's failing kind of prompt."""
-    kind, style, other = random.choice(HELD_OUT_KINDS), random.choice(HELD_OUT_STYLES), random.choice(KINDS)
-    colour, ground = random.choice([(c, g) for c in COLOURS for g in BACKGROUNDS if fits(c, g)])
-    boxes = random.choice((HALVES, STACKED))
-    thing, behind = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {other}", f"on a {ground} background"
-    regions = [
-        (f"<{kind}>", f"a photo of a <{kind}> {behind}", box_mask(boxes[0])),
-        (other, f"a photo of {thing} {behind}", box_mask(boxes[1])),
-    ]
-    joint = f"a photo of a <{kind}> next to {thing} {behind} in the style of <{style}>"
-    layout = make_layout(f"a photo of an object next to {thing} {behind}", regions, [f"<{style}>"], joint)
-    return Case(layout, boxes, (kind, other), (None, colour), {"style": style, "background": ground})
+def main(bench: Bench) -> None:
+    """Learns what isn't there, draws, judges, prints the table, writes the record."""
+    require_positive(bench, "count", "alone", "learn", "steps")
+    if bench.seed < 0:
+        raise BadInput(f"--seed {bench.seed}: give zero or more")
+    machine = detect(bench.device)
+    set_up("fp32", machine)
+    record, judge = Record(bench, machine), load_judge(machine.device)
+    painter = painter_of(bench, machine.device)
+    record.metrics["alone"] = {}
+    for name in bench.cases:
+        cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
+        if name != "leak":
+            alone(bench, judge, painter, cases, record.metrics["alone"])
+            record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
+        measure = ablated if bench.ablation else levels
+        record.metrics |= measure(bench, name, cases, judge, painter)
+        record.save(bench.output)
+    if not bench.ablation:
+        record.metrics["time"] = times(painter, bench)
+    record.save(bench.output)
+    print("\n".join(table(record.metrics)))
+    note(f"record: {bench.output}")
 
 
-# ---------------------------------------------------------------- what the judge says
+# ---------------------------------------------------------------- the model and its vectors
+
+
+def painter_of(bench: Bench, device: torch.device) -> Painter:
+    """With all vectors in place."""
+    if not bench.ordinary:
+        folder = bench.embeddings or KEPT / digest(Path(bench.model))
+        learn(bench, folder)
+    pipe = load_pipeline(bench.model, device, torch.float32)
+    for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
+        install(pipe, read_vectors(file_of(folder, f"<{name}>")))
+    pipe.unet.to(memory_format=torch.channels_last)
+    return Painter(pipe, Manner("dpm", bench.steps, Guidance(bench.guidance)))
+
+
+def digest(model: Path) -> str:
+    """Of the U-Net's weights: vectors of another one say nothing to it."""
+    files = sorted((model / "unet").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def learn(bench: Bench, folder: Path) -> None:
+    """All concepts that have no file yet, in one run."""
+    absent = [x for x in HELD_OUT_KINDS + HELD_OUT_STYLES if not file_of(folder, f"<{x}>").is_file()]
+    if not absent:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        concepts = [
+            Concept(f"<{x}>", pictures_of(x, place), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
+            for x in absent
+        ]
+        run = Run(Recipe(bench.model, steps=bench.learn, device=bench.device, run=place / "run"), concepts)
+        for _ in progress(range(bench.learn), f"learning {', '.join(absent)}"):
+            run.one_step()
+        for token, rows in run.learner.learned().items():
+            save_vectors(file_of(folder, token), token, rows, f"{bench.model}, {bench.learn} steps")
+
+
+# ---------------------------------------------------------------- drawing and judging
+
+
+def alone(bench: Bench, judge: Judge, painter: Painter, cases: Sequence[Case], known: dict[str, float]) -> None:
+    """Adds the rates of all parts of these cases that aren't known yet."""
+    for part in sorted({part for case in cases for part in case.parts} - known.keys()):
+        random = Random(bench.seed)
+        asked = [question(part, random, bench.ordinary) for _ in range(bench.alone)]
+        orders = [Order(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
+        images = drawn(painter.paint, orders, part)
+        wanted = {name: [answers[name] for _, answers in asked] for name in asked[0][1]}
+        known[part] = float(judge.agrees(images, **wanted).float().mean())
+
+
+def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: str) -> Tensor:
+    """[N,3,64,64] uint8."""
+    chunks = in_batches(paint, orders, min(BATCH, len(orders)))
+    return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
+
+
+def composed(bench: Bench, cases: Sequence[Case], painter: Painter, level: Level, means: Means, title: str) -> Tensor:
+    """A picture of each case, with a seed of its own."""
+    orders = [Composed(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
+    return drawn(partial(compose, painter, level=level, means=means), orders, title)
 
 
 def right(judge: Judge, case: Case, image: Tensor) -> bool:
     """Whether everything is as the case wants it; image [3,64,64] uint8."""
-    boxes = torch.tensor(case.boxes) * SIDE
-    for box, kind, colour in zip(boxes, case.kinds, case.colours, strict=True):
-        if not judge.inside(image[None], box[None], [kind], [colour] if colour else None).all():
+    for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
+        where = torch.tensor([box]) * SIDE
+        if not judge.inside(image[None], where, [kind], [colour] if colour else None).all():
             return False
-    return not case.whole or bool(
-        judge.agrees(image[None], **{name: [word] for name, word in case.whole.items()}).all()
-    )
+    wanted = {name: [word] for name, word in case.whole.items()}
+    return not wanted or bool(judge.agrees(image[None], **wanted).all())
 
 
 def leaks(judge: Judge, case: Case, image: Tensor) -> bool:
-    """Whether any object's kind is seen outside its box."""
-    boxes = torch.tensor(case.boxes) * SIDE
-    pairs = zip(boxes, case.kinds, strict=True)
-    return any(bool(judge.leaked(image[None], box[None], [kind]).any()) for box, kind in pairs)
+    """Whether any object's kind or colour is seen outside its box."""
+    for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
+        where = torch.tensor([box]) * SIDE
+        if judge.leaked(image[None], where, [kind], [colour] if colour else None).any():
+            return True
+    return False
 
 
-def alone(judge: Judge, painter: Painter, bench: Bench) -> dict[str, float]:
-    """Rates of every learned object and style alone, and of ordinary objects in a colour on a background."""
-    random = Random(bench.seed)
-    found = {}
-    for name in HELD_OUT_KINDS + HELD_OUT_STYLES:
-        style = name in HELD_OUT_STYLES
-        prompt = f"a photo of a {random.choice(KINDS)} in the style of <{name}>" if style else f"a photo of a <{name}>"
-        orders = [Order(prompt, derived_seed(bench.seed, index)) for index in range(40)]
-        images = torch.cat([painter.paint(orders[start : start + 20]) for start in (0, 20)])
-        found[name] = float(judge.agrees(images, **{"style" if style else "kind": [name] * 40}).float().mean())
-    return found
+def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -> float:
+    """Of pictures that are right, or that leak."""
+    ask = leaks if name == "leak" else right
+    return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
 
 
-# ---------------------------------------------------------------- the runs
-
-
-def main(bench: Bench) -> None:
-    """Learns what isn't there, draws, judges, prints the table, writes the record."""
-    require_positive(bench, "count", "learn", "steps")
-    machine = detect(bench.device)
-    set_up("fp32", machine)
-    record, judge = Record(bench, machine), load_judge(machine.device)
-    learn(bench)
-    pipe = load_pipeline(bench.model, machine.device, torch.float32)
-    for name in HELD_OUT_KINDS + HELD_OUT_STYLES:
-        install(pipe, read_vectors(file_of(bench.embeddings, f"<{name}>")))
-    painter = Painter(pipe, Manner("dpm", bench.steps, Guidance(bench.guidance)))
-    record.metrics["alone"] = alone(judge, painter, bench)
-    for name in bench.cases:
-        record.metrics |= measured(bench, name, judge, painter)
-        record.save(bench.output)
-    record.metrics["time"] = times(painter)
-    record.save(bench.output)
-    for name, values in record.metrics.items():
-        print(f"{name:<10}" + "".join(f"{level:>14}{value:7.3f}" for level, value in values.items()))
-    note(f"record: {bench.output}")
-
-
-def learn(bench: Bench) -> None:
-    """All concepts that have no file yet, in one run."""
-    absent = [x for x in HELD_OUT_KINDS + HELD_OUT_STYLES if not file_of(bench.embeddings, f"<{x}>").is_file()]
-    if not absent:
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        concepts = [
-            Concept(f"<{x}>", pictures_of(x, folder), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
-            for x in absent
-        ]
-        run = Run(Recipe(bench.model, steps=bench.learn, device=bench.device, run=folder / "run"), concepts)
-        for _ in progress(range(bench.learn), f"learning {', '.join(absent)}"):
-            run.one_step()
-        for token, rows in run.learner.learned().items():
-            save_vectors(file_of(bench.embeddings, token), token, rows, f"{bench.model}, {bench.learn} steps")
-
-
-def measured(bench: Bench, name: CaseName, judge: Judge, painter: Painter) -> dict[str, dict[str, float]]:
-    """{case: {level: rate}}, and for two objects {"leak": ..}."""
-    found: dict[str, dict[str, float]] = {name: {}} | ({"leak": {}} if name == "two" else {})
-    cases = [make_case(name, Random(derived_seed(bench.seed, index))) for index in range(bench.count)]
+def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+    """{case: {level: rate}}, and a sheet of the first pictures."""
+    rates: dict[str, float] = {}
+    sheet = []
     for level in bench.levels:
-        images = [
-            compose(painter, case.layout, [derived_seed(bench.seed, index)], level)[0]
-            for index, case in enumerate(progress(cases, f"{name}, {level}"))
-        ]
-        pairs = list(zip(cases, images, strict=True))
-        found[name][level] = share([right(judge, *pair) for pair in pairs])
-        if name == "two":
-            found["leak"][level] = share([leaks(judge, *pair) for pair in pairs])
-        note(f"{name}, {level}: {found[name][level]:.3f}")
-    return found
+        images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
+        rates[level] = share(judge, name, cases, images)
+        sheet.append(images[:12])
+        note(f"{name}, {level}: {rates[level]:.3f}")
+    columns = [f"{index}" for index in range(len(sheet[0]))]
+    labelled_grid(
+        bench.output.with_name(f"{bench.output.stem}_{name}.png"), torch.cat(sheet), bench.levels, columns, name, 1.0
+    )
+    return {name: rates}
 
 
-def share(yes: Sequence[bool]) -> float:
-    """Of True."""
-    return sum(yes) / len(yes)
+def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+    """{case: {variant: rate}} of conductor."""
+    rates = {}
+    for variant, means in VARIANTS.items():
+        led = variant == "with alignment"
+        plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
+        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, "conductor", means, variant))
+        note(f"{name}, {variant}: {rates[variant]:.3f}")
+    return {name: rates}
 
 
-def times(painter: Painter, repeats: int = 3) -> dict[str, float]:
-    """Of four pictures of two objects, least of some runs, over those of plain ones."""
-    layout, seeds = make_case("two", Random(0)).layout, list(range(4))
+def times(painter: Painter, bench: Bench, repeats: int = 3) -> dict[str, float]:
+    """Of single pictures of two objects, the least of some runs, over those of plain ones."""
+    layout = case_of("two", 0, bench.ordinary).layout
 
     def seconds(level: Level | None) -> float:
         start = time.perf_counter()
         if level:
-            compose(painter, layout, seeds, level)
+            compose(painter, [Composed(layout, 0)], level, bench.means)
         else:
-            painter.paint([Order("a photo of a red star", seed) for seed in seeds])
+            painter.paint([Order("a photo of a red star", 0)])
         return time.perf_counter() - start
 
-    levels: tuple[Level, ...] = ("joint", "regional", "conductor")
     plain = min(seconds(None) for _ in range(repeats + 1))
-    return {level: round(min(seconds(level) for _ in range(repeats)) / plain, 3) for level in levels}
+    return {level: round(min(seconds(level) for _ in range(repeats)) / plain, 3) for level in bench.levels}
+
+
+def table(metrics: dict[str, Any]) -> list[str]:
+    """A line per case: rates, what is possible, what is wanted."""
+    lines = []
+    for name, values in metrics.items():
+        if name in ("alone", "possible"):
+            continue
+        line = f"{name:<8}" + "".join(f"{level:>{len(level) + 2}}{value:7.3f}" for level, value in values.items())
+        if name in metrics.get("possible", {}):
+            most = metrics["possible"][name]
+            line += f"  possible{most:7.3f}  wanted{most * WANTED[name]:7.3f}"
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Samplers as free functions: (denoise, x, schedule, steps, streams) -> x.
 
 `denoise(x, t)` returns what the schedule says the network predicts; x [B,C,H,W] starts as standard normal noise; pictures are in [-1, 1].
-`watch(t, x)`, where given, sees the state after the step that arrives at t.
+`watch(t, x)`, where given, sees the state after the step that arrives at t; `nudge(x, t)` may change it before the network sees it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from diffusion.schedule import Schedule
 from diffusion.steps import Steps
 
 Watch = Callable[[int, Tensor], None]
+Nudge = Callable[[Tensor, int], Tensor]
 Streams = Sequence[torch.Generator]
 
 
 def _ignore(t: int, x: Tensor) -> None:
     """The watcher that does nothing."""
+
+
+def unchanged(x: Tensor, t: int) -> Tensor:
+    """No nudge."""
+    return x
 
 
 def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, streams: Streams, watch: Watch = _ignore) -> Tensor:
@@ -48,10 +54,12 @@ def ddim(
     streams: Streams = (),
     eta: float = 0.0,
     watch: Watch = _ignore,
+    nudge: Nudge = unchanged,
 ) -> Tensor:
     """Song et al. 2021, eq. 12, on any grid; eta 0 is deterministic, eta 1 as random as DDPM. eps is not recomputed after the clamp."""
     for t, previous in steps.pairs:
         alpha, before = schedule.alpha(t), schedule.alpha(previous)
+        x = nudge(x, t)
         x0, eps = schedule.clean_and_noise(denoise(x, t), x, t)
         x0 = x0.clamp(-1, 1) if steps.clamp else x0
         sigma = eta * math.sqrt((1 - before) / (1 - alpha)) * math.sqrt(max(0.0, 1 - alpha / before))
@@ -63,7 +71,13 @@ def ddim(
 
 
 def dpm_solver(
-    denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, watch: Watch = _ignore, clamp: bool = True
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    watch: Watch = _ignore,
+    clamp: bool = True,
+    nudge: Nudge = unchanged,
 ) -> Tensor:
     """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture, which is
     clamped to [-1, 1] unless it is a latent."""
@@ -82,6 +96,7 @@ def dpm_solver(
     solver.set_timesteps(steps)
     times = solver.timesteps.tolist()  # on the CPU: no device sync
     for t, previous in zip(times, [*times[1:], 0], strict=True):
+        x = nudge(x, t)
         x = solver.step(denoise(x, t), t, x, return_dict=False)[0]
         watch(previous, x)
     return x.clamp(-1, 1) if clamp else x

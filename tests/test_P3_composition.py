@@ -1,29 +1,34 @@
-"""Composition: empty masks are the base model, full masks the concept's branch, one batch is what several calls are; layouts are read
-as they are meant."""
+"""Composition: empty masks are the base model, full masks the concept's branch, one batch is what calls one after the other are, references
+and refined masks do what they say."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from diffusers.models.resnet import ResnetBlock2D
 from small_pipeline import WIDTH, save_pipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.guidance import Guidance
-from P3_composition import Composition, compose, composed
+from P3_alignment import Alignment, inverted, keys, times
+from P3_composition import Composed, Composition, Level, Means, compose, composed
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import install
-from P3_layout import FINEST, Layout, Region, auto_layout, box_mask, make_layout, read_layout
+from P3_layout import FINEST, Layout, Region, box_mask
 from P3_model import load_pipeline
-from runtime.cli import BadInput
+from P3_refinement import bounding_box, fitted, kmeans, watched
 
 CPU = torch.device("cpu")
 NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
+PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "features", "noise")]
+ATTENTION = ("attn1", "attn2")
+DEFAULT = Means()
 
 
 @pytest.fixture(scope="module")
@@ -33,127 +38,316 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
     return Painter(pipe, Manner("dpm", 3, Guidance(3.0)))
 
 
-def layout(*masks: Tensor) -> Layout:
+def layout(*masks: Tensor, **more: Any) -> Layout:
     regions = [Region(f"<new{k + 1}>", f"a photo of a <new{k + 1}>", mask) for k, mask in enumerate(masks)]
-    return Layout("a red star", tuple(regions), "a red star")
+    return Layout("a red star", tuple(regions), "a red star", **more)
 
 
-def pixels(x: Tensor) -> Tensor:
-    return x.int()
+def drawn(painter: Painter, plan: Layout, seeds: list[int], level: Level, means: Means = DEFAULT) -> Tensor:
+    """Whole numbers, so that differences have a sign."""
+    return compose(painter, [Composed(plan, seed) for seed in seeds], level, means).int()
+
+
+def same(first: Tensor, second: Tensor) -> None:
+    """Up to rounding."""
+    torch.testing.assert_close(first, second, rtol=0, atol=1)
+
+
+def shares(*masks: Tensor) -> Tensor:
+    """[N,1,16,16]."""
+    return layout(*masks).shares(16, 16)[:, None]
+
+
+@contextmanager
+def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What every attention layer and residual block returns."""
+    found: dict[str, Tensor] = {}
+    modules = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if name.endswith(ATTENTION) or isinstance(module, ResnetBlock2D)
+    ]
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out))
+        for name, module in modules
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+# ---------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("level", ["regional", "conductor"])
 def test_an_empty_mask_is_the_base_model(painter: Painter, level: Any) -> None:
-    made = compose(painter, layout(NOWHERE), [1, 2], level)
-    plain = compose(painter, Layout("a red star", (), "a red star"), [1, 2], "joint")
-    torch.testing.assert_close(pixels(made), pixels(plain), rtol=0, atol=1)
+    same(drawn(painter, layout(NOWHERE), [1, 2], level), drawn(painter, layout(), [1, 2], "joint"))
 
 
-def test_an_empty_mask_changes_no_bit_of_a_call(painter: Painter) -> None:
+@pytest.mark.parametrize("pieces", PIECES)
+def test_an_empty_mask_changes_no_bit_of_a_call(painter: Painter, pieces: Any) -> None:
+    """Base and unconditional rows; the concept's hear the base prompt wherever their mask isn't."""
     unet, x = painter.pipe.unet, torch.randn(3, 4, 16, 16)
     texts = painter.text(["a red star", "a photo of a <new1>", ""])
     plain = painter.network(x, 500, texts)
-    with torch.no_grad(), composed(unet, Composition(layout(NOWHERE), 1, (16, 16), True, texts[1:2])):
-        assert torch.equal(painter.network(x, 500, texts), plain)
-    assert torch.equal(painter.network(x, 500, texts), plain)  # the processors are gone again
+    now = Composition(shares(NOWHERE), True, pieces, texts[:1], texts[1:2, None])
+    with torch.no_grad(), composed(unet, now):
+        made = painter.network(x, 500, texts)
+    assert torch.equal(made[[0, 2]], plain[[0, 2]])
+    assert torch.equal(painter.network(x, 500, texts), plain)  # processors and hooks are gone again
+
+
+@pytest.mark.parametrize(("pieces", "kinds"), [(("attention",), ATTENTION), (("features",), ("resnets",))])
+def test_a_full_mask_gives_every_injected_layer_the_concepts_output(painter: Painter, pieces: Any, kinds: Any) -> None:
+    unet, x = painter.pipe.unet, torch.randn(1, 4, 16, 16).repeat(3, 1, 1, 1)
+    texts = painter.text(["a red star", "a photo of a <new1>", ""])
+    now = Composition(shares(EVERYWHERE), True, pieces)
+    with torch.no_grad(), composed(unet, now), recorded(unet) as outputs:
+        painter.network(x, 500, texts)
+    equal = {name: torch.equal(out[0], out[1]) for name, out in outputs.items()}
+    injected = {name for name in outputs if name.startswith("up_blocks") and any(kind in name for kind in kinds)}
+    assert injected
+    assert all(equal[name] for name in injected)
+    assert not any(equal[name] for name in outputs if name.startswith("mid_block"))
+
+
+def test_a_full_mask_gives_the_concepts_noise(painter: Painter) -> None:
+    alone = drawn(painter, Layout("a photo of a <new1>", ()), [1], "conductor")
+    same(drawn(painter, layout(EVERYWHERE), [1], "conductor"), alone)
+
+
+def test_every_level_draws_something_else(painter: Painter) -> None:
+    levels: tuple[Level, ...] = ("joint", "regional", "conductor")
+    made = [drawn(painter, layout(LEFT), [1], level) for level in levels]
+    assert len({image.numpy().tobytes() for image in made}) == 3
 
 
 def test_joint_is_the_plain_picture(painter: Painter) -> None:
-    plain = painter.paint([Order("a red star", 3)])
-    made = compose(painter, layout(LEFT), [3], "joint")
-    torch.testing.assert_close(pixels(made), pixels(plain), rtol=0, atol=1)
+    same(drawn(painter, layout(LEFT), [3], "joint"), painter.paint([Order("a red star", 3)]).int())
 
 
-def test_a_full_mask_gives_every_injected_layer_the_concepts_output(painter: Painter) -> None:
-    unet = painter.pipe.unet
-    x = torch.randn(1, 4, 16, 16).repeat(3, 1, 1, 1)
-    texts = painter.text(["a red star", "a photo of a <new1>", ""])
-    outputs: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out))
-        for name, module in unet.named_modules()
-        if name.endswith(("attn1", "attn2"))
-    ]
-    with torch.no_grad(), composed(unet, Composition(layout(EVERYWHERE), 1, (16, 16), True)):
-        painter.network(x, 500, texts)
-    for hook in hooks:
-        hook.remove()
-    up = [out for name, out in outputs.items() if name.startswith("up_blocks")]
-    assert up
-    assert all(torch.equal(out[0], out[1]) for out in up)
-    assert any(not torch.equal(out[0], out[1]) for name, out in outputs.items() if name.startswith("down_blocks"))
+def test_a_layout_of_styles_only_is_the_plain_picture(painter: Painter) -> None:
+    same(drawn(painter, layout(), [3], "conductor"), painter.paint([Order("a red star", 3)]).int())
+
+
+# ---------------------------------------------------------------- batches
 
 
 def test_a_batch_is_what_single_pictures_are(painter: Painter) -> None:
-    both = layout(LEFT, RIGHT)
-    together = compose(painter, both, [1, 2], "conductor")
-    for index, seed in enumerate((1, 2)):
-        alone = compose(painter, both, [seed], "conductor")
-        torch.testing.assert_close(pixels(alone[0]), pixels(together[index]), rtol=0, atol=1)
+    """Of different layouts, too."""
+    plans = [layout(LEFT, RIGHT), layout(RIGHT, LEFT)]
+    together = compose(painter, [Composed(plan, seed) for seed, plan in enumerate(plans)], "conductor").int()
+    for seed, plan in enumerate(plans):
+        same(drawn(painter, plan, [seed], "conductor")[0], together[seed])
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_the_batch_is_what_calls_one_after_the_other_are(painter: Painter, pieces: Any) -> None:
+    """The method as it is told: first each concept's branch on its own, then the base with what those had inside their masks."""
+    unet, x = painter.pipe.unet, torch.randn(1, 4, 16, 16)
+    texts = painter.text(["a red star", "a photo of a <new1>", "a <new2>", ""])
+    with torch.no_grad():
+        alone = []
+        for text in texts[1:3]:
+            with recorded(unet) as outputs:
+                noise = painter.network(x, 500, text[None])
+            alone.append(outputs | {"noise": noise})
+        plain = painter.network(x, 500, texts[:1])
+        with replaced(unet, alone, pieces):
+            base = painter.network(x, 500, texts[:1])
+        if "noise" in pieces:
+            base = mixed(base, [outputs["noise"] for outputs in alone])
+        now = Composition(shares(LEFT, RIGHT), True, pieces)
+        with composed(unet, now):
+            rows = painter.network(x.repeat(4, 1, 1, 1), 500, texts)
+    mine = now.blended(*now.parts(rows)[:2]) if "noise" in pieces else rows[:1]
+    torch.testing.assert_close(mine, base, rtol=1e-4, atol=1e-4)
+    assert (base - plain).abs().max() > 1e-3
+
+
+def mixed(base: Tensor, concepts: list[Tensor]) -> Tensor:
+    """The first concept's left half beside the second's right half; states [1,P,C] of square maps or maps [1,C,h,w]."""
+    side = base.shape[-1] if base.dim() == 4 else round(base.shape[1] ** 0.5)
+    left = torch.arange(side) < side // 2
+    where = left if base.dim() == 4 else left.repeat(side)[:, None]
+    first, second = concepts
+    return torch.where(where, first, second)
+
+
+@contextmanager
+def replaced(unet: nn.Module, alone: list[dict[str, Tensor]], pieces: Any) -> Iterator[None]:
+    """The U-Net, its up blocks' layers mixed from these outputs."""
+    hooks = []
+    for name, module in unet.named_modules():
+        wanted = "attention" in pieces and name.endswith(ATTENTION)
+        wanted |= "features" in pieces and isinstance(module, ResnetBlock2D)
+        if wanted and name.startswith("up_blocks"):
+            mine = [outputs[name] for outputs in alone]
+            hooks.append(module.register_forward_hook(lambda _, __, out, mine=mine: mixed(out, mine)))
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def test_the_order_of_concepts_does_not_matter(painter: Painter) -> None:
     one, two = layout(LEFT, RIGHT).regions
-    there, back = (compose(painter, Layout("a red star", r), [1], "conductor") for r in ((one, two), (two, one)))
-    torch.testing.assert_close(pixels(there), pixels(back), rtol=0, atol=1)
+    there, back = (drawn(painter, Layout("a red star", r), [1], "conductor") for r in ((one, two), (two, one)))
+    same(there, back)
 
 
-def test_concepts_act_on_their_own_side(painter: Painter) -> None:
-    base = pixels(compose(painter, layout(LEFT), [1], "joint"))
-    made = pixels(compose(painter, layout(LEFT), [1], "conductor"))
-    assert (made - base).abs().float().mean() > 0
+# ---------------------------------------------------------------- references
 
 
-# ---------------------------------------------------------------- layouts
+def picture(seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def written(folder: Path, content: Any) -> Path:
-    (folder / "layout.json").write_text(json.dumps(content))
-    return folder / "layout.json"
+def test_no_weight_is_no_alignment(painter: Painter) -> None:
+    plain = drawn(painter, layout(LEFT), [1], "conductor")
+    none = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", Means(align=0))
+    assert torch.equal(none, plain)
 
 
-def test_boxes_masks_and_styles_are_read(tmp_path: Path) -> None:
-    Image.new("L", (64, 32), 255).save(tmp_path / "mask.png")
-    concepts = [
-        {"token": "<new1>", "box": [0, 0, 0.5, 1]},
-        {"token": "<new2>", "mask": "mask.png", "prompt": "my <new2>."},
-        {"token": "<new3>", "style": True},
-    ]
-    found = read_layout(written(tmp_path, {"prompt": "two things.", "concepts": concepts}))
-    assert found.prompts == [f"{x} in the style of <new3>" for x in ("two things", "a photo of a <new1>", "my <new2>")]
-    assert found.joint == "a photo of a <new1> next to a <new2> in the style of <new3>"
-    assert torch.equal(found.masks(2, 4), torch.tensor([[[1.0, 1, 0, 0]] * 2, [[0.0, 0, 1, 1]] * 2]))
+def alignment(painter: Painter, plans: list[Layout], weight: float) -> Alignment:
+    texts = painter.text([plans[0].prompt, "a photo of a <new1>"])[:, None].repeat(1, len(plans), 1, 1)
+    found = Alignment.of(painter, plans, texts, weight)
+    assert found
+    return found
 
 
-def test_the_later_mask_yields_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    regions = [("<a>", "a <a>", LEFT), ("<b>", "a <b>", EVERYWHERE)]
-    masks = make_layout("x", regions).masks(8, 8)
-    assert masks.sum(0).max() == 1
-    assert "<b>: 50%" in capsys.readouterr().err
+def test_alignment_of_weight_zero_changes_no_bit(painter: Painter) -> None:
+    x, plans = torch.randn(1, 4, 16, 16), [layout(LEFT, reference=picture())]
+    assert torch.equal(alignment(painter, plans, 0.0).aligned(x, times(painter)[0]), x)
 
 
-def test_tokens_are_laid_side_by_side() -> None:
-    found = auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog", "<new2>": "cat"})
-    assert found.prompt == "a dog next to a cat in the style of <new3>"
-    masks = found.masks(16, 16)
-    assert masks[0, :, 8:].sum() == 0
-    assert masks[1, :, :8].sum() == 0
+def test_a_step_of_alignment_brings_keys_nearer_to_the_references(painter: Painter) -> None:
+    x, t = torch.randn(1, 4, 16, 16), times(painter)[1]
+    one = alignment(painter, [layout(LEFT, reference=picture())], 1e-2)
+
+    def distance(x: Tensor) -> float:
+        base = keys(painter.pipe.unet, lambda: painter.network(x, t, one.texts[0]))
+        wanted = keys(painter.pipe.unet, lambda: painter.network(one.references[t], t, one.prompts))
+        return float((base - wanted).square().mean())
+
+    moved = one.aligned(x, t)
+    assert not moved.requires_grad
+    assert distance(moved) < distance(x)
 
 
-@pytest.mark.parametrize(
-    ("concepts", "message"),
-    [
-        ([], "at least one concept"),
-        ([{"token": "new1", "box": [0, 0, 1, 1]}], "concept 0"),
-        ([{"token": "<a>"}], "<a>: give it either a box or a mask"),
-        ([{"token": "<a>", "box": [0, 0, 1.2, 1]}], r"<a>: box \[0, 0, 1.2, 1\]"),
-        ([{"token": "<a>", "box": [0.5, 0, 0.5, 1]}], "<a>: box"),
-        ([{"token": "<a>", "mask": "none.png"}], "none.png"),
-        ([{"token": "<a>", "box": [0, 0, 1, 1], "prompt": "a dog"}], "doesn't hold it"),
-        ([{"token": "<a>", "box": [0, 0, 1, 1], "weight": 2}], "weight is not known"),
-        ([{"token": "<a>", "box": [0, 0, 1, 1]}, {"token": "<b>", "box": [0, 0, 1, 1]}], "<b>: its region is empty"),
-    ],
-)
-def test_bad_layouts_are_named(tmp_path: Path, concepts: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        read_layout(written(tmp_path, {"prompt": "x", "concepts": concepts}))
+def test_every_picture_follows_its_own_reference(painter: Painter) -> None:
+    plans = [layout(LEFT, reference=picture(seed)) for seed in (1, 2)]
+    x = torch.randn(2, 4, 16, 16)
+    together = alignment(painter, plans, 10.0).aligned(x, times(painter)[0])
+    for row, plan in enumerate(plans):
+        alone = alignment(painter, [plan], 10.0).aligned(x[row : row + 1], times(painter)[0])
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["dpm", "ddim"])
+def test_the_reference_is_known_at_every_step_of_the_sampler(painter: Painter, solver: Any) -> None:
+    asked: list[int] = []
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        asked.append(t)
+        return x
+
+    other = Painter(painter.pipe, Manner(solver, 7))
+    other.solve(denoise, torch.randn(1, 4, 16, 16))
+    assert times(other) == asked
+
+
+def test_an_inverted_picture_comes_back(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDIM there and back with the exact noise of pictures that are normal with standard deviation 0.5 around 1."""
+    fine = Painter(painter.pipe, Manner("ddim", 200))
+
+    def exact(x: Tensor, t: int, text: Tensor) -> Tensor:
+        alpha = fine.schedule.alpha(t)
+        return (1 - alpha) ** 0.5 * (x - alpha**0.5) / (0.25 * alpha + 1 - alpha)
+
+    monkeypatch.setattr(fine, "network", exact)
+    x = 1 + 0.5 * torch.randn(1, 4, 16, 16)
+    known = inverted(fine, x, torch.empty(0))
+    last = known[times(fine)[0]]
+    assert abs(last.std() - 1) < 0.1
+    assert abs(last.mean()) < 0.2
+    back = fine.solve(lambda z, t: exact(z, t, torch.empty(0)), last)
+    assert (back - x).abs().max() < 0.05
+
+
+def test_a_reference_changes_the_picture(painter: Painter) -> None:
+    plain = drawn(painter, layout(LEFT), [1], "conductor")
+    led = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", Means(align=100))
+    assert not torch.equal(led, plain)
+
+
+# ---------------------------------------------------------------- refined masks
+
+
+def test_refined_masks_follow_the_clusters_that_overlap_most() -> None:
+    """Attention that sees a left third, a middle and a right third, where the masks were halves."""
+    third = torch.arange(64) % 8 * 3 // 8
+    seen = (third[:, None] == third).float()[None]
+    new = fitted(shares(LEFT, RIGHT), seen, seen.repeat(2, 1, 1, 1))[:, 0, ::2, ::2].flatten(1) > 0
+    assert torch.equal(new[0], third == 0)
+    assert torch.equal(new[1], third == 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_refined_masks_never_overlap_and_never_vanish(seed: int) -> None:
+    stream = torch.Generator().manual_seed(seed)
+    maps = (3 * torch.randn(4, 2, 64, 64, generator=stream)).softmax(-1)
+    boxes = [LEFT * box_mask((0.1, 0.1, 0.4, 0.9)), RIGHT, LEFT - LEFT * box_mask((0.1, 0.1, 0.4, 0.9))]
+    old = shares(*boxes).repeat(1, 2, 1, 1)
+    new = fitted(old, maps[0], maps[1:])
+    assert new.shape == old.shape
+    assert set(new.unique().tolist()) <= {0.0, 1.0}
+    assert new.sum(0).max() == 1
+    assert new.any(3).any(2).all()
+
+
+def test_what_two_concepts_claim_stays_as_it_was() -> None:
+    """Both find the whole picture in one cluster of their own maps."""
+    nothing = torch.full((1, 64, 64), 1 / 64)
+    old = shares(LEFT, RIGHT)
+    assert torch.equal(fitted(old, nothing, nothing.repeat(2, 1, 1, 1)), old)
+
+
+def test_clusters_are_found_and_the_same_in_every_run() -> None:
+    stream = torch.Generator().manual_seed(0)
+    centres = 10 * torch.eye(3, 5)
+    truth = torch.arange(60) % 3
+    rows = centres[truth] + torch.randn(60, 5, generator=stream)
+    found = kmeans(rows, 3)
+    assert all(len(found[truth == k].unique()) == 1 for k in range(3))
+    assert len(found.unique()) == 3
+    assert torch.equal(kmeans(rows, 3), found)
+
+
+def test_bounding_boxes() -> None:
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 1] = mask[2, 3] = True
+    wanted = torch.zeros(4, 5, dtype=torch.bool)
+    wanted[1:3, 1:4] = True
+    assert torch.equal(bounding_box(mask.flatten(), (4, 5)), wanted.flatten())
+
+
+def test_watched_attention_is_what_the_layer_does(painter: Painter) -> None:
+    unet, text = painter.pipe.unet, painter.text(["a red star"])
+    layer = unet.up_blocks[-2].attentions[-1].transformer_blocks[-1].attn1
+    given: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _, args, out: given.extend((args[0], out)))
+    with torch.no_grad(), watched(unet) as seen:
+        painter.network(torch.randn(1, 4, 16, 16), 500, text)
+    hook.remove()
+    found = seen.probabilities()
+    torch.testing.assert_close(found.sum(2), torch.ones(1, 64))
+    if layer.heads == 1:
+        torch.testing.assert_close(layer.to_out[0](found @ layer.to_v(given[0])), given[1], rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_refined_on_the_way(painter: Painter) -> None:
+    more = replace(painter.manner, steps=8)
+    busy = Painter(painter.pipe, more)
+    plain = drawn(busy, layout(LEFT, RIGHT), [1], "conductor")
+    fit = drawn(busy, layout(LEFT, RIGHT), [1], "conductor", Means(refine=True))
+    assert not torch.equal(fit, plain)

@@ -1,0 +1,160 @@
+"""What benchmarks/p3_composition.py asks for: fresh layouts of every case, and the prompts of their parts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from random import Random
+from typing import Literal, get_args
+
+from miniature.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_KINDS,
+    HELD_OUT_STYLES,
+    KINDS,
+    SIDE,
+    STYLES,
+    Wish,
+    allowed,
+    fits,
+    sample_scene,
+)
+from miniature.world import as_tensor, render
+from P3_layout import Box, Layout, Region, Style, box_mask, make_layout
+
+CaseName = Literal["two", "three", "scene", "leak"]
+CASES: tuple[CaseName, ...] = get_args(CaseName)
+SIZES = {2: (26, 30), 3: (20, 20)}  # pixels, of the boxes' sides, by the number of objects
+ASIDE = 5  # pixels by which boxes are off the middle
+WORDS = {
+    (2, False): "{0} to the left of {1}",
+    (2, True): "{0} above {1}",
+    (3, False): "{0}, {1} and {2} in a row",
+    (3, True): "{0}, {1} and {2} in a column",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what the judge should find: kinds (and colours) in boxes, of the whole the rest."""
+
+    layout: Layout
+    boxes: tuple[Box, ...]
+    kinds: tuple[str, ...]
+    colours: tuple[str | None, ...]
+    whole: dict[str, str]
+    column: bool
+    parts: tuple[str, ...]
+    """What has to succeed, as `question` takes it."""
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def case_of(name: CaseName, seed: int, ordinary: bool = False) -> Case:
+    """One of many of its kind; with ordinary objects and styles in the place of learned ones."""
+    random = Random(seed)
+    objects, styles = (KINDS, STYLES) if ordinary else (HELD_OUT_KINDS, HELD_OUT_STYLES)
+    count, column = 3 if name == "three" else 2, random.random() < 0.5
+    boxes, kinds = boxes_of(count, column, random), random.sample(objects, count)
+    if name == "scene":
+        return scene(kinds[0], random.choice(styles), boxes, column, random, ordinary)
+    colours: list[str | None] = [None] * count
+    if name == "leak":
+        colours = list(random.sample(list(COLOURS), count))
+    tokens = kinds if ordinary else [f"<{kind}>" for kind in kinds]
+    phrases = [phrase(token, colour) for token, colour in zip(tokens, colours, strict=True)]
+    bases = [phrase("object", colour) for colour in colours]
+    layout = planned(bases, phrases, tokens, boxes, column)
+    parts = tuple(f"kind {kind}" for kind in kinds)
+    return Case(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
+
+
+def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> Case:
+    """The report's failing kind of prompt."""
+    other = random.choice([word for word in KINDS if word != kind])
+    pairs = [(c, g) for g in BACKGROUNDS for c in COLOURS if fits(c, g) and allowed(c, other, "trained")]
+    colour, ground = random.choice(pairs)
+    token, look = (kind, style) if ordinary else (f"<{kind}>", f"<{style}>")
+    both = [(phrase("object", None), phrase(token, None), kind, None), (phrase(other, colour),) * 2 + (other, colour)]
+    random.shuffle(both)
+    bases, phrases, kinds, colours = zip(*both, strict=True)
+    layout = planned(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(look)])
+    parts = (f"kind {kind}", f"thing {colour} {other}", f"background {ground}", f"style {style}")
+    return Case(layout, tuple(boxes), kinds, colours, {"style": style, "background": ground}, column, parts)
+
+
+def planned(
+    bases: Sequence[str],
+    phrases: Sequence[str],
+    names: Sequence[str],
+    boxes: Sequence[Box],
+    column: bool,
+    behind: str = "",
+    styles: Sequence[Style] = (),
+) -> Layout:
+    """The base prompt of `bases`; a concept's own prompt has its phrase in every place."""
+    words = "a photo of " + WORDS[len(boxes), column] + behind
+    regions = [
+        Region(name, words.format(*[mine] * len(boxes)), box_mask(box))
+        for name, mine, box in zip(names, phrases, boxes, strict=True)
+    ]
+    joint = words.format(*phrases) + "".join(f" in the style of {style.token}" for style in styles)
+    return make_layout(words.format(*bases), regions, styles, joint)
+
+
+def phrase(noun: str, colour: str | None) -> str:
+    """ "a star", "an orange <key>"."""
+    words = f"{colour} {noun}" if colour else noun
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
+    """In a row or column, in shares of the picture."""
+    slot, found = SIDE / count, []
+    for index in range(count):
+        size = 2 * random.randint(SIZES[count][0] // 2, SIZES[count][1] // 2)
+        along = int(index * slot) + random.randint(0, int(slot) - size)
+        aside = (SIDE - size) // 2 + random.randint(-ASIDE, ASIDE)
+        left, top = (aside, along) if column else (along, aside)
+        found.append((left / SIDE, top / SIDE, (left + size) / SIDE, (top + size) / SIDE))
+    return found
+
+
+def with_reference(case: Case, seed: int) -> Case:
+    """The same with a picture of other, ordinary objects in the boxes to follow."""
+    random = Random(seed)
+    kinds = tuple(random.sample([kind for kind in KINDS if kind not in case.kinds], len(case.boxes)))
+    corners = [[round(x * SIDE) for x in box] for box in case.boxes]
+    boxes = tuple((left, top, right, bottom) for left, top, right, bottom in corners)
+    made = sample_scene(random.getrandbits(32), Wish(kinds=kinds, boxes=boxes, style="flat"))
+    names = [phrase(thing.kind, thing.colour) for thing in made.things]
+    prompt = f"a photo of {WORDS[len(kinds), case.column].format(*names)} on a {made.background.colour} background"
+    picture = as_tensor(render(made)[None])[0]
+    return replace(case, layout=replace(case.layout, reference=picture, reference_prompt=prompt))
+
+
+# ---------------------------------------------------------------- parts
+
+
+def question(part: str, random: Random, ordinary: bool) -> tuple[str, dict[str, str]]:
+    """A prompt that asks for one part ("kind key", "thing red star", "background blue", "style relief") alone, and what the judge should
+    say of the whole picture."""
+    name, words = part.split(" ", 1)
+    token = words if ordinary else f"<{words}>"
+    kind = random.choice(KINDS)
+    if name == "kind":
+        return f"a photo of {phrase(token, None)}", {"kind": words}
+    if name == "thing":
+        colour, noun = words.split(" ")
+        return f"a photo of {phrase(noun, colour)}", {"kind": noun, "colour": colour}
+    if name == "style":
+        return f"a photo of {phrase(kind, None)} in the style of {token}", {"style": words}
+    return f"a photo of {phrase(kind, None)} on a {words} background", {"background": words}
+
+
+def possible(cases: Sequence[Case], rates: dict[str, float]) -> float:
+    """The mean over cases of the product of their parts' rates."""
+    return sum(prod(rates[part] for part in case.parts) for case in cases) / len(cases)
