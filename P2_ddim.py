@@ -1,7 +1,8 @@
 """Turns given noises into pictures by DDIM: the course's faces to rounding error, any eta, any step rule, any compatible model.
 
   python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
-  python P2_ddim.py --seeds 0-9 --digit 3 --eta 0.5                    the shipped digits model: no download needed
+  python P2_ddim.py --seeds 0-9 --eta 0.5 --rescale clamp              the shipped face model: no download needed
+  python P2_ddim.py --model checkpoints/p1_digits.safetensors --digit 3
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import Rule, Steps, step_rule
-from P2_model import DIGITS_CHECKPOINT, Labels, Model, export, load_model
+from P2_model import SHIPPED_FACES, Labels, Model, export, load_model
 from runtime.cli import BadInput, progress, run_script
 from runtime.device import Choice, Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
@@ -59,8 +60,8 @@ class Recipe:
 class Drawing:
     """The flags that P2_ddim.py and P2_report.py share."""
 
-    model: str = str(DIGITS_CHECKPOINT)
-    """The course's UNet.pt, a diffusers folder or hub name with a UNet2DModel, or a P1 checkpoint (the shipped one)."""
+    model: str = str(SHIPPED_FACES)
+    """The course's UNet.pt, a diffusers folder (the shipped faces of 64x64) or hub name with a UNet2DModel, or a P1 checkpoint."""
     noise: Path | None = None
     """Folder of NN.pt tensors, [C,H,W] or [1,C,H,W]; one picture per file, of the same stem."""
     seeds: str = "0-9"

@@ -1,6 +1,6 @@
 """The figures of P2, from any model that P2_ddim.py takes: what eta does, slerp against linear interpolation, and why.
 
-  python P2_report.py                                              the shipped digits model: no download needed
+  python P2_report.py --rescale clamp                              the shipped face model: no download needed
   python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
 
 eta.png         a row per eta, a column for each of the first four noises
