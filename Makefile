@@ -39,13 +39,8 @@ doctor: setup  ## what this machine has and how long each command would take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## side-by-side measurements of training and sampling
-	$(RUN) benchmarks/p1_training.py
-	$(RUN) benchmarks/p1_sampling.py
-	$(RUN) benchmarks/p2_ddim.py
-	$(RUN) benchmarks/p3_clip.py
-	$(RUN) benchmarks/p3_textual_inversion.py speed
-	$(RUN) benchmarks/p3_textual_inversion.py concepts
+bench: setup  ## every side-by-side measurement, one table: runs/bench/table.md (hours on two cores; goes on where it was stopped)
+	@$(RUN) benchmarks/table.py
 
 clean:  ## remove .venv, runs, the demo's and the report's output
 	rm -rf .venv runs report "$(DEMO)"

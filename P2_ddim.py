@@ -5,6 +5,7 @@
   python P2_ddim.py --model checkpoints/p1_digits.safetensors --digit 3
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
+  torchrun --nproc_per_node 2 P2_ddim.py --noise face/noise --model face/UNet.pt       two GPUs share the noises
 
 Step rules, for 50 of 1,000 steps: homework visits 981, 961 .. 1 and ends at abar[0], x0 clamped; ddim visits 980 .. 0 and ends at
 abar 1, no clamp; diffusers is that with x0 clamped; trailing visits 999 .. 19, so it starts at pure noise.
@@ -27,11 +28,11 @@ from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import Rule, Steps, step_rule
 from P2_model import SHIPPED_FACES, Labels, Model, export, load_model
-from runtime.cli import BadInput, progress, run_script
+from runtime.cli import BadInput, leads, progress, run_script
 from runtime.device import Choice, Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
 from runtime.files import atomic, load_tensors, output_folder, require_file
-from runtime.generation import derived_seed, even_batch, in_batches
+from runtime.generation import ALONE, Shard, derived_seed, even_batch, in_batches, sharing
 from runtime.record import Record
 
 Rescale = Literal["minmax", "clamp"]
@@ -184,10 +185,12 @@ def sample(
 
 
 def sample_all(
-    model: Model, noises: Sequence[Noise], recipe: Recipe, batch: int, title: str
+    model: Model, noises: Sequence[Noise], recipe: Recipe, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
-    """(noise, [C,H,W] float32) one by one, as batches of one shape finish; 0 sizes them to the machine."""
-    batch = even_batch(len(noises), batch or largest_batch(model, noises[0].x))
+    """(noise, [C,H,W] float32) one by one, as batches of one shape finish; 0 sizes them to the machine. Of several processes each gets
+    its share of the batches."""
+    batch = even_batch(len(noises), batch or shard.largest(len(noises), largest_batch(model, noises[0].x)))
+    noises = [noises[row] for row in shard.rows(len(noises), batch)]
     total = -(-len(noises) // batch) * len(recipe.steps.pairs)
     with progress(None, title, total=total, unit="step", leave=False) as bar:  # type: ignore[arg-type]
         work = partial(sample, model=model, recipe=recipe, watch=lambda t, x: bar.update() and None)
@@ -289,26 +292,49 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     model = open_model(settings, machine)
     if settings.export:
+        if not leads():
+            return None
         export(model, settings.export)
         return print(f"{settings.export}: a diffusers folder; use it as --model")
     recipe = resolve_recipe(settings, model, settings.eta)
     noises = open_noises(settings, model)
     references = read_references(settings.reference, noises) if settings.reference else {}
     output_folder(settings.output)
-    if settings.save_noise:
+    if settings.save_noise and leads():
         save_noises(settings.save_noise, noises)
-    record, table = Record(settings, machine), {}
+    with sharing() as shard:
+        draw_share(settings, machine, model, recipe, noises, references, shard)
+    return None
+
+
+def draw_share(
+    settings: Settings,
+    machine: Machine,
+    model: Model,
+    recipe: Recipe,
+    noises: Sequence[Noise],
+    references: dict[str, Tensor],
+    shard: Shard,
+) -> None:
+    """This process's pictures; the first one prints and records what all of them found."""
+    record, table, stems = Record(settings, machine), {}, []
     with record.timed("drawing"):
-        for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing"):
+        for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing", shard):
             picture = to_picture(image, settings.rescale)
             save_picture(settings.output / f"{noise.stem}.png", picture)
+            stems.append(noise.stem)
             if references:
                 table[noise.stem] = compare(picture, references[noise.stem])
+        shares = shard.gather([len(stems)])
+    table = dict(sorted(shard.gather(list(table.items()))))
     record.metrics = {"pictures": len(noises), "shape": list(noises[0].x.shape), "reference": table}
+    record.metrics |= {"processes": shard.world, "shares": shares}
+    if not shard.main:
+        return
     record.save(settings.record)
     if table:
         print_table(table)
-    return print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
+    print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
 
 
 if __name__ == "__main__":

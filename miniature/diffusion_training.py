@@ -122,7 +122,9 @@ class DiffusionTrainer(Trainer):
         alpha = self.alphas[t][:, None, None, None]
         x = add_noise(x0, eps, alpha).contiguous(memory_format=memory_format(self.device))
         text = self.read(self.captions(rows, draws))
-        weight = (1 / alpha).clamp(max=self.settings.most_weight)  # 1 + 1/SNR, where SNR = alpha / (1 - alpha); alpha: abar
+        weight = (1 / alpha).clamp(
+            max=self.settings.most_weight
+        )  # 1 + 1/SNR, where SNR = alpha / (1 - alpha); alpha: abar
         return (weight * (self.model(x, t, text).sample.float() - eps).square()).mean()
 
     def captions(self, rows: Tensor, draws: Draws) -> Tensor:

@@ -58,11 +58,6 @@ class Sources:
         """The course's pictures for zero-shot classification."""
         return self._in_data("clip_zeroshot/val")
 
-    @property
-    def concepts(self) -> Path | None:
-        """The course's input.json, beside the pictures of its concepts."""
-        return self._in_data("textual_inversion/input.json")
-
     def _in_data(self, name: str) -> Path | None:
         path = self.data / name
         return path if path.exists() and not self.quick else None

@@ -21,7 +21,7 @@ from runtime.files import atomic, output_folder, write_json
 
 HERE = Path(__file__).resolve().parents[1]
 State = Literal["done", "kept", "failed", "lacking"]
-CODE = ("P*.py", "diffusion/*.py", "runtime/*.py", "training/*.py", "miniature/*.py")
+SHARED = ("diffusion/*.py", "runtime/*.py", "training/*.py", "P1_model.py")
 LONGEST_REASON = 12  # lines
 
 
@@ -63,7 +63,6 @@ class Runner:
     def __init__(self, folder: Path, total: int, fresh: bool = False):
         self.folder, self.total, self.fresh = output_folder(folder), total, fresh
         self.outcomes: dict[str, Outcome] = {}
-        self.code = digest(facts(path for pattern in CODE for path in HERE.glob(pattern)))
 
     def run(self, step: Step) -> Outcome:
         """Runs it, or finds it done, or says what it lacks; never raises for a step that fails."""
@@ -101,7 +100,7 @@ class Runner:
     def _key(self, step: Step) -> str:
         """Everything that its results depend on."""
         before = [self.outcomes[name].key for name in step.after]
-        return digest([self.code, step.commands, str(step.files), before, facts(step.reads)])
+        return digest([code_of(step.commands), step.commands, str(step.files), before, facts(step.reads)])
 
     def _commands(self, step: Step, log: Path) -> str:
         """Runs them in turn; why the first of them failed, or nothing."""
@@ -115,6 +114,14 @@ class Runner:
             if code:
                 return reason_of(output) or f"exit code {code}"
         return ""
+
+
+def code_of(commands: Sequence[Sequence[str]]) -> list[tuple[str, int, int]]:
+    """Facts about the code behind commands: of their problem or folder, and what all of them share."""
+    folders = {
+        f"{script[:3]}*.py" if script.startswith("P") else f"{Path(script).parent}/*.py" for script, *_ in commands
+    }
+    return facts(path for pattern in (*SHARED, *sorted(folders)) for path in HERE.glob(pattern))
 
 
 def digest(values: Any) -> str:

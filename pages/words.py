@@ -1,18 +1,17 @@
-"""Learned words on the page: what was learned, what it is worth, and several concepts in one picture; of the course's pictures and
-Stable Diffusion where they are given, of the miniature where not."""
+"""Learned words on the page: what was learned, what it is worth, and several concepts in one picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pages.cases import Case, course_case, miniature_case, write_learned
 from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
-from pages.sources import CLIP, DIFFUSION, Sources
+from pages.sources import Sources
 from pages.steps import Step
-from runtime.cli import BadInput
-from runtime.files import read_json, write_json
+from runtime.files import read_json
 
 LEVELS = {
     "joint": "all words in one prompt",
@@ -22,29 +21,21 @@ LEVELS = {
 LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
 DRAW = ("solver", "steps", "guidance", "seed", "precision")
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
-
-
-@dataclass(frozen=True)
-class Case:
-    """What words are learned from and drawn with. Folders of concepts may come from a step before, so `concepts` (token, images, init,
-    kind) and `graded` (an input.json) are written when they are needed."""
-
-    prefix: str
-    source: str
-    real: bool
-    model: str
-    clip: str
-    reads: tuple[Path, ...]
-    first: tuple[Step, ...]
-    concepts: list[dict[str, str]]
-    graded: Path
-    references: Path
-    prompts: tuple[str, ...]
-    placed: str
-    words: tuple[str, ...]
-    steps: int
-    plain: dict[str, Any] | None = None
-    """An input.json in which ordinary words stand for the learned ones, where that is what they have to beat."""
+LEARNING = (
+    "Textual inversion teaches a frozen model a new word: a vector for it is sought with which the model draws what the pictures show. "
+    "Nothing but that vector changes."
+)
+HELD_OUT = (
+    " The miniature world has objects and styles that its model saw but that no caption named; these are learned here."
+)
+GRADING = (
+    "25 pictures per prompt. CLIP scores each for likeness to the concept's pictures (image) and to the prompt (text); the best five by "
+    "image + 2.5 x text count, and both averages must reach a baseline."
+)
+ORDINARY = (
+    " The course's baselines mean nothing here, so the baseline is what the nearest ordinary word reaches in the learned word's place, "
+    "scored by the small CLIP in the same way. No caption names the concept: the text score is for the rest of the prompt."
+)
 
 
 def parts(sources: Sources) -> list[Part]:
@@ -52,123 +43,6 @@ def parts(sources: Sources) -> list[Part]:
     case = course_case(sources) if sources.model and not sources.quick else miniature_case(sources)
     found = [learning_part(sources, case), grading_part(sources, case), together_part(sources, case)]
     return [*found, layout_part(sources, case)] if len(case.words) > 1 else found
-
-
-# ---------------------------------------------------------------- the course's concepts
-
-
-def course_case(sources: Sources) -> Case:
-    """Tokens, pictures and prompts of the course's input.json; the cat as a third concept where its pictures are there.
-    Raises BadInput where there is no such file."""
-    if not sources.concepts:
-        raise BadInput(
-            f"--model needs {sources.data / 'textual_inversion' / 'input.json'}, which does not exist: give --data"
-        )
-    folder, entries = sources.concepts.parent, read_json(sources.concepts)
-    concepts = [course_concept(folder, key, entry) for key, entry in entries.items()]
-    if (folder / "cat").is_dir() and "cat" not in entries:
-        concepts.append({"token": "<cat>", "images": f"{folder / 'cat'}", "init": "cat", "kind": "object"})
-    things = [one for one in concepts if one["kind"] == "object"]
-    styles = [one["token"] for one in concepts if one["kind"] == "style"]
-    style = f" in the style of {styles[0]}" if styles else ""
-    first, last = things[0]["token"], things[-1]["token"]
-    prompts = [f"a photo of a {first}{style}", f"A {first} perched on a park bench with the Taipei 101 behind{style}"]
-    together = f"a {first} next to a {last}" if len(things) > 1 else prompts[0]
-    return Case(
-        prefix="p3", source=f"{sources.model}, {sources.label(folder)}", real=True, model=str(sources.model),
-        clip=sources.clip, reads=(folder, *([Path(str(sources.model))] if Path(str(sources.model)).exists() else [])),
-        first=(), concepts=concepts, graded=sources.concepts, references=folder, prompts=(*prompts, together),
-        placed=together, words=tuple(one["init"] for one in things), steps=500,
-    )  # fmt: skip
-
-
-def course_concept(folder: Path, key: str, entry: dict[str, Any]) -> dict[str, str]:
-    """A style is told by its prompts; an object starts from the last word of its name."""
-    token = entry["token_name"]
-    if any(f"style of {token}" in prompt for prompt in entry["prompt"]):
-        return {"token": token, "images": f"{folder / key}", "init": "painting", "kind": "style"}
-    return {
-        "token": token,
-        "images": f"{folder / key}",
-        "init": entry["src_image"].split()[-1].lower(),
-        "kind": "object",
-    }
-
-
-# ---------------------------------------------------------------- the miniature's
-
-
-INITIAL = {
-    "fish": ("<new1>", "heart", "object"),
-    "cup": ("<new2>", "house", "object"),
-    "ripple": ("<new3>", "watercolour", "style"),
-}
-ASKED = {
-    "fish": ("a photo of a {} on a blue background", "a photo of a red {} on a white background"),
-    "cup": ("a photo of a {} on a yellow background", "a photo of a green {} on a black background"),
-    "ripple": ("a photo of a star in the style of {}", "a photo of a blue ring in the style of {}"),
-}
-
-
-def miniature_case(sources: Sources) -> Case:
-    """Two objects and a style that the model was shown and that no caption ever named."""
-    names = ("fish", "cup") if sources.quick else tuple(INITIAL)
-    pictures, parts = sources.place("miniature_concepts"), sources.place("miniature_model")
-    render = tuple(("miniature/world.py", "concept", name, "--output", f"{pictures / name}") for name in names)
-    clip, model = parts / "clip", parts / "stable_diffusion"
-    assemble = (
-        ("miniature/train_clip.py", "convert", "--output", f"{clip}"),
-        ("miniature/train_diffusion.py", "assemble", "--clip", f"{clip}", "--output", f"{model}"),
-    )
-    first = (
-        Step("miniature_concepts", "P3: rendering pictures of the concepts", render),
-        Step("miniature_model", "P3: putting the miniature's parts together", assemble, (CLIP, DIFFUSION)),
-    )
-    style = (
-        ()
-        if sources.quick
-        else ("a photo of a <new1> in the style of <new3>", "a red star on a black background in the style of <new3>")
-    )
-    return Case(
-        prefix="miniature", source=f"shipped weights {sources.label(DIFFUSION)}, rendered pictures", real=False, model=f"{model}",
-        clip=f"{clip}", reads=(), first=first, concepts=[concept_of(name, pictures / name) for name in names],
-        graded=sources.place("miniature_graded") / "input.json", references=pictures,
-        prompts=("a photo of a <new1>", "a photo of a <new2>", *style, "a photo of a <new1> next to a <new2>"),
-        placed="a photo of a <new1> next to a <new2>", words=("heart", "house"), steps=150 if sources.quick else 400,
-        plain={name: plain_entry(name, 1 if sources.quick else 2) for name in (names[:1] if sources.quick else names)},
-    )  # fmt: skip
-
-
-def concept_of(name: str, folder: Path) -> dict[str, str]:
-    """For --concepts."""
-    token, init, kind = INITIAL[name]
-    return {"token": token, "images": f"{folder}", "init": init, "kind": kind}
-
-
-def plain_entry(name: str, count: int) -> dict[str, Any]:
-    """An entry of input.json that draws with the nearest ordinary word; no caption names the thing, so text is graded without it."""
-    _, init, kind = INITIAL[name]
-    asked, unnamed = ASKED[name][:count], "object" if kind == "object" else "something unusual"
-    return {
-        "src_image": name,
-        "token_name": init,
-        "prompt": [text.format(init) for text in asked],
-        "prompt_4_clip_eval": [text.format(unnamed).replace("a object", "an object") for text in asked],
-        "baseline": [[0.0, 0.0] for _ in asked],
-    }
-
-
-def learned_entries(plain: dict[str, Any], record: Path) -> dict[str, Any]:
-    """The same with the tokens in place; what the ordinary words reached is what they have to beat."""
-    reached: dict[str, list[list[float]]] = {}
-    for case in read_json(record)["metrics"]["cases"]:
-        reached.setdefault(case["key"], []).append([case["image_score"], case["text_score"]])
-    found = {}
-    for name, entry in plain.items():
-        token = INITIAL[name][0]
-        prompts = [text.format(token) for text in ASKED[name][: len(entry["prompt"])]]
-        found[name] = entry | {"token_name": token, "prompt": prompts, "baseline": reached[name]}
-    return found
 
 
 # ---------------------------------------------------------------- learning
@@ -189,13 +63,7 @@ def learning_part(sources: Sources, case: Case) -> Part:
         name=f"{case.prefix}-words",
         problem="P3",
         title="New words from a few pictures",
-        text="Textual inversion teaches a frozen model a new word: a vector for it is sought with which the model draws what the pictures "
-        "show. Nothing but that vector changes."
-        + (
-            ""
-            if case.real
-            else " The miniature world has objects and styles that its model saw but that no caption named; these are learned here."
-        ),
+        text=LEARNING + ("" if case.real else HELD_OUT),
         source=case.source,
         real=case.real,
         steps=(*case.first, learn),
@@ -215,11 +83,10 @@ def show_learning(folder: Path, case: Case) -> Shown:
         )
         progress = folder / f"progress_{token.strip('<>')}.png"
         shown.figures.append(Figure(progress, f"{token}: the same four noises after more and more steps."))
-    if (folder / "loss.png").is_file():
+    loss = folder / "loss.png"
+    if loss.is_file():
         shown.figures.append(
-            Figure(
-                folder / "loss.png", "Loss over the steps; most of its ups and downs are those of noise and timestep."
-            )
+            Figure(loss, "Loss over the steps; most of its ups and downs are those of noise and timestep.")
         )
     shown.tables.append(facts_table("Settings", {name: record["settings"][name] for name in LEARN}))
     return shown
@@ -237,25 +104,20 @@ def grading_part(sources: Sources, case: Case) -> Part:
     """25 pictures per prompt and the course's scores."""
     plain = plain_steps(sources, case)
     drawn, scored = f"{case.prefix}_graded", f"{case.prefix}_scores"
-    prepare = None
-    if case.plain:
-        entries, record = case.plain, sources.place(f"{case.prefix}_plain_scores") / "record.json"
-        prepare = lambda: write_json(case.graded, learned_entries(entries, record))  # noqa: E731
+    reached = sources.place(f"{case.prefix}_plain_scores") / "record.json"
+    prepare = partial(write_learned, case, reached) if case.plain else None
     steps = draw_and_grade(sources, case, (drawn, scored), case.graded, "the learned words", prepare)
     return Part(
         name=f"{case.prefix}-scores",
         problem="P3",
         title="How good are the words?",
-        text="25 pictures per prompt. CLIP scores each for likeness to the concept's pictures (image) and to the prompt (text); the best "
-        "five by image + 2.5 x text count, and both averages must reach a baseline. "
-        + ("" if case.real else "The course's baselines mean nothing here, so the baseline is what the nearest ordinary word reaches in "
-        "the learned word's place, scored by the small CLIP in the same way. No caption names the concept: the text score is for the rest of the prompt."),
+        text=GRADING + ("" if case.real else ORDINARY),
         source=case.source,
         real=case.real,
         steps=(*plain, *steps),
         show=lambda folder: show_grading(folder, scored, case),
         hint="" if case.real else HINT,
-    )  # fmt: skip
+    )
 
 
 def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
@@ -268,9 +130,14 @@ def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
 
 
 def draw_and_grade(
-    sources: Sources, case: Case, names: tuple[str, str], file: Path, what: str,
-    prepare: Callable[[], None] | None, files: tuple[tuple[Path, Any], ...] = (),
-) -> tuple[Step, Step]:  # fmt: skip
+    sources: Sources,
+    case: Case,
+    names: tuple[str, str],
+    file: Path,
+    what: str,
+    prepare: Callable[[], None] | None,
+    files: tuple[tuple[Path, Any], ...] = (),
+) -> tuple[Step, Step]:
     """P3_inference.py and P3_evaluate.py on one input.json."""
     drawn, scored = (sources.place(name) for name in names)
     draw = ["P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{drawn / 'pictures'}"]
@@ -278,17 +145,10 @@ def draw_and_grade(
     draw += ["--record", f"{drawn / 'record.json'}"]
     grade = ["P3_evaluate.py", "--images", f"{drawn / 'pictures'}", "--input", f"{file}", "--clip", case.clip]
     grade += ["--references", f"{case.references}", "--output", f"{scored}", "--device", sources.device]
-    after = [f"{case.prefix}_words"] + ([f"{case.prefix}_plain_scores"] if prepare else [])
+    after = (f"{case.prefix}_words", *([f"{case.prefix}_plain_scores"] if prepare else []))
+    title = f"P3: 25 pictures per prompt with {what}"
     return (
-        Step(
-            names[0],
-            f"P3: 25 pictures per prompt with {what}",
-            (tuple(draw),),
-            case.reads,
-            tuple(after),
-            files,
-            prepare,
-        ),
+        Step(names[0], title, (tuple(draw),), case.reads, after, files, prepare),
         Step(names[1], "P3: grading them as the course does", (tuple(grade),), case.reads, (names[0],)),
     )
 
@@ -297,10 +157,7 @@ def show_grading(folder: Path, scored: str, case: Case) -> Shown:
     """A row per prompt, and the best five pictures of each."""
     found = read_json(folder / scored / "record.json")["metrics"]
     cases = found["cases"]
-    rows = tuple(
-        (one["key"], one["text"], *(f"{value:.2f}" for pair in zip((one["image_score"], one["text_score"]), one["baseline"], strict=True)
-        for value in pair), "PASS" if one["passed"] else "FAIL") for one in cases
-    )  # fmt: skip
+    rows = tuple(score_row(one) for one in cases)
     whose = "the course's" if case.real else "the ordinary word's"
     head = ("concept", "graded text", "image", "baseline", "text", "baseline", "")
     shown = Shown(scores=[Score(f"prompts whose scores reach {whose}", f"{found['passed']} of {len(cases)}", "all")])
@@ -311,6 +168,13 @@ def show_grading(folder: Path, scored: str, case: Case) -> Shown:
         Figure(folder / scored / "best.png", "The best five pictures of every prompt, with image and text score.")
     ]
     return shown
+
+
+def score_row(one: dict[str, Any]) -> tuple[str, ...]:
+    """Image and text score of a prompt beside their baselines."""
+    image, text = one["baseline"]
+    numbers = (one["image_score"], image, one["text_score"], text)
+    return (one["key"], one["text"], *(f"{value:.2f}" for value in numbers), "PASS" if one["passed"] else "FAIL")
 
 
 # ---------------------------------------------------------------- several concepts

@@ -52,7 +52,12 @@ def state(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_weights(digits_folder: Path, tmp_path: Path) -> None:
-    more = {"steps": 120, "save_every": 4, "precision": "auto", "compile": "auto"}  # whatever the machine takes by itself
+    more = {
+        "steps": 120,
+        "save_every": 4,
+        "precision": "auto",
+        "compile": "auto",
+    }  # whatever the machine takes by itself
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(digits_folder, whole, **more)
     process = start([sys.executable, *command(digits_folder, broken, **more)])
