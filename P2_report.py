@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import linear, slerp
-from P2_ddim import Drawing, Noise, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
+from P2_ddim import Drawing, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
 from P2_model import Model
+from P2_noises import Noise
 from runtime.cli import BadInput, run_script
 from runtime.device import detect
 from runtime.figures import labelled_grid, line_figure
