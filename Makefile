@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := demo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint doctor train bench clean
+.PHONY: help setup demo report test lint doctor train bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -18,17 +18,12 @@ setup: .venv/.done  ## create .venv and install requirements.txt (about 5 GB, on
 	$(RUN) -m pip install --progress-bar on -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-demo: setup  ## draw and grade 1,000 digits with the shipped weights, draw the figures of P1 and P2 (4 minutes, no data, no GPU)
-	@echo "== 1/4 drawing the 1,000 graded digits"
-	@time -p bash hw2_1.sh $(DEMO)/digits
-	@echo "== 2/4 grading them"
-	@$(RUN) P1_classifier.py grade $(DEMO)/digits --record $(DEMO)/grades.json
-	@echo "   (hw2_1.sh had these same judges show what to draw again; README.md has what the network does without: --retries 0)"
-	@echo "== 3/4 figures of P1: a grid of each domain, the reverse process"
-	@$(RUN) P1_report.py --figures grid reverse --output $(DEMO)/p1
-	@echo "== 4/4 figures of P2 with the digits model: what eta does, slerp against linear interpolation"
-	@$(RUN) P2_report.py --digit 3 --domain mnistm --output $(DEMO)/p2
-	@echo "== done: digits in $(DEMO)/digits, scores in $(DEMO)/grades.json, figures in $(DEMO)/p1 and $(DEMO)/p2"
+demo: setup  ## all three problems with the shipped weights, scores and one web page (no data, no GPU)
+	@$(RUN) report.py --quick --output "$(DEMO)"
+
+report: setup  ## every figure and table on one web page: make report [DATA=hw2_data] [UNET=UNet.pt] [MODEL=sd-v1-4.ckpt] [JUDGE=Classifier.pth]
+	@$(RUN) report.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(UNET),--unet "$(UNET)") $(if $(JUDGE),--judge "$(JUDGE)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
 
 test: setup  ## all tests (a few minutes)
 	$(RUN) -m pytest
@@ -44,14 +39,8 @@ doctor: setup  ## what this machine has and how long each command would take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## side-by-side measurements of training and sampling
-	$(RUN) benchmarks/p1_training.py
-	$(RUN) benchmarks/p1_sampling.py
-	$(RUN) benchmarks/p2_ddim.py
-	$(RUN) benchmarks/p3_clip.py
-	$(RUN) benchmarks/p3_textual_inversion.py speed
-	$(RUN) benchmarks/p3_textual_inversion.py concepts
-	$(RUN) benchmarks/p3_composition.py
+bench: setup  ## every side-by-side measurement, one table: runs/bench/table.md (hours on two cores; goes on where it was stopped)
+	@$(RUN) benchmarks/table.py
 
-clean:  ## remove .venv, runs and the demo's output
-	rm -rf .venv runs $(DEMO)
+clean:  ## remove .venv, runs, the demo's and the report's output
+	rm -rf .venv runs report "$(DEMO)"

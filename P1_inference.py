@@ -3,6 +3,7 @@
   python P1_inference.py --output out                the 1,000 graded pictures
   python P1_inference.py --output out --digits 3 7 --domains svhn --count 5 --guidance 1 --grid sevens.png
   python P1_inference.py --output out --dry-run      checks everything, says how long it will take, draws nothing
+  torchrun --nproc_per_node 4 P1_inference.py --output out      four GPUs share the pictures (accelerate launch works as well)
 
 Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but not the digit.
 """
@@ -30,7 +31,7 @@ from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
-from runtime.generation import derived_seed, in_batches
+from runtime.generation import ALONE, Shard, derived_seed, in_batches, sharing
 from runtime.record import Record
 
 HERE = Path(__file__).resolve().parent
@@ -121,7 +122,7 @@ def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, 
         for chunk, images in in_batches(lambda some: sample(network, some, sampler), pictures, batch):
             drawn.append(images[: len(chunk)].cpu())
             bar.update(len(chunk))
-    return torch.cat(drawn)
+    return torch.cat(drawn) if drawn else torch.empty(0, *IMAGE_SHAPE)
 
 
 # ---------------------------------------------------------------- the command
@@ -231,23 +232,38 @@ def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int)
 def redraw(
     network: Network,
     pictures: Sequence[Picture],
-    images: Tensor,
+    images: dict[int, Tensor],
     judges: Sequence[Judge],
     sampler: Sampler,
     batch: int,
     retries: int,
+    shard: Shard = ALONE,
 ) -> int:
-    """Replaces, in `images` [N,3,28,28] uint8, what the judges misread by pictures from other seeds; returns how many
-    stay misread. A picture's next seed follows from its own, so it doesn't depend on what else is drawn."""
+    """Replaces, in `images` {row: [3,28,28] uint8}, what the judges misread by pictures from other seeds; returns how many stay
+    misread. A picture's next seed follows from its own, so it doesn't depend on what else is drawn. Whoever draws a row again has it
+    from then on."""
     digits, domains = labels_of(pictures)
-    wrong = misread(judges, images, digits, domains)
+
+    def wrong_of(rows: list[int], at_once: int) -> list[int]:
+        """Judged in the same company too, batch by batch."""
+        parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+        shown = [torch.stack([images[row] for row in part]) for part in parts]
+        found = [misread(judges, some, digits[part], domains[part]) for some, part in zip(shown, parts, strict=True)]
+        mine = [part[index] for part, indices in zip(parts, found, strict=True) for index in indices.tolist()]
+        return sorted(shard.gather(mine))
+
+    few = min(batch, 32)
+    wrong = wrong_of(list(images), batch)
     for attempt in range(1, retries + 1):
-        if not len(wrong):
+        if not wrong:
             break
-        again = [replace(p, seed=derived_seed(p.seed, attempt)) for p in (pictures[i] for i in wrong.tolist())]
-        drawn = to_uint8(sample_all(network, again, sampler, min(batch, 32), f"attempt {attempt + 1}"))
-        images[wrong] = drawn
-        wrong = wrong[misread(judges, drawn, digits[wrong], domains[wrong])]
+        for row in wrong:
+            images.pop(row, None)
+        rows = [wrong[index] for index in shard.rows(len(wrong), few)]
+        again = [replace(pictures[row], seed=derived_seed(pictures[row].seed, attempt)) for row in rows]
+        drawn = to_uint8(sample_all(network, again, sampler, few, f"attempt {attempt + 1}"))
+        images.update(zip(rows, drawn, strict=True))
+        wrong = wrong_of(rows, few)
     return len(wrong)
 
 
@@ -265,7 +281,7 @@ def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, 
 
 
 def main(settings: Settings) -> None:
-    """Draws, writes, records."""
+    """Draws, writes, records; several processes share the pictures."""
     check(settings)
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine)
@@ -273,27 +289,56 @@ def main(settings: Settings) -> None:
     sampler = resolve_sampler(settings, network)
     domains = [DOMAINS.index(domain) for domain in settings.domains]
     pictures = graded_pictures(settings.seed, settings.count, settings.digits, domains)
-    batch = settings.batch or (1000 if machine.device.type == "cuda" else 100)
+    most = 1000 if machine.device.type == "cuda" else 100
     if settings.dry_run:
-        return dry_run(settings, network, sampler, len(pictures), batch)
+        return dry_run(settings, network, sampler, len(pictures), settings.batch or most)
     names = file_names(settings)
     for folder in (settings.output, *(settings.output / domain for domain in settings.domains)):
         output_folder(folder)
     tell_foreign_files(names)
     judges = shipped_judges(machine.device) if settings.retries else []  # a missing one is told before the work
     record = Record(settings, machine)
-    with record.timed("sampling"), torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
-        images = to_uint8(sample_all(network, pictures, sampler, batch, "drawing digits"))
-        left = redraw(network, pictures, images, judges, sampler, batch, settings.retries) if judges else None
-    with record.timed("writing"):
-        for name, image in zip(names, images, strict=True):
-            save_picture(name, image)
-    if settings.grid:
-        save_picture(settings.grid, picture_grid(images, settings.count, scale=2))
-    record.metrics = {"pictures": len(names), "sampler": asdict(sampler), "batch": batch, "misread": left}
-    record.save(settings.record)
-    print(f"{len(names)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
+    with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
+        batch = settings.batch or shard.largest(len(pictures), most)
+        images = draw_share(settings, network, pictures, judges, sampler, batch, record, shard)
+        with record.timed("writing"):
+            for row, image in images.items():
+                save_picture(names[row], image)
+        finish(settings, images, record, shard)
     return None
+
+
+def draw_share(
+    settings: Settings,
+    network: Network,
+    pictures: Sequence[Picture],
+    judges: Sequence[Judge],
+    sampler: Sampler,
+    batch: int,
+    record: Record,
+    shard: Shard,
+) -> dict[int, Tensor]:
+    """This process's pictures, {row: [3,28,28] uint8}, drawn and, where there are judges, drawn again."""
+    with record.timed("sampling"):
+        rows = shard.rows(len(pictures), batch)
+        drawn = to_uint8(sample_all(network, [pictures[row] for row in rows], sampler, batch, "drawing digits"))
+        images = dict(zip(rows, drawn, strict=True))
+        left = redraw(network, pictures, images, judges, sampler, batch, settings.retries, shard) if judges else None
+    record.metrics = {"pictures": len(pictures), "sampler": asdict(sampler), "batch": batch, "misread": left}
+    record.metrics |= {"processes": shard.world, "shares": shard.gather([len(rows)])}
+    return images
+
+
+def finish(settings: Settings, images: dict[int, Tensor], record: Record, shard: Shard) -> None:
+    """The grid and the record, by the first process."""
+    everything = dict(shard.gather(list(images.items()))) if settings.grid else {}
+    if not shard.main:
+        return
+    if settings.grid:
+        whole = torch.stack([everything[row] for row in sorted(everything)])
+        save_picture(settings.grid, picture_grid(whole, settings.count, scale=2))
+    record.save(settings.record)
+    print(f"{record.metrics['pictures']} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
 
 
 if __name__ == "__main__":

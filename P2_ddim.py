@@ -1,9 +1,11 @@
 """Turns given noises into pictures by DDIM: the course's faces to rounding error, any eta, any step rule, any compatible model.
 
   python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
-  python P2_ddim.py --seeds 0-9 --digit 3 --eta 0.5                    the shipped digits model: no download needed
+  python P2_ddim.py --seeds 0-9 --eta 0.5 --rescale clamp              the shipped face model: no download needed
+  python P2_ddim.py --model checkpoints/p1_digits.safetensors --digit 3
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
+  torchrun --nproc_per_node 2 P2_ddim.py --noise face/noise --model face/UNet.pt       two GPUs share the noises
 
 Step rules, for 50 of 1,000 steps: homework visits 981, 961 .. 1 and ends at abar[0], x0 clamped; ddim visits 980 .. 0 and ends at
 abar 1, no clamp; diffusers is that with x0 clamped; trailing visits 999 .. 19, so it starts at pure noise.
@@ -12,7 +14,6 @@ Where eta > 0, picture NN draws its own noise stream from --seed and its name: a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,28 +23,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.noise import draw, generators
+from diffusion.noise import generators
 from diffusion.samplers import ddim
 from diffusion.steps import Rule, Steps, step_rule
-from P2_model import DIGITS_CHECKPOINT, Labels, Model, export, load_model
-from runtime.cli import BadInput, progress, run_script
+from P2_model import SHIPPED_FACES, Labels, Model, export, load_model
+from P2_noises import Noise as Noise  # for miniature/train_faces.py, as the next one
+from P2_noises import parse_seeds, read_noises, save_noises
+from P2_noises import seeded_noises as seeded_noises
+from runtime.cli import BadInput, leads, progress, run_script
 from runtime.device import Choice, Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
-from runtime.files import atomic, load_tensors, output_folder, require_file
-from runtime.generation import derived_seed, even_batch, in_batches
+from runtime.files import output_folder, require_file
+from runtime.generation import ALONE, Shard, derived_seed, even_batch, in_batches, sharing
 from runtime.record import Record
 
 Rescale = Literal["minmax", "clamp"]
 HERE = Path(__file__).resolve().parent
 PASS_BELOW = 20.0  # the grader's bar: mean squared error on 0..255
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What one picture starts from: x_T [C,H,W] float32, and the stem of its file, which also names its noise stream."""
-
-    stem: str
-    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,8 @@ class Recipe:
 class Drawing:
     """The flags that P2_ddim.py and P2_report.py share."""
 
-    model: str = str(DIGITS_CHECKPOINT)
-    """The course's UNet.pt, a diffusers folder or hub name with a UNet2DModel, or a P1 checkpoint (the shipped one)."""
+    model: str = str(SHIPPED_FACES)
+    """The course's UNet.pt, a diffusers folder (the shipped faces of 64x64) or hub name with a UNet2DModel, or a P1 checkpoint."""
     noise: Path | None = None
     """Folder of NN.pt tensors, [C,H,W] or [1,C,H,W]; one picture per file, of the same stem."""
     seeds: str = "0-9"
@@ -106,67 +102,6 @@ class Settings(Drawing):
     record: Path = HERE / "runs" / "p2_ddim" / "record.json"
 
 
-# ---------------------------------------------------------------- noises
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]; raises BadInput."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadInput(f"--seeds {text}: {part!r} is neither a number nor a range such as 0-9")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if len(set(seeds)) < len(seeds):
-        raise BadInput(f"--seeds {text}: names a seed twice")
-    return seeds
-
-
-def read_noises(folder: Path, model: Model) -> list[Noise]:
-    """Every NN.pt of the folder, by name; raises BadInput for the first that the model can't start from."""
-    paths = sorted(folder.glob("*.pt")) if folder.is_dir() else []
-    if not paths:
-        raise BadInput(
-            f"--noise {folder}: no .pt file there" if folder.is_dir() else f"--noise {folder}: no such folder"
-        )
-    noises = [Noise(path.stem, read_noise(path, model)) for path in paths]
-    for path, noise in zip(paths, noises, strict=True):
-        if noise.x.shape != noises[0].x.shape:
-            raise BadInput(f"{path}: {list(noise.x.shape)}, but {paths[0].name} is {list(noises[0].x.shape)}")
-    return noises
-
-
-def read_noise(path: Path, model: Model) -> Tensor:
-    """[C,H,W] float32; raises BadInput when it isn't one finite noise of a size that the model takes."""
-    x = load_tensors(path)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise BadInput(f"{path}: holds {found}, not a tensor of floating-point noise")
-    shape = tuple(x.shape[1:]) if x.dim() == 4 and len(x) == 1 else tuple(x.shape)
-    if reason := model.refuses(shape):
-        raise BadInput(f"{path}: {list(x.shape)}, {reason}")
-    if not x.isfinite().all():
-        raise BadInput(f"{path}: holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
-    return x.reshape(shape).float()
-
-
-def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[Noise]:
-    """The noise of each seed, whatever else is drawn; stems are the seeds with at least two digits."""
-    shape = model.shape if size is None else (model.shape[0], size, size)
-    if reason := model.refuses(shape):
-        raise BadInput(f"--size {size}: {reason}")
-    x = draw(generators(seeds), shape, torch.device("cpu"))
-    return [Noise(f"{seed:02d}", one) for seed, one in zip(seeds, x, strict=True)]
-
-
-def save_noises(folder: Path, noises: Sequence[Noise]) -> None:
-    """One NN.pt [1,C,H,W] each, atomically."""
-    output_folder(folder)
-    for noise in noises:
-        with atomic(folder / f"{noise.stem}.pt") as temporary:
-            torch.save(noise.x[None].clone(), temporary)
-
-
 # ---------------------------------------------------------------- sampling
 
 
@@ -183,10 +118,12 @@ def sample(
 
 
 def sample_all(
-    model: Model, noises: Sequence[Noise], recipe: Recipe, batch: int, title: str
+    model: Model, noises: Sequence[Noise], recipe: Recipe, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
-    """(noise, [C,H,W] float32) one by one, as batches of one shape finish; 0 sizes them to the machine."""
-    batch = even_batch(len(noises), batch or largest_batch(model, noises[0].x))
+    """(noise, [C,H,W] float32) one by one, as batches of one shape finish; 0 sizes them to the machine. Of several processes each gets
+    its share of the batches."""
+    batch = even_batch(len(noises), batch or shard.largest(len(noises), largest_batch(model, noises[0].x)))
+    noises = [noises[row] for row in shard.rows(len(noises), batch)]
     total = -(-len(noises) // batch) * len(recipe.steps.pairs)
     with progress(None, title, total=total, unit="step", leave=False) as bar:  # type: ignore[arg-type]
         work = partial(sample, model=model, recipe=recipe, watch=lambda t, x: bar.update() and None)
@@ -288,26 +225,49 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     model = open_model(settings, machine)
     if settings.export:
+        if not leads():
+            return None
         export(model, settings.export)
         return print(f"{settings.export}: a diffusers folder; use it as --model")
     recipe = resolve_recipe(settings, model, settings.eta)
     noises = open_noises(settings, model)
     references = read_references(settings.reference, noises) if settings.reference else {}
     output_folder(settings.output)
-    if settings.save_noise:
+    if settings.save_noise and leads():
         save_noises(settings.save_noise, noises)
-    record, table = Record(settings, machine), {}
+    with sharing() as shard:
+        draw_share(settings, machine, model, recipe, noises, references, shard)
+    return None
+
+
+def draw_share(
+    settings: Settings,
+    machine: Machine,
+    model: Model,
+    recipe: Recipe,
+    noises: Sequence[Noise],
+    references: dict[str, Tensor],
+    shard: Shard,
+) -> None:
+    """This process's pictures; the first one prints and records what all of them found."""
+    record, table, stems = Record(settings, machine), {}, []
     with record.timed("drawing"):
-        for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing"):
+        for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing", shard):
             picture = to_picture(image, settings.rescale)
             save_picture(settings.output / f"{noise.stem}.png", picture)
+            stems.append(noise.stem)
             if references:
                 table[noise.stem] = compare(picture, references[noise.stem])
+        shares = shard.gather([len(stems)])
+    table = dict(sorted(shard.gather(list(table.items()))))
     record.metrics = {"pictures": len(noises), "shape": list(noises[0].x.shape), "reference": table}
+    record.metrics |= {"processes": shard.world, "shares": shares}
+    if not shard.main:
+        return
     record.save(settings.record)
     if table:
         print_table(table)
-    return print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
+    print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from P2_course import load_course_unet
 from runtime.cli import BadInput
 from runtime.files import output_folder, read_json
 
-DIGITS_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "p1_digits.safetensors"
+SHIPPED_FACES = Path(__file__).resolve().parent / "checkpoints" / "miniature" / "faces"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 
 

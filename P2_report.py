@@ -1,6 +1,6 @@
 """The figures of P2, from any model that P2_ddim.py takes: what eta does, slerp against linear interpolation, and why.
 
-  python P2_report.py                                              the shipped digits model: no download needed
+  python P2_report.py --rescale clamp                              the shipped face model: no download needed
   python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
 
 eta.png         a row per eta, a column for each of the first four noises
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import linear, slerp
-from P2_ddim import Drawing, Noise, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
+from P2_ddim import Drawing, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
 from P2_model import Model
+from P2_noises import Noise
 from runtime.cli import BadInput, run_script
 from runtime.device import detect
 from runtime.figures import labelled_grid, line_figure

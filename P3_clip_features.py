@@ -20,9 +20,10 @@ from P3_clip_weights import Source
 from P3_pictures import Pictures
 from P3_prompts import fillers
 from P3_zeroshot_settings import Choice, Settings
-from runtime.cli import BadInput, note, progress
+from runtime.cli import BadInput, leads, note, progress
 from runtime.device import Machine, len_cores
 from runtime.files import load_safetensors, save_safetensors
+from runtime.generation import ALONE, Shard
 from runtime.record import Record
 
 AHEAD = 3  # batches prepared while the model computes
@@ -33,17 +34,18 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def prepared(clip: Clip, pictures: Pictures, batch: int, workers: int) -> Iterator[tuple[Tensor, int]]:
-    """([B,3,H,W] uint8 resized and cropped, how many count), a few batches ahead of the model, in order."""
+def prepared(
+    clip: Clip, pictures: Pictures, rows: Sequence[int], batch: int, workers: int
+) -> Iterator[tuple[Tensor, int]]:
+    """([B,3,H,W] uint8 resized and cropped, how many count) of these pictures, a few batches ahead of the model, in order."""
 
     def pixels(index: int) -> Tensor:
         return pil_to_tensor(clip.per_picture(pictures.open(index)))
 
     waiting: deque[list[Future[Tensor]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(pictures), batch):
-            rows = range(start, min(start + batch, len(pictures)))
-            waiting.append([pool.submit(pixels, row) for row in rows])
+        for start in range(0, len(rows), batch):
+            waiting.append([pool.submit(pixels, row) for row in rows[start : start + batch]])
             if len(waiting) > AHEAD:
                 yield _stacked(waiting.popleft(), batch)
         while waiting:
@@ -56,15 +58,18 @@ def _stacked(futures: Sequence[Future[Tensor]], batch: int) -> tuple[Tensor, int
     return torch.stack(ready + ready[-1:] * (batch - len(ready))), len(ready)
 
 
-def encode_all(clip: Clip, pictures: Pictures, batch: int, workers: int) -> Tensor:
-    """[N,D] float32 of length 1, on the CPU; nothing waits for the device before the end. Raises BadInput for overflow."""
+def encode_all(clip: Clip, pictures: Pictures, batch: int, workers: int, shard: Shard = ALONE) -> Tensor:
+    """[N,D] float32 of length 1, on the CPU; nothing waits for the device before the end. Several processes share the batches, and each
+    gets all features. Raises BadInput for overflow."""
     found = []
     batch = min(batch, len(pictures))
-    with progress(None, "encoding", total=len(pictures), unit="img") as bar:  # type: ignore[arg-type]
-        for pixels, valid in prepared(clip, pictures, batch, workers):
+    rows = shard.rows(len(pictures), batch)
+    with progress(None, "encoding", total=len(rows), unit="img") as bar:  # type: ignore[arg-type]
+        for pixels, valid in prepared(clip, pictures, rows, batch, workers):
             found.append(clip.encode(pixels)[:valid])
             bar.update(valid)
-        features = torch.cat(found).cpu()
+        own = [(start, part.cpu()) for start, part in zip(rows[::batch], found, strict=True)]
+    features = torch.cat([part for _, part in sorted(shard.gather(own), key=lambda pair: pair[0])])
     if not features.isfinite().all():
         raise BadInput(f"features are not finite in {clip.dtype}: use --precision bf16 or fp32")
     return features
@@ -97,7 +102,7 @@ class FeatureFile:
     def add(self, key: str, label: str, features: Tensor) -> None:
         """Keeps them; the file is replaced as a whole."""
         self.tensors[key], self.labels[key] = features, label
-        if self.path:
+        if self.path and leads():
             save_safetensors(self.path, self.tensors, {"pictures": self.pictures.fingerprint, **self.labels})
 
 
@@ -110,6 +115,7 @@ class Bench:
     precision: str
     pictures: Pictures
     store: FeatureFile
+    shard: Shard = ALONE
     loaded: tuple[str, Clip] | None = None
 
     @property
@@ -140,9 +146,10 @@ class Bench:
         with record.timed("decoding"):
             self.pictures.decode(workers)
         clip = self.clip(source, record)
-        batch = self.settings.batch or (512 if self.machine.device.type == "cuda" else 32)
+        most = 512 if self.machine.device.type == "cuda" else 32
+        batch = self.settings.batch or self.shard.largest(len(self.pictures), most)
         with record.timed("images"):
-            features = encode_all(clip, self.pictures, batch, workers)
+            features = encode_all(clip, self.pictures, batch, workers, self.shard)
         self.store.add(key, source.label, features)
         return features
 

@@ -6,6 +6,7 @@
   python P3_clip_zeroshot.py --compare report cifar imagenet        one model, several prompts, one table
   python P3_clip_zeroshot.py --compare best fast ViT-B-16:openai,cifar,clean local-dir:runs/mine,single
   python P3_clip_zeroshot.py --collect runs/p3_clip                 one csv of all runs in a folder
+  torchrun --nproc_per_node 4 P3_clip_zeroshot.py                   four GPUs share the pictures
 
 Nothing is downloaded unless you name a preset, a tag, or a hub model.
 """
@@ -45,6 +46,7 @@ from P3_zeroshot_settings import HERE, Choice, Settings, base_choice, check, par
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect
 from runtime.files import output_folder, read_json
+from runtime.generation import sharing
 from runtime.record import Record
 
 PAIR = ("truth", "predicted", "times", "pictures")
@@ -64,7 +66,8 @@ def measured_before(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def measure(bench: Bench, source: Source, choice: Choice, folder: Path) -> dict[str, Any]:
-    """Runs one setting, writes its folder, prints its results; returns its metrics."""
+    """Runs one setting, writes its folder, prints its results; returns its metrics. Several processes share the pictures, and the first
+    does the rest."""
     templates = templates_of(choice.prompts)
     key = key_of(bench.model_key(source), bench.pictures.fingerprint, bench.pictures.classes, choice.names, templates)
     if bench.settings.skip_existing and (before := measured_before(folder, key)):
@@ -72,9 +75,12 @@ def measure(bench: Bench, source: Source, choice: Choice, folder: Path) -> dict[
         return before
     record = Record(replace(bench.settings, **vars(choice)), bench.machine)
     features = bench.features(source, record)
+    if not bench.shard.main:
+        return {}
+    record.metrics["processes"] = bench.shard.world
     head = bench.classifier(source, choice, templates, record)
     result = Result(bench.pictures, logits_of(features, *head).softmax(1))
-    record.metrics = {**accuracies(result), "published_cifar100": published(source.label)}
+    record.metrics |= {**accuracies(result), "published_cifar100": published(source.label)}
     record.metrics |= describe(bench, source, choice, templates) | {"key": key}
     write_results(result, folder, source, choice, bench.settings, record)
     return record.metrics
@@ -150,10 +156,11 @@ def main(settings: Settings) -> None:
         templates_of(choice.prompts)  # a bad one is told before the work
     pictures = list_pictures(settings.images, settings.labels)
     sources = sources_of(settings, base, choices)
-    bench = Bench(settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures))
     folders = output_folders(settings, sources, choices)
-    rows = [measure(bench, *one) for one in zip(sources, choices, folders, strict=True)]
-    if settings.compare:
+    with sharing() as shard:
+        bench = Bench(settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures), shard)
+        rows = [measure(bench, *one) for one in zip(sources, choices, folders, strict=True)]
+    if settings.compare and shard.main:
         table = pd.DataFrame(rows)[list(COLUMNS)]
         write_csv((settings.output or RUNS) / "compare.csv", table)
         print_table(table)

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
 from diffusion.steps import step_rule
-from P2_ddim import Noise, Recipe, compare, sample_all, seeded_noises, to_picture
+from P2_ddim import Recipe, compare, sample_all, to_picture
 from P2_model import Model, load_model
+from P2_noises import Noise, seeded_noises
 from runtime.cli import note, run_script
 from runtime.device import Machine, allow_tf32, detect, keep_freed_memory, set_up
 from runtime.files import load_tensors

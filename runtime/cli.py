@@ -46,12 +46,18 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def leads() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or accelerate launch started: it speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message: str) -> None:
     """One line for the reader, on stderr beside the progress bars, so that stdout holds results only."""
-    print(message, file=sys.stderr, flush=True)
+    if leads():
+        print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Item], title: str, **options: object) -> tqdm[Item]:
     """A progress bar on stderr, drawn rarely where nobody watches (a log file)."""
     interval = 0.1 if sys.stderr.isatty() else 20.0
-    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, **options)
+    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, disable=not leads(), **options)

@@ -30,9 +30,12 @@ class Machine:
 
 
 def detect(device: str = "auto") -> Machine:
-    """The machine as it is; `device` is auto, cpu, cuda, cuda:N or mps. Raises BadInput when it isn't there."""
+    """The machine as it is; `device` is auto, cpu, cuda, cuda:N or mps. Of several processes on a machine each takes its own GPU.
+    Raises BadInput when it isn't there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)

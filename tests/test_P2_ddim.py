@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
-from P2_ddim import Noise, Settings, compare, main, parse_seeds, save_noises, to_picture
+from P2_ddim import Settings, compare, main, to_picture
+from P2_noises import Noise, parse_seeds, save_noises
 from runtime.cli import BadInput
 from runtime.figures import save_picture
 

@@ -1,0 +1,249 @@
+"""Learned words on the page: what was learned, what it is worth, and several concepts in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pages.cases import Case, course_case, miniature_case, write_learned
+from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
+from pages.sources import Sources
+from pages.steps import Step
+from runtime.files import read_json
+
+LEVELS = {
+    "joint": "all words in one prompt",
+    "regional": "every word is heard in its own region only",
+    "conductor": "besides, a branch of the network for each concept",
+}
+LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
+DRAW = ("solver", "steps", "guidance", "seed", "precision")
+HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
+LEARNING = (
+    "Textual inversion teaches a frozen model a new word: a vector for it is sought with which the model draws what the pictures show. "
+    "Nothing but that vector changes."
+)
+HELD_OUT = (
+    " The miniature world has objects and styles that its model saw but that no caption named; these are learned here."
+)
+GRADING = (
+    "25 pictures per prompt. CLIP scores each for likeness to the concept's pictures (image) and to the prompt (text); the best five by "
+    "image + 2.5 x text count, and both averages must reach a baseline."
+)
+ORDINARY = (
+    " The course's baselines mean nothing here, so the baseline is what the nearest ordinary word reaches in the learned word's place, "
+    "scored by the small CLIP in the same way. No caption names the concept: the text score is for the rest of the prompt."
+)
+
+
+def parts(sources: Sources) -> list[Part]:
+    """Learning, grading, several concepts."""
+    case = course_case(sources) if sources.model and not sources.quick else miniature_case(sources)
+    found = [learning_part(sources, case), grading_part(sources, case), together_part(sources, case)]
+    return [*found, layout_part(sources, case)] if len(case.words) > 1 else found
+
+
+# ---------------------------------------------------------------- learning
+
+
+def learning_part(sources: Sources, case: Case) -> Part:
+    """The words."""
+    name = f"{case.prefix}_words"
+    place = sources.place(name)
+    command = ["P3_textual_inversion.py", "--model", case.model, "--concepts", f"{place / 'concepts.json'}"]
+    command += ["--steps", str(case.steps), "--validate-every", str(case.steps // 4), "--device", sources.device]
+    command += ["--output", f"{place / 'vectors'}", "--run", f"{place}"]
+    learn = Step(
+        name, "P3: learning new words (textual inversion)", (tuple(command),), case.reads,
+        tuple(step.name for step in case.first), ((place / "concepts.json", case.concepts),),
+    )  # fmt: skip
+    return Part(
+        name=f"{case.prefix}-words",
+        problem="P3",
+        title="New words from a few pictures",
+        text=LEARNING + ("" if case.real else HELD_OUT),
+        source=case.source,
+        real=case.real,
+        steps=(*case.first, learn),
+        show=lambda folder: show_learning(folder / name, case),
+        hint="" if case.real else HINT,
+    )
+
+
+def show_learning(folder: Path, case: Case) -> Shown:
+    """The pictures it learned from, and how the drawings came nearer."""
+    record = read_json(folder / "record.json")
+    shown = Shown(scores=[Score("words learned", f"{len(case.concepts)} in {record['timings_s']['training']:.0f} s")])
+    for concept in case.concepts:
+        token, images = concept["token"], Path(concept["images"])
+        shown.figures.append(
+            Gallery(pictures_in(images), f"{token}: all that it is learned from, starting at “{concept['init']}”.")
+        )
+        progress = folder / f"progress_{token.strip('<>')}.png"
+        shown.figures.append(Figure(progress, f"{token}: the same four noises after more and more steps."))
+    loss = folder / "loss.png"
+    if loss.is_file():
+        shown.figures.append(
+            Figure(loss, "Loss over the steps; most of its ups and downs are those of noise and timestep.")
+        )
+    shown.tables.append(facts_table("Settings", {name: record["settings"][name] for name in LEARN}))
+    return shown
+
+
+def pictures_in(folder: Path) -> tuple[Path, ...]:
+    """PNG and JPEG files by name."""
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg")))
+
+
+# ---------------------------------------------------------------- grading
+
+
+def grading_part(sources: Sources, case: Case) -> Part:
+    """25 pictures per prompt and the course's scores."""
+    plain = plain_steps(sources, case)
+    drawn, scored = f"{case.prefix}_graded", f"{case.prefix}_scores"
+    reached = sources.place(f"{case.prefix}_plain_scores") / "record.json"
+    prepare = partial(write_learned, case, reached) if case.plain else None
+    steps = draw_and_grade(sources, case, (drawn, scored), case.graded, "the learned words", prepare)
+    return Part(
+        name=f"{case.prefix}-scores",
+        problem="P3",
+        title="How good are the words?",
+        text=GRADING + ("" if case.real else ORDINARY),
+        source=case.source,
+        real=case.real,
+        steps=(*plain, *steps),
+        show=lambda folder: show_grading(folder, scored, case),
+        hint="" if case.real else HINT,
+    )
+
+
+def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
+    """Drawing and grading with ordinary words, where these are the baseline."""
+    if not case.plain:
+        return ()
+    names = (f"{case.prefix}_plain", f"{case.prefix}_plain_scores")
+    file = sources.place(names[0]) / "input.json"
+    return draw_and_grade(sources, case, names, file, "ordinary words, to be beaten", None, ((file, case.plain),))
+
+
+def draw_and_grade(
+    sources: Sources,
+    case: Case,
+    names: tuple[str, str],
+    file: Path,
+    what: str,
+    prepare: Callable[[], None] | None,
+    files: tuple[tuple[Path, Any], ...] = (),
+) -> tuple[Step, Step]:
+    """P3_inference.py and P3_evaluate.py on one input.json."""
+    drawn, scored = (sources.place(name) for name in names)
+    draw = ["P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{drawn / 'pictures'}"]
+    draw += ["--embeddings", f"{sources.place(case.prefix + '_words') / 'vectors'}", "--device", sources.device]
+    draw += ["--record", f"{drawn / 'record.json'}"]
+    grade = ["P3_evaluate.py", "--images", f"{drawn / 'pictures'}", "--input", f"{file}", "--clip", case.clip]
+    grade += ["--references", f"{case.references}", "--output", f"{scored}", "--device", sources.device]
+    after = (f"{case.prefix}_words", *([f"{case.prefix}_plain_scores"] if prepare else []))
+    title = f"P3: 25 pictures per prompt with {what}"
+    return (
+        Step(names[0], title, (tuple(draw),), case.reads, after, files, prepare),
+        Step(names[1], "P3: grading them as the course does", (tuple(grade),), case.reads, (names[0],)),
+    )
+
+
+def show_grading(folder: Path, scored: str, case: Case) -> Shown:
+    """A row per prompt, and the best five pictures of each."""
+    found = read_json(folder / scored / "record.json")["metrics"]
+    cases = found["cases"]
+    rows = tuple(score_row(one) for one in cases)
+    whose = "the course's" if case.real else "the ordinary word's"
+    head = ("concept", "graded text", "image", "baseline", "text", "baseline", "")
+    shown = Shown(scores=[Score(f"prompts whose scores reach {whose}", f"{found['passed']} of {len(cases)}", "all")])
+    shown.tables = [Table(f"Mean scores of the best five pictures; baselines are {whose}", head, rows)]
+    settings = read_json(folder / scored.replace("_scores", "_graded") / "record.json")["settings"]
+    shown.tables.append(facts_table("Settings", {name: settings[name] for name in DRAW} | {"clip": found["clip"]}))
+    shown.figures = [
+        Figure(folder / scored / "best.png", "The best five pictures of every prompt, with image and text score.")
+    ]
+    return shown
+
+
+def score_row(one: dict[str, Any]) -> tuple[str, ...]:
+    """Image and text score of a prompt beside their baselines."""
+    image, text = one["baseline"]
+    numbers = (one["image_score"], image, one["text_score"], text)
+    return (one["key"], one["text"], *(f"{value:.2f}" for value in numbers), "PASS" if one["passed"] else "FAIL")
+
+
+# ---------------------------------------------------------------- several concepts
+
+
+def common_flags(sources: Sources, case: Case) -> tuple[str, ...]:
+    """Model, vectors, device."""
+    vectors = sources.place(f"{case.prefix}_words") / "vectors"
+    return ("--model", case.model, "--embeddings", f"{vectors}", "--device", sources.device)
+
+
+def together_part(sources: Sources, case: Case) -> Part:
+    """Learned words alone and together in one prompt."""
+    name = f"{case.prefix}_together"
+    place = sources.place(name)
+    command = ("P3_inference.py", "--prompt", *case.prompts, "--output", f"{place / 'pictures'}")
+    command += ("--record", f"{place / 'record.json'}", *common_flags(sources, case))
+    return Part(
+        name=f"{case.prefix}-together",
+        problem="P3",
+        title="Several concepts in one prompt",
+        text="Put into one prompt, learned words disturb each other: features leak, or one thing is left out.",
+        source=case.source,
+        real=case.real,
+        steps=(Step(name, "P3: several concepts in one prompt", (command,), case.reads, (f"{case.prefix}_words",)),),
+        show=lambda folder: show_together(folder / name, case),
+        hint="" if case.real else HINT,
+    )
+
+
+def show_together(folder: Path, case: Case) -> Shown:
+    """A row of pictures per prompt."""
+    settings = read_json(folder / "record.json")["settings"]
+    galleries = [
+        Gallery(tuple(sorted((folder / "pictures").glob(f"{index}_*.png"))), f"“{prompt}”")
+        for index, prompt in enumerate(case.prompts)
+    ]
+    return Shown(figures=[*galleries], tables=[facts_table("Settings", {name: settings[name] for name in DRAW})])
+
+
+def layout_part(sources: Sources, case: Case) -> Part:
+    """Each concept in its place, by every level that keeps them apart."""
+    name, levels = f"{case.prefix}_layout", ["joint", "conductor"] if sources.quick else list(LEVELS)
+    place = sources.place(name)
+    start = ("P3_inference.py", "--layout", "auto", "--prompt", case.placed, "--words", *case.words)
+    commands = tuple(
+        (*start, "--level", level, "--output", f"{place / 'pictures'}", "--draw-layout", f"{place / 'layout.png'}",
+         "--record", f"{place / f'record_{level}.json'}", *common_flags(sources, case)) for level in levels
+    )  # fmt: skip
+    return Part(
+        name=f"{case.prefix}-layout",
+        problem="P3",
+        title="Each concept in its place",
+        text="A layout says where each concept belongs, and the network is made to listen to each word in its own region only, with a "
+        "branch of its own for each in the strongest form (after Concept Conductor, arXiv 2408.03632).",
+        source=case.source,
+        real=case.real,
+        steps=(Step(name, "P3: each concept in its place", commands, case.reads, (f"{case.prefix}_words",)),),
+        show=lambda folder: show_layout(folder / name, case, levels),
+        hint="" if case.real else HINT,
+    )
+
+
+def show_layout(folder: Path, case: Case, levels: list[str]) -> Shown:
+    """The layout, and a row of pictures per level."""
+    shown = Shown(figures=[Figure(folder / "layout.png", f"“{case.placed}”: a region per concept.", small=True)])
+    for level in levels:
+        paths = tuple(sorted((folder / "pictures").glob(f"{level}_*.png")))
+        shown.figures.append(Gallery(paths, f"{level}: {LEVELS[level]}."))
+    seconds = read_json(folder / f"record_{levels[-1]}.json")["metrics"]["seconds_per_picture"]
+    shown.scores.append(Score(f"composed pictures ({levels[-1]})", f"{len(paths)}, {seconds:.2f} s each"))
+    return shown
