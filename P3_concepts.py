@@ -21,10 +21,10 @@ from runtime.files import read_json
 
 Kind = Literal["object", "style"]
 TEMPLATES: dict[str, tuple[str, ...]] = {"object": OBJECT, "style": STYLE}
-SEEN = {
-    "object": "a photo of a {}",
-    "style": "a picture in the style of {}",
-}  # what validation asks for, unless told otherwise
+SEEN = {  # what looks at the progress ask for, unless told otherwise: likeness, and whether other words are still heard
+    "object": ("a photo of a {}", "a {} on a blue background"),
+    "style": ("a picture in the style of {}", "a red house in the style of {}"),
+}
 MOST_VECTORS = 8
 
 
@@ -86,7 +86,8 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     Raises BadInput where there is none, or one can't be read."""
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder")
-    known, found = Image.registered_extensions(), []
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = []
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         if path.suffix.lower() not in known:
             note(f"{path} is no picture: skipped")
@@ -104,6 +105,8 @@ def _upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode[0] in "IF":  # more than 8 bit: there is no telling what is white
+                raise BadInput(f"{path} has mode {picture.mode}: save it with 8 bits per channel")
             if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -21,7 +21,7 @@ from runtime.cli import BadInput, progress
 from runtime.generation import even_batch, in_batches
 
 Solver = Literal["dpm", "ddim"]
-CPU_BATCH = 8
+CPU_BATCH, GPU_BATCH = 8, 64  # pictures at once; a GPU's is halved until it fits
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Painter:
 def in_turn(
     paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], batch: int, on_gpu: bool, title: str = "drawing"
 ) -> Iterator[tuple[Any, Tensor]]:
-    """(order, its picture), with a progress bar; `batch` 0: all at once on a GPU, halved when memory runs out, eight on a CPU."""
-    most = even_batch(len(orders), batch or (len(orders) if on_gpu else CPU_BATCH))
+    """(order, its picture), with a progress bar; `batch` 0: 64 on a GPU, halved when memory runs out, eight on a CPU."""
+    most = even_batch(len(orders), batch or (GPU_BATCH if on_gpu else CPU_BATCH))
     with progress(None, title, total=len(orders), unit="img", leave=False) as bar:  # type: ignore[arg-type]
         for chunk, images in in_batches(paint, orders, most):
             yield from zip(chunk, images[: len(chunk)], strict=True)

@@ -136,12 +136,8 @@ def add_names(tokenizer: CLIPTokenizer, token: str, vectors: int) -> None:
 
 def install(pipe: StableDiffusionPipeline, vectors: Vectors) -> None:
     """Gives the pipeline these tokens; raises BadInput for vectors of another width and for tokens that it has already."""
-    width, tower = text_width(pipe), pipe.text_encoder
-    for token, rows in vectors.items():
-        if rows.shape[1] != width:
-            raise BadInput(
-                f"{token} was learned on another model: its vectors are {rows.shape[1]} wide, this one's {width}"
-            )
+    tower = pipe.text_encoder
+    require_width(vectors, text_width(pipe))
     for token, rows in vectors.items():
         add_names(pipe.tokenizer, token, len(rows))
     old = tower.get_input_embeddings().weight
@@ -153,6 +149,15 @@ def install(pipe: StableDiffusionPipeline, vectors: Vectors) -> None:
             ids = pipe.tokenizer.convert_tokens_to_ids(names_of(token, len(rows)))
             table[ids] = rows.to(table)
     table.requires_grad_(False)
+
+
+def require_width(vectors: Vectors, width: int | None) -> None:
+    """Raises BadInput for vectors of another width; None: unknown."""
+    for token, rows in vectors.items():
+        if width and rows.shape[1] != width:
+            raise BadInput(
+                f"{token} was learned on another model: its vectors are {rows.shape[1]} wide, this one's {width}"
+            )
 
 
 def text_width(pipe: StableDiffusionPipeline) -> int:

@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from P3_input import PICTURES, Concept, picture_path, read_input
-from P3_pictures import SUFFIXES
+from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
 from P3_scores import Resizing, Scorer, open_pictures, rank
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect, set_up
@@ -137,17 +136,6 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def find_references(references: Path, key: str) -> list[Path]:
-    """All pictures of a concept; raises BadInput where there is none."""
-    folder = references / key
-    if not folder.is_dir():
-        raise BadInput(f"--references {references}: no folder {key} with pictures of concept {key!r}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    if not paths:
-        raise BadInput(f"--references {references}: folder {key} holds no picture ({', '.join(sorted(SUFFIXES))})")
-    return paths
-
-
 # ---------------------------------------------------------------- grading
 
 
@@ -160,7 +148,9 @@ def grade(scorer: Scorer, case: Case, references: Tensor, batch: int) -> Graded:
     return Graded(case, image, text, [resize(pictures[index], [SHOWN, SHOWN]) for index in best])
 
 
-def grade_all(scorer: Scorer, cases: list[Case], references: dict[str, list[Path]], batch: int) -> Iterator[Graded]:
+def grade_all(
+    scorer: Scorer, cases: list[Case], references: dict[str, tuple[Path, ...]], batch: int
+) -> Iterator[Graded]:
     """Case by case, each concept's references encoded once."""
     known = {key: scorer.encode(open_pictures(paths), batch) for key, paths in references.items()}
     for case in cases:
@@ -248,7 +238,7 @@ def main(settings: Settings) -> None:
     check(settings)
     concepts = read_input(settings.input, graded=True)
     cases = [find_case(settings.images, one, prompt) for one in concepts for prompt in range(len(one.prompts))]
-    references = {one.key: find_references(settings.references, one.key) for one in concepts}
+    references = {one.key: find_pictures(settings.references / one.key) for one in concepts}
     machine = detect(settings.device)
     set_up("fp32", machine)
     record, results = Record(settings, machine), []
@@ -265,7 +255,7 @@ def main(settings: Settings) -> None:
 
 
 def write_results(
-    settings: Settings, scorer: Scorer, references: dict[str, list[Path]], results: list[Graded], record: Record
+    settings: Settings, scorer: Scorer, references: dict[str, tuple[Path, ...]], results: list[Graded], record: Record
 ) -> None:
     """Table to stdout, figure and record to the folder."""
     lines = table(results)

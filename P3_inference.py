@@ -13,13 +13,12 @@ has a seed of its own: it is the same in any batch. --candidates draws more and 
 
 from __future__ import annotations
 
-import re
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,22 +26,21 @@ from torch import Tensor
 from diffusion.guidance import Guidance
 from P3_composition import Composed, Level, Means, compose
 from P3_composition_report import layout_picture, levels_figure, means_of, scores_inside
-from P3_concepts import read_pictures
 from P3_drawing import Manner, Order, Painter, Solver, in_turn
-from P3_embeddings import FOLDER, Vectors, find_vectors, install, tokens_in
-from P3_input import PICTURES, Concept, picture_path, read_input
+from P3_embeddings import FOLDER, Vectors, find_vectors, install, require_token, require_width, tokens_in
+from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
 from P3_layout import Layout, auto_layout, read_layout
 from P3_model import check_model, load_pipeline
-from P3_scores import Scorer, rank
+from P3_output import check_disk, remove, stale_files
+from P3_scores import Scorer, open_pictures, rank
 from runtime.cli import BadInput, require_positive, run_script
 from runtime.device import Choice, Machine, Precision, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
-from runtime.files import output_folder
+from runtime.files import output_folder, read_json
 from runtime.generation import derived_seed
 from runtime.record import Record
 
 HERE = Path(__file__).resolve().parent
-GRADED = re.compile(r"([^/]+)/(\d+)/source\1_prompt\2_\d+\.png")
 SIDE = 512  # of Stable Diffusion v1's pictures
 
 
@@ -95,7 +93,7 @@ class Settings:
     references: Path = HERE / "hw2_data" / "textual_inversion"
     """For --candidates with --input: folder with a folder of pictures per key."""
     batch: int = 0
-    """Pictures at once; 0: as many as memory allows on a GPU, 8 on a CPU."""
+    """Pictures at once; 0: on a GPU 64, or as many as memory allows; 8 on a CPU."""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
@@ -117,7 +115,8 @@ class Job:
     seeds: tuple[int, ...]
     text: str
     """The prompt in ordinary words."""
-    references: Path | None
+    references: tuple[Path, ...] = ()
+    """Pictures that candidates should be like."""
     layout: Layout | None = None
 
     @property
@@ -133,11 +132,11 @@ def main(settings: Settings) -> None:
     jobs = jobs_of(settings)
     machine = detect(settings.device)
     vectors = vectors_of(settings, jobs)
-    stale = stale_files(settings, jobs)
-    check_disk(settings, jobs)
+    stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
+    check_disk(settings.output, bytes_needed(settings, jobs))
     if settings.dry_run:
-        check_model(settings.model)
-        tell(settings, jobs, vectors)
+        require_width(vectors, check_model(settings.model))
+        tell(settings, machine, jobs, vectors)
         if settings.draw_layout and jobs[0].layout:
             save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
         return
@@ -146,8 +145,7 @@ def main(settings: Settings) -> None:
         painter, scorer = prepare(settings, machine, vectors, sum(len(job.seeds) for job in jobs))
     if jobs[0].layout:
         jobs[0].layout.require_room(*painter.shape[1:])
-    for path in stale:
-        path.unlink()
+    remove(stale, settings.output)
     with record.timed("drawing"):
         kept = draw_all(settings, painter, scorer, jobs)
     seconds = record.timings["drawing"] / sum(len(job.seeds) for job in jobs)
@@ -197,16 +195,18 @@ def jobs_of(settings: Settings) -> list[Job]:
         tuple(settings.output / f"{k}_{n}.png" for n in range(settings.count)) for k in range(len(settings.prompt))
     ]
     drawn = max(settings.candidates, settings.count)
-    return [Job(text, files[k], _seeds(settings, (k,), drawn), text, None) for k, text in enumerate(settings.prompt)]
+    return [Job(text, files[k], _seeds(settings, (k,), drawn), text) for k, text in enumerate(settings.prompt)]
 
 
 def _graded_job(settings: Settings, concept: Concept, k: int) -> Job:
+    require_token(concept.token, f"{settings.input}, {concept.key!r}: token_name")
     files = tuple(picture_path(settings.output, concept.key, k, n) for n in range(PICTURES))
     seeds = _seeds(settings, (zlib.crc32(concept.key.encode()), k), max(settings.candidates, PICTURES))
     words = (
         concept.clip_prompts[k] if concept.clip_prompts else concept.prompts[k].replace(concept.token, concept.source)
     )
-    return Job(concept.prompts[k], files, seeds, words, settings.references / concept.key)
+    pictures = settings.references / concept.key if settings.candidates else None
+    return Job(concept.prompts[k], files, seeds, words, find_pictures(pictures) if pictures else ())
 
 
 def _layout_job(settings: Settings) -> Job:
@@ -217,7 +217,7 @@ def _layout_job(settings: Settings) -> Job:
         layout = read_layout(Path(str(settings.layout)))
     files = tuple(settings.output / f"{settings.level}_{n}.png" for n in range(settings.count))
     seeds = _seeds(settings, (0,), max(settings.candidates, settings.count))
-    return Job(layout.joint, files, seeds, layout.prompt, None, layout)
+    return Job(layout.joint, files, seeds, layout.prompt, layout=layout)
 
 
 def _seeds(settings: Settings, key: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -250,28 +250,7 @@ def commands_for(settings: Settings, tokens: Sequence[str]) -> list[str]:
     return commands
 
 
-# ---------------------------------------------------------------- the output folder
-
-
-def stale_files(settings: Settings, jobs: Sequence[Job]) -> list[Path]:
-    """Pictures of an earlier run in a graded folder; raises BadInput for any other file there, since the grader takes none."""
-    if settings.output.is_file():
-        raise BadInput(f"output {settings.output}: a file is in the way, name a folder")
-    if not settings.input or not settings.output.is_dir():
-        return [path for job in jobs for path in job.files if path.is_file()]
-    found = sorted(path for path in settings.output.rglob("*") if not path.is_dir())
-    for path in found:
-        if not GRADED.fullmatch(path.relative_to(settings.output).as_posix()):
-            raise BadInput(f"{path} does not belong in a graded folder: move it, or name another --output")
-    return found
-
-
-def check_disk(settings: Settings, jobs: Sequence[Job]) -> None:
-    """Raises BadInput where the pictures would not fit."""
-    place = next(path for path in (settings.output.absolute(), *settings.output.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(place).free, bytes_needed(settings, jobs)
-    if free < needed:
-        raise BadInput(f"output {settings.output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
+# ---------------------------------------------------------------- a dry run
 
 
 def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
@@ -279,14 +258,32 @@ def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
     return 3 * (settings.size or SIDE) ** 2 * sum(len(job.files) for job in jobs)
 
 
-def tell(settings: Settings, jobs: Sequence[Job], vectors: Vectors) -> None:
+def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vectors) -> None:
     """What a dry run found."""
     drawn = sum(len(job.seeds) for job in jobs)
     print(f"{len(jobs)} prompts, {drawn} pictures to draw, {sum(len(job.files) for job in jobs)} to keep")
     for token, rows in vectors.items():
         print(f"{token}: {len(rows)} of width {rows.shape[1]}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
-    print(f"{drawn * settings.steps * (1 + (settings.guidance != 1)):,} passes of the U-Net")
+    print(f"{drawn * passes_of(settings):,} passes of the U-Net, {expected_time(settings, machine, drawn)}")
+
+
+def passes_of(settings: Settings | dict[str, Any]) -> int:
+    """Of the U-Net, for one picture; guidance takes two per step."""
+    given = settings if isinstance(settings, dict) else vars(settings)
+    return int(given["steps"]) * (1 + (given["guidance"] != 1))
+
+
+def expected_time(settings: Settings, machine: Machine, drawn: int) -> str:
+    """As the last run of this model on this machine went."""
+    if settings.record.is_file():
+        last = read_json(settings.record)
+        before, seconds = last["settings"], last["metrics"]["seconds_per_picture"]
+        same = (last["machine"], last["device"]) == (machine.name, str(machine.device))
+        if same and (before["model"], before["size"]) == (settings.model, settings.size):
+            seconds *= drawn * passes_of(settings) / passes_of(before)
+            return f"about {seconds / 60:.1f} minutes, as the last run here went"
+    return "how long they take the first run here will tell"
 
 
 # ---------------------------------------------------------------- drawing
@@ -358,7 +355,7 @@ def best(scorer: Scorer, job: Job, images: Tensor) -> list[int]:
     features = scorer.encode(images)
     likeness = torch.zeros(len(images))
     if job.references:
-        likeness = scorer.image_scores(features, scorer.encode(read_pictures(job.references)))
+        likeness = scorer.image_scores(features, scorer.encode(open_pictures(job.references)))
     return rank(likeness, scorer.text_scores(features, job.text)).tolist()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from P3_pictures import SUFFIXES
 from runtime.cli import BadInput
 from runtime.files import read_json
 
@@ -34,6 +35,20 @@ class Concept:
 def picture_path(output: Path, key: str, prompt: int, n: int) -> Path:
     """Where picture n (0 .. 24) of a prompt lies, as the course names it."""
     return output / key / str(prompt) / f"source{key}_prompt{prompt}_{n}.png"
+
+
+def find_pictures(folder: Path) -> tuple[Path, ...]:
+    """A concept's reference pictures, by name; raises BadInput where there is none."""
+    if not folder.is_dir():
+        raise BadInput(
+            f"--references {folder.parent}: no folder {folder.name} with pictures of concept {folder.name!r}"
+        )
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    if not paths:
+        raise BadInput(
+            f"--references {folder.parent}: folder {folder.name} holds no picture ({', '.join(sorted(SUFFIXES))})"
+        )
+    return tuple(paths)
 
 
 def read_input(path: Path, graded: bool = False) -> list[Concept]:

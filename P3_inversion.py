@@ -4,8 +4,8 @@ of new tokens in its text encoder's table. Nothing else is a parameter, so nothi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,11 @@ class Lesson:
         """Of its random numbers: a concept learns alone as it does among others."""
         return zlib.crc32(self.concept.token.encode())
 
+    @property
+    def fingerprint(self) -> int:
+        """Of the pictures, wherever they lie."""
+        return zlib.crc32(b"".join(picture.tobytes() for picture in self.pictures))
+
 
 @dataclass
 class Sample:
@@ -81,6 +86,7 @@ class Learner:
     def __init__(self, pipe: StableDiffusionPipeline, concepts: Sequence[Concept], seed: int, crops: bool, flips: bool):
         self.pipe, self.seed, self.crops, self.flips = pipe, seed, crops, flips
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.most_weight = 1.0  # of the loss, see `loss`
         self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.alphas = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table = pipe.text_encoder.get_input_embeddings()
@@ -94,8 +100,7 @@ class Learner:
         self.parameter = Rows(start.to(self.device))
         self.table.rows = self.parameter.rows
         self.lessons = [self._lesson(concept) for concept in concepts]
-        if not crops:
-            pipe.vae.encoder.to("cpu")  # all that it had to say is kept
+        self._rest()
 
     def _start(self, concept: Concept, weight: Tensor) -> Tensor:
         """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
@@ -117,6 +122,20 @@ class Learner:
         moments = None if self.crops else posteriors(self.pipe.vae, square(pictures, self.side))
         tokens = tokenize(self.pipe, concept.sentences).to(self.device)
         return Lesson(concept, rows, tokens, moments, pictures)
+
+    def _rest(self) -> None:
+        """All that the autoencoder has to say of whole pictures is kept: it leaves the device."""
+        if not self.crops:
+            self.pipe.vae.to("cpu")
+
+    @contextmanager
+    def decoder(self) -> Iterator[None]:
+        """The autoencoder on the device, for drawing."""
+        self.pipe.vae.to(self.device)
+        try:
+            yield
+        finally:
+            self._rest()
 
     # ------------------------------------------------ batches
 
@@ -151,12 +170,14 @@ class Learner:
     # ------------------------------------------------ the loss
 
     def loss(self, sample: Sample, concepts: int) -> Tensor:
-        """Mean of |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts."""
+        """Mean of weight(t) |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts. The weight is
+        1 + 1/SNR up to `most_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022)."""
         text = self.pipe.text_encoder(sample.tokens)[0]
-        x = add_noise(sample.x0, sample.eps, self.alphas[sample.t][:, None, None, None])
+        alpha = self.alphas[sample.t][:, None, None, None]
+        x = add_noise(sample.x0, sample.eps, alpha)
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         error = self.pipe.unet(x, sample.t, encoder_hidden_states=text).sample.float() - sample.eps
-        return error.square().mean() * concepts
+        return ((1 / alpha).clamp(max=self.most_weight) * error.square()).mean() * concepts
 
     def backward(self, accelerator: Accelerator, rows: nn.Module, sample: Sample, parts: int) -> Tensor:
         """Leaves the gradient on the rows, of the samples in `parts` pieces; returns the loss, which stays on the device."""

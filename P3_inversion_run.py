@@ -12,17 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion.guidance import Guidance
-from P3_concepts import SEEN, Concept
-from P3_drawing import Manner, Order, Painter
-from P3_inversion import Learner, Lesson
-from P3_model import load_pipeline
-from P3_scores import TEXT_WEIGHT, Scorer
+from P3_concepts import Concept
+from P3_inversion import Learner
+from P3_inversion_looks import Looks
+from P3_model import load_pipeline, suit_training
+from P3_scores import Scorer
 from runtime.cli import BadInput, note
 from runtime.device import Choice, Precision, detect, set_up, should_compile
-from runtime.figures import labelled_grid, line_figure
+from runtime.figures import line_figure
 from runtime.files import output_folder
-from runtime.generation import derived_seed
+from runtime.generation import is_out_of_memory
 from runtime.record import Record
 from training.checkpoint import load_state, require_finite, save_state
 from training.draws import process_rows
@@ -31,8 +30,7 @@ from training.rate import rate_factor
 from training.signals import StopSignals, leave_stopped
 
 KIND = "textual inversion"
-SHOWN = 4  # pictures of every look
-LOOK = Manner(solver="dpm", steps=15, guidance=Guidance(5.0))
+RUNS = Path(__file__).resolve().parent / "runs" / "p3_textual_inversion"
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,14 @@ class Recipe:
     """No row gets longer than this many times an ordinary word's, so that the rest of a prompt is still heard; 0: any length."""
     crop: Literal["center", "random"] = "center"
     """random cuts anew at every step, so that nothing can be encoded beforehand."""
+    most_weight: float = 1.0
+    """Loss weight 1 + 1/SNR, up to this; 1: none. More hears more of what strong noise leaves open, such as shape and place."""
     flip: bool = True
     """Shows pictures mirrored half of the time."""
     validate_every: int = 100
     """Steps between looks at the progress; 0: at the end only."""
     validate: tuple[str, ...] = ()
-    """Prompts of these looks, with {} for the token; none given: "a photo of a {}", or "a picture in the style of {}"."""
+    """Prompts of these looks, with {} for the token; none given: one like the sentences it learns from, one that asks for more."""
     clip: str | None = None
     """A CLIP (transformers folder or hub name) that scores the looks: image + 2.5 x text; the best vectors are kept. None: the last."""
     seed: int = 0
@@ -72,17 +72,8 @@ class Recipe:
     log_every: int = 25
     save_every: int = 50
     """Steps between checkpoints."""
-    run: Path = Path("runs/p3_textual_inversion")
-    """Run folder: checkpoint, TensorBoard, pictures of the progress, record.json."""
-
-
-@dataclass
-class Look:
-    """A look at the progress: per token the pictures [N,3,H,W] uint8, and a score where a CLIP is at hand."""
-
-    step: int
-    images: dict[str, Tensor]
-    scores: dict[str, float]
+    run: Path | None = None
+    """Run folder: checkpoint, TensorBoard, pictures of the progress, record.json; None: runs/p3_textual_inversion/ and the tokens."""
 
 
 class Run:
@@ -94,17 +85,18 @@ class Run:
         self.accelerator = Accelerator(cpu=self.machine.device.type == "cpu")
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rows = self._rows()
+        self.folder = settings.run or RUNS / "+".join(concept.token.strip("<>") for concept in concepts)
         self.record = Record(settings, replace(self.machine, device=self.device))
         with self.record.timed("loading"):
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             pipe = load_pipeline(settings.model, self.device, dtype)
-            self.scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
+            scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
             self.learner = Learner(pipe, concepts, settings.seed, settings.crop == "random", settings.flip)
+        self.learner.most_weight = settings.most_weight
+        self.looks = Looks(self.learner, settings.validate, scorer, self.folder)
         self._ready(pipe)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
-        self.looks: list[Look] = []
-        self.best: dict[str, tuple[float, Tensor]] = {}
         self._resume()
 
     def _rows(self) -> slice:
@@ -117,6 +109,8 @@ class Run:
     def _ready(self, pipe: Any) -> None:
         """Optimizer, memory and speed of the frozen network."""
         pipe.unet.to(memory_format=torch.channels_last)
+        for network in (pipe.unet, pipe.text_encoder):
+            suit_training(network, self.device, self.precision)
         if self.settings.low_memory:
             pipe.unet.enable_gradient_checkpointing()
         worth = self.settings.compile == "on" or self.device.type == "cuda" and self.settings.steps >= 100
@@ -140,14 +134,16 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The run's own state."""
-        return self.settings.run / "checkpoint.pt"
+        return self.folder / "checkpoint.pt"
 
     @property
     def facts(self) -> dict[str, Any]:
         """What has to be the same for going on to make sense."""
         lessons = [(x.concept.token, x.concept.vectors, x.concept.init, x.concept.kind) for x in self.learner.lessons]
         return {
+            "model": self.settings.model,
             "concepts": [list(lesson) for lesson in lessons],
+            "pictures": [lesson.fingerprint for lesson in self.learner.lessons],
             "seed": self.settings.seed,
             "batch": self.settings.batch,
         }
@@ -157,9 +153,8 @@ class Run:
         if not self.main:
             return
         state = {"kind": KIND, "facts": self.facts, "step": self.step, "rows": self.learner.parameter.rows.detach()}
-        state |= {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "best": self.best}
-        looks = [(look.step, look.images, look.scores) for look in self.looks]
-        save_state(self.checkpoint, state | {"looks": looks, "timings": self.record.timings})
+        state |= {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "timings": self.record.timings}
+        save_state(self.checkpoint, state | self.looks.state())
 
     def _resume(self) -> None:
         if not self.checkpoint.is_file():
@@ -174,8 +169,8 @@ class Run:
         with torch.no_grad():
             self.learner.parameter.rows.copy_(state["rows"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.losses, self.best = state["step"], state["losses"], state["best"]
-        self.looks = [Look(*look) for look in state["looks"]]
+        self.step, self.losses = state["step"], state["losses"]
+        self.looks.restore(state)
         self.record.timings.update(state["timings"])
         if self.main:
             note(f"going on at step {self.step:,} from {self.checkpoint}")
@@ -185,8 +180,8 @@ class Run:
     def train(self) -> None:
         """Steps until the end or a signal; a checkpoint is left either way."""
         settings = self.settings
-        output_folder(settings.run)
-        log = TrainingLog(settings.run / "tensorboard", KIND, self.step, settings.steps, self.main)
+        output_folder(self.folder)
+        log = TrainingLog(self.folder / "tensorboard", KIND, self.step, settings.steps, self.main)
         images = settings.batch * len(self.learner.lessons)
         with StopSignals() as stop, self.record.timed("training"):
             while not self.done and not stop.asked:
@@ -208,16 +203,26 @@ class Run:
         sample = self.learner.batch(self.step, self.rows, s.batch)
         try:
             loss = self.learner.backward(self.accelerator, self.parameter, sample, s.accumulate)
-        except torch.OutOfMemoryError:
-            raise BadInput(
-                f"out of memory with --batch {s.batch} in {s.accumulate} parts: try --accumulate {2 * s.accumulate} or --low-memory"
-            ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BadInput(self._too_large()) from None
         self.optimizer.step()
         self.optimizer.zero_grad()
         if s.keep_norm:
             self.learner.hold_norms(s.keep_norm)
         self.step += 1
         return loss
+
+    def _too_large(self) -> str:
+        """What an end of memory says."""
+        s = self.settings
+        finer = [n for n in range(s.accumulate + 1, s.batch + 1) if s.batch % n == 0]
+        ways = [f"--accumulate {finer[0]}"] * bool(finer) + ["--low-memory"] * (not s.low_memory)
+        return (
+            f"out of memory at step {self.step:,} with --batch {s.batch} in {s.accumulate} parts:"
+            f" try {' or '.join(ways) or 'a smaller --batch'}; the same command goes on from the last checkpoint"
+        )
 
     def _due(self, every: int) -> bool:
         return self.done or self.step % every == 0
@@ -231,63 +236,15 @@ class Run:
         log.show(self.step, loss=loss, images_s=speed, norm=norm)
 
     def _look(self, log: TrainingLog) -> None:
-        """Draws every concept, scores it, keeps the best rows."""
+        """Pictures and scores to TensorBoard; the time is not the training's."""
         start = time.perf_counter()
-        look = Look(self.step, {}, {})
-        painter = Painter(self.learner.pipe, LOOK)
-        rows = self.learner.learned()
-        for lesson in self.learner.lessons:
-            token = lesson.concept.token
-            prompts = self._prompts(lesson.concept)
-            orders = [
-                Order(prompts[k % len(prompts)], derived_seed(self.settings.seed, lesson.key, k)) for k in range(SHOWN)
-            ]
-            look.images[token] = painter.paint(orders)
-            score = self._score(lesson, orders, look.images[token])
-            if score is not None:
-                look.scores[token] = score
-                log.show(self.step, **{f"score {token}": score})
-            if score is None or token not in self.best or score > self.best[token][0]:
-                self.best[token] = (score or 0.0, rows[token])
-            log.picture(self.step, token, torch.cat(list(look.images[token]), 2))
-        self.looks.append(look)
-        self.draw_progress()
+        look = self.looks.take(self.step)
+        for token, images in look.images.items():
+            log.picture(self.step, token, torch.cat(list(images), 2))
+        log.show(self.step, **{f"score {token}": score for token, score in look.scores.items()})
         log.pause(time.perf_counter() - start)
 
-    def _prompts(self, concept: Concept) -> list[str]:
-        return [text.replace("{}", concept.token) for text in self.settings.validate or (SEEN[concept.kind],)]
-
-    def _score(self, lesson: Lesson, orders: Sequence[Order], images: Tensor) -> float | None:
-        """Mean of image + 2.5 x text, the text being the prompt with the initial word in the token's place."""
-        if not self.scorer:
-            return None
-        features, references = self.scorer.encode(images), self.scorer.encode(lesson.pictures)
-        likeness = self.scorer.image_scores(features, references)
-        texts = [order.prompt.replace(lesson.concept.token, lesson.concept.init) for order in orders]
-        fit = torch.stack([self.scorer.text_scores(features[k : k + 1], text)[0] for k, text in enumerate(texts)])
-        return float((likeness + TEXT_WEIGHT * fit).mean())
-
     # ------------------------------------------------ what is left
-
-    def draw_progress(self) -> None:
-        """progress_NAME.png per token: a row per look; progress.png: loss and scores over the steps."""
-        for lesson in self.learner.lessons:
-            token = lesson.concept.token
-            names = [f"{look.step:,}" + (f"\n{look.scores[token]:.1f}" if look.scores else "") for look in self.looks]
-            images = torch.cat([look.images[token] for look in self.looks])
-            columns = [f"{k + 1}" for k in range(SHOWN)]
-            path = self.settings.run / f"progress_{token.strip('<>')}.png"
-            labelled_grid(path, images, names, columns, f"{self._prompts(lesson.concept)[0]}, by step", inch=1.0)
-        if len(self.losses) > 1:
-            steps, losses = zip(*self.losses, strict=True)
-            line_figure(
-                self.settings.run / "loss.png", steps, {"loss": {"mean": list(losses)}}, "step", "Textual inversion"
-            )
-
-    def chosen(self) -> dict[str, Tensor]:
-        """Per token the vectors that scored best, or the last ones."""
-        last = self.learner.learned()
-        return {token: self.best[token][1] if self.scorer else rows for token, rows in last.items()}
 
     def leave_if_stopped(self) -> None:
         """After a signal: one line, and exit code 130."""
@@ -298,9 +255,11 @@ class Run:
         leave_stopped(self.step, self.checkpoint)
 
     def save_record(self, facts: dict[str, Any]) -> None:
-        """record.json of the run folder."""
-        scores = {
-            token: {look.step: look.scores[token] for look in self.looks if token in look.scores} for token in self.best
-        }
-        self.record.metrics |= facts | {"step": self.step, "scores": scores, "precision": self.precision}
-        self.record.save(self.settings.run / "record.json")
+        """record.json and loss.png of the run folder."""
+        facts = facts | {"step": self.step, "precision": self.precision, "losses": dict(self.losses)}
+        facts["processes"] = self.accelerator.num_processes
+        self.record.metrics |= facts | {"scores": self.looks.scores(), "pictures": self.looks.pictures()}
+        if len(self.losses) > 1:
+            steps, losses = zip(*self.losses, strict=True)
+            line_figure(self.folder / "loss.png", steps, {"loss": {"mean": list(losses)}}, "step", "Textual inversion")
+        self.record.save(self.folder / "record.json")

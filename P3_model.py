@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
-import transformers
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -23,10 +21,11 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import CLIPTextModel
 
-from P3_checkpoint import load_parts, make_scheduler, make_tokenizer, open_checkpoint
+from P3_checkpoint import TEXT, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from P3_clip_weights import hub_answers
 from runtime.cli import BadInput
 from runtime.files import read_json
+from runtime.libraries import quiet_libraries
 
 KINDS: dict[str, type[Any]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
@@ -48,28 +47,37 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
         )
     else:
         pipe = _load_folder(path if path.is_dir() else _from_hub(model), dtype)
-    for name in KINDS:
-        getattr(pipe, name).to(device).eval().requires_grad_(False)
+    try:
+        for name in KINDS:
+            getattr(pipe, name).to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        raise BadInput(f"--model {model}: {device} has too little memory left for it; try --device cpu") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def check_model(model: str) -> None:
-    """What `load_pipeline` would refuse, as far as it shows without reading weights; raises the same BadInput. Takes seconds."""
+def check_model(model: str) -> int | None:
+    """What `load_pipeline` would refuse, as far as it shows without reading weights; raises the same BadInput. Takes seconds.
+    Returns the width of its text, which a hub's index doesn't tell."""
     path = Path(model)
     if path.is_file():
         open_checkpoint(path)
-    elif path.is_dir():
-        _check_folder(path)
-    else:
-        _check_index(model, read_json(_index_from_hub(model)))
+        return int(TEXT["hidden_size"])
+    if path.is_dir():
+        return _check_folder(path)
+    _check_index(model, read_json(_index_from_hub(model)))
+    return None
 
 
-def suit_training(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:
+def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.device, precision: str) -> None:
     """Attention whose gradient is quick. On CPUs in bf16 the fused kernel goes backward six times slower than in fp32, which is half
     of a whole step; plain products and a softmax don't."""
-    if device.type == "cpu" and precision == "bf16":
-        unet.set_attn_processor(AttnProcessor())
+    if device.type != "cpu" or precision != "bf16":
+        return
+    if isinstance(network, CLIPTextModel):
+        network.set_attn_implementation("eager")
+    else:
+        network.set_attn_processor(AttnProcessor())
 
 
 # ---------------------------------------------------------------- the hub
@@ -110,8 +118,7 @@ def _first_line(error: Exception) -> str:
 def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     """Weights strictly, on the CPU; tokenizer and scheduler are whatever the folder has."""
     _check_folder(folder)
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()  # they flash by
+    quiet_libraries()
     parts = {name: _load_part(folder / name, kind, dtype) for name, kind in KINDS.items()}
     try:
         return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **parts, **WITHOUT)
@@ -137,8 +144,8 @@ def _load_part(folder: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
     return part
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
+def _check_folder(folder: Path) -> int:
+    """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other; returns its text's width."""
     if not (folder / INDEX).is_file():
         raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline; {WANTED}")
     _check_index(str(folder), read_json(folder / INDEX))
@@ -157,6 +164,7 @@ def _check_folder(folder: Path) -> None:
     predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise BadInput(f"--model {folder}: predicts {predicts!r}, only epsilon is known; name another model")
+    return int(text["hidden_size"])
 
 
 def _check_index(model: str, index: Any) -> None:

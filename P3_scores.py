@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-from transformers.utils import logging
 
 from P3_clip_weights import hub, hub_answers
 from runtime.cli import BadInput, note
@@ -26,6 +25,7 @@ from runtime.device import len_cores
 from runtime.figures import open_picture
 from runtime.files import read_json, require_file
 from runtime.generation import even_batch, in_batches
+from runtime.libraries import quiet_libraries
 
 Resizing = Literal["torchvision", "pillow"]
 TEXT_WEIGHT = 2.5
@@ -44,8 +44,7 @@ class Scorer:
     def load(cls, clip: str, device: torch.device, resizing: Resizing = "torchvision") -> Scorer:
         """From a transformers folder or a hub name; raises BadInput for what isn't a whole CLIP. Only a hub name that isn't in the hub's
         cache uses a network. `resizing`: with torchvision as transformers 5 does, or with Pillow as transformers 4 did."""
-        logging.set_verbosity_error()  # what it would report about a bad folder in many lines is told in one
-        logging.disable_progress_bar()
+        quiet_libraries()
         model, processor = load_folder(clip) if Path(clip).is_dir() else load_from_hub(clip)
         if resizing == "pillow":
             processor.image_processor = CLIPImageProcessorPil(**processor.image_processor.to_dict())

@@ -52,12 +52,12 @@ def main(settings: Settings) -> None:
     run.leave_if_stopped()
     if not run.main:
         return
-    for token, rows in run.chosen().items():
+    for token, rows in run.looks.chosen().items():
         path = file_of(settings.output, token)
         save_vectors(path, token, rows, f"{settings.model}, {run.step} steps, seed {settings.seed}")
         print(f"{token}: {path}")
     run.save_record({"concepts": [asdict(concept) for concept in concepts]})
-    note(f"progress and record: {settings.run}")
+    note(f"progress and record: {run.folder}")
 
 
 def check(settings: Settings) -> None:
@@ -68,6 +68,8 @@ def check(settings: Settings) -> None:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: give zero or more")
     if settings.batch % settings.accumulate:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
+    if settings.most_weight < 1:
+        raise BadInput(f"--most-weight {settings.most_weight}: give 1 (none) or more")
 
 
 def concepts_of(settings: Settings) -> list[Concept]:

@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput, progress
 from runtime.files import atomic, output_folder
 from runtime.generation import in_batches
+from runtime.libraries import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "checkpoints" / "miniature" / "stable_diffusion"  # what ships
@@ -106,11 +107,16 @@ def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """Text model in float32, frozen, and tokenizer of a transformers CLIP folder; raises BadInput where it isn't one."""
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} holds no CLIP: {MAKE_CLIP}")
+    quiet_libraries()
     try:
-        tower = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        tower, info = cast(Any, CLIPTextModel.from_pretrained)(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder} is no readable CLIP: {str(error).splitlines()[0][:160]}; {MAKE_CLIP}") from None
+    if info["missing_keys"]:  # transformers draws them at random; what the folder holds beside the tower is no matter
+        raise BadInput(f"{folder} is no whole CLIP: it lacks {min(info['missing_keys'])}; {MAKE_CLIP}")
     length = tower.config.max_position_embeddings
     if tokenizer.model_max_length != length:
         raise BadInput(

@@ -56,12 +56,15 @@ def _unless_out_of_memory(work: Callable[[list[Item]], Result], items: list[Item
     """None where memory ran out; returning drops the frames that hold what is to be freed."""
     try:
         return work(items)
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
-    except RuntimeError as error:  # a CPU's allocator
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A GPU's memory, Python's, or a CPU's as torch asks for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------- several processes

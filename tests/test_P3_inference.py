@@ -86,7 +86,7 @@ def test_pictures_of_an_earlier_run_are_replaced(given: Path, model: str) -> Non
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
     main(settings(given, model))
-    assert not old.exists()
+    assert not old.parent.exists()
     assert len(files_in(given / "out")) == 75
 
 
@@ -201,6 +201,36 @@ def test_a_dry_run_draws_nothing(given: Path, model: str, capsys: pytest.Capture
     main(settings(given, model, dry_run=True))
     assert "3 prompts, 75 pictures" in capsys.readouterr().out
     assert not (given / "out").exists()
+
+
+def test_a_dry_run_tells_the_time_of_the_last_run_and_refuses_what_a_run_would(
+    given: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"input": None, "prompt": ("a <new1>",)}
+    main(settings(given, model, **more, dry_run=True))
+    assert "the first run here will tell" in capsys.readouterr().out
+    main(settings(given, model, **more, count=1))
+    main(settings(given, model, **more, steps=2, count=600, dry_run=True))
+    seconds = json.loads((given / "record.json").read_text())["metrics"]["seconds_per_picture"]
+    assert f"2,400 passes of the U-Net, about {seconds * 600 * 2 / 60:.1f} minutes" in capsys.readouterr().out
+    save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
+    with pytest.raises(BadInput, match="768 wide"):
+        main(settings(given, model, **more, dry_run=True))
+
+
+def test_a_word_that_is_no_token_is_refused(given: Path, model: str) -> None:
+    (given / "input.json").write_text(json.dumps({"0": {**CASES["0"], "token_name": "new1"}}))
+    with pytest.raises(BadInput, match=r"input\.json, '0': token_name new1: a token is a word in angle brackets"):
+        main(settings(given, model))
+
+
+def test_candidates_want_pictures_before_anything_is_drawn(given: Path, model: str) -> None:
+    old = given / "out" / "0" / "0" / "source0_prompt0_0.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    with pytest.raises(BadInput, match="--references .*: no folder 0"):
+        main(settings(given, model, candidates=30, references=given / "absent"))
+    assert old.read_bytes() == b"old"
 
 
 @pytest.mark.slow

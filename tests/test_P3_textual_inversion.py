@@ -20,8 +20,8 @@ from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 from P3_concepts import Concept, read_concepts, read_pictures, square
 from P3_embeddings import install
 from P3_inversion import Learner
-from P3_inversion_run import Run
-from P3_model import load_pipeline
+from P3_inversion_run import Recipe, Run
+from P3_model import load_pipeline, suit_training
 from P3_textual_inversion import Settings, main
 from runtime.cli import BadInput
 
@@ -121,6 +121,49 @@ def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None
     assert one.lessons[0].moments is None
 
 
+def test_strong_noise_weighs_more_where_asked(model: str, images: Path) -> None:
+    one = learner(model, [Concept(TOKEN, images, "star")])
+    sample = one.batch(3, slice(4), 4)
+    one.most_weight = 10.0
+    noisy = one.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
+    text = one.pipe.text_encoder(sample.tokens)[0]
+    error = (one.pipe.unet(noisy, sample.t, encoder_hidden_states=text).sample - sample.eps).square().mean((1, 2, 3))
+    weight = (1 / one.pipe.scheduler.alphas_cumprod[sample.t]).clamp(max=10)
+    assert weight.max() > 2
+    torch.testing.assert_close(one.loss(sample, 1), (weight * error).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_low_memory_keeps_less_and_gives_the_same_gradient(tmp_path: Path, model: str, images: Path) -> None:
+    kept, gradients = [], []
+    for low in (False, True):
+        run = Run(settings(tmp_path, model, images, low_memory=low), [Concept(TOKEN, images, "star")])
+        sample, sizes = run.learner.batch(0, slice(2), 2), []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        run.learner.table.rows = run.learner.parameter.rows
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = run.learner.loss(sample, 1)
+            kept.append(sum(sizes))
+        loss.backward()
+        gradients.append(run.learner.parameter.rows.grad)
+    assert kept[1] < 0.7 * kept[0]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_attention_that_trains_quickly_says_the_same(model: str, images: Path) -> None:
+    one = learner(model, [Concept(TOKEN, images, "star")])
+    sample, losses = one.batch(3, slice(4), 4), []
+    for plain in (False, True):
+        for network in (one.pipe.unet, one.pipe.text_encoder) if plain else ():
+            suit_training(network, CPU, "bf16")
+        losses.append(one.loss(sample, 1).detach())
+    assert one.pipe.text_encoder.config._attn_implementation == "eager"
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- whole runs
 
 
@@ -153,16 +196,43 @@ def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path
     clip = save_clip(tmp_path / "clip")
     run = Run(settings(tmp_path, model, images, clip=str(clip)), [Concept(TOKEN, images, "star")])
     run.train()
-    scores = [look.scores[TOKEN] for look in run.looks]
+    scores = [look.scores[TOKEN] for look in run.looks.taken]
     assert len(scores) == 2
-    assert run.best[TOKEN][0] == max(scores)
-    assert torch.equal(run.chosen()[TOKEN], run.best[TOKEN][1])
+    assert run.looks.best[TOKEN][0] == max(scores)
+    assert torch.equal(run.looks.chosen()[TOKEN], run.looks.best[TOKEN][1])
 
 
 def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
     run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [Concept(TOKEN, images, "star")])
     run.train()
     assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norm * 1.0001
+
+
+def test_every_token_has_a_run_folder_of_its_own(model: str, images: Path) -> None:
+    names = []
+    for tokens in (("<a>",), ("<b>",), ("<a>", "<b>")):
+        concepts = [Concept(token, images, "star") for token in tokens]
+        run = Run(Recipe(model, device="cpu", precision="fp32", clip=None), concepts)
+        names.append(run.folder.relative_to(ROOT).as_posix())
+    assert names == [f"runs/p3_textual_inversion/{name}" for name in ("a", "b", "a+b")]
+
+
+def test_an_end_of_memory_names_what_helps_and_keeps_the_checkpoint(
+    tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path, model, images, batch=6, accumulate=2, validate_every=0)
+    original, calls = Learner.backward, []
+
+    def backward(self: Learner, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Learner, "backward", backward)
+    with pytest.raises(BadInput, match="at step 4 with --batch 6 in 2 parts: try --accumulate 3 or --low-memory"):
+        main(given)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
 
 
 def command(given: Settings) -> list[str]:
@@ -212,12 +282,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: str, image
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (broken.output / "learned_new1.safetensors").exists()
-    done = subprocess.run(command(broken), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(broken), capture_output=True, text=True, timeout=900)
     assert "going on at step" in done.stderr
     whole = settings(tmp_path, model, images, steps=40, run=tmp_path / "run2", output=tmp_path / "learned2")
-    subprocess.run(command(whole), capture_output=True, timeout=300, check=True)
+    subprocess.run(command(whole), capture_output=True, timeout=900, check=True)
     files = [folder / "learned_new1.safetensors" for folder in (broken.output, whole.output)]
     assert torch.equal(load_file(files[0])[TOKEN], load_file(files[1])[TOKEN])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_like_one(tmp_path: Path, model: str, images: Path) -> None:
+    one = settings(tmp_path, model, images, run=tmp_path / "run1", output=tmp_path / "learned1")
+    two = settings(tmp_path, model, images, run=tmp_path / "run2", output=tmp_path / "learned2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launch, given in (([sys.executable], one), (torchrun, two)):
+        subprocess.run(launch + command(given)[1:], capture_output=True, timeout=900, check=True)
+    assert json.loads((two.run / "record.json").read_text())["metrics"]["processes"] == 2
+    files = [folder / "learned_new1.safetensors" for folder in (one.output, two.output)]
+    torch.testing.assert_close(*[load_file(file)[TOKEN] for file in files], rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- pictures and bad input
@@ -246,6 +328,7 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
         ({"steps": 0}, "--steps 0"),
         ({"accumulate": 3}, "--accumulate 3"),
         ({"seed": -1}, "--seed -1"),
+        ({"most_weight": 0.5}, "--most-weight 0.5"),
         ({"images": Path("/nowhere")}, "/nowhere is not a folder"),
         ({"model": "/nowhere"}, "/nowhere"),
         ({"clip": "/nowhere"}, "/nowhere"),
@@ -265,6 +348,18 @@ def test_an_empty_folder_and_a_broken_picture_are_named(tmp_path: Path) -> None:
         read_pictures(folder)
     (folder / "x.png").write_bytes(b"nothing")
     with pytest.raises(BadInput, match=r"x\.png is not a readable picture"):
+        read_pictures(folder)
+
+
+def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_pictures(tmp_path / "images", 1)
+    (folder / "paper.pdf").write_bytes(b"%PDF")
+    assert len(read_pictures(folder)) == 1
+    told = capsys.readouterr().err
+    assert "paper.pdf is no picture: skipped" in told
+    assert "one picture only" in told
+    Image.new("I;16", (8, 8)).save(folder / "deep.png")
+    with pytest.raises(BadInput, match=r"deep\.png has mode I;16"):
         read_pictures(folder)
 
 
@@ -296,3 +391,5 @@ def test_another_runs_checkpoint_is_not_taken(tmp_path: Path, model: str, images
     main(settings(tmp_path, model, images))
     with pytest.raises(BadInput, match="another run"):
         main(settings(tmp_path, model, images, seed=5))
+    with pytest.raises(BadInput, match="another run, its pictures"):
+        main(settings(tmp_path, model, save_pictures(tmp_path / "others", 3, seed=1)))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import miniature.train_autoencoder as autoencoder
@@ -411,6 +411,20 @@ def test_parts_that_do_not_fit_are_named(
     with pytest.raises(BadInput, match="--couples"):
         diffusion.main(Grade(judge=any_judge, couples=-1))
     assert not (tmp_path / "pipe").exists()
+
+
+def test_the_text_tower_of_a_whole_clip_loads_without_a_word(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_text_tower(clip)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clip_that_lacks_a_tensor_is_not_filled_at_random(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["text_model.final_layer_norm.bias"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"clip is no whole CLIP: it lacks .*final_layer_norm\.bias"):
+        load_text_tower(folder)
 
 
 def test_a_full_disk_keeps_the_old_part(

@@ -1,0 +1,168 @@
+"""What the judge sees in pictures of a concept that the miniature learned: questions, and one concept's share of right answers, kept on
+disk so that a long measurement goes on where it stopped."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from diffusion.guidance import Guidance
+from miniature.judge_model import Judge
+from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_STYLES, KINDS, fits
+from miniature.world import concept_scenes, write_pictures
+from P3_concepts import Concept
+from P3_drawing import Manner, Order, Painter
+from P3_embeddings import file_of, install, read_vectors, save_vectors
+from P3_inversion_run import Recipe, Run
+from P3_model import load_pipeline
+from P3_prompts import article
+from runtime.cli import note
+from runtime.device import detect
+from runtime.files import read_json, write_json
+from runtime.generation import derived_seed
+
+INITIAL = {
+    "key": "cross",
+    "fish": "heart",
+    "mushroom": "tree",
+    "cup": "house",
+    "relief": "flat",
+    "ripple": "watercolour",
+}  # the nearest ordinary words
+MANNER = Manner("dpm", 25, Guidance(5.0))
+TOKEN = "<new>"
+
+
+def pictures_of(name: str, folder: Path) -> Path:
+    """The five pictures of a concept, as `world.py concept` writes them."""
+    write_pictures(folder / name, [f"{index:02d}.png" for index in range(5)], concept_scenes(name, 5, 0))
+    return folder / name
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts with TOKEN in them, and what the judge has to say of each picture."""
+
+    name: str
+    prompts: tuple[str, ...]
+    wanted: dict[str, tuple[str, ...]]
+
+
+def questions_of(name: str, count: int, seed: int) -> list[Question]:
+    """What is asked of an object or of a style, `count` pictures each."""
+    random = Random(derived_seed(seed, 17))
+    if name in HELD_OUT_STYLES:
+        kinds = tuple(random.choice(KINDS) for _ in range(count))
+        prompts = tuple(f"a photo of {article(kind)} {kind} in the style of TOKEN" for kind in kinds)
+        return [Question("style and object", prompts, {"style": (name,) * count, "kind": kinds})]
+    grounds = tuple(random.choice(list(BACKGROUNDS)) for _ in range(count))
+    colours = tuple(random.choice(list(COLOURS)) for _ in range(count))
+    both = [(c, random.choice([g for g in BACKGROUNDS if fits(c, g)])) for c in colours]
+    kind = {"kind": (name,) * count}
+    coloured = tuple(f"a photo of {article(c)} {c} TOKEN" for c in colours)
+    scenes = tuple(f"{article(c)} {c} TOKEN on {article(g)} {g} background" for c, g in both)
+    return [
+        Question("object", ("a photo of a TOKEN",) * count, kind),
+        Question("object and colour", coloured, kind | {"colour": colours}),
+        Question(
+            "object and background",
+            tuple(f"a TOKEN on {article(g)} {g} background" for g in grounds),
+            kind | {"background": grounds},
+        ),
+        Question(
+            "object, colour and background",
+            scenes,
+            kind | {"colour": colours, "background": tuple(g for _, g in both)},
+        ),
+    ]
+
+
+def rate(painter: Painter, judge: Judge, question: Question, word: str, seed: int) -> float:
+    """Share of pictures that are as wanted, with `word` in the token's place."""
+    orders = [
+        Order(text.replace("TOKEN", word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)
+    ]
+    images = torch.cat([painter.paint(orders[start : start + 20]) for start in range(0, len(orders), 20)])
+    return float(judge.agrees(images, **question.wanted).float().mean())
+
+
+# ---------------------------------------------------------------- one concept
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A concept to learn with a number of vectors and a seed, how, and how many pictures each question takes."""
+
+    name: str
+    vectors: int
+    recipe: Recipe
+    count: int
+    initial: bool
+    """Asks the initial word the same questions."""
+
+    @property
+    def kind(self) -> str:
+        """object or style."""
+        return "style" if self.name in HELD_OUT_STYLES else "object"
+
+    def facts(self) -> dict[str, Any]:
+        """All that its outcome depends on; the model by its weights."""
+        how = {key: value for key, value in asdict(self.recipe).items() if key not in ("run", "device", "model")}
+        weights = [zlib.crc32(file.read_bytes()) for file in sorted(Path(self.recipe.model).rglob("*.safetensors"))]
+        asked = {"name": self.name, "vectors": self.vectors, "count": self.count, "initial": self.initial}
+        return asked | {"recipe": {key: str(value) for key, value in how.items()}, "weights": weights}
+
+
+def outcome(trial: Trial, judge: Judge, folder: Path) -> dict[str, Any]:
+    """Of `folder`, if this trial was made there before; else learns, asks, and leaves it there: vectors and outcome.json."""
+    place = folder / f"{trial.name}-{trial.vectors}-{trial.recipe.seed}"
+    file, facts = place / "outcome.json", trial.facts()
+    if file.is_file() and (kept := read_json(file))["facts"] == facts:
+        note(f"{place}: as before")
+        return dict(kept)
+    seconds = learn(trial, place)
+    pipe = load_pipeline(trial.recipe.model, detect(trial.recipe.device).device, torch.float32)
+    install(pipe, read_vectors(file_of(place, TOKEN)))
+    painter, rates = Painter(pipe, MANNER), {}
+    for question in questions_of(trial.name, trial.count, trial.recipe.seed):
+        words = {"learned": TOKEN} | ({"initial": INITIAL[trial.name]} if trial.initial else {})
+        rates[question.name] = {
+            how: rate(painter, judge, question, word, trial.recipe.seed) for how, word in words.items()
+        }
+        note(f"{place.name}, {question.name}: {rates[question.name]}")
+    made = {"facts": facts, "seconds": round(seconds, 1), "rates": rates}
+    write_json(file, made)
+    return made
+
+
+def learn(trial: Trial, place: Path) -> float:
+    """Leaves the vectors in `place`; returns the seconds of the training alone."""
+    images = pictures_of(trial.name, place)
+    concept = Concept(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)  # type: ignore[arg-type]
+    run = Run(trial.recipe, [concept])
+    with run.record.timed("learning"):
+        while not run.done:
+            run.one_step()
+    save_vectors(file_of(place, TOKEN), TOKEN, run.learner.learned()[TOKEN], f"{trial.recipe.model}, {run.step} steps")
+    return run.record.timings["learning"]
+
+
+def mean_rates(outcomes: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Question -> who was asked ("1 vector", "initial word") -> the shares of all concepts and seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for made in outcomes:
+        vectors = made["facts"]["vectors"]
+        for question, rates in made["rates"].items():
+            names = {"learned": f"{vectors} vector{'s' * (vectors > 1)}", "initial": "initial word"}
+            for how, share in rates.items():
+                found.setdefault(question, {}).setdefault(names[how], []).append(share)
+    return found

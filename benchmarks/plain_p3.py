@@ -1,0 +1,72 @@
+"""Textual inversion as widely copied, for comparison: the text encoder's whole table is AdamW's parameter, its old rows are put back
+after every step, each step's pictures go through the autoencoder; fp32, eager. Reading the pictures anew is left out, in its favour."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor
+
+from P3_checkpoint import make_parts, make_scheduler, make_tokenizer
+from P3_concepts import Concept, read_pictures, square
+from P3_embeddings import install
+from P3_inversion import Sample
+from P3_model import WITHOUT, load_pipeline
+
+
+class Plain:
+    """The model with a token, and its steps."""
+
+    def __init__(self, model: str, concept: Concept, device: torch.device, lr: float):
+        self.pipe = load_pipeline(model, device, torch.float32)
+        word = self.pipe.tokenizer(concept.init, add_special_tokens=False).input_ids[0]
+        table = self.pipe.text_encoder.get_input_embeddings().weight
+        install(self.pipe, {concept.token: table[word : word + 1].float().cpu()})
+        self.table = self.pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+        self.before = self.table.detach().clone()
+        self.optimizer = torch.optim.AdamW([self.table], lr)
+        side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        self.x = square(read_pictures(concept.images), side).to(device)
+
+    def step(self, sample: Sample) -> None:
+        """One step on this sample's noise, timesteps and sentences; the pictures are encoded anew."""
+        rows = torch.arange(len(sample.t), device=self.x.device) % len(self.x)
+        with torch.no_grad():
+            x0 = self.pipe.vae.encode(self.x[rows]).latent_dist.sample() * self.pipe.vae.config.scaling_factor
+        self.gradient(replace(sample, x0=x0))
+        self.optimizer.step()
+        with torch.no_grad():
+            self.table[:-1] = self.before[:-1]
+
+    def gradient(self, sample: Sample) -> Tensor:
+        """Of the new row."""
+        self.optimizer.zero_grad()
+        text = self.pipe.text_encoder(sample.tokens)[0]
+        noisy = self.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
+        out = self.pipe.unet(noisy, sample.t, encoder_hidden_states=text).sample
+        torch.nn.functional.mse_loss(out, sample.eps).backward()
+        assert self.table.grad is not None
+        return self.table.grad[-1]
+
+
+def save_random_v1(folder: Path) -> str:
+    """A diffusers folder in Stable Diffusion v1's layout with random weights in fp16, 2 GB: for speed and memory, which don't depend on
+    what a model knows. Weights are small, so that nothing overflows."""
+    parts, stream = make_parts(), torch.Generator().manual_seed(0)
+    for part in parts.values():
+        values = {name: random_weight(name, tensor, stream) for name, tensor in part.state_dict().items()}
+        part.load_state_dict(values, assign=True)
+    made = cast(Any, StableDiffusionPipeline)
+    made(**parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT).save_pretrained(folder)
+    return str(folder)
+
+
+def random_weight(name: str, like: Tensor, stream: torch.Generator) -> Tensor:
+    """Matrices and kernels at random; norms that change nothing."""
+    if like.dim() > 1:
+        return (torch.randn(like.shape, generator=stream) * 0.02).half()
+    return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0).half()
