@@ -45,7 +45,7 @@ from training.rate import rate_factor
 # settings that a judge file tells
 RECIPE = ("epochs", "recolour", "fold", "batch", "lr", "weight_decay", "smoothing", "ema", "seed")
 # MNIST-M's digits are the exact negatives of their background, a sign that strong recolouring would wipe out
-DEFAULTS = {"mnistm": {"epochs": 24, "recolour": 0.2, "fold": 1}, "svhn": {"epochs": 43, "recolour": 1.0, "fold": 2}}
+DEFAULTS = {"mnistm": {"epochs": 16, "recolour": 0.2}, "svhn": {"epochs": 43, "recolour": 1.0}}
 BANK, REAL = 4000, 1000  # training and validation pictures whose features a judge file keeps
 
 
@@ -63,11 +63,11 @@ class Train:
     output: Path | None = None
     """The judge file; left out: checkpoints/judge_{domain}.safetensors."""
     epochs: int | None = None
-    """Passes over the training pictures; left out: 24 for mnistm, 43 for svhn, the smaller set."""
+    """Passes over the training pictures; left out: 16 for mnistm, 43 for svhn, the smaller set."""
     recolour: float | None = None
     """Strength of the colour augmentation, 0..1; left out: 0.2 for mnistm, 1 for svhn."""
-    fold: Literal[1, 2] | None = None
-    """2 folds patches of 2x2 pixels into channels first, which is faster; left out: 1 for mnistm, whose digits are finer, 2 for svhn."""
+    fold: Literal[1, 2] = 2
+    """2 folds patches of 2x2 pixels into channels first, which is three times as fast; 1 looks at every pixel."""
     batch: int = 128
     """Pictures per step."""
     lr: float = 4e-3
@@ -115,12 +115,6 @@ def warp(x: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def layout_of(settings: Train) -> JudgeConfig:
-    """The network that these settings ask for."""
-    assert settings.fold is not None
-    return JudgeConfig(fold=settings.fold)
-
-
 def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
     """The averaged network after all steps; the same seed and number of CPU threads give the same weights on one machine."""
     assert settings.epochs is not None
@@ -129,7 +123,7 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
     device = machine.device
     total = max(1, settings.epochs * len(data) // settings.batch)
     torch.manual_seed(settings.seed)
-    network = make_resnet(layout_of(settings)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = make_resnet(JudgeConfig(fold=settings.fold)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     ema, index = make_ema(network, settings.ema), BalancedIndex(data, None, False)
     log = TrainingLog(settings.run / settings.domain / "tensorboard", f"judge {settings.domain}", 0, total, True)
@@ -186,7 +180,12 @@ def run_training(settings: Train) -> None:
         "parameters": sum(p.numel() for p in judge.parameters()),
         "pictures": {"train": len(train), "val": len(val)},
     }
-    save_judge(output, judge, layout_of(settings), {"recipe": {k: vars(settings)[k] for k in RECIPE}, **record.metrics})
+    save_judge(
+        output,
+        judge,
+        JudgeConfig(fold=settings.fold),
+        {"recipe": {k: vars(settings)[k] for k in RECIPE}, **record.metrics},
+    )
     record.save(file)
     print(f"{settings.domain} validation accuracy: {right:.4f}")
     note(f"judge: {output}, record: {file}")

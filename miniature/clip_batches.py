@@ -41,7 +41,7 @@ from runtime.generation import derived_seed
 
 FAMILY = 4  # pictures
 NONE = len(ALL_KINDS)  # of a patch without an object
-GREY = 0.35  # share of families without colours, in picture and caption: see above
+GREY = 0.5  # share of families without colours, in picture and caption: see above
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
 COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w))")

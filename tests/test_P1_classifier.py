@@ -225,15 +225,15 @@ def test_a_shipped_judge_knows_its_training_pictures(shipped: list[Judge]) -> No
         assert memorised(judge.reference.train[:200], judge.reference) == 1
 
 
-@pytest.mark.parametrize("domain", [0, 1])
+@pytest.mark.parametrize(("domain", "fold"), [(0, 1), (1, 2)])
 def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_file(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], domain: int
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], domain: int, fold: Any
 ) -> None:
     name_of: Any = DOMAINS[domain]
     for name in ("a", "b"):
         path, run = tmp_path / f"{name}.safetensors", tmp_path / "run"
         P1_classifier.run_training(
-            Train(name_of, data=digits_folder, output=path, epochs=2, batch=10, device="cpu", run=run)
+            Train(name_of, data=digits_folder, output=path, epochs=2, batch=10, fold=fold, device="cpu", run=run)
         )
     first, second = (load_judge(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
     assert f"{name_of} validation accuracy: " in capsys.readouterr().out
