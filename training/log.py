@@ -15,7 +15,7 @@ class TrainingLog:
     """`add` every step, `read` every N steps (the only sync); rank 0 shows and writes, the others stay silent."""
 
     def __init__(self, folder: Path, title: str, first: int, total: int, main: bool):
-        self.bar = progress(range(total), title, initial=first, total=total, disable=not main)
+        self.bar = progress(range(total), title, initial=first, total=total)
         self.writer = SummaryWriter(str(folder), purge_step=first) if main else None
         self.sum: Tensor | None = None
         self.count, self.images, self.since = 0, 0, time.perf_counter()
