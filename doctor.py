@@ -21,7 +21,14 @@ from runtime.record import versions
 
 HERE = Path(__file__).resolve().parent
 DATA = ("digits/mnistm", "digits/svhn", "face/UNet.pt", "face/noise", "clip_zeroshot/val", "textual_inversion")
-WEIGHTS = ("p1_digits", "judge_mnistm", "judge_svhn")
+WEIGHTS = {
+    "p1_digits": "p1_digits.safetensors",
+    "judge_mnistm": "judge_mnistm.safetensors",
+    "judge_svhn": "judge_svhn.safetensors",
+    "miniature/faces": "miniature/faces/unet/diffusion_pytorch_model.safetensors",
+    "miniature/clip": "miniature/clip/open_clip_model.safetensors",
+    "miniature/diffusion": "miniature/stable_diffusion/unet/diffusion_pytorch_model.safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ def tell_files(settings: Settings) -> None:
     for name in DATA:
         found = (settings.data / name).exists()
         print(f"data     {name:24s}{'found' if found else 'absent (hw2_data/README.md says how to get it)'}")
-    for name in WEIGHTS:
-        path = HERE / "checkpoints" / f"{name}.safetensors"
+    for name, file in WEIGHTS.items():
+        path = HERE / "checkpoints" / file
         print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
 
 

@@ -30,6 +30,8 @@ class Case:
     placed: str
     words: tuple[str, ...]
     steps: int
+    guidance: str
+    """As the model is graded."""
     reads: tuple[Path, ...] = ()
     """Files whose change has everything made anew."""
     first: tuple[Step, ...] = ()
@@ -70,6 +72,7 @@ def course_case(sources: Sources) -> Case:
         placed=together,
         words=tuple(dict.fromkeys((things[0]["init"], things[-1]["init"]))),
         steps=500,
+        guidance="7.5",
     )
 
 
@@ -120,6 +123,7 @@ def miniature_case(sources: Sources) -> Case:
         placed=placed,
         words=("heart", "house"),
         steps=150 if sources.quick else 400,
+        guidance="5",
         plain={name: plain_entry(name, count) for name, count in asked.items()},
     )
 

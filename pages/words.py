@@ -16,7 +16,7 @@ from runtime.files import read_json
 LEVELS = {
     "joint": "all words in one prompt",
     "regional": "every word is heard in its own region only",
-    "conductor": "besides, a branch of the network for each concept",
+    "conductor": "that, and a branch of the network for each concept",
 }
 LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
 DRAW = ("solver", "steps", "guidance", "seed", "precision")
@@ -142,7 +142,7 @@ def draw_and_grade(
     drawn, scored = (sources.place(name) for name in names)
     draw = ["P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{drawn / 'pictures'}"]
     draw += ["--embeddings", f"{sources.place(case.prefix + '_words') / 'vectors'}", "--device", sources.device]
-    draw += ["--record", f"{drawn / 'record.json'}"]
+    draw += ["--guidance", case.guidance, "--record", f"{drawn / 'record.json'}"]
     grade = ["P3_evaluate.py", "--images", f"{drawn / 'pictures'}", "--input", f"{file}", "--clip", case.clip]
     grade += ["--references", f"{case.references}", "--output", f"{scored}", "--device", sources.device]
     after = (f"{case.prefix}_words", *([f"{case.prefix}_plain_scores"] if prepare else []))
@@ -181,9 +181,18 @@ def score_row(one: dict[str, Any]) -> tuple[str, ...]:
 
 
 def common_flags(sources: Sources, case: Case) -> tuple[str, ...]:
-    """Model, vectors, device."""
+    """Model, vectors, guidance, device."""
     vectors = sources.place(f"{case.prefix}_words") / "vectors"
-    return ("--model", case.model, "--embeddings", f"{vectors}", "--device", sources.device)
+    return (
+        "--model",
+        case.model,
+        "--embeddings",
+        f"{vectors}",
+        "--guidance",
+        case.guidance,
+        "--device",
+        sources.device,
+    )
 
 
 def together_part(sources: Sources, case: Case) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 from pages.content import Figure, Part, Score, Shown, Table, facts_table, percent
@@ -75,6 +76,14 @@ def miniature_part(sources: Sources) -> Part:
     )
 
 
+def case_row(line: str) -> tuple[str, ...]:
+    """From "Failed Cases: ('13_455.png', 'GT:willow_tree', 'Predicted:oak_tree')", or a successful one with a single name."""
+    kind, names = line.split(": ", 1)
+    file, *said = ast.literal_eval(names)
+    truth, predicted = said[0].removeprefix("GT:"), said[-1].removeprefix("Predicted:")
+    return ("right" if kind.startswith("Success") else "wrong", file, truth, predicted)
+
+
 def show(folder: Path, wanted: str) -> Shown:
     """Accuracy, five right and five wrong cases, what is mixed up."""
     found = read_json(folder / "record.json")["metrics"]
@@ -86,8 +95,8 @@ def show(folder: Path, wanted: str) -> Shown:
         ("mean over the classes", percent(found["mean_recall"])),
     )
     shown.tables.append(Table("Right answers", ("", "share"), rows))
-    cases = tuple((line.split(": ", 1)[0].removesuffix("s"), line.split(": ", 1)[1]) for line in found["cases"])
-    shown.tables.append(Table("Five right and five wrong cases", ("", "file, names"), cases))
+    cases = tuple(case_row(line) for line in found["cases"])
+    shown.tables.append(Table("Five right and five wrong cases", ("", "file", "shows", "taken for"), cases))
     pairs = tuple(
         (pair["truth"], pair["predicted"], f"{pair['times']} of {pair['pictures']}") for pair in found["confused_pairs"]
     )

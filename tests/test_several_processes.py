@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from P1_model import Network, save_network
+from runtime.files import load_safetensors
 from runtime.generation import Shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +80,11 @@ def test_zero_shot_features_and_predictions(tiny_clip: str, labelled: Path, tmp_
     one, two = both_ways(
         tmp_path, "P3_clip_zeroshot.py", *flags, "--embeddings", "features.safetensors", "--cache", "cache"
     )
-    for name in ("features.safetensors", "out/predictions.csv", "out/per_class.csv", "out/cases.png"):
+    for name in ("out/predictions.csv", "out/per_class.csv", "out/cases.png", "out/confusion.png"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    alone, shared = (load_safetensors(folder / "features.safetensors")[0] for folder in (one, two))
+    assert alone.keys() == shared.keys()
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
     assert metrics(two / "out" / "record.json")["processes"] == 2
 
 

@@ -7,8 +7,11 @@ for (const zoom of document.querySelectorAll(".zoom")) {
     picture.src = small.src;
     picture.alt = small.alt;
     picture.className = small.className;
+    const wide = small.naturalWidth;  // as wide as the window; on a phone as wide as it is, to be moved about
+    picture.style.width = small.className ? "" : `max(min(92vw, ${1.5 * wide}px), min(${wide}px, 56rem))`;
     large.querySelector("p").textContent = zoom.dataset.caption;
     large.showModal();
+    large.scrollTo(0, 0);
   });
 }
 large.addEventListener("click", () => large.close());
