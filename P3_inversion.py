@@ -18,6 +18,7 @@ from diffusion.schedule import add_noise
 from P3_concepts import Concept, posteriors, read_pictures, scaled, square
 from P3_embeddings import ExtendedTable, add_names, names_of, tokenize
 from runtime.cli import BadInput
+from runtime.device import memory_format
 from runtime.generation import derived_seed
 from training.draws import Draws
 
@@ -175,7 +176,7 @@ class Learner:
         text = self.pipe.text_encoder(sample.tokens)[0]
         alpha = self.alphas[sample.t][:, None, None, None]
         x = add_noise(sample.x0, sample.eps, alpha)
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.dtype).contiguous(memory_format=memory_format(self.device))
         error = self.pipe.unet(x, sample.t, encoder_hidden_states=text).sample.float() - sample.eps
         return ((1 / alpha).clamp(max=self.most_weight) * error.square()).mean() * concepts
 

@@ -18,7 +18,7 @@ from P3_inversion_looks import Looks
 from P3_model import load_pipeline, suit_training
 from P3_scores import Scorer
 from runtime.cli import BadInput, note
-from runtime.device import Choice, Precision, detect, set_up, should_compile
+from runtime.device import Choice, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import line_figure
 from runtime.files import output_folder
 from runtime.generation import is_out_of_memory
@@ -108,7 +108,7 @@ class Run:
 
     def _ready(self, pipe: Any) -> None:
         """Optimizer, memory and speed of the frozen network."""
-        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.unet.to(memory_format=memory_format(self.device))
         for network in (pipe.unet, pipe.text_encoder):
             suit_training(network, self.device, self.precision)
         if self.settings.low_memory:

@@ -151,14 +151,19 @@ def compare_speed(settings: Speed) -> None:
         )
         record.metrics["gradient_difference"] = gradient_difference(recipe, concept, device)
         found = side_by_side(settings, recipe, concept, device)
-    ratios = [plain / ours for plain, ours in zip(found["plain_s"], found["ours_s"], strict=True)]
-    record.metrics |= found | {"ratio": statistics.mean(ratios), "spread": statistics.pstdev(ratios)}
+    ratios = {
+        kind: [plain / ours for plain, ours in zip(found[f"plain{kind}_s"], found[f"ours{kind}_s"], strict=True)]
+        for kind in ("", "_cpu")
+    }
+    record.metrics |= found | {"ratios": ratios[""], "cpu_ratios": ratios["_cpu"]}
     record.save(settings.output)
     for name, told in (("ours", found["precision"]), ("plain", "fp32, eager")):
         speed = 1 / statistics.mean(found[f"{name}_s"])
         memory = f", {found[f'{name}_bytes'] / 1e9:.2f} GB at most" if device.type == "cuda" else ""
         print(f"{name:<6}{speed:8.2f} steps/s of {settings.batch}, {told}{memory}")
-    print(f"ratio {record.metrics['ratio']:8.2f} +- {record.metrics['spread']:.2f}")
+    for title, values in (("ratio", ratios[""]), ("of CPU time", ratios["_cpu"])):
+        if device.type == "cpu" or title == "ratio":
+            print(f"{title:<12}{statistics.mean(values):6.2f} +- {statistics.pstdev(values):.2f}")
     print(f"gradient in fp32 differs by {record.metrics['gradient_difference']:.1e}")
     print(f"our first step took {found['first_s']:.1f} s")
     note(f"record: {settings.output}")
@@ -177,15 +182,17 @@ def side_by_side(settings: Speed, recipe: Recipe, concept: Concept, device: torc
         found["precision"] = run.precision
         return lambda _: run.one_step()
 
-    found: dict[str, Any] = {"plain_s": [], "ours_s": []}
+    found: dict[str, Any] = {"plain_s": [], "ours_s": [], "plain_cpu_s": [], "ours_cpu_s": []}
     if device.type == "cuda":
         found |= {"plain_bytes": peak_bytes(plain, device), "ours_bytes": peak_bytes(ours, device)}
-    steps = {"plain_s": plain(), "ours_s": ours()}
-    found["first_s"] = seconds_per_step(steps["ours_s"], 1, device)
-    steps["plain_s"](0)
+    steps = {"plain": plain(), "ours": ours()}
+    found["first_s"] = seconds_per_step(steps["ours"], 1, device)[0]
+    steps["plain"](0)
     for _ in range(settings.repeats):
         for name, step in steps.items():
-            found[name].append(seconds_per_step(step, settings.steps, device))
+            wall, cpu = seconds_per_step(step, settings.steps, device)
+            found[f"{name}_s"].append(wall)
+            found[f"{name}_cpu_s"].append(cpu)
     return found
 
 
@@ -195,14 +202,14 @@ def samples_of(settings: Speed, recipe: Recipe, concept: Concept) -> list[Sample
     return [learner.batch(step, whole, settings.batch) for step in range(settings.steps)]
 
 
-def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.device) -> float:
-    """Of so many steps in a row."""
+def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
+    """Of so many steps in a row: on the clock, and of CPU time, which other programs don't take."""
     synchronize(device)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for index in range(steps):
         work(index)
     synchronize(device)
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
 
 
 def synchronize(device: torch.device) -> None:

@@ -27,10 +27,11 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.latents import cached_latents
-from miniature.trainer import Loop, Trainer, check_numbers, memory_format
+from miniature.trainer import Loop, Trainer, check_numbers
 from P3_checkpoint import make_scheduler
 from P3_model import suit_training
 from runtime.cli import BadInput, note
+from runtime.device import memory_format
 from training.draws import Draws
 
 SHOWN = (

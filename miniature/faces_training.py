@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from diffusion.schedule import add_noise, linear, min_snr_weight
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
-from miniature.faces_model import HERE, ORIGIN, SHIPPED, STEPS, draw_faces, make_network, memory_format, start_from
+from miniature.faces_model import HERE, ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import detect, set_up
+from runtime.device import detect, memory_format, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state

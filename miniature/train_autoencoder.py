@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies
 from miniature.diffusion_parts import MAKE_VAE, PARTS, load_part, make_autoencoder, save_part
 from miniature.judge_model import to_float
 from miniature.judge_training import ANY
-from miniature.trainer import Loop, Trainer, check_numbers, memory_format
+from miniature.trainer import Loop, Trainer, check_numbers
 from miniature.world import as_tensor, batch, dataset
 from runtime.cli import BadInput, note, progress, run_script
-from runtime.device import detect, set_up
+from runtime.device import detect, memory_format, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.generation import derived_seed
 from runtime.record import Record

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import Choice, Precision, detect, set_up, should_compile
+from runtime.device import Choice, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import save_picture
 from runtime.files import output_folder
 from runtime.record import Record
@@ -50,11 +50,6 @@ class Loop:
     """auto takes bf16 where the hardware has it."""
     compile: Choice = "auto"
     """torch.compile."""
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """On CPUs group normalisation goes backward several times slower in channels_last, which costs more than convolutions gain."""
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
 class Trainer(ABC):
