@@ -115,20 +115,21 @@ def clip_values(metrics: dict[str, Any]) -> Values:
 
 def inversion_values(metrics: dict[str, Any]) -> Values:
     """Seconds per step of both ways, gradient."""
-    ratios = [theirs / ours for theirs, ours in zip(metrics["plain_s"], metrics["ours_s"], strict=True)]
     kind = metrics["precision"]
     found = {"plain, s per step, fp32": metrics["plain_s"], f"ours, s per step, {kind}": metrics["ours_s"]}
-    return found | {"times faster": ratios, "gradient, relative difference": [metrics["gradient_difference"]]}
+    found |= {"times faster": metrics["ratios"], "times faster, by processor time": metrics["cpu_ratios"]}
+    return found | {"gradient, relative difference": [metrics["gradient_difference"]]}
 
 
 def concept_values(metrics: dict[str, Any]) -> Values:
     """Share of right pictures per question, over concepts and seeds."""
-    found: Values = {}
-    for row in metrics["rows"]:
-        for who in ("learned", "initial"):
-            if who in row:
-                found.setdefault(f"{row['vectors']} vectors, {who}: {row['question']}", []).append(row[who])
-    return found
+    rates = metrics["rates"]
+    return {f"{question}: {who}": shares for question, columns in rates.items() for who, shares in columns.items()}
+
+
+def course_values(metrics: dict[str, Any]) -> Values:
+    """Of the course's cases."""
+    return {"share of cases passed": [float(case["passed"]) for case in metrics["cases"]]}
 
 
 def composition_values(metrics: dict[str, Any]) -> Values:
@@ -144,6 +145,7 @@ BENCHES = (
     Bench("p3_clip", ("benchmarks/p3_clip.py",), clip_values),
     Bench("p3_speed", ("benchmarks/p3_textual_inversion.py", "speed"), inversion_values, ASSEMBLE),
     Bench("p3_concepts", ("benchmarks/p3_textual_inversion.py", "concepts"), concept_values, ASSEMBLE),
+    Bench("p3_course", ("benchmarks/p3_textual_inversion.py", "course"), course_values, ASSEMBLE),
     Bench("p3_composition", ("benchmarks/p3_composition.py",), composition_values, ASSEMBLE),
 )
 

@@ -12,11 +12,10 @@ from pages.steps import Step
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture, and what it shows; a `small` one isn't spread over the page."""
+    """A picture, and what it shows."""
 
     path: Path
     caption: str
-    small: bool = False
 
 
 @dataclass(frozen=True)

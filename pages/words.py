@@ -13,11 +13,14 @@ from pages.sources import Sources
 from pages.steps import Step
 from runtime.files import read_json
 
-LEVELS = {
-    "joint": "all words in one prompt",
-    "regional": "every word is heard in its own region only",
-    "conductor": "that, and a branch of the network for each concept",
-}
+LEVELS = (
+    "Left to right: where each concept belongs; joint, all words in one prompt; regional, every word heard in its own region only; "
+    "conductor, that and a branch of the network for each concept."
+)
+COMPOSING = (
+    "A layout says where each concept belongs, and the network is made to listen to each word in its own region only, with a branch of "
+    "its own for each in the strongest form (after Concept Conductor, arXiv 2408.03632)."
+)
 LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
 DRAW = ("solver", "steps", "guidance", "seed", "precision")
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
@@ -226,33 +229,37 @@ def show_together(folder: Path, case: Case) -> Shown:
 
 def layout_part(sources: Sources, case: Case) -> Part:
     """Each concept in its place, by every level that keeps them apart."""
-    name, levels = f"{case.prefix}_layout", ["joint", "conductor"] if sources.quick else list(LEVELS)
+    name = f"{case.prefix}_layout"
     place = sources.place(name)
-    start = ("P3_inference.py", "--layout", "auto", "--prompt", case.placed, "--words", *case.words)
-    commands = tuple(
-        (*start, "--level", level, "--output", f"{place / 'pictures'}", "--draw-layout", f"{place / 'layout.png'}",
-         "--record", f"{place / f'record_{level}.json'}", *common_flags(sources, case)) for level in levels
-    )  # fmt: skip
+    command = ("P3_inference.py", "--layout", "auto", "--prompt", case.placed, "--words", *case.words)
+    command += ("--output", f"{place / 'pictures'}", "--figure", f"{place / 'levels.png'}")
+    command += ("--record", f"{place / 'record.json'}", *common_flags(sources, case))
     return Part(
         name=f"{case.prefix}-layout",
         problem="P3",
         title="Each concept in its place",
-        text="A layout says where each concept belongs, and the network is made to listen to each word in its own region only, with a "
-        "branch of its own for each in the strongest form (after Concept Conductor, arXiv 2408.03632).",
+        text=COMPOSING,
         source=case.source,
         real=case.real,
-        steps=(Step(name, "P3: each concept in its place", commands, case.reads, (f"{case.prefix}_words",)),),
-        show=lambda folder: show_layout(folder / name, case, levels),
+        steps=(Step(name, "P3: each concept in its place", (command,), case.reads, (f"{case.prefix}_words",)),),
+        show=lambda folder: show_layout(folder / name, case),
         hint="" if case.real else HINT,
     )
 
 
-def show_layout(folder: Path, case: Case, levels: list[str]) -> Shown:
-    """The layout, and a row of pictures per level."""
-    shown = Shown(figures=[Figure(folder / "layout.png", f"“{case.placed}”: a region per concept.", small=True)])
-    for level in levels:
-        paths = tuple(sorted((folder / "pictures").glob(f"{level}_*.png")))
-        shown.figures.append(Gallery(paths, f"{level}: {LEVELS[level]}."))
-    seconds = read_json(folder / f"record_{levels[-1]}.json")["metrics"]["seconds_per_picture"]
-    shown.scores.append(Score(f"composed pictures ({levels[-1]})", f"{len(paths)}, {seconds:.2f} s each"))
-    return shown
+def show_layout(folder: Path, case: Case) -> Shown:
+    """The levels side by side, and the pictures of the strongest."""
+    record = read_json(folder / "record.json")
+    paths = tuple(sorted((folder / "pictures").glob("*.png")))
+    return Shown(
+        [
+            Score(
+                "composed pictures (conductor)", f"{len(paths)}, {record['metrics']['seconds_per_picture']:.2f} s each"
+            )
+        ],
+        [
+            Figure(folder / "levels.png", LEVELS),
+            Gallery(paths, f"“{case.placed}”: conductor."),
+        ],
+        [facts_table("Settings", {name: record["settings"][name] for name in DRAW})],
+    )

@@ -17,7 +17,14 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-ASKED = {"vectors": 1, "question": "object"}
+INVERSION = {
+    "plain_s": [2.0],
+    "ours_s": [1.0],
+    "ratios": [2.0],
+    "cpu_ratios": [1.9],
+    "precision": "fp32",
+    "gradient_difference": 1e-7,
+}
 
 
 def bench(name: str) -> Bench:
@@ -67,13 +74,14 @@ def test_a_failed_benchmark_is_in_the_table() -> None:
             "second run, times faster",
             [4.0],
         ),
-        ("p3_speed", {"plain_s": [2.0], "ours_s": [1.0], "precision": "fp32", "gradient_difference": 1e-7}, "times faster", [2.0]),
+        ("p3_speed", INVERSION, "times faster", [2.0]),
         (
             "p3_concepts",
-            {"rows": [ASKED | {"learned": 0.5, "initial": 0.25}, ASKED | {"learned": 1.0}]},
-            "1 vectors, learned: object",
+            {"rates": {"object": {"1 vector": [0.5, 1.0], "initial word": [0.25]}}},
+            "object: 1 vector",
             [0.5, 1.0],
         ),
+        ("p3_course", {"cases": [{"passed": True}, {"passed": False}]}, "share of cases passed", [1.0, 0.0]),
         ("p3_composition", {"two": {"joint": 0.1, "conductor": 0.9}}, "two: conductor", [0.9]),
     ],
 )  # fmt: skip
