@@ -4,7 +4,7 @@
   python benchmarks/p3_textual_inversion.py speed --model random-v1 --init dog --batch 4 --device cuda       memory too
   python benchmarks/p3_textual_inversion.py concepts                 held-out objects and styles, several seeds; goes on where it stopped
   python benchmarks/p3_textual_inversion.py concepts --names key fish --seeds 1 --more-vectors 2 4
-  python benchmarks/p3_textual_inversion.py course                   with what `concepts` learned: the course's 25 pictures and its grades
+  python benchmarks/p3_textual_inversion.py graded                   with what `concepts` learned: the course's 25 pictures and its grades
 
 random-v1 is Stable Diffusion v1 with random weights: speed and memory don't depend on what it knows. plain_p3.py is the plain method.
 """
@@ -325,6 +325,6 @@ if __name__ == "__main__":
     command: Any = (  # tyro makes a subcommand of each
         Annotated[Speed, tyro.conf.subcommand("speed")]
         | Annotated[Concepts, tyro.conf.subcommand("concepts")]
-        | Annotated[Graded, tyro.conf.subcommand("course")]
+        | Annotated[Graded, tyro.conf.subcommand("graded")]
     )
     run_script(main, command, __doc__)

@@ -145,7 +145,7 @@ BENCHES = (
     Bench("p3_clip", ("benchmarks/p3_clip.py",), clip_values),
     Bench("p3_speed", ("benchmarks/p3_textual_inversion.py", "speed"), inversion_values, ASSEMBLE),
     Bench("p3_concepts", ("benchmarks/p3_textual_inversion.py", "concepts"), concept_values, ASSEMBLE),
-    Bench("p3_course", ("benchmarks/p3_textual_inversion.py", "course"), course_values, ASSEMBLE),
+    Bench("p3_course", ("benchmarks/p3_textual_inversion.py", "graded"), course_values, ASSEMBLE),
     Bench("p3_composition", ("benchmarks/p3_composition.py",), composition_values, ASSEMBLE),
 )
 

@@ -294,9 +294,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: str, image
 def test_two_processes_learn_like_one(tmp_path: Path, model: str, images: Path) -> None:
     one = settings(tmp_path, model, images, run=tmp_path / "run1", output=tmp_path / "learned1")
     two = settings(tmp_path, model, images, run=tmp_path / "run2", output=tmp_path / "learned2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+    ]  # else it takes --run for a flag of its own
     for launch, given in (([sys.executable], one), (torchrun, two)):
-        subprocess.run(launch + command(given)[1:], capture_output=True, timeout=900, check=True)
+        done = subprocess.run(launch + command(given)[1:], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((two.run / "record.json").read_text())["metrics"]["processes"] == 2
     files = [folder / "learned_new1.safetensors" for folder in (one.output, two.output)]
     torch.testing.assert_close(*[load_file(file)[TOKEN] for file in files], rtol=1e-3, atol=1e-5)
