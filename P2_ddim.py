@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def sample(
     device = next(model.network.parameters()).device
     x = torch.stack([noise.x for noise in noises]).to(device, memory_format=torch.channels_last)
     streams = generators([derived_seed(recipe.seed, *noise.stem.encode()) for noise in noises])
-    seen = {"watch": watch} if watch else {}
+    seen: dict[str, Any] = {"watch": watch} if watch else {}
     return ddim(model.denoiser(len(noises)), x, model.schedule, recipe.steps, streams, recipe.eta, **seen).cpu()
 
 

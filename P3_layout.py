@@ -233,7 +233,7 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
             raise BadInput(f"{name}: {field} {entry[field]!r} must be a text")
     if "box" in entry and "mask" in entry or not entry.get("style") and not {"box", "mask"} & set(entry):
         raise BadInput(f"{name}: give it either a box or a mask")
-    if entry["token"] not in entry.get("prompt", entry["token"]):
+    if entry["token"] not in str(entry.get("prompt", entry["token"])):
         raise BadInput(f"{name}: its prompt doesn't hold it: {entry['prompt']!r}")
 
 

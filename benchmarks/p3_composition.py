@@ -31,7 +31,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_textual_inversion import INITIAL, MODEL, pictures_of
+from benchmarks.p3_learning import INITIAL, pictures_of
+from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
