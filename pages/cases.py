@@ -36,8 +36,8 @@ class Case:
     """Files whose change has everything made anew."""
     first: tuple[Step, ...] = ()
     """What comes before learning."""
-    plain: dict[str, Any] | None = None
-    """An input.json in which ordinary words stand for the learned ones, where that is what they have to beat."""
+    without_baseline: dict[str, Any] | None = None
+    """The input.json where it has no baselines; what the concepts' initial words reach is taken."""
 
 
 # ---------------------------------------------------------------- the course's concepts
@@ -122,9 +122,9 @@ def miniature_case(sources: Sources) -> Case:
         prompts=(*alone, *(() if sources.quick else STYLED), placed),
         placed=placed,
         words=("heart", "house"),
-        steps=150 if sources.quick else 400,
+        steps=300 if sources.quick else 500,
         guidance="5",
-        plain={name: plain_entry(name, count) for name, count in asked.items()},
+        without_baseline={name: entry_of(name, count) for name, count in asked.items()},
     )
 
 
@@ -148,27 +148,23 @@ def concept_of(name: str, folder: Path) -> dict[str, str]:
     return {"token": token, "images": f"{folder}", "init": init, "kind": kind}
 
 
-def plain_entry(name: str, count: int) -> dict[str, Any]:
-    """An entry of input.json that draws with the nearest ordinary word; no caption names the thing, so text is graded without it."""
-    _, init, kind = INITIAL[name]
+def entry_of(name: str, count: int) -> dict[str, Any]:
+    """An entry of input.json without a baseline yet; no caption names the thing, so text is graded without it."""
+    token, _, kind = INITIAL[name]
     asked, unnamed = ASKED[name][:count], "object" if kind == "object" else "something unusual"
     return {
         "src_image": name,
-        "token_name": init,
-        "prompt": [text.format(init) for text in asked],
+        "token_name": token,
+        "prompt": [text.format(token) for text in asked],
         "prompt_4_clip_eval": [text.format(unnamed).replace("a object", "an object") for text in asked],
         "baseline": [[0.0, 0.0] for _ in asked],
     }
 
 
-def write_learned(case: Case, record: Path) -> None:
-    """The input.json with the tokens in place; what the ordinary words reached, by the record, is what they have to beat."""
+def write_baselines(case: Case, record: Path) -> None:
+    """The input.json, in which what the ordinary words reached, by the record, is what the learned ones have to beat."""
     reached: dict[str, list[list[float]]] = {}
     for one in read_json(record)["metrics"]["cases"]:
         reached.setdefault(one["key"], []).append([one["image_score"], one["text_score"]])
-    found = {}
-    for name, entry in (case.plain or {}).items():
-        token = INITIAL[name][0]
-        prompts = [text.format(token) for text in ASKED[name][: len(entry["prompt"])]]
-        found[name] = entry | {"token_name": token, "prompt": prompts, "baseline": reached[name]}
-    write_json(case.graded, found)
+    entries = case.without_baseline or {}
+    write_json(case.graded, {name: entry | {"baseline": reached[name]} for name, entry in entries.items()})

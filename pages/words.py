@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages.cases import Case, course_case, miniature_case, write_learned
+from pages.cases import Case, course_case, miniature_case, write_baselines
 from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
 from pages.sources import Sources
 from pages.steps import Step
@@ -24,6 +23,7 @@ COMPOSING = (
 LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
 DRAW = ("solver", "steps", "guidance", "seed", "precision")
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
+GRADED = "P3: grading them as the course does"
 LEARNING = (
     "Textual inversion teaches a frozen model a new word: a vector for it is sought with which the model draws what the pictures show. "
     "Nothing but that vector changes."
@@ -105,11 +105,15 @@ def pictures_in(folder: Path) -> tuple[Path, ...]:
 
 def grading_part(sources: Sources, case: Case) -> Part:
     """25 pictures per prompt and the course's scores."""
-    plain = plain_steps(sources, case)
     drawn, scored = f"{case.prefix}_graded", f"{case.prefix}_scores"
-    reached = sources.place(f"{case.prefix}_plain_scores") / "record.json"
-    prepare = partial(write_learned, case, reached) if case.plain else None
-    steps = draw_and_grade(sources, case, (drawn, scored), case.graded, "the learned words", prepare)
+    words, plain = f"{case.prefix}_words", plain_steps(sources, case)
+    after = (words, *(step.name for step in plain))
+    prepare = partial(write_baselines, case, sources.place(plain[-1].name) / "record.json") if plain else None
+    draw = draw_command(sources, case, drawn, case.graded, sources.place(words) / "vectors")
+    steps = (
+        Step(drawn, "P3: 25 pictures per prompt with the learned words", (draw,), case.reads, after, prepare=prepare),
+        Step(scored, GRADED, (grade_command(sources, case, drawn, scored, case.graded),), case.reads, (drawn,)),
+    )
     return Part(
         name=f"{case.prefix}-scores",
         problem="P3",
@@ -124,36 +128,38 @@ def grading_part(sources: Sources, case: Case) -> Part:
 
 
 def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
-    """Drawing and grading with ordinary words, where these are the baseline."""
-    if not case.plain:
+    """Drawing and grading with the initial words, where these are the baseline: a training that learns nothing."""
+    if not case.without_baseline:
         return ()
-    names = (f"{case.prefix}_plain", f"{case.prefix}_plain_scores")
-    file = sources.place(names[0]) / "input.json"
-    return draw_and_grade(sources, case, names, file, "ordinary words, to be beaten", None, ((file, case.plain),))
-
-
-def draw_and_grade(
-    sources: Sources,
-    case: Case,
-    names: tuple[str, str],
-    file: Path,
-    what: str,
-    prepare: Callable[[], None] | None,
-    files: tuple[tuple[Path, Any], ...] = (),
-) -> tuple[Step, Step]:
-    """P3_inference.py and P3_evaluate.py on one input.json."""
-    drawn, scored = (sources.place(name) for name in names)
-    draw = ["P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{drawn / 'pictures'}"]
-    draw += ["--embeddings", f"{sources.place(case.prefix + '_words') / 'vectors'}", "--device", sources.device]
-    draw += ["--guidance", case.guidance, "--record", f"{drawn / 'record.json'}"]
-    grade = ["P3_evaluate.py", "--images", f"{drawn / 'pictures'}", "--input", f"{file}", "--clip", case.clip]
-    grade += ["--references", f"{case.references}", "--output", f"{scored}", "--device", sources.device]
-    after = (f"{case.prefix}_words", *([f"{case.prefix}_plain_scores"] if prepare else []))
-    title = f"P3: 25 pictures per prompt with {what}"
+    drawn, scored = f"{case.prefix}_plain", f"{case.prefix}_plain_scores"
+    place = sources.place(drawn)
+    file, concepts = place / "input.json", place / "concepts.json"
+    keep = ("--steps", "1", "--lr", "1e-12", "--keep-norm", "0", "--validate-every", "0")
+    initial = ("P3_textual_inversion.py", "--model", case.model, "--concepts", f"{concepts}", *keep)
+    initial += ("--device", sources.device, "--output", f"{place / 'vectors'}", "--run", f"{place / 'run'}")
+    draw = draw_command(sources, case, drawn, file, place / "vectors")
+    files = ((file, case.without_baseline), (concepts, case.concepts))
+    title, after = "P3: 25 pictures per prompt with ordinary words, to be beaten", tuple(x.name for x in case.first)
+    grade = grade_command(sources, case, drawn, scored, file)
     return (
-        Step(names[0], title, (tuple(draw),), case.reads, after, files, prepare),
-        Step(names[1], "P3: grading them as the course does", (tuple(grade),), case.reads, (names[0],)),
+        Step(drawn, title, (initial, draw), case.reads, after, files),
+        Step(scored, GRADED, (grade,), case.reads, (drawn,)),
     )
+
+
+def draw_command(sources: Sources, case: Case, drawn: str, file: Path, vectors: Path) -> tuple[str, ...]:
+    """25 pictures for each prompt of an input.json."""
+    place = sources.place(drawn)
+    command = ("P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{place / 'pictures'}")
+    command += ("--embeddings", f"{vectors}", "--guidance", case.guidance, "--device", sources.device)
+    return (*command, "--record", f"{place / 'record.json'}")
+
+
+def grade_command(sources: Sources, case: Case, drawn: str, scored: str, file: Path) -> tuple[str, ...]:
+    """The course's scores of these."""
+    pictures, device = f"{sources.place(drawn) / 'pictures'}", sources.device
+    command = ("P3_evaluate.py", "--images", pictures, "--input", f"{file}", "--references", f"{case.references}")
+    return (*command, "--clip", case.clip, "--output", f"{sources.place(scored)}", "--device", device)
 
 
 def show_grading(folder: Path, scored: str, case: Case) -> Shown:

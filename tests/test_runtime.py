@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, note, progress
 from runtime.device import Machine, Precision, allow_tf32, detect, resolve_precision, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import (
@@ -31,7 +31,7 @@ from runtime.files import (
     require_file,
     write_json,
 )
-from runtime.generation import derived_seed, even_batch, in_batches
+from runtime.generation import derived_seed, even_batch, in_batches, sharing
 from runtime.record import Record
 
 ROOT = Path(__file__).parents[1]
@@ -479,3 +479,29 @@ def test_kept_memory_is_used_again_instead_of_fetched_page_by_page() -> None:
 @pytest.mark.parametrize("asked", ["auto", "fp32"])
 def test_set_up_returns_the_resolved_precision(asked: Precision) -> None:
     assert set_up(asked, machine()) == "fp32"
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    with pytest.raises(BadInput, match="--device cuda:77"):
+        detect("cuda")
+
+
+def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        note(f"from {rank}")
+        list(progress([1], f"bar {rank}"))
+    said = capsys.readouterr().err
+    assert "from 0" in said
+    assert "bar 0" in said
+    assert "from 1" not in said
+    assert "bar 1" not in said
+
+
+def test_a_process_alone_gathers_what_it_has() -> None:
+    with sharing() as shard:
+        assert (shard.main, shard.world, shard.gather([1, 2])) == (True, 1, [1, 2])
