@@ -135,7 +135,7 @@ def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
     place = sources.place(drawn)
     file, concepts = place / "input.json", place / "concepts.json"
     keep = ("--steps", "1", "--lr", "1e-12", "--keep-norm", "0", "--validate-every", "0")
-    initial = ("P3_textual_inversion.py", "--model", case.model, "--concepts", f"{concepts}", *keep)
+    initial: tuple[str, ...] = ("P3_textual_inversion.py", "--model", case.model, "--concepts", f"{concepts}", *keep)
     initial += ("--device", sources.device, "--output", f"{place / 'vectors'}", "--run", f"{place / 'run'}")
     draw = draw_command(sources, case, drawn, file, place / "vectors")
     files = ((file, case.without_baseline), (concepts, case.concepts))
@@ -150,7 +150,15 @@ def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
 def draw_command(sources: Sources, case: Case, drawn: str, file: Path, vectors: Path) -> tuple[str, ...]:
     """25 pictures for each prompt of an input.json."""
     place = sources.place(drawn)
-    command = ("P3_inference.py", "--input", f"{file}", "--model", case.model, "--output", f"{place / 'pictures'}")
+    command: tuple[str, ...] = (
+        "P3_inference.py",
+        "--input",
+        f"{file}",
+        "--model",
+        case.model,
+        "--output",
+        f"{place / 'pictures'}",
+    )
     command += ("--embeddings", f"{vectors}", "--guidance", case.guidance, "--device", sources.device)
     return (*command, "--record", f"{place / 'record.json'}")
 
