@@ -18,7 +18,7 @@ from diffusion.schedule import Schedule
 from diffusion.steps import step_rule
 from P3_embeddings import encode
 from runtime.cli import BadInput, progress
-from runtime.generation import even_batch, in_batches
+from runtime.generation import ALONE, Shard, even_batch, in_batches
 
 Solver = Literal["dpm", "ddim"]
 CPU_BATCH, GPU_BATCH = 8, 64  # pictures at once; a GPU's is halved until it fits
@@ -118,11 +118,13 @@ class Painter:
 
 
 def in_turn(
-    paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], batch: int, on_gpu: bool, title: str = "drawing"
+    paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], batch: int, on_gpu: bool, shard: Shard = ALONE
 ) -> Iterator[tuple[Any, Tensor]]:
-    """(order, its picture), with a progress bar; `batch` 0: 64 on a GPU, halved when memory runs out, eight on a CPU."""
-    most = even_batch(len(orders), batch or (GPU_BATCH if on_gpu else CPU_BATCH))
-    with progress(None, title, total=len(orders), unit="img", leave=False) as bar:  # type: ignore[arg-type]
-        for chunk, images in in_batches(paint, orders, most):
+    """(order, its picture) of this process's batches, with a progress bar; `batch` 0: 64 on a GPU, halved when memory runs out, eight
+    on a CPU, fewer where several processes share few pictures."""
+    most = even_batch(len(orders), batch or shard.largest(len(orders), GPU_BATCH if on_gpu else CPU_BATCH))
+    mine = [orders[row] for row in shard.rows(len(orders), most)]
+    with progress(None, "drawing", total=len(mine), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+        for chunk, images in in_batches(paint, mine, most):
             yield from zip(chunk, images[: len(chunk)], strict=True)
             bar.update(len(chunk))

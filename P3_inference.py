@@ -5,6 +5,7 @@
   python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, draws nothing
   python P3_inference.py --input input.json --model DIR --output out --candidates 50 --clip CLIP --references pictures
   python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places (P3_layout.py has the form)
+  torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the pictures
   python P3_inference.py --layout auto --prompt "a <new1> next to a <new2>" --words dog cat --model DIR --output out --draw-layout a.png
 
 Vectors of tokens are looked for in --embeddings, then in checkpoints/p3. Guidance: uncond + scale * (cond - uncond). Picture n of a prompt
@@ -13,117 +14,31 @@ has a seed of its own: it is the same in any batch. --candidates draws more and 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion.guidance import Guidance
-from P3_composition import Composed, Level, Means, compose
+from P3_composition import Composed, compose
 from P3_composition_report import layout_picture, levels_figure, means_of, scores_inside
-from P3_drawing import Manner, Order, Painter, Solver, in_turn
-from P3_embeddings import FOLDER, Vectors, find_vectors, install, require_token, require_width, tokens_in
-from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
-from P3_layout import Layout, auto_layout, read_layout
+from P3_drawing import Manner, Order, Painter, in_turn
+from P3_embeddings import Vectors, install, require_width
+from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
+from P3_layout import Layout
 from P3_model import check_model, load_pipeline
 from P3_output import check_disk, remove, stale_files
 from P3_scores import Scorer, open_pictures, rank
-from runtime.cli import BadInput, require_positive, run_script
-from runtime.device import Choice, Machine, Precision, detect, set_up, should_compile
+from runtime.cli import run_script
+from runtime.device import Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
 from runtime.files import output_folder, read_json
-from runtime.generation import derived_seed
+from runtime.generation import Shard, sharing
 from runtime.record import Record
 
-HERE = Path(__file__).resolve().parent
 SIDE = 512  # of Stable Diffusion v1's pictures
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Flags."""
-
-    model: str
-    """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
-    output: Path
-    """Folder: {key}/{prompt}/source{key}_prompt{prompt}_{n}.png with --input, {prompt}_{n}.png with --prompt."""
-    input: Path | None = None
-    """The course's input.json: tokens and prompts."""
-    prompt: tuple[str, ...] = ()
-    """Instead of --input: any prompts."""
-    count: int = 4
-    """Pictures of each --prompt."""
-    layout: str | None = None
-    """A json file that says which concept belongs where, or auto: the tokens of --prompt side by side."""
-    level: Level = "conductor"
-    """How concepts are kept apart where there is a layout: not at all (joint), by their words (regional), by branches too (conductor)."""
-    words: tuple[str, ...] = ()
-    """With --layout auto: ordinary words for the prompt's tokens, in their order; none given: object."""
-    draw_layout: Path | None = None
-    """Also writes the layout as a picture."""
-    means: Means = Means()
-    figure: Path | None = None
-    """Also writes a figure: layout, joint, regional, conductor side by side, masks shown."""
-    scores: bool = False
-    """Also scores each concept inside its mask with --clip: text, and likeness to its pictures where the layout names them."""
-    embeddings: tuple[Path, ...] = ()
-    """Files and folders with learned tokens; checkpoints/p3 comes last."""
-    solver: Solver = "dpm"
-    """dpm: DPM-Solver++; ddim: eta 0."""
-    steps: int = 25
-    guidance: float = 7.5
-    """Scale of classifier-free guidance."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance only while t / T is in this range."""
-    rescale: float = 0.0
-    """0..1: pulls the contrast of guided pictures back."""
-    negative: str = ""
-    """What pictures should not show."""
-    size: int | None = None
-    """Height and width; None: the model's own."""
-    candidates: int = 0
-    """Pictures drawn per prompt, of which the best are kept; 0: as many as are kept."""
-    clip: str = "openai/clip-vit-base-patch32"
-    """The CLIP that chooses among candidates: a transformers folder or a hub name."""
-    references: Path = HERE / "hw2_data" / "textual_inversion"
-    """For --candidates with --input: folder with a folder of pictures per key."""
-    batch: int = 0
-    """Pictures at once; 0: on a GPU 64, or as many as memory allows; 8 on a CPU."""
-    seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
-    precision: Precision = "auto"
-    """auto takes bf16 where the hardware has it."""
-    compile: Choice = "auto"
-    """torch.compile of the U-Net; auto: on CUDA, for fifty pictures or more."""
-    dry_run: bool = False
-    """Checks file, tokens, model, disk; draws nothing but --draw-layout."""
-    record: Path = HERE / "runs" / "p3_inference" / "record.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt: the files of its pictures, in order, and what chooses among candidates."""
-
-    prompt: str
-    files: tuple[Path, ...]
-    seeds: tuple[int, ...]
-    text: str
-    """The prompt in ordinary words."""
-    references: tuple[Path, ...] = ()
-    """Pictures that candidates should be like."""
-    layout: Layout | None = None
-
-    @property
-    def tokens(self) -> list[str]:
-        """All that vectors are needed of."""
-        texts = [self.prompt, *(self.layout.prompts if self.layout else ())]
-        return [token for text in texts for token in tokens_in(text)]
 
 
 def main(settings: Settings) -> None:
@@ -145,109 +60,27 @@ def main(settings: Settings) -> None:
         painter, scorer = prepare(settings, machine, vectors, sum(len(job.seeds) for job in jobs))
     if jobs[0].layout:
         jobs[0].layout.require_room(*painter.shape[1:])
-    remove(stale, settings.output)
-    with record.timed("drawing"):
-        kept = draw_all(settings, painter, scorer, jobs)
-    seconds = record.timings["drawing"] / sum(len(job.seeds) for job in jobs)
+    with sharing() as shard:
+        if shard.main:
+            remove(stale, settings.output)
+        with record.timed("drawing"):
+            shares = shard.gather([draw_share(settings, painter, scorer, jobs, shard)])
+        if shard.main:
+            finish(settings, painter, scorer, jobs, record, shares)
+
+
+def finish(
+    settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], record: Record, shares: list[int]
+) -> None:
+    """What the first process tells when all pictures are there."""
+    drawn, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
+    seconds = record.timings["drawing"] / drawn
     record.metrics = {"pictures": kept, "seconds_per_picture": round(seconds, 4)}
+    record.metrics |= {"processes": len(shares), "shares": shares}
     if jobs[0].layout:
         record.metrics |= about_layout(settings, painter, scorer, jobs[0], jobs[0].layout)
     record.save(settings.record)
     print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each")
-
-
-# ---------------------------------------------------------------- what is asked for
-
-
-def check(settings: Settings) -> None:
-    """Raises BadInput for flags that can't work, alone or together."""
-    require_positive(settings, "count", "steps")
-    from_file = settings.layout not in (None, "auto")
-    if bool(settings.input) + bool(settings.prompt) + from_file != 1:
-        raise BadInput("give either --input FILE or --prompt TEXT or --layout FILE")
-    if settings.layout and (settings.input or len(settings.prompt) > 1):
-        raise BadInput("--layout goes with a single --prompt, or with none")
-    if settings.layout and (settings.interval != (0.0, 1.0) or settings.rescale):
-        raise BadInput("--interval and --rescale are not available with --layout")
-    if settings.layout and settings.compile == "on":
-        raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
-    if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
-        raise BadInput("--draw-layout, --figure and --scores need a --layout")
-    if not 0 <= settings.means.align < float("inf"):
-        raise BadInput(f"--align {settings.means.align}: give zero or more")
-    if min(settings.seed, settings.batch, settings.candidates) < 0:
-        raise BadInput("--seed, --batch and --candidates: give zero or more")
-    if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:
-        raise BadInput(f"--interval {settings.interval}, --rescale {settings.rescale}: give shares from 0 to 1, rising")
-    wanted = PICTURES if settings.input else settings.count
-    if 0 < settings.candidates < wanted:
-        raise BadInput(f"--candidates {settings.candidates}: {wanted} are kept, so give more than that")
-
-
-def jobs_of(settings: Settings) -> list[Job]:
-    """Every prompt; raises BadInput."""
-    if settings.input:
-        found = [(concept, k) for concept in read_input(settings.input) for k in range(len(concept.prompts))]
-        return [_graded_job(settings, concept, k) for concept, k in found]
-    if settings.layout:
-        return [_layout_job(settings)]
-    files = [
-        tuple(settings.output / f"{k}_{n}.png" for n in range(settings.count)) for k in range(len(settings.prompt))
-    ]
-    drawn = max(settings.candidates, settings.count)
-    return [Job(text, files[k], _seeds(settings, (k,), drawn), text) for k, text in enumerate(settings.prompt)]
-
-
-def _graded_job(settings: Settings, concept: Concept, k: int) -> Job:
-    require_token(concept.token, f"{settings.input}, {concept.key!r}: token_name")
-    files = tuple(picture_path(settings.output, concept.key, k, n) for n in range(PICTURES))
-    seeds = _seeds(settings, (zlib.crc32(concept.key.encode()), k), max(settings.candidates, PICTURES))
-    words = (
-        concept.clip_prompts[k] if concept.clip_prompts else concept.prompts[k].replace(concept.token, concept.source)
-    )
-    pictures = settings.references / concept.key if settings.candidates else None
-    return Job(concept.prompts[k], files, seeds, words, find_pictures(pictures) if pictures else ())
-
-
-def _layout_job(settings: Settings) -> Job:
-    if settings.layout == "auto":
-        words = dict(zip(tokens_in(settings.prompt[0]), settings.words, strict=False))
-        layout = auto_layout(settings.prompt[0], words)
-    else:
-        layout = read_layout(Path(str(settings.layout)))
-    files = tuple(settings.output / f"{settings.level}_{n}.png" for n in range(settings.count))
-    seeds = _seeds(settings, (0,), max(settings.candidates, settings.count))
-    return Job(layout.joint, files, seeds, layout.prompt, layout=layout)
-
-
-def _seeds(settings: Settings, key: tuple[int, ...], count: int) -> tuple[int, ...]:
-    return tuple(derived_seed(settings.seed, *key, n) for n in range(count))
-
-
-def vectors_of(settings: Settings, jobs: Sequence[Job]) -> Vectors:
-    """Of all tokens in the prompts; raises BadInput that names the commands which learn those that are absent."""
-    tokens = list(dict.fromkeys(token for job in jobs for token in job.tokens))
-    places = [*settings.embeddings, *([FOLDER] if FOLDER.is_dir() else [])]
-    found = find_vectors(tokens, places)
-    if absent := [token for token in tokens if token not in found]:
-        where = ", ".join(map(str, places)) or FOLDER
-        commands = "\n".join(f"  {command}" for command in commands_for(settings, absent))
-        raise BadInput(f"no vectors of {', '.join(absent)} in {where}; these commands learn them:\n{commands}")
-    return found
-
-
-def commands_for(settings: Settings, tokens: Sequence[str]) -> list[str]:
-    """What to run for each token, as far as input.json tells."""
-    concepts = {concept.token: concept for concept in read_input(settings.input)} if settings.input else {}
-    commands = []
-    for token in tokens:
-        concept = concepts.get(token)
-        style = concept is not None and any(f"style of {token}" in prompt for prompt in concept.prompts)
-        images = settings.references / concept.key if concept else "FOLDER"
-        word = "painting" if style else concept.source.split()[-1].lower() if concept else "WORD"
-        command = f'python P3_textual_inversion.py --model "{settings.model}" --images "{images}" --token "{token}" --init {word}'
-        commands.append(command + (" --kind style" if style else ""))
-    return commands
 
 
 # ---------------------------------------------------------------- a dry run
@@ -309,24 +142,27 @@ def prepare(settings: Settings, machine: Machine, vectors: Vectors, drawn: int) 
     return painter, Scorer.load(settings.clip, machine.device) if settings.candidates or settings.scores else None
 
 
-def draw_all(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job]) -> int:
-    """Draws and saves; returns how many pictures are kept."""
+def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], shard: Shard) -> int:
+    """Draws and saves this process's pictures; returns how many it drew. Where there are candidates it has whole prompts."""
     output_folder(settings.output)
     on_gpu = painter.pipe.unet.device.type == "cuda"
-    orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
-    files = [path for job in jobs for path in job.files]
     layout = jobs[0].layout
     paint = partial(composed_pictures, painter, layout, settings) if layout else painter.paint
-    pictures = in_turn(paint, orders, settings.batch, on_gpu)
     if not scorer or not settings.candidates:
-        for path, (_, image) in zip(files, pictures, strict=True):
-            save_picture(path, image)
-        return len(files)
-    for job in jobs:
-        drawn = torch.stack([next(pictures)[1] for _ in job.seeds])
-        for path, row in zip(job.files, best(scorer, job, drawn), strict=False):
-            save_picture(path, drawn[row])
-    return len(files)
+        orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
+        files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
+        drawn = 0
+        for order, image in in_turn(paint, orders, settings.batch, on_gpu, shard):
+            save_picture(files[order], image)
+            drawn += 1
+        return drawn
+    mine = jobs[shard.rank :: shard.world]
+    for job in mine:
+        orders = [Order(job.prompt, seed) for seed in job.seeds]
+        images = torch.stack([image for _, image in in_turn(paint, orders, settings.batch, on_gpu)])
+        for path, row in zip(job.files, best(scorer, job, images), strict=False):
+            save_picture(path, images[row])
+    return sum(len(job.seeds) for job in mine)
 
 
 def composed_pictures(painter: Painter, layout: Layout, settings: Settings, orders: Sequence[Order]) -> Tensor:

@@ -15,6 +15,7 @@ import P3_inference
 from benchmarks.p3_learning import INITIAL, pictures_of
 from miniature.scenes import HELD_OUT_STYLES
 from P3_embeddings import file_of, save_vectors
+from P3_inference_jobs import Settings
 from P3_model import load_pipeline
 from runtime.files import read_json, write_json
 
@@ -81,7 +82,7 @@ class Course:
         place, file = self.folder / which, self.folder / "input.json"
         images, grades = place / "pictures", place / "grades"
         P3_inference.main(
-            P3_inference.Settings(
+            Settings(
                 self.model,
                 images,
                 file,

@@ -13,7 +13,8 @@ from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
 from P3_composition_report import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
 from P3_embeddings import file_of, save_vectors
-from P3_inference import Settings, main
+from P3_inference import main
+from P3_inference_jobs import Settings
 from P3_layout import Region, box_mask, make_layout
 from P3_scores import Scorer
 from runtime.cli import BadInput

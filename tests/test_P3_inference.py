@@ -14,12 +14,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pipeline
 
-import P3_inference
+import P3_inference_jobs
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, save_vectors
-from P3_inference import Settings, main
+from P3_inference import main
+from P3_inference_jobs import Settings
 from P3_model import load_pipeline
 from P3_scores import Scorer
 from runtime.cli import BadInput
@@ -149,7 +150,7 @@ def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
 def test_a_token_without_vectors_names_the_commands_that_learn_it(
     given: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(P3_inference, "FOLDER", given / "none")
+    monkeypatch.setattr(P3_inference_jobs, "FOLDER", given / "none")
     with pytest.raises(BadInput) as caught:
         main(settings(given, model, embeddings=()))
     lines = str(caught.value).splitlines()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_pipeline import save_clip, save_pipeline
 
 from P1_model import Network, save_network
 from runtime.files import load_safetensors
@@ -86,6 +87,36 @@ def test_zero_shot_features_and_predictions(tiny_clip: str, labelled: Path, tmp_
     assert alone.keys() == shared.keys()
     assert all(torch.equal(alone[key], shared[key]) for key in alone)
     assert metrics(two / "out" / "record.json")["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "shares"), [((), [6, 4]), (("--candidates", "6"), [6, 6])])
+def test_prompts_of_stable_diffusion(more: tuple[str, ...], shares: list[int], tmp_path: Path) -> None:
+    """Without candidates in batches of 3, 3, 3, 1; with them by whole prompts."""
+    model = str(save_pipeline(tmp_path / "model"))
+    flags = (
+        "--model",
+        model,
+        "--prompt",
+        "a star",
+        "a ring",
+        "--count",
+        "5",
+        "--steps",
+        "2",
+        "--batch",
+        "3",
+        "--output",
+        "out",
+    )
+    flags += ("--precision", "fp32", "--record", "record.json", *more)
+    if more:
+        flags += ("--clip", str(save_clip(tmp_path / "clip")))
+    one, two = both_ways(tmp_path, "P3_inference.py", *flags)
+    assert len(pictures(one)) == 10
+    assert pictures(one) == pictures(two)
+    assert metrics(two / "record.json")["processes"] == 2
+    assert metrics(two / "record.json")["shares"] == shares
 
 
 @pytest.mark.parametrize(("count", "batch", "world"), [(10, 4, 2), (7, 3, 3), (4, 8, 2), (1000, 100, 4), (5, 1, 3)])
