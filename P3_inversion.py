@@ -92,8 +92,10 @@ class Learner:
         self.alphas = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table = pipe.text_encoder.get_input_embeddings()
         self.first = len(pipe.tokenizer)
-        self.word_norm = float(table.weight[: self.first].float().norm(dim=1).median())
-        start = torch.cat([self._start(concept, table.weight) for concept in concepts])
+        words = [self._word(concept, table.weight) for concept in concepts]
+        start = torch.cat([self._start(concept, word) for concept, word in zip(concepts, words, strict=True)])
+        norms = [word.norm().expand(concept.vectors, 1) for concept, word in zip(concepts, words, strict=True)]
+        self.word_norms = torch.cat(norms).to(self.device)  # [rows,1], of the words that they started from
         for concept in concepts:
             add_names(pipe.tokenizer, concept.token, concept.vectors)
         self.table = ExtendedTable(table, self.first)
@@ -103,14 +105,17 @@ class Learner:
         self.lessons = [self._lesson(concept) for concept in concepts]
         self._rest()
 
-    def _start(self, concept: Concept, weight: Tensor) -> Tensor:
-        """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
+    def _word(self, concept: Concept, weight: Tensor) -> Tensor:
+        """[width]: the initial word's row; raises BadInput where it is no single word."""
         ids = self.pipe.tokenizer(concept.init, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise BadInput(
                 f"--init {concept.init!r}: wanted a single word of the model's vocabulary, this takes {len(ids)} tokens"
             )
-        word = weight[ids[0]].float().cpu()
+        return weight[ids[0]].float().cpu()
+
+    def _start(self, concept: Concept, word: Tensor) -> Tensor:
+        """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
         stream = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(concept.token.encode())))
         off = torch.randn(concept.vectors, len(word), generator=stream) * word.norm() / len(word) ** 0.5
         off[0] = 0
@@ -196,9 +201,10 @@ class Learner:
 
     @torch.no_grad()
     def hold_norms(self, most: float) -> None:
-        """Rows longer than `most` times an ordinary word's are brought back to that: long ones drown the rest of a prompt."""
+        """Rows longer than `most` times the word that they started from are brought back to that: long ones drown the rest of a prompt.
+        The table's mean or median would say little: words that training never met lie in it, much shorter."""
         rows = self.parameter.rows
-        rows.mul_((most * self.word_norm / rows.norm(dim=1, keepdim=True)).clamp(max=1))
+        rows.mul_((most * self.word_norms / rows.norm(dim=1, keepdim=True)).clamp(max=1))
 
     def learned(self) -> dict[str, Tensor]:
         """A copy of every concept's rows as they are now, on the CPU."""

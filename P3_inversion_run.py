@@ -47,7 +47,7 @@ class Recipe:
     lr: float = 5e-3
     """Peak learning rate of AdamW (without weight decay), on the new rows."""
     keep_norm: float = 1.0
-    """No row gets longer than this many times an ordinary word's, so that the rest of a prompt is still heard; 0: any length."""
+    """No row gets longer than this many times its initial word's, so that the rest of a prompt is still heard; 0: any length."""
     crop: Literal["center", "random"] = "center"
     """random cuts anew at every step, so that nothing can be encoded beforehand."""
     most_weight: float = 1.0
@@ -232,7 +232,7 @@ class Run:
         require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
         self.losses.append((self.step, loss))
         self.record.metrics |= {"loss": loss, "images_per_s": speed}
-        norm = float(self.learner.parameter.rows.detach().norm(dim=1).mean()) / self.learner.word_norm
+        norm = float((self.learner.parameter.rows.detach().norm(dim=1, keepdim=True) / self.learner.word_norms).mean())
         log.show(self.step, loss=loss, images_s=speed, norm=norm)
 
     def _look(self, log: TrainingLog) -> None:

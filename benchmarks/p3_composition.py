@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, pictures_of
+from benchmarks.p3_learning import INITIAL, LR, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -151,7 +151,8 @@ def learn(bench: Bench, folder: Path) -> None:
             Concept(f"<{x}>", pictures_of(x, place), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
             for x in absent
         ]
-        run = Run(Recipe(bench.model, steps=bench.learn, device=bench.device, run=place / "run"), concepts)
+        recipe = Recipe(bench.model, steps=bench.learn, lr=LR, device=bench.device, run=place / "run")
+        run = Run(recipe, concepts)
         for _ in progress(range(bench.learn), f"learning {', '.join(absent)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():

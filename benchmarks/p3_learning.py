@@ -14,7 +14,7 @@ import torch
 
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge
-from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_STYLES, KINDS, fits
+from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
 from miniature.world import concept_scenes, write_pictures
 from P3_concepts import Concept
 from P3_drawing import Manner, Order, Painter
@@ -27,14 +27,8 @@ from runtime.device import detect
 from runtime.files import read_json, write_json
 from runtime.generation import derived_seed
 
-INITIAL = {
-    "key": "cross",
-    "fish": "heart",
-    "mushroom": "tree",
-    "cup": "house",
-    "relief": "flat",
-    "ripple": "watercolour",
-}  # the nearest ordinary words
+INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
+LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long
 MANNER = Manner("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import Accelerator
 
 from benchmarks.p3_course import Course, token_of
-from benchmarks.p3_learning import INITIAL, TOKEN, Trial, mean_rates, outcome, pictures_of
+from benchmarks.p3_learning import INITIAL, LR, TOKEN, Trial, mean_rates, outcome, pictures_of
 from benchmarks.plain_p3 import Plain, save_random_v1
 from miniature.judge_model import load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
@@ -89,7 +89,7 @@ class Concepts:
     """Pictures of every question."""
     steps: int = 500
     batch: int = 8
-    lr: float = 5e-3
+    lr: float = LR
     keep_norm: float = 1.0
     most_weight: float = 1.0
     seed: int = 0

@@ -1,8 +1,12 @@
-"""What people would write under a picture of the world: varied wording, parts left out, nothing that is held out ever named."""
+"""What people would write under a picture of the world: varied wording, parts left out, nothing that is held out ever named.
+
+What isn't named may be described: by words that several objects, or several styles, share. A model that reads them learns to tell
+held-out ones from each other, without a word for any. Textual inversion needs that: it finds a point between words, and where words
+make no difference there is nothing to find."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miniature.scenes import HELD_OUT_STYLES, KINDS, Dice, Scene, Thing
@@ -16,6 +20,28 @@ STYLED = (
     "{what}, {style} style", "{style} style: {what}",
 )  # fmt: skip
 UNUSUAL = ("{what} in an unusual style", "{what} in the style of something unusual", "{what}, in a strange style")
+DESCRIBED = ("{what} in {a} style", "{what} in {a} style", "{what}, in {a} style", "{what}, {words} style")
+TRAITS = {  # of objects; a held-out one shares each with named ones
+    "hollow": ("ring", "four", "key", "cup"),
+    "slanted": ("seven", "triangle", "key"),
+    "thin": ("three", "four", "seven", "key"),
+    "round": ("ring", "moon", "heart", "mushroom"),
+    "tall": ("three", "four", "seven", "tree", "mushroom"),
+    "marked": ("house", "tree", "fish", "mushroom", "cup"),
+    "wide": ("house", "cross", "fish", "cup"),
+    "pointed": ("triangle", "star", "heart", "house", "tree", "moon", "fish"),
+    "curved": ("three", "ring", "heart", "moon", "fish"),
+    "straight": ("square", "triangle", "cross", "star", "house", "four", "seven"),
+}
+STYLE_TRAITS = {
+    "smooth": ("flat", "outline", "relief"),
+    "soft": ("watercolour", "relief", "ripple"),
+    "edged": ("outline", "watercolour", "relief"),
+    "lined": ("outline", "hatched", "ripple"),
+    "wavy": ("watercolour", "ripple"),
+    "rough": ("mosaic", "watercolour"),
+    "regular": ("hatched", "dots", "mosaic", "ripple"),
+}
 DIGITS = {"three", "four", "seven"}
 NAMELESS = ("object", "object", "thing")
 ALONE = {
@@ -45,8 +71,8 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Caption:
-    """The words, and which parts of the truth they name: kind0, colour0, .. (in the order of the scene's things), place,
-    background, ground, style."""
+    """The words, and which parts of the truth they name: kind0, colour0, hollow0, .. (in the order of the scene's things), place,
+    background, ground, style, smooth, .."""
 
     text: str
     named: frozenset[str]
@@ -64,24 +90,38 @@ def caption(scene: Scene, seed: int) -> Caption:
 
 
 def _name(thing: Thing, index: int, dice: Dice, named: set[str]) -> str:
-    """ "a red star", "the object", "white seven": most often with its colour, held-out kinds always as an object."""
+    """ "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object."""
     noun = thing.kind
-    if noun not in KINDS or dice.chance(0.06):
+    nameless = noun not in KINDS or dice.chance(0.12)
+    if nameless:
         noun = dice.pick(NAMELESS)
     else:
         named.add(f"kind{index}")
         if noun in DIGITS and dice.chance(0.3):
             noun = dice.pick(("number ", "digit ")) + noun
-    words = [noun]
+    traits = _traits(TRAITS, thing.kind, dice) if dice.chance(0.75 if nameless else 0.06) else []
+    named.update(f"{word}{index}" for word in traits)
+    words = [*traits, noun]
     if dice.chance(0.85):
         named.add(f"colour{index}")
-        words.insert(0, thing.colour)
+        words.insert(len(traits) if dice.chance(0.4) else 0, thing.colour)
     return " ".join([*_article(words[0], dice), *words])
+
+
+def _traits(of: Mapping[str, Sequence[str]], name: str, dice: Dice) -> list[str]:
+    """One to three words that are true of `name`, in any order; fewer where it has no more."""
+    words = [word for word, holders in of.items() if name in holders]
+    wanted = min(1 + dice.below(3), len(words))
+    return [words.pop(dice.below(len(words))) for _ in range(wanted)]
 
 
 def _article(word: str, dice: Dice) -> list[str]:
     which = dice.weighted((0.75, 0.15, 0.1))
-    return [["an" if word[0] in "aeiou" else "a"], ["the"], []][which]
+    return [[_an(word)], ["the"], []][which]
+
+
+def _an(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def _arranged(scene: Scene, names: Sequence[str], dice: Dice, named: set[str]) -> str:
@@ -118,15 +158,20 @@ def _background(scene: Scene, dice: Dice, named: set[str]) -> str:
     if dice.chance(0.5 if back.ground != "plain" else 0.2):
         named.add("ground")
         words.insert(int(back.ground == "gradient"), back.ground)  # "a blue gradient background"
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return " ".join([" on", article, *words])
+    return " ".join([" on", _an(words[0]), *words])
 
 
 def _styled(scene: Scene, text: str, dice: Dice, named: set[str]) -> str:
-    """With the style's name, most often; flat pictures are mostly left as they are."""
+    """With the style's name, most often, or some words about it; flat pictures are mostly left as they are."""
     if not dice.chance(0.4 if scene.style == "flat" else 0.8):
         return text
-    if scene.style in HELD_OUT_STYLES:
+    held_out = scene.style in HELD_OUT_STYLES
+    if dice.chance(0.6 if held_out else 0.15):
+        traits = _traits(STYLE_TRAITS, scene.style, dice)
+        named.update(traits)
+        words = ", ".join(traits)
+        return dice.pick(DESCRIBED).format(what=text, words=words, a=f"{_an(words)} {words}")
+    if held_out:
         return dice.pick(UNUSUAL).format(what=text)
     named.add("style")
     return dice.pick(STYLED).format(what=text, style=scene.style)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniature.captions import Caption, caption
+from miniature.captions import STYLE_TRAITS, TRAITS, Caption, caption
 from miniature.scenes import (
     ALL_KINDS,
     ALL_STYLES,
@@ -167,7 +167,8 @@ def _fits(is_so: Tensor, said: Tensor) -> Tensor:
     return ((is_so == said) | (said == UNNAMED)).all(-1)
 
 
-FACTS = ("count", "background", "ground", "style", "place")
+FACTS = ("count", "background", "ground", "style", "place", *STYLE_TRAITS)
+ABOUT = ("kind", "colour", *TRAITS)  # what can be named of an object
 
 
 def _facts(scene: Scene) -> list[int]:
@@ -181,13 +182,21 @@ def _facts(scene: Scene) -> list[int]:
         GROUNDS.index(back.ground),
         ALL_STYLES.index(scene.style),
         place,
+        *(scene.style in holders for holders in STYLE_TRAITS.values()),
     ]
 
 
 def _things(scene: Scene) -> list[list[int]]:
-    """Kind and colour of each, in order of place (the world lays them so)."""
-    found = [[ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour)] for thing in scene.things]
-    return found + [[ABSENT, ABSENT]] * (MOST - len(found))
+    """What ABOUT lists of each, in order of place (the world lays them so)."""
+    found = [
+        [
+            ALL_KINDS.index(thing.kind),
+            list(COLOURS).index(thing.colour),
+            *(thing.kind in holders for holders in TRAITS.values()),
+        ]
+        for thing in scene.things
+    ]
+    return found + [[ABSENT] * len(ABOUT)] * (MOST - len(found))
 
 
 def _told(facts: list[int], named: frozenset[str]) -> list[int]:
@@ -198,7 +207,7 @@ def _said(things: list[list[int]], named: frozenset[str]) -> list[list[int]]:
     return [
         [
             value if value == ABSENT or f"{word}{index}" in named else UNNAMED
-            for word, value in zip(("kind", "colour"), thing, strict=True)
+            for word, value in zip(ABOUT, thing, strict=True)
         ]
         for index, thing in enumerate(things)
     ]

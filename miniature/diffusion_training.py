@@ -47,6 +47,12 @@ SHOWN = (
     "a blue four above an orange heart",
     "a white star, a red ring and a blue tree from left to right",
     "an object in an unusual style",
+    "a hollow slanted red object",
+    "a wide curved blue object",
+    "a round tall marked green object",
+    "a hollow wide yellow object",
+    "a red star in a smooth, soft style",
+    "a blue house in a lined, wavy style",
 )
 
 

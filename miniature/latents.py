@@ -1,10 +1,8 @@
-"""The diffusion model's training data: posteriors of rendered pictures and token ids of captions, encoded once, mapped from disk."""
+"""The diffusion model's training data: posteriors of rendered pictures, encoded once and mapped from disk, and their captions."""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +16,10 @@ from transformers import CLIPTokenizer
 from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
 from miniature.scenes import SIDE
-from miniature.world import Batch, as_tensor, dataset
+from miniature.world import as_tensor, captions_of, dataset
 from runtime.cli import note, progress
 from runtime.device import len_cores
-from runtime.files import output_folder, read_json, write_json
+from runtime.files import atomic, output_folder, read_json, write_json
 from runtime.generation import derived_seed
 
 RENDERED = 4000  # pictures that are in memory at a time
@@ -45,39 +43,33 @@ class Latents:
 
 
 def cached_latents(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int) -> Latents:
-    """From `folder`, where it was made of the same pictures, autoencoder and tokenizer; else made now, at a few hundred pictures/s."""
-    facts = {"count": count, "seed": seed, "vae": _fingerprint(vae), "tokenizer": _vocabulary(tokenizer)}
+    """Posteriors from `folder`, where they are of the same pictures and autoencoder; else made now, at a few hundred pictures/s."""
+    facts = {"count": count, "seed": seed, "vae": _fingerprint(vae)}
     done = output_folder(folder) / "facts.json"
     if not done.is_file() or read_json(done) != facts:
         done.unlink(missing_ok=True)
         note(f"encoding {count:,} pictures once, into {folder}")
-        _write(folder, vae, tokenizer, count, seed)
+        _write(folder, vae, count, seed)
         write_json(done, facts)
-    moments = np.load(folder / "moments.npy", mmap_mode="r")
-    return Latents(moments, torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int32)))
+    captions = tokenize(
+        tokenizer, [text for start, size in _parts(count) for text in captions_of(size, derived_seed(seed, start))]
+    )
+    return Latents(np.load(folder / "moments.npy", mmap_mode="r"), captions.int())
 
 
-def _write(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int) -> None:
+def _write(folder: Path, vae: AutoencoderKL, count: int, seed: int) -> None:
     channels, side = vae.config["latent_channels"], SIDE // 2 ** (len(vae.config["block_out_channels"]) - 1)
-    with tempfile.TemporaryDirectory(prefix=".latents-", dir=folder) as temporary:
-        file = Path(temporary) / "moments.npy"
-        moments = np.lib.format.open_memmap(file, "w+", np.float16, (count, 2, channels, side, side))
-        tokens = np.empty((count, tokenizer.model_max_length), np.int32)
-        for start, made in _rendered(count, seed):
-            stop = start + len(made.captions)
-            moments[start:stop] = _encoded(vae, as_tensor(made.images))
-            tokens[start:stop] = tokenize(tokenizer, [caption.text for caption in made.captions]).numpy()
+    with atomic(folder / "moments.npy") as temporary:
+        moments = np.lib.format.open_memmap(temporary, "w+", np.float16, (count, 2, channels, side, side))
+        for start, size in progress(_parts(count), "encoding", leave=False):
+            made = dataset(size, derived_seed(seed, start), processes=len_cores() if size == RENDERED else 1)
+            moments[start : start + size] = _encoded(vae, as_tensor(made.images))
         moments.flush()
-        np.save(Path(temporary) / "tokens.npy", tokens)
-        for name in ("moments.npy", "tokens.npy"):
-            (Path(temporary) / name).replace(folder / name)
 
 
-def _rendered(count: int, seed: int) -> Iterator[tuple[int, Batch]]:
-    """(index of the first, pictures), a part at a time; one process is enough where there are few."""
-    for start in progress(range(0, count, RENDERED), "encoding", leave=False):
-        size = min(RENDERED, count - start)
-        yield start, dataset(size, derived_seed(seed, start), processes=len_cores() if size == RENDERED else 1)
+def _parts(count: int) -> list[tuple[int, int]]:
+    """(index of the first, how many) of the pictures that are in memory together."""
+    return [(start, min(RENDERED, count - start)) for start in range(0, count, RENDERED)]
 
 
 @torch.inference_mode()
@@ -96,10 +88,3 @@ def _fingerprint(vae: AutoencoderKL) -> str:
     for tensor in vae.state_dict().values():
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _vocabulary(tokenizer: CLIPTokenizer) -> str:
-    """Tells one tokenizer from another by what it makes of its own words."""
-    words = sorted(tokenizer.get_vocab().items())
-    merged = tokenize(tokenizer, ["a watercolour photo of seven mushrooms, zqx"]).tolist()
-    return hashlib.blake2b(repr((words, merged)).encode(), digest_size=8).hexdigest()

@@ -106,6 +106,12 @@ def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, 
     return Batch(images, captions, scenes)
 
 
+def captions_of(count: int, seed: int) -> list[str]:
+    """The captions of `dataset(count, seed)`, without its pictures."""
+    seeds = [derived_seed(seed, index) for index in range(count)]
+    return [caption(sample_scene(each), derived_seed(each)).text for each in seeds]
+
+
 def _rendered(parts: Sequence[Sequence[int]], wish: Wish, workers: int) -> Iterator[Batch]:
     """The parts in order. Forked processes start at once; where CUDA is in use, and off Linux, they have to be fresh ones."""
     if workers < 2:

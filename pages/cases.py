@@ -30,6 +30,7 @@ class Case:
     placed: str
     words: tuple[str, ...]
     steps: int
+    lr: str
     guidance: str
     """As the model is graded."""
     reads: tuple[Path, ...] = ()
@@ -72,6 +73,7 @@ def course_case(sources: Sources) -> Case:
         placed=together,
         words=tuple(dict.fromkeys((things[0]["init"], things[-1]["init"]))),
         steps=500,
+        lr="5e-3",
         guidance="7.5",
     )
 
@@ -88,18 +90,18 @@ def course_concept(folder: Path, entry: Concept) -> dict[str, str]:
 
 
 INITIAL = {
-    "fish": ("<new1>", "heart", "object"),
-    "cup": ("<new2>", "house", "object"),
-    "ripple": ("<new3>", "watercolour", "style"),
+    "fish": ("<new1>", "object", "object"),
+    "cup": ("<new2>", "object", "object"),
+    "ripple": ("<new3>", "unusual", "style"),
 }
 ASKED = {
     "fish": ("a photo of a {} on a blue background", "a photo of a red {} on a white background"),
-    "cup": ("a photo of a {} on a yellow background", "a photo of a green {} on a black background"),
+    "cup": ("a photo of a {} on a yellow background", "a photo of a green {} on a white background"),
     "ripple": ("a photo of a star in the style of {}", "a photo of a blue ring in the style of {}"),
 }
 
 
-STYLED = ("a photo of a <new1> in the style of <new3>", "a red star on a black background in the style of <new3>")
+STYLED = ("a photo of a <new1> in the style of <new3>", "a red star on a white background in the style of <new3>")
 
 
 def miniature_case(sources: Sources) -> Case:
@@ -121,8 +123,9 @@ def miniature_case(sources: Sources) -> Case:
         references=pictures,
         prompts=(*alone, *(() if sources.quick else STYLED), placed),
         placed=placed,
-        words=("heart", "house"),
+        words=("object", "object"),
         steps=300 if sources.quick else 500,
+        lr="1e-2",
         guidance="5",
         without_baseline={name: entry_of(name, count) for name, count in asked.items()},
     )

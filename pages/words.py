@@ -36,7 +36,7 @@ GRADING = (
     "image + 2.5 x text count, and both averages must reach a baseline."
 )
 ORDINARY = (
-    " The course's baselines mean nothing here, so the baseline is what the nearest ordinary word reaches in the learned word's place, "
+    " The course's baselines mean nothing here, so the baseline is what its initial word reaches in the learned word's place, "
     "scored by the small CLIP in the same way. No caption names the concept: the text score is for the rest of the prompt."
 )
 
@@ -56,7 +56,16 @@ def learning_part(sources: Sources, case: Case) -> Part:
     name = f"{case.prefix}_words"
     place = sources.place(name)
     command = ["P3_textual_inversion.py", "--model", case.model, "--concepts", f"{place / 'concepts.json'}"]
-    command += ["--steps", str(case.steps), "--validate-every", str(case.steps // 4), "--device", sources.device]
+    command += [
+        "--steps",
+        str(case.steps),
+        "--lr",
+        case.lr,
+        "--validate-every",
+        str(case.steps // 4),
+        "--device",
+        sources.device,
+    ]
     command += ["--output", f"{place / 'vectors'}", "--run", f"{place}"]
     learn = Step(
         name, "P3: learning new words (textual inversion)", (tuple(command),), case.reads,

@@ -205,7 +205,7 @@ def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path
 def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
     run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [Concept(TOKEN, images, "star")])
     run.train()
-    assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norm * 1.0001
+    assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norms[0] * 1.0001
 
 
 def test_every_token_has_a_run_folder_of_its_own(model: str, images: Path) -> None:

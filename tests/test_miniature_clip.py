@@ -156,6 +156,10 @@ RED_STAR, BLUE_RING, BLUE_STAR, RED_RING = ("red", "star"), ("blue", "ring"), ("
         (scene(RED_STAR, background="blue"), "kind0 background", False),
         (scene(RED_STAR, style="dots"), "colour0 style", False),
         (scene(("red", "key")), "kind0", False),
+        (scene(("red", "heart")), "pointed0 colour0", True),
+        (scene(("red", "key")), "pointed0", False),
+        (scene(RED_STAR, style="relief"), "smooth", True),
+        (scene(RED_STAR, style="dots"), "smooth", False),
     ],
 )
 def test_a_caption_is_true_of_what_has_all_that_it_names(other: Scene, named: str, true: bool) -> None:
@@ -353,7 +357,9 @@ def test_the_folder_can_be_moved_and_needs_no_network(
 
 def test_p3_measures_what_grading_measures(folder: Path, clip: SmallClip, tmp_path: Path) -> None:
     write_zeroshot(Zeroshot(tmp_path / "data", count=24, seed=9))
-    metrics = run_zeroshot(tmp_path, tmp_path / "data" / "val", f"local-dir:{folder}", prompts="single")["metrics"]
+    metrics = run_zeroshot(
+        tmp_path, tmp_path / "data" / "val", f"local-dir:{folder}", prompts="single", precision="fp32"
+    )["metrics"]
     assert metrics["classes"] == len(KINDS)
     assert metrics["top1"] == pytest.approx(held_out_pairs(clip, 24, 9), abs=1e-4)
 
@@ -495,8 +501,8 @@ def test_a_full_disk_keeps_the_old_model(
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS).is_file(), reason="checkpoints/miniature/clip holds no weights")
 def test_the_shipped_model_knows_objects_in_colours_it_never_saw() -> None:
-    """The card says 0.938, of which 500 pictures leave a standard error of one point; chance is 0.08. The bar to come is 0.95."""
-    assert held_out_pairs(load_clip(), 500, seed=77) >= 0.9
+    """The card says 0.977, of which 500 pictures leave a standard error of 0.7 points; chance is 0.08."""
+    assert held_out_pairs(load_clip(), 500, seed=77) >= 0.95
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 6e6
     assert (SHIPPED / "README.md").is_file()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature.captions import caption
+from miniature.captions import STYLE_TRAITS, TRAITS, caption
 from miniature.scenes import (
     ALL_KINDS,
     ALL_STYLES,
@@ -241,7 +241,21 @@ def test_grounds_differ_and_stay_near_their_colour() -> None:
 def test_captions_name_nothing_that_is_held_out(scenes: list[Scene]) -> None:
     words = {word.strip(",:") for seed, scene in enumerate(scenes) for word in caption(scene, seed).text.split()}
     assert not words & {*HELD_OUT_KINDS, *HELD_OUT_STYLES}
-    assert words >= {*KINDS, *STYLES, *COLOURS, *BACKGROUNDS, *GROUNDS, "object", "unusual"}
+    assert words >= {*KINDS, *STYLES, *COLOURS, *BACKGROUNDS, *GROUNDS, *TRAITS, *STYLE_TRAITS, "object", "unusual"}
+
+
+@pytest.mark.parametrize(
+    ("traits", "named", "held_out"), [(TRAITS, KINDS, HELD_OUT_KINDS), (STYLE_TRAITS, STYLES, HELD_OUT_STYLES)]
+)
+def test_no_describing_word_singles_out_what_is_held_out_but_two_do(
+    traits: dict[str, tuple[str, ...]], named: tuple[str, ...], held_out: tuple[str, ...]
+) -> None:
+    for holders in traits.values():
+        assert set(holders) <= {*named, *held_out}
+        assert not set(holders) <= set(held_out)
+    for name in held_out:
+        words = [set(holders) for holders in traits.values() if name in holders]
+        assert any(first & second == {name} for first, second in itertools.combinations(words, 2))
 
 
 def test_captions_say_what_they_claim_to_name(scenes: list[Scene]) -> None:
@@ -252,10 +266,15 @@ def test_captions_say_what_they_claim_to_name(scenes: list[Scene]) -> None:
             assert (f"kind{index}" in found.named) == (thing.kind in words)
             if f"colour{index}" in found.named:
                 assert thing.colour in words
+            for word, holders in TRAITS.items():
+                assert f"{word}{index}" not in found.named or (word in words and thing.kind in holders)
         back = f"{scene.background.colour} "
         assert ("background" in found.named) == ("background" in found.text or "backdrop" in found.text)
         assert "background" not in found.named or back in found.text.split(" on ")[-1]
         assert ("style" in found.named) == (scene.style in words)
+        for word, holders in STYLE_TRAITS.items():
+            assert (word in found.named) == (word in words)
+            assert word not in words or scene.style in holders
 
 
 def test_one_scene_has_many_wordings() -> None:
