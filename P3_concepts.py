@@ -26,6 +26,7 @@ SEEN = {  # what looks at the progress ask for, unless told otherwise: likeness,
     "style": ("a picture in the style of {}", "a red house in the style of {}"),
 }
 MOST_VECTORS = 8
+SENTENCES = ".txt"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Concept:
     token: str
     """Its name in prompts, such as <new1>."""
     images: Path
-    """Folder of its pictures."""
+    """Folder of its pictures; 00.txt beside 00.png may hold sentences for that picture, see `sentences_beside`."""
     init: str
     """An ordinary word for it, which its vectors start from."""
     kind: Kind = "object"
@@ -81,18 +82,18 @@ def _concept(path: Path, number: int, entry: Any) -> Concept:
 # ---------------------------------------------------------------- pictures
 
 
-def read_pictures(folder: Path) -> list[Image.Image]:
-    """All pictures of a folder by name, upright, on white where they are transparent; other files are skipped with a line.
-    Raises BadInput where there is none, or one can't be read."""
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder by name; other files, but for sentences beside a picture, are skipped with a line.
+    Raises BadInput where there is none."""
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder")
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if path.suffix.lower() not in known:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = [path for path in files if path.suffix.lower() in known]
+    beside = {path.with_suffix(SENTENCES) for path in found}
+    for path in files:
+        if path not in found and path not in beside:
             note(f"{path} is no picture: skipped")
-            continue
-        found.append(_upright(path))
     if not found:
         raise BadInput(f"--images {folder} holds no picture")
     if len(found) == 1:
@@ -100,7 +101,29 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     return found
 
 
-def _upright(path: Path) -> Image.Image:
+def read_pictures(folder: Path) -> list[Image.Image]:
+    """All pictures of a folder by name, upright, on white where they are transparent. Raises BadInput where there is none, or one can't
+    be read."""
+    return [upright(path) for path in picture_files(folder)]
+
+
+def sentences_beside(picture: Path, token: str) -> list[str]:
+    """The lines of 00.txt beside 00.png, with the token for {}: sentences that also tell what isn't the concept. None without such a
+    file; raises BadInput for lines without {}."""
+    file = picture.with_suffix(SENTENCES)
+    if not file.is_file():
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} is not a readable text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if "{}" not in line:
+            raise BadInput(f"{file}, line {number}: {line!r} wants {{}} where {token} stands")
+    return [line.replace("{}", token) for line in lines]
+
+
+def upright(path: Path) -> Image.Image:
     """RGB, turned as its EXIF data says, transparent parts white; raises BadInput."""
     try:
         with Image.open(path) as file:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.schedule import add_noise
-from P3_concepts import Concept, posteriors, read_pictures, scaled, square
+from P3_concepts import Concept, picture_files, posteriors, scaled, sentences_beside, square, upright
 from P3_embeddings import ExtendedTable, add_names, names_of, tokenize
 from runtime.cli import BadInput
 from runtime.device import memory_format
@@ -40,12 +40,13 @@ class Rows(nn.Module):
 
 @dataclass
 class Lesson:
-    """A concept made ready: [S,77] token ids of its sentences, and either the posteriors of its pictures [N,2,2,4,h,w] (flips;
-    mean and standard deviation) or, for random crops, the pictures themselves."""
+    """A concept made ready: [N,S,77] token ids of each picture's sentences, of which the first `counts` [N] are different; either the
+    posteriors of its pictures [N,2,2,4,h,w] (flips; mean and standard deviation) or, for random crops, the pictures themselves."""
 
     concept: Concept
     rows: slice  # of the parameter
     tokens: Tensor
+    counts: Tensor
     moments: Tensor | None
     pictures: list[Image.Image]
 
@@ -56,8 +57,10 @@ class Lesson:
 
     @property
     def fingerprint(self) -> int:
-        """Of the pictures, wherever they lie."""
-        return zlib.crc32(b"".join(picture.tobytes() for picture in self.pictures))
+        """Of pictures and sentences, wherever they lie."""
+        return zlib.crc32(
+            b"".join(picture.tobytes() for picture in self.pictures) + self.tokens.cpu().numpy().tobytes()
+        )
 
 
 @dataclass
@@ -122,12 +125,16 @@ class Learner:
         return word + 0.1 * off
 
     def _lesson(self, concept: Concept) -> Lesson:
-        pictures = read_pictures(concept.images)
+        files = picture_files(concept.images)
+        pictures = [upright(file) for file in files]
         ids = self.pipe.tokenizer.convert_tokens_to_ids(names_of(concept.token, concept.vectors))
         rows = slice(ids[0] - self.first, ids[-1] - self.first + 1)
         moments = None if self.crops else posteriors(self.pipe.vae, square(pictures, self.side))
-        tokens = tokenize(self.pipe, concept.sentences).to(self.device)
-        return Lesson(concept, rows, tokens, moments, pictures)
+        sentences = [sentences_beside(file, concept.token) or concept.sentences for file in files]
+        most = max(map(len, sentences))
+        tokens = torch.stack([tokenize(self.pipe, (own * most)[:most]) for own in sentences])
+        counts = torch.tensor([len(own) for own in sentences])
+        return Lesson(concept, rows, tokens.to(self.device), counts.to(self.device), moments, pictures)
 
     def _rest(self) -> None:
         """All that the autoencoder has to say of whole pictures is kept: it leaves the device."""
@@ -159,7 +166,8 @@ class Learner:
         flip = ((flip < 0.5) & torch.tensor(self.flips, device=self.device)).long()
         moments = self._cropped(lesson, which, draws) if self.crops else lesson.moments[which]  # type: ignore[index]
         mean, std = moments.gather(1, flip.view(-1, 1, 1, 1, 1, 1).expand(-1, 1, *moments.shape[2:]))[:, 0].unbind(1)
-        return Sample(mean + std * noise, eps, t, lesson.tokens[(sentence * len(lesson.tokens)).long()])
+        said = lesson.tokens[which, (sentence * lesson.counts[which]).long()]
+        return Sample(mean + std * noise, eps, t, said)
 
     def _cropped(self, lesson: Lesson, which: Tensor, draws: Draws) -> Tensor:
         """Posteriors [B,2,2,4,h,w] of squares cut at random, of at least seven tenths of the shorter side."""

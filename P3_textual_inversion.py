@@ -7,7 +7,8 @@
 
 MODEL is a diffusers folder, a hub name or a single Stable Diffusion v1 file. Several GPUs: accelerate launch, or torchrun. Ctrl-C leaves
 a checkpoint, and the same command goes on from it. With --clip every look at the progress is scored as the course does, and the best
-vectors are kept.
+vectors are kept. Beside 00.png, 00.txt may hold sentences, one per line, that tell what else that picture shows, with {} for the token:
+"a {} on a bench". What the sentences tell, the token needn't hold.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Settings(Recipe):
     """Flags."""
 
     images: Path | None = None
-    """Folder of pictures of one concept."""
+    """Folder of pictures of one concept; beside 00.png, 00.txt may hold sentences for that picture, with {} for the token."""
     token: str = "<new1>"
     """Its name in prompts, in angle brackets."""
     init: str | None = None

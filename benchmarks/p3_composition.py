@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, LR, pictures_of
+from benchmarks.p3_learning import INITIAL, LR, MOST_WEIGHT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -148,10 +148,12 @@ def learn(bench: Bench, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         concepts = [
-            Concept(f"<{x}>", pictures_of(x, place), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
+            Concept(f"<{x}>", pictures_of(x, place, True), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
             for x in absent
         ]
-        recipe = Recipe(bench.model, steps=bench.learn, lr=LR, device=bench.device, run=place / "run")
+        recipe = Recipe(
+            bench.model, bench.learn, lr=LR, most_weight=MOST_WEIGHT, device=bench.device, run=place / "run"
+        )
         run = Run(recipe, concepts)
         for _ in progress(range(bench.learn), f"learning {', '.join(absent)}"):
             run.one_step()

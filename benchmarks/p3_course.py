@@ -47,7 +47,7 @@ class Course:
         """`vectors`: a file per concept's name. Leaves input.json, pictures and grades in the folder; returns the grades' metrics."""
         names, learned, initial = list(vectors), self.folder / "learned", self.folder / "initial"
         for name in names:
-            pictures_of(name, self.folder / "references")
+            pictures_of(name, self.folder / "references", False)
         self._save_initial(names, initial)
         self._write_input(names, {})
         baselines = self._run("initial", (initial,))

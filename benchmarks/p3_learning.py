@@ -15,7 +15,7 @@ import torch
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge
 from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
-from miniature.world import concept_scenes, write_pictures
+from miniature.world import write_concept_pictures
 from P3_concepts import Concept
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
@@ -29,13 +29,14 @@ from runtime.generation import derived_seed
 
 INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
 LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long
+MOST_WEIGHT = 30.0  # a style, like a shape, is decided where the noise is strong
 MANNER = Manner("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 
 
-def pictures_of(name: str, folder: Path) -> Path:
-    """The five pictures of a concept, as `world.py concept` writes them."""
-    write_pictures(folder / name, [f"{index:02d}.png" for index in range(5)], concept_scenes(name, 5, 0))
+def pictures_of(name: str, folder: Path, told: bool) -> Path:
+    """The five pictures of a concept, as `world.py concept` writes them; `told`: with sentences about what else they show."""
+    write_concept_pictures(folder / name, name, 5, 0, told)
     return folder / name
 
 
@@ -100,6 +101,8 @@ class Trial:
     vectors: int
     recipe: Recipe
     count: int
+    told: bool
+    """Learns from sentences about what else the pictures show."""
     initial: bool
     """Asks the initial word the same questions."""
 
@@ -112,7 +115,13 @@ class Trial:
         """All that its outcome depends on; the model by its weights."""
         how = {key: value for key, value in asdict(self.recipe).items() if key not in ("run", "device", "model")}
         weights = [zlib.crc32(file.read_bytes()) for file in sorted(Path(self.recipe.model).rglob("*.safetensors"))]
-        asked = {"name": self.name, "vectors": self.vectors, "count": self.count, "initial": self.initial}
+        asked = {
+            "name": self.name,
+            "vectors": self.vectors,
+            "count": self.count,
+            "told": self.told,
+            "initial": self.initial,
+        }
         return asked | {"recipe": {key: str(value) for key, value in how.items()}, "weights": weights}
 
 
@@ -140,7 +149,7 @@ def outcome(trial: Trial, judge: Judge, folder: Path) -> dict[str, Any]:
 
 def learn(trial: Trial, place: Path) -> float:
     """Leaves the vectors in `place`; returns the seconds of the training alone."""
-    images = pictures_of(trial.name, place)
+    images = pictures_of(trial.name, place, trial.told)
     concept = Concept(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)  # type: ignore[arg-type]
     run = Run(trial.recipe, [concept])
     with run.record.timed("learning"):

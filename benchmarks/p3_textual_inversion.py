@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import Accelerator
 
 from benchmarks.p3_course import Course, token_of
-from benchmarks.p3_learning import INITIAL, LR, TOKEN, Trial, mean_rates, outcome, pictures_of
+from benchmarks.p3_learning import INITIAL, LR, MOST_WEIGHT, TOKEN, Trial, mean_rates, outcome, pictures_of
 from benchmarks.plain_p3 import Plain, save_random_v1
 from miniature.judge_model import load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
@@ -91,7 +91,9 @@ class Concepts:
     batch: int = 8
     lr: float = LR
     keep_norm: float = 1.0
-    most_weight: float = 1.0
+    most_weight: float = MOST_WEIGHT
+    told: bool = True
+    """Learns from sentences that tell what else each picture shows."""
     seed: int = 0
     """The first one."""
     device: str = "auto"
@@ -139,7 +141,7 @@ def compare_speed(settings: Speed) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_random_v1(folder / "v1") if settings.model == "random-v1" else settings.model
-        concept = Concept("<bench>", pictures_of("fish", folder), settings.init)
+        concept = Concept("<bench>", pictures_of("fish", folder, False), settings.init)
         recipe = Recipe(
             model,
             batch=settings.batch,
@@ -268,7 +270,14 @@ def trials_of(settings: Concepts) -> list[Trial]:
     cases = [(name, 1, seed) for name in settings.names for seed in range(settings.seeds)]
     cases += [(name, n, 0) for n in settings.more_vectors for name in settings.names if name in HELD_OUT_KINDS]
     return [
-        Trial(name, vectors, recipe_of(settings, settings.seed + seed), settings.count, vectors == 1 and not seed)
+        Trial(
+            name,
+            vectors,
+            recipe_of(settings, settings.seed + seed),
+            settings.count,
+            settings.told,
+            vectors == 1 and not seed,
+        )
         for name, vectors, seed in cases
     ]
 

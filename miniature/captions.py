@@ -117,11 +117,12 @@ def _traits(of: Mapping[str, Sequence[str]], name: str, dice: Dice) -> list[str]
 
 def _article(word: str, dice: Dice) -> list[str]:
     which = dice.weighted((0.75, 0.15, 0.1))
-    return [[_an(word)], ["the"], []][which]
+    return [[an(word).split()[0]], ["the"], []][which]
 
 
-def _an(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+def an(words: str) -> str:
+    """ "a red star", "an orange ring": with its article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _arranged(scene: Scene, names: Sequence[str], dice: Dice, named: set[str]) -> str:
@@ -158,7 +159,7 @@ def _background(scene: Scene, dice: Dice, named: set[str]) -> str:
     if dice.chance(0.5 if back.ground != "plain" else 0.2):
         named.add("ground")
         words.insert(int(back.ground == "gradient"), back.ground)  # "a blue gradient background"
-    return " ".join([" on", _an(words[0]), *words])
+    return f" on {an(' '.join(words))}"
 
 
 def _styled(scene: Scene, text: str, dice: Dice, named: set[str]) -> str:
@@ -170,7 +171,7 @@ def _styled(scene: Scene, text: str, dice: Dice, named: set[str]) -> str:
         traits = _traits(STYLE_TRAITS, scene.style, dice)
         named.update(traits)
         words = ", ".join(traits)
-        return dice.pick(DESCRIBED).format(what=text, words=words, a=f"{_an(words)} {words}")
+        return dice.pick(DESCRIBED).format(what=text, words=words, a=an(words))
     if held_out:
         return dice.pick(UNUSUAL).format(what=text)
     named.add("style")

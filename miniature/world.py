@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
 
-from miniature.captions import Caption, caption
+from miniature.captions import Caption, an, caption
 from miniature.scenes import (
     ALL_KINDS,
     ALL_STYLES,
@@ -53,7 +53,7 @@ from miniature.styles import paint
 from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import len_cores
 from runtime.figures import labelled_grid, save_picture
-from runtime.files import output_folder, write_json
+from runtime.files import atomic, output_folder, write_json
 from runtime.generation import derived_seed
 
 HERE = Path(__file__).resolve().parent
@@ -171,6 +171,8 @@ class Concept:
     """Folder for 00.png, 01.png, ..; it must hold no other pictures."""
     count: int = 5
     seed: int = 0
+    told: bool = False
+    """Also writes 00.txt, 01.txt, ..: sentences that tell what else a picture shows, {} for the concept, for P3_textual_inversion.py."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,33 @@ def write_concept(command: Concept) -> None:
         near = difflib.get_close_matches(command.name, known, 3, 0.5) or HELD_OUT_KINDS + HELD_OUT_STYLES
         raise BadInput(f"there is no concept {command.name!r}; try {', '.join(near)}")
     check_numbers(command)
-    scenes = concept_scenes(command.name, command.count, command.seed)
-    write_pictures(command.output, [f"{index:02d}.png" for index in range(command.count)], scenes)
+    write_concept_pictures(command.output, command.name, command.count, command.seed, command.told)
     print(f"{command.count} pictures of {command.name} in {command.output}")
+
+
+def write_concept_pictures(folder: Path, name: str, count: int, seed: int, told: bool) -> None:
+    """00.png, .. and, where they are `told`, 00.txt, ..; raises BadInput where the folder holds other files."""
+    scenes, names = concept_scenes(name, count, seed), [f"{index:02d}" for index in range(count)]
+    texts = (
+        {f"{stem}.txt": sentences_about(name, scene) for stem, scene in zip(names, scenes, strict=True)} if told else {}
+    )
+    write_pictures(folder, [f"{stem}.png" for stem in names], scenes, tuple(texts))
+    for file, lines in texts.items():
+        with atomic(folder / file) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sentences_about(name: str, scene: Scene) -> list[str]:
+    """What a concept's picture shows, {} for the concept."""
+    (thing,), ground = scene.things, f" on {an(scene.background.colour)} background"
+    if name in ALL_STYLES:
+        what = [
+            f"a photo of {an(thing.colour)} {thing.kind}{ground}",
+            f"{an(thing.kind)}{ground}",
+            f"a photo of {an(thing.kind)}",
+        ]
+        return [f"{words} in the style of {{}}" for words in what]
+    return [f"a photo of {an(thing.colour)} {{}}{ground}", f"a {{}}{ground}", f"a photo of {an(thing.colour)} {{}}"]
 
 
 def draw_sheet(command: Sheet) -> None:
@@ -257,9 +283,10 @@ def check_numbers(command: Concept | Zeroshot) -> None:
         raise BadInput(f"--seed {command.seed}: give zero or more")
 
 
-def write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene]) -> None:
-    """Renders and saves; raises BadInput where the folder holds pictures of something else, which its readers would take in."""
-    foreign = sorted({path.name for path in output_folder(folder).iterdir()} - set(names))
+def write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene], beside: tuple[str, ...] = ()) -> None:
+    """Renders and saves; raises BadInput where the folder holds files of something else, which its readers would take in; those named
+    `beside` may be there."""
+    foreign = sorted({path.name for path in output_folder(folder).iterdir()} - {*names, *beside})
     if foreign:
         raise BadInput(f"{folder} holds other files, such as {foreign[0]}: name another --output")
     for name, scene in progress(list(zip(names, scenes, strict=True)), "rendering", leave=False):

@@ -30,7 +30,8 @@ class Case:
     placed: str
     words: tuple[str, ...]
     steps: int
-    lr: str
+    recipe: tuple[str, ...]
+    """More flags of P3_textual_inversion.py."""
     guidance: str
     """As the model is graded."""
     reads: tuple[Path, ...] = ()
@@ -73,7 +74,7 @@ def course_case(sources: Sources) -> Case:
         placed=together,
         words=tuple(dict.fromkeys((things[0]["init"], things[-1]["init"]))),
         steps=500,
-        lr="5e-3",
+        recipe=(),
         guidance="7.5",
     )
 
@@ -125,7 +126,7 @@ def miniature_case(sources: Sources) -> Case:
         placed=placed,
         words=("object", "object"),
         steps=300 if sources.quick else 500,
-        lr="1e-2",
+        recipe=("--lr", "1e-2", "--most-weight", "30"),
         guidance="5",
         without_baseline={name: entry_of(name, count) for name, count in asked.items()},
     )
@@ -133,7 +134,9 @@ def miniature_case(sources: Sources) -> Case:
 
 def miniature_steps(pictures: Path, model: Path, names: tuple[str, ...]) -> tuple[Step, Step]:
     """The concepts' pictures, and the model from its parts."""
-    render = tuple(("miniature/world.py", "concept", name, "--output", f"{pictures / name}") for name in names)
+    render = tuple(
+        ("miniature/world.py", "concept", name, "--told", "--output", f"{pictures / name}") for name in names
+    )
     clip, whole = f"{model / 'clip'}", f"{model / 'stable_diffusion'}"
     assemble = (
         ("miniature/train_clip.py", "convert", "--output", clip),

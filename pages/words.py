@@ -56,16 +56,8 @@ def learning_part(sources: Sources, case: Case) -> Part:
     name = f"{case.prefix}_words"
     place = sources.place(name)
     command = ["P3_textual_inversion.py", "--model", case.model, "--concepts", f"{place / 'concepts.json'}"]
-    command += [
-        "--steps",
-        str(case.steps),
-        "--lr",
-        case.lr,
-        "--validate-every",
-        str(case.steps // 4),
-        "--device",
-        sources.device,
-    ]
+    command += ["--steps", str(case.steps), *case.recipe, "--validate-every", str(case.steps // 4)]
+    command += ["--device", sources.device]
     command += ["--output", f"{place / 'vectors'}", "--run", f"{place}"]
     learn = Step(
         name, "P3: learning new words (textual inversion)", (tuple(command),), case.reads,

@@ -372,6 +372,24 @@ def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pyt
         read_pictures(folder)
 
 
+def test_sentences_beside_a_picture_are_that_pictures_own(tmp_path: Path, model: str) -> None:
+    folder = save_pictures(tmp_path / "images", 2)
+    (folder / "0.txt").write_text("a red {} on a bench\n\n{} at night\n")
+    one = learner(model, [Concept(TOKEN, folder, "star")])
+    lesson = one.lessons[0]
+    assert lesson.counts.tolist() == [2, len(lesson.concept.sentences)]
+    words = [one.pipe.tokenizer.decode(ids, skip_special_tokens=True) for ids in lesson.tokens[0, :3]]
+    assert words[0] == words[2] != words[1]
+    used = torch.cat([one.batch(step, slice(0, 8), 8).tokens for step in range(6)])
+    own = (used[:, None] == lesson.tokens[0, :2]).all(-1).any(1)
+    others = (used[:, None] == lesson.tokens[1]).all(-1).any(1)
+    assert (own | others).all()
+    assert 12 < own.sum() < 36
+    (folder / "1.txt").write_text("no place for it\n")
+    with pytest.raises(BadInput, match=r"1\.txt, line 1: 'no place for it' wants \{\} where <new1> stands"):
+        learner(model, [Concept(TOKEN, folder, "star")])
+
+
 def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images: Path) -> None:
     pipe = load_pipeline(model, CPU, torch.float32)
     install(pipe, {TOKEN: torch.zeros(1, WIDTH)})

@@ -332,6 +332,21 @@ def test_a_concept_is_all_that_its_pictures_share(name: str, tmp_path: Path) -> 
     assert {scene.things[0].place for scene in drawn} == set(PLACES)
 
 
+@pytest.mark.parametrize("name", ["key", "relief"])
+def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str, tmp_path: Path) -> None:
+    main(Concept(name, tmp_path, told=True))
+    for index, scene in enumerate(concept_scenes(name, 5, seed=0)):
+        lines = (tmp_path / f"{index:02d}.txt").read_text().splitlines()
+        assert len(lines) == 3
+        assert all(line.count("{}") == 1 and name not in line for line in lines)
+        assert scene.things[0].colour in lines[0]
+        assert f"{scene.background.colour} background" in lines[0]
+        assert (scene.things[0].kind in lines[0]) == (name == "relief")
+    main(Concept(name, tmp_path, told=True))
+    with pytest.raises(BadInput, match=r"holds other files, such as 00\.txt"):
+        main(Concept(name, tmp_path))
+
+
 def test_zeroshot_pictures_are_of_held_out_pairs_in_the_course_layout(tmp_path: Path) -> None:
     main(Zeroshot(tmp_path, count=30, seed=4))
     labels = json.loads((tmp_path / "id2label.json").read_text())
