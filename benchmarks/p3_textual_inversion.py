@@ -110,8 +110,8 @@ class Graded:
     model: str = MODEL
     clip: str = "runs/miniature/clip"
     names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
-    margin: tuple[float, float] = (1.0, 0.0)
-    """Image and text score that the baseline lies above the initial word's."""
+    margin: tuple[float, float] = (5.0, -1.0)
+    """Image and text score that the baseline lies above the initial word's, which is itself in the text that is scored."""
     seed: int = 0
     device: str = "auto"
     concepts: Path = BENCH / "p3_concepts"

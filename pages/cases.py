@@ -102,6 +102,7 @@ ASKED = {
 }
 
 
+MARGIN = (5.0, -1.0)  # image and text score above the ordinary word's, which is itself in the text that is scored
 STYLED = ("a photo of a <new1> in the style of <new3>", "a red star on a white background in the style of <new3>")
 
 
@@ -168,9 +169,9 @@ def entry_of(name: str, count: int) -> dict[str, Any]:
 
 
 def write_baselines(case: Case, record: Path) -> None:
-    """The input.json, in which what the ordinary words reached, by the record, is what the learned ones have to beat."""
+    """The input.json, in which what the ordinary words reached, by the record, and MARGIN are what the learned ones have to reach."""
     reached: dict[str, list[list[float]]] = {}
     for one in read_json(record)["metrics"]["cases"]:
-        reached.setdefault(one["key"], []).append([one["image_score"], one["text_score"]])
+        reached.setdefault(one["key"], []).append([one["image_score"] + MARGIN[0], one["text_score"] + MARGIN[1]])
     entries = case.without_baseline or {}
     write_json(case.graded, {name: entry | {"baseline": reached[name]} for name, entry in entries.items()})

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages.cases import Case, course_case, miniature_case, write_baselines
+from pages.cases import MARGIN, Case, course_case, miniature_case, write_baselines
 from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
 from pages.sources import Sources
 from pages.steps import Step
@@ -36,8 +36,9 @@ GRADING = (
     "image + 2.5 x text count, and both averages must reach a baseline."
 )
 ORDINARY = (
-    " The course's baselines mean nothing here, so the baseline is what its initial word reaches in the learned word's place, "
-    "scored by the small CLIP in the same way. No caption names the concept: the text score is for the rest of the prompt."
+    " The course's baselines mean nothing here, so the baseline is what its initial word reaches in the learned word's place, scored by "
+    f"the small CLIP in the same way, and {MARGIN[0]:.0f} more in likeness. No caption names the concept, so the text that is scored has "
+    f"the initial word itself; {-MARGIN[1]:.0f} less is enough there."
 )
 
 
@@ -176,10 +177,10 @@ def show_grading(folder: Path, scored: str, case: Case) -> Shown:
     found = read_json(folder / scored / "record.json")["metrics"]
     cases = found["cases"]
     rows = tuple(score_row(one) for one in cases)
-    whose = "the course's" if case.real else "the ordinary word's"
+    whose = "the course's baselines" if case.real else "the baselines"
     head = ("concept", "graded text", "image", "baseline", "text", "baseline", "")
     shown = Shown(scores=[Score(f"prompts whose scores reach {whose}", f"{found['passed']} of {len(cases)}", "all")])
-    shown.tables = [Table(f"Mean scores of the best five pictures; baselines are {whose}", head, rows)]
+    shown.tables = [Table("Mean scores of the best five pictures", head, rows)]
     settings = read_json(folder / scored.replace("_scores", "_graded") / "record.json")["settings"]
     shown.tables.append(facts_table("Settings", {name: settings[name] for name in DRAW} | {"clip": found["clip"]}))
     shown.figures = [
