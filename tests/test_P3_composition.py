@@ -118,8 +118,13 @@ def test_a_full_mask_gives_the_concepts_noise(painter: Painter) -> None:
 
 def test_every_level_draws_something_else(painter: Painter) -> None:
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
-    made = [drawn(painter, layout(LEFT), [1], level) for level in levels]
-    assert len({image.numpy().tobytes() for image in made}) == 3
+    made = [drawn(painter, layout(LEFT, RIGHT), [1, 2, 3], level, Means(focus=False)) for level in levels]
+    assert len({images.numpy().tobytes() for images in made}) == 3
+
+
+def test_a_single_focused_concept_is_heard_as_by_region(painter: Painter) -> None:
+    """Its branch hears its prompt inside the mask and the base prompt outside, which is what the base branch hears by regions."""
+    same(drawn(painter, layout(LEFT), [1], "conductor"), drawn(painter, layout(LEFT), [1], "regional"))
 
 
 def test_joint_is_the_plain_picture(painter: Painter) -> None:
