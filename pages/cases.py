@@ -126,7 +126,7 @@ def miniature_case(sources: Sources) -> Case:
         prompts=(*alone, *(() if sources.quick else STYLED), placed),
         placed=placed,
         words=("object", "object"),
-        steps=300 if sources.quick else 500,
+        steps=500,
         recipe=("--lr", "1e-2", "--most-weight", "30"),
         guidance="5",
         without_baseline={name: entry_of(name, count) for name, count in asked.items()},
