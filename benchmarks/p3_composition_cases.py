@@ -8,6 +8,7 @@ from math import prod
 from random import Random
 from typing import Literal, get_args
 
+from miniature.captions import an
 from miniature.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -107,8 +108,7 @@ def planned(
 
 def phrase(noun: str, colour: str | None) -> str:
     """ "a star", "an orange <key>"."""
-    words = f"{colour} {noun}" if colour else noun
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return an(f"{colour} {noun}" if colour else noun)
 
 
 def boxes_of(count: int, column: bool, random: Random) -> list[Box]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miniature.scenes import HELD_OUT_STYLES, KINDS, Dice, Scene, Thing
+from P3_prompts import article
 
 OPENINGS = (
     "a photo of", "a photo of", "a photo of", "a picture of", "an image of", "a rendering of", "a close-up photo of",
@@ -117,12 +118,12 @@ def _traits(of: Mapping[str, Sequence[str]], name: str, dice: Dice) -> list[str]
 
 def _article(word: str, dice: Dice) -> list[str]:
     which = dice.weighted((0.75, 0.15, 0.1))
-    return [[an(word).split()[0]], ["the"], []][which]
+    return [[article(word)], ["the"], []][which]
 
 
 def an(words: str) -> str:
     """ "a red star", "an orange ring": with its article."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{article(words)} {words}"
 
 
 def _arranged(scene: Scene, names: Sequence[str], dice: Dice, named: set[str]) -> str:

@@ -37,6 +37,7 @@ from miniature.scenes import (
     sample_scene,
 )
 from miniature.world import Images, render
+from P3_prompts import article
 from runtime.generation import derived_seed
 
 FAMILY = 4  # pictures
@@ -44,7 +45,7 @@ NONE = len(ALL_KINDS)  # of a patch without an object
 GREY = 0.5  # share of families without colours, in picture and caption: see above
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
-COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w))")
+COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w+))")
 MOST = 3  # objects in a picture
 
 
@@ -109,7 +110,7 @@ def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:
     """A picture [64,64,3] and its caption without any colour."""
     luma = (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
     named = frozenset(name for name in caption.named if not name.startswith(("colour", "background")))
-    text = COLOURED.sub(lambda found: ("an " if found[2] in "aeiou" else "a ") if found[1] else "", caption.text)
+    text = COLOURED.sub(lambda found: f"{article(found[2])} " if found[1] else "", caption.text)
     return np.repeat(luma[..., None], 3, 2), Caption(text, named)
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
+from miniature.captions import an
 from miniature.diffusion_parts import CLIP, PARTS, draw
 from miniature.judge_model import SHIPPED, WHOLE, Judge
 from miniature.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
@@ -75,7 +76,7 @@ def cases_of(settings: Grade) -> list[Case]:
 
 def named(pair: Pair) -> str:
     """ "a red star", "an orange ring"."""
-    return f"{'an' if pair[0][0] in 'aeiou' else 'a'} {pair[0]} {pair[1]}"
+    return an(" ".join(pair))
 
 
 def _single(group: str, pair: Pair) -> Case:
