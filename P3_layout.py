@@ -100,8 +100,11 @@ class Layout:
 
 
 def inside(shares: Tensor, height: int, width: int) -> Tensor:
-    """Shares [N,B,h,w] -> masks [N,B,height,width] float32, 0 or 1, of positions of which more than half belongs to a concept."""
-    return (F.interpolate(shares, size=(height, width), mode="area") > 0.5).float()
+    """Shares [N,B,h,w] -> masks [N,B,height,width] float32, 0 or 1: the positions that belong to a concept more than to any other, and at
+    least half as much as the one that does most. A region smaller than a position keeps the one that it fills best."""
+    found = F.interpolate(shares, size=(height, width), mode="area")
+    first, second = torch.cat([found, found.new_zeros(2, *found.shape[1:])]).topk(2, 0).values
+    return ((found == first) & (first > second) & (found > found.amax((2, 3), keepdim=True) / 2)).float()
 
 
 def box_mask(box: Box) -> Tensor:

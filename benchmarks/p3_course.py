@@ -1,5 +1,8 @@
 """The course's own routine on the miniature: input.json with baselines from the initial words, pictures by P3_inference, grades by
-P3_evaluate. The initial word's pictures are drawn by the same scripts: its row of the table stands in for the token's vectors."""
+P3_evaluate. The initial word's pictures are drawn by the same scripts: its row of the table stands in for the token's vectors.
+
+A learned word has to look more like its pictures than the initial word does, and to leave the prompt as well heard, both beyond chance:
+the baseline is the initial word's mean score over several seeds, plus (image) or minus (text) twice the deviation between seeds."""
 
 from __future__ import annotations
 
@@ -31,15 +34,19 @@ PROMPTS = {  # the captions of what has no name: an object, an unusual style
 }
 
 
+Scores = dict[str, list[list[float]]]
+"""Concept -> image and text score of each prompt."""
+
+
 @dataclass(frozen=True)
 class Course:
-    """Where everything is, and how much better than the initial word the learned one must be."""
+    """Where everything is, and how often the initial words are asked."""
 
     model: str
     clip: str
     folder: Path
-    margin: tuple[float, float]
-    """Image and text score above the initial word's, which make the baseline."""
+    repeats: int
+    """Seeds with which the initial words are drawn and graded, two or more."""
     seed: int
     device: str
 
@@ -49,11 +56,12 @@ class Course:
         for name in names:
             pictures_of(name, self.folder / "references", False)
         self._save_initial(names, initial)
-        self._write_input(names, {})
-        baselines = self._run("initial", (initial,))
-        self._write_input(names, baselines)
-        self._run("learned", tuple(vectors.values()))
-        return dict(read_json(learned / "grades" / "record.json")["metrics"])
+        self._write_input(names, {}, (0, 0))
+        seeds = range(self.seed + 1, self.seed + 1 + self.repeats)
+        baselines, margin = baselines_of([self._run(f"initial-{seed}", (initial,), seed) for seed in seeds])
+        self._write_input(names, baselines, margin)
+        self._run("learned", tuple(vectors.values()), self.seed)
+        return dict(read_json(learned / "grades" / "record.json")["metrics"]) | {"margin": margin}
 
     def _save_initial(self, names: Sequence[str], folder: Path) -> None:
         """The row of each initial word under the concept's token."""
@@ -63,7 +71,7 @@ class Course:
             (index,) = pipe.tokenizer(INITIAL[name], add_special_tokens=False).input_ids
             save_vectors(file_of(folder, token_of(name)), token_of(name), table[index][None], INITIAL[name])
 
-    def _write_input(self, names: Sequence[str], baselines: dict[str, list[list[float]]]) -> None:
+    def _write_input(self, names: Sequence[str], baselines: Scores, margin: Sequence[float]) -> None:
         entries = {}
         for name in names:
             prompts = PROMPTS["style" if name in HELD_OUT_STYLES else "object"]
@@ -73,12 +81,12 @@ class Course:
                 "prompt": [text.format(token_of(name)) for text, _ in prompts],
                 "prompt_4_clip_eval": [plain for _, plain in prompts],
                 "baseline": baselines.get(name, [[0, 0]] * len(prompts)),
-                "margin over the initial word": self.margin,
+                "margin over the initial word": list(margin),
             }
         write_json(self.folder / "input.json", entries)
 
-    def _run(self, which: str, places: tuple[Path, ...]) -> dict[str, list[list[float]]]:
-        """Draws 25 pictures per prompt and grades them; returns scores plus margin, per concept and prompt."""
+    def _run(self, which: str, places: tuple[Path, ...], seed: int) -> Scores:
+        """Draws 25 pictures per prompt and grades them."""
         place, file = self.folder / which, self.folder / "input.json"
         images, grades = place / "pictures", place / "grades"
         P3_inference.main(
@@ -88,7 +96,7 @@ class Course:
                 file,
                 embeddings=places,
                 guidance=5.0,
-                seed=self.seed,
+                seed=seed,
                 device=self.device,
                 record=place / "record.json",
             )
@@ -96,11 +104,20 @@ class Course:
         P3_evaluate.main(
             P3_evaluate.Settings(images, file, self.folder / "references", self.clip, device=self.device, output=grades)
         )
-        found: dict[str, list[list[float]]] = {}
+        found: Scores = {}
         for case in read_json(grades / "record.json")["metrics"]["cases"]:
-            scores = (case["image_score"] + self.margin[0], case["text_score"] + self.margin[1])
-            found.setdefault(case["key"], []).append([round(score, 2) for score in scores])
+            found.setdefault(case["key"], []).append([case["image_score"], case["text_score"]])
         return found
+
+
+def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, list[float]]:
+    """The mean of several seeds' scores with the margin added, and the margin: twice the standard deviation between seeds, pooled over
+    all prompts, upwards for the image score and downwards for the text score."""
+    scores = torch.tensor([[values for prompts in scores.values() for values in prompts] for scores in rounds])
+    margin = 2 * scores.var(0).mean(0).sqrt() * torch.tensor([1.0, -1.0])
+    means = iter((scores.mean(0) + margin).tolist())
+    baselines = {key: [[round(x, 2) for x in next(means)] for _ in prompts] for key, prompts in rounds[0].items()}
+    return baselines, [round(x, 2) for x in margin.tolist()]
 
 
 def token_of(name: str) -> str:

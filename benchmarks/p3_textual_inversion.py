@@ -110,8 +110,8 @@ class Graded:
     model: str = MODEL
     clip: str = "runs/miniature/clip"
     names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
-    margin: tuple[float, float] = (5.0, -1.0)
-    """Image and text score that the baseline lies above the initial word's, which is itself in the text that is scored."""
+    repeats: int = 3
+    """Seeds of the initial words' pictures: the baseline lies two standard deviations between them above, or for the text below."""
     seed: int = 0
     device: str = "auto"
     concepts: Path = BENCH / "p3_concepts"
@@ -314,6 +314,8 @@ def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
 
 def grade_course(settings: Graded) -> None:
     """Baselines, pictures, grades; prints how many cases passed."""
+    if settings.repeats < 2:
+        raise BadInput(f"--repeats {settings.repeats}: a deviation takes two or more")
     machine = detect(settings.device)
     record, vectors = Record(settings, machine), {}
     for name in settings.names:
@@ -322,11 +324,13 @@ def grade_course(settings: Graded) -> None:
             raise BadInput(f"{learned} does not exist: `p3_textual_inversion.py concepts` makes it")
         vectors[name] = file_of(settings.folder / "vectors", token_of(name))
         save_vectors(vectors[name], token_of(name), read_vectors(learned)[TOKEN], f"{learned}")
-    course = Course(settings.model, settings.clip, settings.folder, settings.margin, settings.seed, settings.device)
+    course = Course(settings.model, settings.clip, settings.folder, settings.repeats, settings.seed, settings.device)
     with record.timed("drawing and grading"):
         record.metrics = course.graded(vectors)
     record.save(settings.output)
-    print(f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margin {settings.margin}")
+    print(
+        f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margin {record.metrics['margin']}"
+    )
     note(f"record: {settings.output}; input.json, pictures and grades: {settings.folder}")
 
 

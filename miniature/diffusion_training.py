@@ -27,6 +27,7 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.latents import cached_latents
+from miniature.scenes import Wish
 from miniature.trainer import Loop, Trainer, check_numbers
 from P3_checkpoint import make_scheduler
 from P3_model import suit_training
@@ -77,6 +78,8 @@ class Train(Loop):
     """At 16x16, 8x8 and 4x4 latents; multiples of 16."""
     pictures: int = 100_000
     """How many are rendered and encoded before the training."""
+    shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
+    """Of pictures with one, two, three objects; several are the harder ones to draw."""
     most_weight: float = 10.0
     """Loss weight 1 + 1/SNR, up to this: what a picture holds is decided where the noise is strong, and there errors of eps are small."""
     drop_text: float = 0.1
@@ -96,7 +99,9 @@ class DiffusionTrainer(Trainer):
         self.vae = load_part(AutoencoderKL, s.parts / "vae", MAKE_VAE)
         self.vae.to(self.device)
         with self.accelerator.main_process_first():  # the first encodes, the others read its cache
-            self.data = cached_latents(s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed)
+            self.data = cached_latents(
+                s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed, Wish(shares=s.shares)
+            )
         self.tower.to(self.device)
         self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
         self.alphas = make_scheduler().alphas_cumprod.to(self.device)
@@ -104,6 +109,10 @@ class DiffusionTrainer(Trainer):
     def _check(self) -> None:
         s = self.settings
         check_numbers(s, "pictures", "most_weight")
+        if min(s.shares) < 0 or not sum(s.shares):
+            raise BadInput(
+                f"--shares {' '.join(map(str, s.shares))}: give shares of zero or more, not all of them zero"
+            )
         if not 0 <= s.drop_text <= 1:
             raise BadInput(f"--drop-text {s.drop_text}: give a share from 0 to 1")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):

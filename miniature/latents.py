@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
-from miniature.scenes import SIDE
+from miniature.scenes import FREE, SIDE, Wish
 from miniature.world import as_tensor, captions_of, dataset
 from runtime.cli import note, progress
 from runtime.device import len_cores
@@ -42,27 +42,28 @@ class Latents:
         return moments[:, 0] + moments[:, 1] * noise
 
 
-def cached_latents(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int) -> Latents:
+def cached_latents(
+    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int, wish: Wish = FREE
+) -> Latents:
     """Posteriors from `folder`, where they are of the same pictures and autoencoder; else made now, at a few hundred pictures/s."""
-    facts = {"count": count, "seed": seed, "vae": _fingerprint(vae)}
+    facts = {"count": count, "seed": seed, "wish": str(wish), "vae": _fingerprint(vae)}
     done = output_folder(folder) / "facts.json"
     if not done.is_file() or read_json(done) != facts:
         done.unlink(missing_ok=True)
         note(f"encoding {count:,} pictures once, into {folder}")
-        _write(folder, vae, count, seed)
+        _write(folder, vae, count, seed, wish)
         write_json(done, facts)
-    captions = tokenize(
-        tokenizer, [text for start, size in _parts(count) for text in captions_of(size, derived_seed(seed, start))]
-    )
+    texts = [text for start, size in _parts(count) for text in captions_of(size, derived_seed(seed, start), wish)]
+    captions = tokenize(tokenizer, texts)
     return Latents(np.load(folder / "moments.npy", mmap_mode="r"), captions.int())
 
 
-def _write(folder: Path, vae: AutoencoderKL, count: int, seed: int) -> None:
+def _write(folder: Path, vae: AutoencoderKL, count: int, seed: int, wish: Wish) -> None:
     channels, side = vae.config["latent_channels"], SIDE // 2 ** (len(vae.config["block_out_channels"]) - 1)
     with atomic(folder / "moments.npy") as temporary:
         moments = np.lib.format.open_memmap(temporary, "w+", np.float16, (count, 2, channels, side, side))
         for start, size in progress(_parts(count), "encoding", leave=False):
-            made = dataset(size, derived_seed(seed, start), processes=len_cores() if size == RENDERED else 1)
+            made = dataset(size, derived_seed(seed, start), wish, processes=len_cores() if size == RENDERED else 1)
             moments[start : start + size] = _encoded(vae, as_tensor(made.images))
         moments.flush()
 

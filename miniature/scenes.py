@@ -49,7 +49,7 @@ Pairs = Literal["trained", "held_out", "any"]
 MIRRORED = {"moon", "key", "fish", "cup"}  # may look either way; the others are symmetric, or digits
 ANGLES = (-8, -4, 0, 4, 8)  # degrees clockwise
 SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # pixels, by the number of objects; even numbers
-SHARE = (0.6, 0.28, 0.12)  # of pictures with one, two, three objects
+SHARES = (0.6, 0.28, 0.12)  # of pictures with one, two, three objects
 GROUND_SHARE = (0.5, 0.25, 0.25)
 TINT = 10  # grey levels by which each channel of a colour may be off
 OFF_CENTRE = 6  # pixels between the centres of box and picture from which on an object is left, right, above or below
@@ -171,6 +171,7 @@ class Wish:
     ground: str | None = None
     pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
+    shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing says how many
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown words, lengths that differ and clashing colours."""
@@ -201,7 +202,7 @@ class Wish:
     def how_many(self, dice: Dice) -> int:
         """As given, or as the shares say."""
         given = self.kinds or self.colours or self.boxes or ((self.place,) if self.place else ())
-        drawn = dice.weighted(SHARE) + 1
+        drawn = dice.weighted(self.shares) + 1
         return self.count or len(given) or drawn
 
 

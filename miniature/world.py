@@ -106,10 +106,10 @@ def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, 
     return Batch(images, captions, scenes)
 
 
-def captions_of(count: int, seed: int) -> list[str]:
-    """The captions of `dataset(count, seed)`, without its pictures."""
+def captions_of(count: int, seed: int, wish: Wish = FREE) -> list[str]:
+    """The captions of `dataset(count, seed, wish)`, without its pictures."""
     seeds = [derived_seed(seed, index) for index in range(count)]
-    return [caption(sample_scene(each), derived_seed(each)).text for each in seeds]
+    return [caption(sample_scene(each, wish), derived_seed(each)).text for each in seeds]
 
 
 def _rendered(parts: Sequence[Sequence[int]], wish: Wish, workers: int) -> Iterator[Batch]:

@@ -112,6 +112,21 @@ def test_masks_never_overlap_at_any_resolution() -> None:
         assert inside(plan.shares(16, 16)[:, None], side, side).sum(0).max() == 1
 
 
+def test_a_region_smaller_than_a_position_keeps_the_one_it_fills_best() -> None:
+    boxes = [(left / 64, 22 / 64, (left + 20) / 64, 42 / 64) for left in (0, 21, 43)]
+    shares = torch.stack([box_mask(box) for box in boxes])[:, None]
+    found = inside(shares, 4, 4)
+    assert (found.sum((1, 2, 3)) > 0).all()
+    assert found.sum(0).max() == 1
+    assert inside(shares, 8, 8)[0, 0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (0, 1)]
+
+
+def test_no_concept_has_a_position_that_two_fill_alike() -> None:
+    halves = torch.stack([box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))])[:, None]
+    assert inside(halves, 1, 1).sum() == 0
+    assert inside(halves, 2, 2).sum() == 4
+
+
 # ---------------------------------------------------------------- made of a prompt
 
 

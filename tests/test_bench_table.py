@@ -81,7 +81,7 @@ def test_a_failed_benchmark_is_in_the_table() -> None:
             "object: 1 vector",
             [0.5, 1.0],
         ),
-        ("p3_course", {"cases": [{"passed": True}, {"passed": False}]}, "share of cases passed", [1.0, 0.0]),
+        ("p3_course", {"cases": [{"passed": True}, {"passed": False}], "margin": [1.2, -0.3]}, "share of cases passed", [1.0, 0.0]),
         ("p3_composition", {"two": {"joint": 0.1, "conductor": 0.9}}, "two: conductor", [0.9]),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ from miniature.diffusion_parts import (
 from miniature.diffusion_training import DiffusionTrainer, Train
 from miniature.judge_model import WHOLE, JudgeConfig, JudgeNetwork, load_judge, save_judge
 from miniature.latents import Latents, cached_latents
-from miniature.scenes import HELD_OUT_PAIRS
+from miniature.scenes import FREE, HELD_OUT_PAIRS, Wish
 from miniature.trainer import Trainer
 from miniature.world import dataset
 from P3_checkpoint import make_scheduler
@@ -196,6 +196,16 @@ def test_latents_are_the_scaled_posteriors_of_the_rendered_pictures(vae: Path, c
     wanted = scale * (posterior.mean[rows] + posterior.std[rows] * noise)
     assert (data.take(rows, noise) - wanted).abs().max() < 5e-3 * wanted.abs().max()
     assert torch.equal(data.tokens[4].long(), tokenize(tokenizer, [made.captions[4].text])[0])
+
+
+def test_latents_may_be_of_fuller_pictures(vae: Path, clip: Path, tmp_path: Path) -> None:
+    network, tokenizer = load_part(AutoencoderKL, vae / "vae", ""), load_text_tower(clip)[1]
+    full = Wish(shares=(0, 0, 1))
+    made = dataset(4, derived_seed(0, 0), full)
+    assert {len(scene.things) for scene in made.scenes} == {3}
+    for wish in (FREE, full):  # the second is not taken for the first
+        tokens = cached_latents(tmp_path, network, tokenizer, 4, 0, wish).tokens.long()
+    assert torch.equal(tokens, tokenize(tokenizer, [caption.text for caption in made.captions]))
 
 
 def test_latents_are_made_once_and_anew_for_another_autoencoder(vae: Path, clip: Path, tmp_path: Path) -> None:
@@ -367,6 +377,8 @@ def test_rates_are_the_shares_of_what_the_judge_sees(any_judge: Path) -> None:
         ({"steps": 0}, "--steps 0"),
         ({"pictures": 0}, "--pictures 0"),
         ({"drop_text": 1.5}, "--drop-text 1.5"),
+        ({"shares": (0.0, 0.0, 0.0)}, "--shares 0.0 0.0 0.0"),
+        ({"shares": (1.0, -0.5, 0.5)}, "--shares 1.0 -0.5 0.5"),
         ({"channels": (20, 32)}, "--channels"),
         ({"seed": -1}, "--seed -1"),
         ({"device": "cuda:99"}, "--device cuda:99"),
