@@ -6,8 +6,8 @@ conductor  regional, and multipath: branches share one latent, the base branch a
            blocks of the base branch compute is taken from the concept's branch (after Concept Conductor, arXiv 2408.03632)
 
 All branches have the same weights, so they go through the U-Net as one batch: base, concepts, unconditional. The latter needs no branches
-of its own: without words all branches are the same. With a reference picture the latent follows its layout (P3_alignment.py); masks can
-be fitted to what appears in them (P3_refinement.py).
+of its own: without words all branches are the same. The first noise holds a sketch of the layout (P3_sketch.py). With a reference picture
+the latent follows that one's layout (P3_alignment.py); masks can be fitted to what appears in them (P3_refinement.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from P3_alignment import Alignment
 from P3_drawing import Order, Painter
 from P3_layout import Layout, inside
 from P3_refinement import fitted, watched
+from P3_sketch import sketches
 
 Level = Literal["joint", "regional", "conductor"]
 Piece = Literal["attention", "features", "noise"]
@@ -41,6 +42,8 @@ class Means:
     blocks (at full latent resolution too), the predicted noise."""
     focus: bool = True
     """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
+    sketch: float = 2.0
+    """How strongly a sketch of the regions is added to the first noise, of what training leaves there; 0: not at all."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
@@ -173,7 +176,10 @@ def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: M
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
         return painter.paint([Order(text, order.seed) for text, order in zip(prompts, orders, strict=True)])
     together = Ensemble(painter, layouts, level, means)
-    x = draw(generators([order.seed for order in orders]), painter.shape, painter.pipe.unet.device)
+    seeds = [order.seed for order in orders]
+    x = draw(generators(seeds), painter.shape, painter.pipe.unet.device)
+    if level == "conductor" and means.sketch:
+        x = x + means.sketch * sketches(painter, together.now.shares, seeds)
     return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
 
 

@@ -115,8 +115,10 @@ def check(settings: Settings) -> None:
         raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
     if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
         raise BadInput("--draw-layout, --figure and --scores need a --layout")
-    if not 0 <= settings.means.align < float("inf"):
-        raise BadInput(f"--align {settings.means.align}: give zero or more")
+    for name in ("sketch", "align"):
+        value = getattr(settings.means, name)
+        if not 0 <= value < float("inf"):
+            raise BadInput(f"--{name} {value}: give zero or more")
     if min(settings.seed, settings.batch, settings.candidates) < 0:
         raise BadInput("--seed, --batch and --candidates: give zero or more")
     if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:

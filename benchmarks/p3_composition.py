@@ -62,6 +62,7 @@ VARIANTS: dict[str, Means] = {
     "features only": Means(("features",)),
     "noise only": Means(("noise",)),
     "without focus": Means(focus=False),
+    "without sketch": Means(sketch=0),
     "with refinement": Means(refine=True),
     "with alignment": Means(),  # to a picture with ordinary objects in the boxes
 }

@@ -22,6 +22,7 @@ from P3_embeddings import install
 from P3_layout import FINEST, Layout, Region, box_mask
 from P3_model import load_pipeline
 from P3_refinement import bounding_box, fitted, kmeans, watched
+from P3_sketch import sketches
 
 CPU = torch.device("cpu")
 NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
@@ -124,7 +125,8 @@ def test_every_level_draws_something_else(painter: Painter) -> None:
 
 def test_a_single_focused_concept_is_heard_as_by_region(painter: Painter) -> None:
     """Its branch hears its prompt inside the mask and the base prompt outside, which is what the base branch hears by regions."""
-    same(drawn(painter, layout(LEFT), [1], "conductor"), drawn(painter, layout(LEFT), [1], "regional"))
+    plain = Means(sketch=0)
+    same(drawn(painter, layout(LEFT), [1], "conductor", plain), drawn(painter, layout(LEFT), [1], "regional", plain))
 
 
 def test_joint_is_the_plain_picture(painter: Painter) -> None:
@@ -283,6 +285,40 @@ def test_a_reference_changes_the_picture(painter: Painter) -> None:
     plain = drawn(painter, layout(LEFT), [1], "conductor")
     led = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", Means(align=100))
     assert not torch.equal(led, plain)
+
+
+# ---------------------------------------------------------------- a sketch in the first noise
+
+
+def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(painter: Painter) -> None:
+    shares = layout(LEFT, RIGHT).shares(*painter.shape[1:])[:, None].expand(-1, 2, -1, -1)
+    found = sketches(painter, shares, [1, 2])
+    assert found.shape == (2, *painter.shape)
+    assert found.mean((2, 3)).abs().max() < 1e-6
+    vae = painter.pipe.vae
+    white, black = (
+        vae.encode(torch.full((1, 3, 64, 64), value)).latent_dist.mean.mean((2, 3)) * vae.config.scaling_factor
+        for value in (1.0, -1.0)
+    )
+    left = float(painter.pipe.scheduler.alphas_cumprod[-1]) ** 0.5
+    assert 0 < found.abs().max() < 2 * left * float((white - black).abs().max())
+    half = painter.shape[2] // 2
+    for picture in found:
+        assert (picture[:, :, :half].mean((1, 2)) - picture[:, :, half:].mean((1, 2))).abs().max() > 0
+    assert not torch.equal(found[0], found[1])
+
+
+def test_a_sketch_of_nothing_is_nothing_and_of_a_seed_always_the_same(painter: Painter) -> None:
+    nothing = torch.zeros(1, 1, *painter.shape[1:])
+    assert not sketches(painter, nothing, [1]).any()
+    one = layout(LEFT).shares(*painter.shape[1:])[:, None]
+    alone, both = sketches(painter, one, [2]), sketches(painter, one.expand(-1, 2, -1, -1), [1, 2])
+    assert torch.allclose(alone[0], both[1], atol=1e-6)
+
+
+def test_a_sketch_moves_the_picture_and_can_be_left_out(painter: Painter) -> None:
+    with_it, without = (drawn(painter, layout(LEFT, RIGHT), [1], "conductor", Means(sketch=s)) for s in (2.0, 0.0))
+    assert not torch.equal(with_it, without)
 
 
 # ---------------------------------------------------------------- refined masks
