@@ -42,7 +42,7 @@ class Means:
     blocks (at full latent resolution too), the predicted noise."""
     focus: bool = True
     """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
-    sketch: float = 2.0
+    sketch: float = 2.5
     """How strongly a sketch of the regions is added to the first noise, of what training leaves there; 0: not at all."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""

@@ -89,7 +89,8 @@ class Bench:
     learn: int = 500
     """Steps of textual inversion."""
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = 10.0
+    """What is composed from small objects wants more than a single one."""
     seed: int = 1
     device: str = "auto"
     output: Path = ROOT / "runs" / "bench" / "p3_composition.json"
