@@ -17,6 +17,7 @@ from small_pipeline import WIDTH, save_clip, save_pipeline
 import P3_inference_jobs
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
+from P3_composition import Means
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, save_vectors
 from P3_inference import main
@@ -170,6 +171,8 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"candidates": 3}, "--candidates 3"),
         ({"interval": (0.5, 0.5)}, "--interval"),
         ({"size": 65}, "--size 65"),
+        ({"means": Means(sketch=-1.0)}, "--sketch -1"),
+        ({"means": Means(align=float("inf"))}, "--align inf"),
         ({"model": "/nowhere"}, "/nowhere"),
         ({"embeddings": (Path("/nowhere"),)}, "/nowhere"),
     ],
