@@ -101,7 +101,7 @@ class DiffusionTrainer(Trainer):
         with self.accelerator.main_process_first():  # the first encodes, the others read its cache
             self.data = cached_latents(
                 s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed, Wish(shares=s.shares)
-            )
+            ).to(self.device)
         self.tower.to(self.device)
         self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
         self.alphas = make_scheduler().alphas_cumprod.to(self.device)
@@ -145,7 +145,7 @@ class DiffusionTrainer(Trainer):
 
     def captions(self, rows: Tensor, draws: Draws) -> Tensor:
         """[B,77] token ids of these pictures, some of them those of no words at all."""
-        tokens = self.data.tokens[rows.cpu()].to(self.device).long()
+        tokens = self.data.tokens[rows].long()
         return torch.where((draws.uniform() < self.settings.drop_text)[:, None], self.nothing, tokens)
 
     @torch.no_grad()
@@ -160,9 +160,11 @@ class DiffusionTrainer(Trainer):
 
 
 def start_from(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Copies the weights of a folder; raises BadInput where it holds another network."""
-    found = load_part(UNet2DConditionModel, folder, MAKE_UNET)
+    """Copies the weights of a folder; attention that its network lacks starts as the identity. Raises BadInput for another network."""
+    found = load_part(UNet2DConditionModel, folder, MAKE_UNET).state_dict()
+    own = unet.state_dict()
+    absent = {name: torch.zeros_like(x) if ".proj_out." in name else x for name, x in own.items() if name not in found}
     try:
-        unet.load_state_dict(found.state_dict())
+        unet.load_state_dict(found | {name: x for name, x in absent.items() if ".attentions." in name})
     except RuntimeError:
         raise BadInput(f"--init {folder} is of another layout than --channels and --clip ask for") from None

@@ -95,10 +95,8 @@ def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, 
     captions: list[Caption] = []
     scenes: list[Scene] = []
     seeds = [derived_seed(seed, index) for index in range(count)]
-    parts = [seeds[start : start + CHUNK] for start in range(0, count, CHUNK)]
-    workers = min(processes or len_cores(), len(parts))
     with progress(None, "rendering", total=count, unit="img", leave=False) as bar:  # type: ignore[arg-type]
-        for done in _rendered(parts, wish, workers):
+        for done in stream(seeds, wish, processes):
             images[len(scenes) : len(scenes) + len(done.scenes)] = done.images
             captions += done.captions
             scenes += done.scenes
@@ -106,14 +104,11 @@ def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, 
     return Batch(images, captions, scenes)
 
 
-def captions_of(count: int, seed: int, wish: Wish = FREE) -> list[str]:
-    """The captions of `dataset(count, seed, wish)`, without its pictures."""
-    seeds = [derived_seed(seed, index) for index in range(count)]
-    return [caption(sample_scene(each, wish), derived_seed(each)).text for each in seeds]
-
-
-def _rendered(parts: Sequence[Sequence[int]], wish: Wish, workers: int) -> Iterator[Batch]:
-    """The parts in order. Forked processes start at once; where CUDA is in use, and off Linux, they have to be fresh ones."""
+def stream(seeds: Sequence[int], wish: Wish = FREE, processes: int | None = None) -> Iterator[Batch]:
+    """One picture per seed, in order, at most CHUNK at a time, rendered by all cores. Forked processes start at once; where CUDA is in
+    use, and off Linux, they have to be fresh ones."""
+    parts = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
+    workers = min(processes or len_cores(), len(parts))
     if workers < 2:
         yield from (batch(part, wish) for part in parts)
         return
