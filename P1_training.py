@@ -87,7 +87,7 @@ class Trainer:
     """One run: everything that is set up once, and the loop."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
+        self.settings, self.started = settings, time.perf_counter()
         self.machine = detect(settings.device)
         self.preset = self._preset()
         self.recipe = resolve_recipe(settings, self.preset)
@@ -104,7 +104,7 @@ class Trainer:
         self.judges = shipped_judges(self.device) if self.main else []
         self.best = BestCandidates(self.folder / "candidates", settings.candidates)
         self.step = 0
-        self.history: list[dict[str, Any]] = []  # one entry per grading
+        self.history: list[dict[str, Any]] = []  # one entry per grading; seconds: since the start of this process's run
         self._resume()
         self._say(precision)
 
@@ -283,7 +283,7 @@ class Trainer:
             entry = {"mnistm": scores[0], "svhn": scores[1], "accuracy": sum(scores) / len(scores)}
             save_picture(self.folder / f"step-{self.step:06d}.png", digit_sheet(images))
             log.show(self.step, **entry)
-            self.history.append({"step": self.step, **entry})
+            self.history.append({"step": self.step, "seconds": round(start - self.started, 1), **entry})
             if self.best.offer(self.step, entry["accuracy"], partial(save_network, network=network)):
                 save_network(self.folder / "best.safetensors", network, torch.float16)
         return time.perf_counter() - start
