@@ -27,7 +27,7 @@ from P3_alignment import Alignment
 from P3_drawing import Order, Painter
 from P3_layout import Layout, inside
 from P3_refinement import fitted, watched
-from P3_sketch import sketches
+from P3_sketch import with_sketch
 
 Level = Literal["joint", "regional", "conductor"]
 Piece = Literal["attention", "features", "noise"]
@@ -42,8 +42,9 @@ class Means:
     blocks (at full latent resolution too), the predicted noise."""
     focus: bool = True
     """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
-    sketch: float = 2.5
-    """How strongly a sketch of the regions is added to the first noise, of what training leaves there; 0: not at all."""
+    sketch: float = 5.0
+    """How strongly a sketch of the regions takes the place of the first noise's low frequencies, of what training leaves there; 0: not
+    at all."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
@@ -179,7 +180,7 @@ def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: M
     seeds = [order.seed for order in orders]
     x = draw(generators(seeds), painter.shape, painter.pipe.unet.device)
     if level == "conductor" and means.sketch:
-        x = x + means.sketch * sketches(painter, together.now.shares, seeds)
+        x = with_sketch(x, painter, together.now.shares, seeds, means.sketch)
     return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
 
 

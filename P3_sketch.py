@@ -2,8 +2,8 @@
 
 Stable Diffusion's schedule ends before all signal is gone: at its last step 7 % of the latent's amplitude is left (sqrt(abar_T) = 0.068),
 so in training even the noisiest pictures tell by their low frequencies where something is (Lin et al. 2023, arXiv 2305.08891). Drawing
-starts from noise alone, and where things end up is that noise's accident. A sketch, one flat colour per region on another, added to the
-first noise in that proportion, says where they belong.
+starts from noise alone, and where things end up is an accident of that noise's own low frequencies. A sketch, a soft spot of colour per
+region on another colour, takes their place and says where things belong.
 """
 
 from __future__ import annotations
@@ -20,18 +20,56 @@ from P3_drawing import Painter
 from runtime.generation import derived_seed
 
 APART = 0.35  # least distance of a region's colour to the ground's in every channel, of 1
+LOW = 4.0  # periods along each side: what is coarser than that places things
 FLAT = 8  # latents along each side of the one-coloured pictures that are encoded
 
 
 @torch.no_grad()
+def with_sketch(noise: Tensor, painter: Painter, shares: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
+    """noise [B,4,h,w] with `strength` times a sketch in the place of its low frequencies; shares [N,B,h,w]: how much of each position
+    belongs to a region. A picture whose regions are empty or cover all of it keeps its noise, bit for bit."""
+    placed = _placed(shares).any(0)
+    if not placed.any():
+        return noise
+    sketched = without_low(noise) + strength * sketches(painter, shares, seeds)
+    return torch.where(placed[:, None, None, None], sketched, noise)
+
+
+def without_low(noise: Tensor) -> Tensor:
+    """[B,4,h,w] without its frequencies up to LOW."""
+    height, width = noise.shape[-2:]
+    down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)
+    high = (down**2 + across**2 > LOW**2).to(noise)
+    return torch.fft.ifft2(torch.fft.fft2(noise) * high).real
+
+
 def sketches(painter: Painter, shares: Tensor, seeds: Sequence[int]) -> Tensor:
-    """[B,4,h,w] to be added to standard normal noise, of mean 0 so that the picture as a whole gets no tint; shares [N,B,h,w], how much of
-    each position belongs to a region. Colours follow from each picture's seed and each region's shape."""
+    """[B,4,h,w] of mean 0, so that the picture as a whole gets no tint, in the amplitude that training leaves at its last step. Colours
+    follow from each picture's seed and each region's shape."""
     colours = torch.stack([_colours(shares[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 1)
     ground, *regions = _latents(painter, colours).to(shares)[..., None, None].unbind(0)
-    drawn = (shares[:, :, None] * (torch.stack(regions) - ground)).sum(0)
+    drawn = (_spots(shares)[:, :, None] * (torch.stack(regions) - ground)).sum(0)
     left = math.sqrt(painter.schedule.alpha(len(painter.schedule) - 1))
     return left * (drawn - drawn.mean((2, 3), keepdim=True))
+
+
+def _placed(shares: Tensor) -> Tensor:
+    """[N,B,h,w] -> [N,B]: whether a region is somewhere rather than nowhere or everywhere."""
+    return shares.amax((2, 3)) > shares.amin((2, 3))
+
+
+def _spots(shares: Tensor) -> Tensor:
+    """[N,B,h,w] -> the same, 0..1: a Gaussian of each region's centre and spread, so that a box doesn't ask for something square."""
+    height, width = shares.shape[2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([y, x], -1).view(-1, 2).to(shares)  # [P,2]
+    weight = shares.flatten(2) / shares.flatten(2).sum(2, keepdim=True).clamp(min=1e-6)  # [N,B,P]
+    away = places - (weight @ places)[:, :, None]  # [N,B,P,2]
+    spread = (
+        torch.einsum("nbp,nbpi,nbpj->nbij", weight, away, away) + torch.eye(2).to(shares) / 12
+    )  # at least a position's own
+    distance = torch.einsum("nbpi,nbij,nbpj->nbp", away, torch.linalg.inv(spread), away)
+    return (-distance / 2).exp().view_as(shares) * _placed(shares)[..., None, None]
 
 
 def _colours(shares: Tensor, seed: int) -> Tensor:
