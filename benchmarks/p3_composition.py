@@ -37,7 +37,7 @@ from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
-from P3_concepts import Concept
+from P3_concepts import Concept, Kind
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
@@ -51,6 +51,8 @@ from runtime.record import Record
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 BATCH = 10
+NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
+BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step of learning
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 VARIANTS: dict[str, Means] = {
@@ -89,7 +91,7 @@ class Bench:
     learn: int = 500
     """Steps of textual inversion."""
     steps: int = 25
-    guidance: float = 10.0
+    guidance: float = 7.0
     """What is composed from small objects wants more than a single one."""
     seed: int = 1
     device: str = "auto"
@@ -143,21 +145,21 @@ def digest(model: Path) -> str:
 
 
 def learn(bench: Bench, folder: Path) -> None:
-    """All concepts that have no file yet, in one run."""
-    absent = [x for x in HELD_OUT_KINDS + HELD_OUT_STYLES if not file_of(folder, f"<{x}>").is_file()]
-    if not absent:
-        return
+    """All concepts that have no file yet: the objects in one run, the styles in another."""
+    for kind, names in NAMES.items():
+        absent = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
+        if absent:
+            learn_together(bench, folder, kind, absent)
+
+
+def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str]) -> None:
+    """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        concepts = [
-            Concept(f"<{x}>", pictures_of(x, place, True), INITIAL[x], "style" if x in HELD_OUT_STYLES else "object")
-            for x in absent
-        ]
-        recipe = Recipe(
-            bench.model, bench.learn, lr=LR, most_weight=MOST_WEIGHT, device=bench.device, run=place / "run"
-        )
-        run = Run(recipe, concepts)
-        for _ in progress(range(bench.learn), f"learning {', '.join(absent)}"):
+        concepts = [Concept(f"<{name}>", pictures_of(name, place, True), INITIAL[name], kind) for name in names]
+        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT, "device": bench.device}
+        run = Run(Recipe(bench.model, bench.learn, run=place / "run", **how), concepts)
+        for _ in progress(range(bench.learn), f"learning {', '.join(names)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():
             save_vectors(file_of(folder, token), token, rows, f"{bench.model}, {bench.learn} steps")

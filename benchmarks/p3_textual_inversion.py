@@ -151,6 +151,7 @@ def compare_speed(settings: Speed) -> None:
             compile=settings.compile,
             seed=settings.seed,
         )
+        set_up("fp32", machine)  # without TF32, which would round both
         record.metrics["gradient_difference"] = gradient_difference(recipe, concept, device)
         found = side_by_side(settings, recipe, concept, device)
     ratios = {

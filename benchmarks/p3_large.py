@@ -1,0 +1,98 @@
+"""Composition at Stable Diffusion's own size: seconds per picture and, on a GPU, peak memory, against a plain guided picture.
+
+  python benchmarks/p3_large.py                                   two concepts at 512x512, 25 steps; a GPU, or patience
+  python benchmarks/p3_large.py --model runs/miniature/stable_diffusion --steps 5        a try on a CPU
+
+The default model is Stable Diffusion v1 with random weights (plain_p3.py): time and memory don't depend on what it knows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain_p3 import save_random_v1
+from diffusion.guidance import Guidance
+from P3_composition import Composed, compose
+from P3_drawing import Manner, Order, Painter
+from P3_layout import Region, box_mask, make_layout
+from P3_model import load_pipeline
+from runtime.cli import require_positive, run_script
+from runtime.device import Precision, detect, set_up
+from runtime.record import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYOUT = make_layout(
+    "a photo of a dog next to a cat",
+    [
+        Region("dog", "a photo of a dog on the left", box_mask((0.05, 0.2, 0.45, 0.9))),
+        Region("cat", "a photo of a cat on the right", box_mask((0.55, 0.2, 0.95, 0.9))),
+    ],
+    [],
+    "a photo of a dog next to a cat",
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Flags."""
+
+    model: str = "random-v1"
+    """A folder, a file, or random-v1."""
+    steps: int = 25
+    repeats: int = 3
+    device: str = "auto"
+    precision: Precision = "auto"
+    output: Path = ROOT / "runs" / "bench" / "p3_large.json"
+
+
+def main(bench: Bench) -> None:
+    """Prints a line for each way and writes the record."""
+    require_positive(bench, "steps", "repeats")
+    machine = detect(bench.device)
+    half = set_up(bench.precision, machine) == "bf16"
+    with tempfile.TemporaryDirectory() as temporary:
+        model = save_random_v1(Path(temporary)) if bench.model == "random-v1" else bench.model
+        pipe = load_pipeline(model, machine.device, torch.bfloat16 if half else torch.float32)
+    pipe.unet.to(memory_format=torch.channels_last)
+    painter = Painter(pipe, Manner("dpm", bench.steps, Guidance(7.5)))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: painter.paint([Order(LAYOUT.joint, 0)]),
+        "regional": lambda: compose(painter, [Composed(LAYOUT, 0)], "regional"),
+        "conductor": lambda: compose(painter, [Composed(LAYOUT, 0)], "conductor"),
+    }
+    record = Record(bench, machine)
+    for name, way in ways.items():
+        record.metrics[name] = measured(way, bench.repeats, machine.device)
+        ratio = statistics.mean(record.metrics[name]["seconds"]) / statistics.mean(record.metrics["plain"]["seconds"])
+        memory = f"{record.metrics[name]['bytes'] / 1e9:8.2f} GB" if machine.device.type == "cuda" else ""
+        print(f"{name:<10}{statistics.mean(record.metrics[name]['seconds']):8.2f} s{ratio:8.2f}x{memory}")
+    record.save(bench.output)
+
+
+def measured(way: Callable[[], Tensor], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of some repeats after one that warms up, and on a GPU the most bytes that were taken, weights included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        way()  # hands the picture over to the CPU, so that nothing is left in a queue
+        seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"seconds": seconds[1:], "bytes": memory}
+
+
+if __name__ == "__main__":
+    run_script(main, Bench, __doc__)
