@@ -2,7 +2,8 @@
 P3_evaluate. The initial word's pictures are drawn by the same scripts: its row of the table stands in for the token's vectors.
 
 A learned word has to look more like its pictures than the initial word does, and to leave the prompt as well heard, both beyond chance:
-the baseline is the initial word's mean score over several seeds, plus (image) or minus (text) twice the deviation between seeds."""
+the baseline is the initial word's mean score over several seeds, plus (image) or minus (text) twice the deviation between seeds. Objects
+and styles have deviations of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import P3_evaluate
 import P3_inference
@@ -36,6 +38,8 @@ PROMPTS = {  # the captions of what has no name: an object, an unusual style
 
 Scores = dict[str, list[list[float]]]
 """Concept -> image and text score of each prompt."""
+Margins = dict[str, list[float]]
+"""Kind -> what is added to the initial word's image and text score."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Course:
         for name in names:
             pictures_of(name, self.folder / "references", False)
         self._save_initial(names, initial)
-        self._write_input(names, {}, (0, 0))
+        self._write_input(names, {}, {})
         seeds = range(self.seed + 1, self.seed + 1 + self.repeats)
-        baselines, margin = baselines_of([self._run(f"initial-{seed}", (initial,), seed) for seed in seeds])
-        self._write_input(names, baselines, margin)
+        baselines, margins = baselines_of([self._run(f"initial-{seed}", (initial,), seed) for seed in seeds])
+        self._write_input(names, baselines, margins)
         self._run("learned", tuple(vectors.values()), self.seed)
-        return dict(read_json(learned / "grades" / "record.json")["metrics"]) | {"margin": margin}
+        return dict(read_json(learned / "grades" / "record.json")["metrics"]) | {"margins": margins}
 
     def _save_initial(self, names: Sequence[str], folder: Path) -> None:
         """The row of each initial word under the concept's token."""
@@ -71,17 +75,17 @@ class Course:
             (index,) = pipe.tokenizer(INITIAL[name], add_special_tokens=False).input_ids
             save_vectors(file_of(folder, token_of(name)), token_of(name), table[index][None], INITIAL[name])
 
-    def _write_input(self, names: Sequence[str], baselines: Scores, margin: Sequence[float]) -> None:
+    def _write_input(self, names: Sequence[str], baselines: Scores, margins: Margins) -> None:
         entries = {}
         for name in names:
-            prompts = PROMPTS["style" if name in HELD_OUT_STYLES else "object"]
+            prompts = PROMPTS[kind_of(name)]
             entries[name] = {
                 "src_image": "object",
                 "token_name": token_of(name),
                 "prompt": [text.format(token_of(name)) for text, _ in prompts],
                 "prompt_4_clip_eval": [plain for _, plain in prompts],
                 "baseline": baselines.get(name, [[0, 0]] * len(prompts)),
-                "margin over the initial word": list(margin),
+                "margin over the initial word": margins.get(kind_of(name), [0, 0]),
             }
         write_json(self.folder / "input.json", entries)
 
@@ -110,14 +114,31 @@ class Course:
         return found
 
 
-def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, list[float]]:
-    """The mean of several seeds' scores with the margin added, and the margin: twice the standard deviation between seeds, pooled over
-    all prompts, upwards for the image score and downwards for the text score."""
-    scores = torch.tensor([[values for prompts in scores.values() for values in prompts] for scores in rounds])
-    margin = 2 * scores.var(0).mean(0).sqrt() * torch.tensor([1.0, -1.0])
-    means = iter((scores.mean(0) + margin).tolist())
-    baselines = {key: [[round(x, 2) for x in next(means)] for _ in prompts] for key, prompts in rounds[0].items()}
-    return baselines, [round(x, 2) for x in margin.tolist()]
+def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
+    """The mean of several seeds' scores with the margin added, and the margins: twice the standard deviation between seeds, pooled over
+    all prompts of a kind, upwards for the image score and downwards for the text score."""
+    baselines: Scores = {}
+    margins: Margins = {}
+    for kind in PROMPTS:
+        names = [name for name in rounds[0] if kind_of(name) == kind]
+        if not names:
+            continue
+        scores = torch.tensor([[values for name in names for values in scores[name]] for scores in rounds])
+        margin = 2 * scores.var(0).mean(0).sqrt() * torch.tensor([1.0, -1.0])
+        margins[kind] = rounded(margin)
+        means = iter(scores.mean(0) + margin)
+        baselines |= {name: [rounded(next(means)) for _ in rounds[0][name]] for name in names}
+    return baselines, margins
+
+
+def rounded(values: Tensor) -> list[float]:
+    """As input.json has them."""
+    return [round(x, 2) for x in values.tolist()]
+
+
+def kind_of(name: str) -> str:
+    """object or style."""
+    return "style" if name in HELD_OUT_STYLES else "object"
 
 
 def token_of(name: str) -> str:

@@ -330,7 +330,7 @@ def grade_course(settings: Graded) -> None:
         record.metrics = course.graded(vectors)
     record.save(settings.output)
     print(
-        f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margin {record.metrics['margin']}"
+        f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margins {record.metrics['margins']}"
     )
     note(f"record: {settings.output}; input.json, pictures and grades: {settings.folder}")
 

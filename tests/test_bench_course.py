@@ -9,11 +9,21 @@ from benchmarks.p3_course import baselines_of
 
 def test_baselines_lie_two_deviations_from_the_initial_words_mean() -> None:
     rounds = [{"fish": [[60.0, 30.0], [50.0, 28.0]]}, {"fish": [[62.0, 30.0], [52.0, 26.0]]}]
-    baselines, margin = baselines_of(rounds)
-    assert margin == pytest.approx([2 * 2**0.5, -2.0], abs=0.01)  # variances 2 and 2; 0 and 2, of which the mean is 1
+    baselines, margins = baselines_of(rounds)
+    assert margins["object"] == pytest.approx(
+        [2 * 2**0.5, -2.0], abs=0.01
+    )  # variances 2 and 2; 0 and 2, of which the mean is 1
     assert baselines["fish"] == [pytest.approx([63.83, 28.0]), pytest.approx([53.83, 25.0])]
 
 
 def test_baselines_keep_concepts_and_prompts_apart() -> None:
-    rounds = [{"a": [[1.0, 2.0]], "b": [[3.0, 4.0], [5.0, 6.0]]}] * 2
-    assert baselines_of(rounds) == ({"a": [[1.0, 2.0]], "b": [[3.0, 4.0], [5.0, 6.0]]}, [0.0, 0.0])
+    scores = {"key": [[1.0, 2.0]], "cup": [[3.0, 4.0], [5.0, 6.0]]}
+    assert baselines_of([scores] * 2) == (scores, {"object": [0.0, 0.0]})
+
+
+def test_objects_and_styles_have_margins_of_their_own() -> None:
+    rounds = [{"fish": [[60.0, 30.0]], "relief": [[50.0, 20.0]]}, {"fish": [[60.0, 30.0]], "relief": [[52.0, 20.0]]}]
+    baselines, margins = baselines_of(rounds)
+    assert margins["object"] == [0.0, 0.0]
+    assert margins["style"] == pytest.approx([2.83, 0.0], abs=0.01)
+    assert baselines == {"fish": [[60.0, 30.0]], "relief": [[53.83, 20.0]]}
