@@ -39,7 +39,7 @@ doctor: setup  ## what this machine has and how long each command would take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## every side-by-side measurement, one table: runs/bench/table.md (hours on two cores; goes on where it was stopped)
+bench: setup  ## every side-by-side measurement, one table: runs/bench/table/table.md (hours on two cores; goes on where it was stopped)
 	@$(RUN) benchmarks/table.py
 
 clean:  ## remove .venv, runs, the demo's and the report's output

@@ -28,6 +28,7 @@ from P3_drawing import Order, Painter
 from P3_layout import Layout, inside
 from P3_refinement import fitted, watched
 from P3_sketch import with_sketch
+from runtime.cli import BadInput
 
 Level = Literal["joint", "regional", "conductor"]
 Piece = Literal["attention", "features", "noise"]
@@ -43,12 +44,21 @@ class Means:
     focus: bool = True
     """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
     sketch: float = 5.0
-    """How strongly a sketch of the regions takes the place of the first noise's low frequencies, of what training leaves there; 0: not
-    at all."""
+    """Strength of the sketch of the regions that takes the place of the first noise's low frequencies, in multiples of the signal that
+    the schedule leaves at its last step; 0: no sketch."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
     """Masks follow what the self-attention sees in them."""
+
+    def check(self) -> None:
+        """Raises BadInput for strengths that make no sense, and where nothing is injected."""
+        for name in ("sketch", "align"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise BadInput(f"--{name} {value}: give zero or more")
+        if not self.inject:
+            raise BadInput("--inject: give at least one of attention, features, noise")
 
     GUIDED: ClassVar[float] = 0.3
     """Share of the steps, from the first one, in which the latent is aligned."""

@@ -31,7 +31,7 @@ from P3_layout import Layout
 from P3_model import check_model, load_pipeline
 from P3_output import check_disk, remove, stale_files
 from P3_scores import Scorer, open_pictures, rank
-from runtime.cli import run_script
+from runtime.cli import BadInput, run_script
 from runtime.device import Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
 from runtime.files import output_folder, read_json
@@ -111,7 +111,10 @@ def expected_time(settings: Settings, machine: Machine, drawn: int) -> str:
     """As the last run of this model on this machine went."""
     if settings.record.is_file():
         last = read_json(settings.record)
-        before, seconds = last["settings"], last["metrics"]["seconds_per_picture"]
+        try:
+            before, seconds = last["settings"], last["metrics"]["seconds_per_picture"]
+        except (KeyError, TypeError):
+            raise BadInput(f"--record {settings.record} is no record of this script's") from None
         same = (last["machine"], last["device"]) == (machine.name, str(machine.device))
         if same and (before["model"], before["size"]) == (settings.model, settings.size):
             seconds *= drawn * passes_of(settings) / passes_of(before)

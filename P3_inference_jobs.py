@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ class Settings:
     model: str
     """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
     output: Path
-    """Folder: {key}/{prompt}/source{key}_prompt{prompt}_{n}.png with --input, {prompt}_{n}.png with --prompt."""
+    """Folder: {key}/{prompt}/source{key}_prompt{prompt}_{n}.png with --input, {prompt}_{n}.png with --prompt, {level}_{n}.png with
+    --layout."""
     input: Path | None = None
     """The course's input.json: tokens and prompts."""
     prompt: tuple[str, ...] = ()
     """Instead of --input: any prompts."""
     count: int = 4
-    """Pictures of each --prompt."""
+    """Pictures of each --prompt, or of the --layout."""
     layout: str | None = None
     """A json file that says which concept belongs where, or auto: the tokens of --prompt side by side."""
     level: Level = "conductor"
@@ -64,7 +66,7 @@ class Settings:
     candidates: int = 0
     """Pictures drawn per prompt, of which the best are kept; 0: as many as are kept."""
     clip: str = "openai/clip-vit-base-patch32"
-    """The CLIP that chooses among candidates: a transformers folder or a hub name."""
+    """The CLIP that chooses among candidates and gives --scores: a transformers folder or a hub name."""
     references: Path = HERE / "hw2_data" / "textual_inversion"
     """For --candidates with --input: folder with a folder of pictures per key."""
     batch: int = 0
@@ -115,10 +117,13 @@ def check(settings: Settings) -> None:
         raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
     if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
         raise BadInput("--draw-layout, --figure and --scores need a --layout")
-    for name in ("sketch", "align"):
-        value = getattr(settings.means, name)
-        if not 0 <= value < float("inf"):
-            raise BadInput(f"--{name} {value}: give zero or more")
+    if settings.words and settings.layout != "auto":
+        raise BadInput("--words go with --layout auto")
+    settings.means.check()
+    if not settings.layout and settings.means != Means():
+        raise BadInput("--inject, --focus, --sketch, --align and --refine need a --layout")
+    if not math.isfinite(settings.guidance):
+        raise BadInput(f"--guidance {settings.guidance}: give a number")
     if min(settings.seed, settings.batch, settings.candidates) < 0:
         raise BadInput("--seed, --batch and --candidates: give zero or more")
     if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:
@@ -155,7 +160,10 @@ def _graded_job(settings: Settings, concept: Concept, k: int) -> Job:
 
 def _layout_job(settings: Settings) -> Job:
     if settings.layout == "auto":
-        words = dict(zip(tokens_in(settings.prompt[0]), settings.words, strict=False))
+        tokens = tokens_in(settings.prompt[0])
+        if len(settings.words) > len(tokens):
+            raise BadInput(f"--words {' '.join(settings.words)}: the prompt has {len(tokens)} tokens")
+        words = dict(zip(tokens, settings.words, strict=False))
         layout = auto_layout(settings.prompt[0], words)
     else:
         layout = read_layout(Path(str(settings.layout)))

@@ -209,6 +209,9 @@ def read_layout(path: Path) -> Layout:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise BadInput(f'{path}: wanted an object with "prompt" and "concepts"')
+    for field in ("prompt", "joint", "reference", "reference_prompt"):
+        if field in content and not (isinstance(content[field], str) and content[field].strip()):
+            raise BadInput(f"{path}: {field} {content[field]!r} must be a text")
     if unknown := set(content) - KNOWN:
         raise BadInput(f"{path}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(KNOWN))}")
     entries = content.get("concepts")
@@ -221,8 +224,8 @@ def read_layout(path: Path) -> Layout:
     styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
     reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}
     if "reference" in reference:
-        reference["reference"] = _reference(path, str(reference["reference"]))
-    return make_layout(content["prompt"], regions, styles, str(content.get("joint", "")), **reference)
+        reference["reference"] = _reference(path, reference["reference"])
+    return make_layout(content["prompt"], regions, styles, content.get("joint", ""), **reference)
 
 
 def _check_entry(path: Path, number: int, entry: Any) -> None:
@@ -234,6 +237,8 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
     for field in ("prompt", "word", "images", "mask"):
         if field in entry and not (isinstance(entry[field], str) and entry[field].strip()):
             raise BadInput(f"{name}: {field} {entry[field]!r} must be a text")
+    if not isinstance(entry.get("style", False), bool):
+        raise BadInput(f"{name}: style {entry['style']!r} must be true or false")
     if "box" in entry and "mask" in entry or not entry.get("style") and not {"box", "mask"} & set(entry):
         raise BadInput(f"{name}: give it either a box or a mask")
     if entry["token"] not in str(entry.get("prompt", entry["token"])):

@@ -3,7 +3,7 @@
   python P3_textual_inversion.py --model MODEL --images dog --token "<new1>" --init dog
   python P3_textual_inversion.py --model MODEL --images revoy --token "<new2>" --init painting --kind style
   python P3_textual_inversion.py --model MODEL --concepts concepts.json              several in one run
-  python P3_inference.py --model MODEL --prompt "a <new1> in the style of <new2>"    draws with what was learned
+  python P3_inference.py --model MODEL --prompt "a <new1> in the style of <new2>" --output DIR    draws with what was learned
 
 MODEL is a diffusers folder, a hub name or a single Stable Diffusion v1 file. Several GPUs: accelerate launch, or torchrun. Ctrl-C leaves
 a checkpoint, and the same command goes on from it. With --clip every look at the progress is scored as the course does, and the best

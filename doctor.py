@@ -40,7 +40,7 @@ class Settings:
 
 
 def training_minutes(machine: Machine, preset: str) -> float:
-    """Measured: two steps of forward and backward at the preset's batch (at most 64 pictures on a CPU), scaled up."""
+    """Measured: two steps of forward and backward at the preset's batch (at most 16 pictures on a CPU), scaled up."""
     recipe, device = RECIPES[preset], machine.device
     unet = UNet(PRESETS[preset]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)

@@ -1,6 +1,6 @@
 """Composition on the miniature: how often each level puts everything where it belongs, by the judge, on fresh layouts.
 
-  python benchmarks/p3_composition.py --count 200 --seed 1            needs the miniature assembled; learns the six concepts first, once
+  python benchmarks/p3_composition.py --count 200 --seed 1            learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
   python benchmarks/p3_composition.py --ablation --count 60           conductor with each of its parts on and off
   python benchmarks/p3_composition.py --ordinary --count 20           ordinary objects and styles in the place of learned ones
@@ -10,6 +10,8 @@ scene   a learned object, an ordinary one in a colour, a background, a learned s
 leak    two learned objects in colours: share of pictures in which a kind or colour is seen outside its box
 alone   what the parts give alone, with the same vectors; possible: their product, what a level could reach at most
 time    seconds per picture of two objects over those of a plain guided picture
+
+Needs the miniature: python miniature/train_clip.py convert --output runs/miniature/clip; python miniature/train_diffusion.py assemble
 """
 
 from __future__ import annotations
@@ -103,6 +105,11 @@ def main(bench: Bench) -> None:
     require_positive(bench, "count", "alone", "learn", "steps")
     if bench.seed < 0:
         raise BadInput(f"--seed {bench.seed}: give zero or more")
+    if not bench.cases or not bench.levels:
+        raise BadInput("--cases, --levels: give at least one of each")
+    if bench.ablation and bench.means != Means():
+        raise BadInput("--ablation has means of its own: leave --inject, --focus, --sketch, --align and --refine out")
+    bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
@@ -129,7 +136,7 @@ def main(bench: Bench) -> None:
 def painter_of(bench: Bench, device: torch.device) -> Painter:
     """With all vectors in place."""
     if not bench.ordinary:
-        folder = bench.embeddings or KEPT / digest(Path(bench.model))
+        folder = bench.embeddings or KEPT / digest(Path(bench.model), bench.learn)
         learn(bench, folder)
     pipe = load_pipeline(bench.model, device, torch.float32)
     for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
@@ -138,10 +145,12 @@ def painter_of(bench: Bench, device: torch.device) -> Painter:
     return Painter(pipe, Manner("dpm", bench.steps, Guidance(bench.guidance)))
 
 
-def digest(model: Path) -> str:
-    """Of the U-Net's weights: vectors of another one say nothing to it."""
-    files = sorted((model / "unet").glob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+def digest(model: Path, steps: int) -> str:
+    """Of the weights that vectors are learned for and the steps of learning: vectors of another model say nothing to it."""
+    files = [file for part in ("text_encoder", "unet") for file in sorted((model / part).glob("*.safetensors"))]
+    if not files:
+        raise BadInput(f"--model {model}: wanted a diffusers folder with safetensors; without one, give --embeddings")
+    return f"{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}-{steps}"
 
 
 def learn(bench: Bench, folder: Path) -> None:

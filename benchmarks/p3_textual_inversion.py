@@ -111,7 +111,7 @@ class Graded:
     clip: str = "runs/miniature/clip"
     names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
     repeats: int = 3
-    """Seeds of the initial words' pictures: the baseline lies two standard deviations between them above, or for the text below."""
+    """Seeds of the initial words' pictures: baselines lie two standard deviations between them above (text: below) their mean."""
     seed: int = 0
     device: str = "auto"
     concepts: Path = BENCH / "p3_concepts"
@@ -247,6 +247,8 @@ def gradient_difference(recipe: Recipe, concept: Concept, device: torch.device) 
 def measure_concepts(settings: Concepts) -> None:
     """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
     require_positive(settings, "steps", "batch", "seeds", "count")
+    if not settings.names:
+        raise BadInput("--names: give at least one")
     machine = detect(settings.device)
     set_up("fp32", machine)
     record, judge = Record(settings, machine), load_judge(machine.device)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 Denoise = Callable[[Tensor, int], Tensor]  # (x_t [B,C,H,W], t) -> the network's output [B,C,H,W]
 Condition = TypeVar("Condition")
-FORMULA = "uncond + scale * (cond - uncond): 0 ignores the condition, 1 is no guidance"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
 from miniature.scenes import FREE, SIDE, Wish
-from miniature.world import as_tensor, stream
+from miniature.world import as_tensor, batch, stream
 from runtime.cli import note, progress
 from runtime.files import atomic, output_folder, read_json, write_json
 from runtime.generation import derived_seed
@@ -49,7 +49,7 @@ def cached_latents(
     folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int, wish: Wish = FREE
 ) -> Latents:
     """Posteriors from `folder`, where they are of the same pictures and autoencoder; else made now: on a CPU some hundreds a second."""
-    facts = {"count": count, "seed": seed, "wish": str(wish), "vae": _fingerprint(vae)}
+    facts = {"count": count, "seed": seed, "wish": str(wish), "vae": _fingerprint(vae), "world": _look(wish)}
     done = output_folder(folder) / "facts.json"
     if not done.is_file() or read_json(done) != facts:
         done.unlink(missing_ok=True)
@@ -83,6 +83,14 @@ def _encoded(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
         posterior = vae.encode(to_float(chunk.to(device))).latent_dist
         parts.append(torch.stack([posterior.mean, posterior.std], 1) * scale)
     return torch.cat(parts).half().cpu().numpy()
+
+
+def _look(wish: Wish) -> str:
+    """Tells another way of rendering or of captioning, by a few pictures."""
+    made = batch(range(8), wish)
+    digest = hashlib.blake2b(made.images.tobytes(), digest_size=8)
+    digest.update(str(made.captions).encode())
+    return digest.hexdigest()
 
 
 def _fingerprint(vae: AutoencoderKL) -> str:

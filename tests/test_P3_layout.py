@@ -179,6 +179,7 @@ BOX = [0, 0, 1, 1]
         ([{"token": "<a>", "box": BOX, "prompt": 3}], "<a>: prompt 3"),
         ([{"token": "<a>", "box": BOX, "images": "nowhere"}], "nowhere is not a folder"),
         ([{"token": "<a>", "box": BOX, "weight": 2}], "weight is not known"),
+        ([{"token": "<a>", "style": "no"}], "style 'no' must be true or false"),
         ([{"token": "<a>", "box": BOX}, {"token": "<b>", "box": BOX}], "<b>: its region is empty"),
     ],
 )
@@ -194,6 +195,8 @@ def test_bad_concepts_are_named(tmp_path: Path, concepts: Any, message: str) -> 
     [
         ({"prompt": 3}, 'wanted an object with "prompt"'),
         ({"colour": "red"}, "colour is not known"),
+        ({"joint": 5}, "joint 5 must be a text"),
+        ({"reference": None}, "reference None must be a text"),
         ({"reference": "wide.png"}, "reference wide.png has 16x8 pixels"),
         ({"reference": "none.png"}, "none.png is not a readable picture"),
     ],

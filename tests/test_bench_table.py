@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.table import BENCHES, Bench, Settings, main, markdown, rows_of
+from benchmarks import p3_composition
+from benchmarks.table import BENCHES, Bench, Settings, main, markdown, rows_of, step_of
+from P3_composition import Means
 from runtime.cli import BadInput
 
 RECORD: dict[str, Any] = {
@@ -94,3 +96,33 @@ def test_bad_input(tmp_path: Path) -> None:
         main(Settings(only=("nothing",), output=tmp_path))
     with pytest.raises(BadInput, match="no record"):
         main(Settings(collect=True, output=tmp_path))
+
+
+def test_the_courses_grades_are_of_what_the_same_table_learned(tmp_path: Path) -> None:
+    """And nothing that was made by hand lies where the table clears up."""
+    (*_, learned), (*_, graded) = (step_of(bench(name), tmp_path).commands for name in ("p3_concepts", "p3_course"))
+    vectors = learned[learned.index("--folder") + 1]
+    assert Path(vectors).parent == tmp_path / "p3_concepts"
+    assert graded[graded.index("--concepts") + 1] == vectors
+    assert step_of(bench("p3_course"), tmp_path).after == ("p3_concepts",)
+
+
+def test_a_change_of_the_code_measured_counts() -> None:
+    read = {path.name for path in step_of(bench("p3_composition"), Path("x")).reads}
+    assert {"P3_composition.py", "P3_sketch.py", "miniature", "checkpoints", "benchmarks"} <= read
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"cases": ()}, "--cases"),
+        ({"levels": ()}, "--levels"),
+        ({"ablation": True, "means": Means(sketch=1)}, "--ablation"),
+        ({"means": Means(sketch=-1)}, "--sketch -1"),
+        ({"model": "nowhere"}, "--model nowhere"),
+    ],
+)
+def test_bad_flags_of_composition_are_named(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        p3_composition.main(p3_composition.Bench(device="cpu", output=tmp_path / "record.json", **flags))
+    assert not list(tmp_path.iterdir())
