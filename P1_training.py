@@ -223,7 +223,7 @@ class Trainer:
     def _compile_apart(self, rows: slice, log: TrainingLog) -> None:
         """The first step compiles for about a minute: its time is told and kept out of the speed."""
         with self.record.timed("first_step"):
-            loss = float(self.one_step(rows))
+            loss = float(self.one_step(rows).detach())
         seconds = self.record.timings["first_step"]
         log.bar.update()
         log.pause(seconds)
