@@ -33,7 +33,7 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy .
 
-doctor: setup  ## what this machine has and how long each command would take
+doctor: setup  ## what this machine has and how long drawing and training take
 	@$(RUN) doctor.py
 
 train: setup  ## train the digit model on hw2_data/digits (resumes)

@@ -51,6 +51,11 @@ class Means:
     refine: bool = False
     """Masks follow what the self-attention sees in them."""
 
+    GUIDED: ClassVar[float] = 0.3
+    """Share of the steps, from the first one, in which the latent is aligned."""
+    FITTED: ClassVar[tuple[float, float]] = (0.25, 0.4)
+    """Shares of the steps between which masks are refined."""
+
     def check(self) -> None:
         """Raises BadInput for strengths that make no sense, and where nothing is injected."""
         for name in ("sketch", "align"):
@@ -59,11 +64,6 @@ class Means:
                 raise BadInput(f"--{name} {value}: give zero or more")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
-
-    GUIDED: ClassVar[float] = 0.3
-    """Share of the steps, from the first one, in which the latent is aligned."""
-    FITTED: ClassVar[tuple[float, float]] = (0.25, 0.4)
-    """Shares of the steps between which masks are refined."""
 
 
 @dataclass(frozen=True)

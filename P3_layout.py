@@ -209,9 +209,7 @@ def read_layout(path: Path) -> Layout:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise BadInput(f'{path}: wanted an object with "prompt" and "concepts"')
-    for field in ("prompt", "joint", "reference", "reference_prompt"):
-        if field in content and not (isinstance(content[field], str) and content[field].strip()):
-            raise BadInput(f"{path}: {field} {content[field]!r} must be a text")
+    _check_texts(f"{path}", content, ("prompt", "joint", "reference", "reference_prompt"))
     if unknown := set(content) - KNOWN:
         raise BadInput(f"{path}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(KNOWN))}")
     entries = content.get("concepts")
@@ -228,15 +226,19 @@ def read_layout(path: Path) -> Layout:
     return make_layout(content["prompt"], regions, styles, content.get("joint", ""), **reference)
 
 
+def _check_texts(name: str, values: dict[str, Any], fields: Sequence[str]) -> None:
+    for field in fields:
+        if field in values and not (isinstance(values[field], str) and values[field].strip()):
+            raise BadInput(f"{name}: {field} {values[field]!r} must be a text")
+
+
 def _check_entry(path: Path, number: int, entry: Any) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str) or not TOKEN.fullmatch(entry["token"]):
         raise BadInput(f"{path}, concept {number}: wants a token such as <new1>")
     name = f"{path}, {entry['token']}"
     if unknown := set(entry) - FIELDS:
         raise BadInput(f"{name}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(FIELDS))}")
-    for field in ("prompt", "word", "images", "mask"):
-        if field in entry and not (isinstance(entry[field], str) and entry[field].strip()):
-            raise BadInput(f"{name}: {field} {entry[field]!r} must be a text")
+    _check_texts(name, entry, ("prompt", "word", "images", "mask"))
     if not isinstance(entry.get("style", False), bool):
         raise BadInput(f"{name}: style {entry['style']!r} must be true or false")
     if "box" in entry and "mask" in entry or not entry.get("style") and not {"box", "mask"} & set(entry):

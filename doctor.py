@@ -1,4 +1,4 @@
-"""What this machine has: device, bf16, compiler, data, weights, and how long each main command would take here.
+"""What this machine has: device, bf16, compiler, data, weights, and how long drawing and training take here.
 
 python doctor.py        (or: make doctor)
 """

@@ -17,8 +17,7 @@ from torch import Tensor
 
 import P3_evaluate
 import P3_inference
-from benchmarks.p3_learning import INITIAL, pictures_of
-from miniature.scenes import HELD_OUT_STYLES
+from benchmarks.p3_learning import INITIAL, kind_of, pictures_of
 from P3_embeddings import file_of, save_vectors
 from P3_inference_jobs import Settings
 from P3_model import load_pipeline
@@ -134,11 +133,6 @@ def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
 def rounded(values: Tensor) -> list[float]:
     """As input.json has them."""
     return [round(x, 2) for x in values.tolist()]
-
-
-def kind_of(name: str) -> str:
-    """object or style."""
-    return "style" if name in HELD_OUT_STYLES else "object"
 
 
 def token_of(name: str) -> str:

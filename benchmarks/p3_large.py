@@ -73,11 +73,11 @@ def main(bench: Bench) -> None:
         "conductor": lambda: compose(painter, [Composed(LAYOUT, 0)], "conductor"),
     }
     record = Record(bench, machine)
-    for name, way in ways.items():
-        record.metrics[name] = measured(way, bench.repeats, machine.device)
-        ratio = statistics.mean(record.metrics[name]["seconds"]) / statistics.mean(record.metrics["plain"]["seconds"])
+    record.metrics = {name: measured(way, bench.repeats, machine.device) for name, way in ways.items()}
+    means = {name: statistics.mean(found["seconds"]) for name, found in record.metrics.items()}
+    for name, seconds in means.items():
         memory = f"{record.metrics[name]['bytes'] / 1e9:8.2f} GB" if machine.device.type == "cuda" else ""
-        print(f"{name:<10}{statistics.mean(record.metrics[name]['seconds']):8.2f} s{ratio:8.2f}x{memory}")
+        print(f"{name:<10}{seconds:8.2f} s{seconds / means['plain']:8.2f}x{memory}")
     record.save(bench.output)
 
 

@@ -16,7 +16,7 @@ from diffusion.guidance import Guidance
 from miniature.judge_model import Judge
 from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
 from miniature.world import write_concept_pictures
-from P3_concepts import Concept
+from P3_concepts import Concept, Kind
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
@@ -38,6 +38,11 @@ def pictures_of(name: str, folder: Path, told: bool) -> Path:
     """The five pictures of a concept, as `world.py concept` writes them; `told`: with sentences about what else they show."""
     write_concept_pictures(folder / name, name, 5, 0, told)
     return folder / name
+
+
+def kind_of(name: str) -> Kind:
+    """object or style."""
+    return "style" if name in HELD_OUT_STYLES else "object"
 
 
 # ---------------------------------------------------------------- questions
@@ -107,9 +112,9 @@ class Trial:
     """Asks the initial word the same questions."""
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """object or style."""
-        return "style" if self.name in HELD_OUT_STYLES else "object"
+        return kind_of(self.name)
 
     def facts(self) -> dict[str, Any]:
         """All that its outcome depends on; the model by its weights."""
@@ -150,7 +155,7 @@ def outcome(trial: Trial, judge: Judge, folder: Path) -> dict[str, Any]:
 def learn(trial: Trial, place: Path) -> float:
     """Leaves the vectors in `place`; returns the seconds of the training alone."""
     images = pictures_of(trial.name, place, trial.told)
-    concept = Concept(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)  # type: ignore[arg-type]
+    concept = Concept(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)
     run = Run(trial.recipe, [concept])
     with run.record.timed("learning"):
         while not run.done:

@@ -59,6 +59,8 @@ class Bench:
     before: tuple[tuple[str, ...], ...] = ()
     after: tuple[str, ...] = ()
     """Benchmarks whose results it reads."""
+    vectors: str = ""
+    """The flag that says where learned vectors lie."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,17 @@ BENCHES = (
     Bench("p2_ddim", ("benchmarks/p2_ddim.py",), ddim_values),
     Bench("p3_clip", ("benchmarks/p3_clip.py",), clip_values),
     Bench("p3_speed", ("benchmarks/p3_textual_inversion.py", "speed"), inversion_values, ASSEMBLE),
-    Bench("p3_concepts", ("benchmarks/p3_textual_inversion.py", "concepts"), concept_values, ASSEMBLE),
-    Bench("p3_course", ("benchmarks/p3_textual_inversion.py", "graded"), course_values, ASSEMBLE, ("p3_concepts",)),
+    Bench(
+        "p3_concepts", ("benchmarks/p3_textual_inversion.py", "concepts"), concept_values, ASSEMBLE, vectors="--folder"
+    ),
+    Bench(
+        "p3_course",
+        ("benchmarks/p3_textual_inversion.py", "graded"),
+        course_values,
+        ASSEMBLE,
+        ("p3_concepts",),
+        "--concepts",
+    ),
     Bench("p3_composition", ("benchmarks/p3_composition.py",), composition_values, ASSEMBLE),
 )
 
@@ -168,8 +179,7 @@ def with_data(bench: Bench) -> Bench:
 
 def step_of(bench: Bench, output: Path) -> Step:
     """All of its commands. It reads any of the code and the weights that ship."""
-    vectors = f"{output / 'p3_concepts' / 'vectors'}"
-    places = {"p3_concepts": ("--folder", vectors), "p3_course": ("--concepts", vectors)}.get(bench.name, ())
+    places = (bench.vectors, f"{output / 'p3_concepts' / 'vectors'}") if bench.vectors else ()
     measure = (*bench.command, *places, "--output", f"{record_of(bench, output)}")
     reads = (HERE / "benchmarks", HERE / "miniature", HERE / "checkpoints", *HERE.glob("P*.py"))
     return Step(bench.name, f"benchmark {bench.name}", (*bench.before, measure), reads, after=bench.after)
@@ -184,7 +194,8 @@ def measure(benches: Sequence[Bench], settings: Settings) -> dict[str, Outcome]:
     """Runs them in turn."""
     runner = Runner(settings.output, len(benches), settings.fresh)
     for bench in benches:
-        runner.run(step_of(with_data(bench), settings.output))
+        step = step_of(with_data(bench), settings.output)
+        runner.run(replace(step, after=tuple(name for name in step.after if name in runner.outcomes)))
     return runner.outcomes
 
 

@@ -76,7 +76,7 @@ class Runner:
 
     def _outcome(self, step: Step) -> Outcome:
         key = self._key(step)
-        missing = [name for name in step.after if name in self.outcomes and not self.outcomes[name].there]
+        missing = [name for name in step.after if not self.outcomes[name].there]
         if missing:
             return Outcome("lacking", key, reason=f"it needs {', '.join(missing)}, of which there is no result")
         mark = self.folder / step.name / "step.json"
@@ -99,7 +99,7 @@ class Runner:
 
     def _key(self, step: Step) -> str:
         """Everything that its results depend on."""
-        before = [self.outcomes[name].key for name in step.after if name in self.outcomes]
+        before = [self.outcomes[name].key for name in step.after]
         return digest([code_of(step.commands), step.commands, str(step.files), before, facts(step.reads)])
 
     def _commands(self, step: Step, log: Path) -> str:
@@ -158,9 +158,8 @@ def reason_of(output: str) -> str:
     """What a script said last: from its line "error: ..", else its last line of words (tyro frames what it says)."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.strip().splitlines()]
     starts = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    found = (
-        lines[starts[-1] :] if starts else [line for line in lines if any(map(str.isalpha, line))][-1:] or lines[-1:]
-    )
+    worded = [line for line in lines if any(map(str.isalpha, line))]
+    found = lines[starts[-1] :] if starts else (worded or lines)[-1:]
     return "\n".join(found[:LONGEST_REASON]).removeprefix("error: ")
 
 
