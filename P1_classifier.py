@@ -35,7 +35,7 @@ from P1_judge import (
 from P1_model import DOMAINS, IMAGE_SHAPE
 from P1_quality import make_reference
 from runtime.cli import BadInput, note, run_script
-from runtime.device import Machine, Precision, detect, set_up
+from runtime.device import Device, Machine, Precision, detect, set_up
 from runtime.record import Record
 from training.draws import Draws
 from training.ema import make_ema
@@ -79,8 +79,7 @@ class Train:
     ema: float = 0.998
     """Decay of the averaged weights, which are the ones that are kept."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp32."""
     run: Path = Path("runs/judge")
@@ -209,8 +208,7 @@ class Grade:
     """Weights of timm's resnet34_svhn, the word hub (downloads them), or one of our judge files; left out: the shipped judge."""
     record: Path = Path("runs/grade/record.json")
     """Where the record goes."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
 
 
 def chosen_judges(settings: Grade, device: torch.device) -> list[Judge]:

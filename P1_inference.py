@@ -28,7 +28,7 @@ from P1_dataloader import to_uint8
 from P1_judge import Judge, misread, shipped_judges
 from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import BadInput, note, progress, run_script
-from runtime.device import Precision, detect, set_up
+from runtime.device import Device, Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
 from runtime.generation import ALONE, Shard, derived_seed, in_batches, sharing
@@ -159,7 +159,7 @@ class Settings:
     seed: int = 0
     batch: int = 0
     """Pictures at once; 0: 100 on a CPU, 1,000 on a GPU."""
-    device: str = "auto"
+    device: Device = "auto"
     precision: Precision = "auto"
     grid: Path | None = None
     """Also saves all pictures as one PNG: a row per domain and digit."""

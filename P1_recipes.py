@@ -9,7 +9,7 @@ from typing import Literal
 from diffusion.schedule import Prediction
 from P1_inference import Sampler
 from runtime.cli import BadInput, require_positive
-from runtime.device import Choice, Precision
+from runtime.device import Choice, Device, Precision
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,8 +72,7 @@ class Settings:
     clip: float = 1.0
     """Largest gradient norm."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp32."""
     compile: Choice = "auto"

@@ -21,7 +21,7 @@ from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_o
 from P1_judge import Judge, accuracy, quality, shipped_judges
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.figures import labelled_grid, line_figure
 from runtime.files import output_folder
 from runtime.generation import derived_seed
@@ -45,7 +45,7 @@ class Settings:
     """Pictures per digit, domain and scale of the sweep."""
     seed: int = 0
     batch: int = 100
-    device: str = "auto"
+    device: Device = "auto"
 
 
 def grid_figure(network: Network, domain: int, settings: Settings) -> Path:

@@ -31,7 +31,7 @@ from P2_noises import Noise as Noise  # for miniature/train_faces.py, as the nex
 from P2_noises import parse_seeds, read_noises, save_noises
 from P2_noises import seeded_noises as seeded_noises
 from runtime.cli import BadInput, leads, progress, run_script
-from runtime.device import Choice, Machine, detect, set_up, should_compile
+from runtime.device import Choice, Device, Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
 from runtime.files import output_folder, require_file
 from runtime.generation import ALONE, Shard, derived_seed, even_batch, in_batches, sharing
@@ -82,7 +82,7 @@ class Drawing:
     """fp32 is what grading needs."""
     compile: Choice = "off"
     """torch.compile; a minute at the start, and in fp32 on a CPU no gain at all (measured)."""
-    device: str = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

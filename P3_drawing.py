@@ -17,6 +17,7 @@ from diffusion.samplers import Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
 from diffusion.steps import step_rule
 from P3_embeddings import encode
+from P3_model import Outline
 from runtime.cli import BadInput, progress
 from runtime.generation import ALONE, Shard, even_batch, in_batches
 
@@ -67,14 +68,8 @@ class Painter:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Of a latent."""
-        unet, factor, size = self.pipe.unet.config, self.pipe.vae_scale_factor, self.manner.size
-        if size is None:
-            return (unet.in_channels, unet.sample_size, unet.sample_size)
-        least = factor * 2 ** (len(unet.block_out_channels) - 1)
-        if size < least or size % least:
-            raise BadInput(f"--size {size}: must be a multiple of {least} for this model")
-        return (unet.in_channels, size // factor, size // factor)
+        """Of a latent; raises BadInput for a size that the model can't draw."""
+        return Outline.of(self.pipe.unet.config, self.pipe.vae.config).shape(self.manner.size)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """[N,77,width]; each prompt is read once."""

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
 from P3_scores import Resizing, Scorer, open_pictures, rank
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect, set_up
+from runtime.device import Device, detect, set_up
 from runtime.files import atomic, output_folder
 from runtime.record import Record
 
@@ -49,7 +49,7 @@ class Settings:
     """As transformers 5 does; pillow: as it did when the course was graded (0.3 % of the pixels differ by one grey level)."""
     batch: int = 0
     """Pictures at once; 0: 32 on a CPU, 256 on a GPU."""
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = HERE / "runs" / "p3_evaluate"
     """Folder for record.json and best.png."""
 

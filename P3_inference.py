@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from runtime.generation import Shard, sharing
 from runtime.record import Record
 
 SIDE = 512  # of Stable Diffusion v1's pictures
+TIMESTEPS = 1000  # of its schedule
 
 
 def main(settings: Settings) -> None:
@@ -49,8 +49,9 @@ def main(settings: Settings) -> None:
     vectors = vectors_of(settings, jobs)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
     check_disk(settings.output, bytes_needed(settings, jobs))
+    check_figures(settings)
     if settings.dry_run:
-        require_width(vectors, check_model(settings.model))
+        check_outline(settings, jobs, vectors)
         tell(settings, machine, jobs, vectors)
         if settings.draw_layout and jobs[0].layout:
             save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
@@ -69,13 +70,26 @@ def main(settings: Settings) -> None:
             finish(settings, painter, scorer, jobs, record, shares)
 
 
+def check_figures(settings: Settings) -> None:
+    """Raises BadInput where a figure can't be written; makes its folder."""
+    for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
+        if path and path.is_dir():
+            raise BadInput(f"{flag} {path} is a folder: name a picture file")
+        if path:
+            output_folder(path.parent)
+
+
 def finish(
     settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], record: Record, shares: list[int]
 ) -> None:
     """What the first process tells when all pictures are there."""
     drawn, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
     seconds = record.timings["drawing"] / drawn
-    record.metrics = {"pictures": kept, "seconds_per_picture": round(seconds, 4)}
+    record.metrics = {
+        "pictures": kept,
+        "seconds_per_picture": round(seconds, 4),
+        "passes_per_picture": passes_of(settings, jobs),
+    }
     record.metrics |= {"processes": len(shares), "shares": shares}
     if jobs[0].layout:
         record.metrics |= about_layout(settings, painter, scorer, jobs[0], jobs[0].layout)
@@ -91,6 +105,17 @@ def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
     return 3 * (settings.size or SIDE) ** 2 * sum(len(job.files) for job in jobs)
 
 
+def check_outline(settings: Settings, jobs: Sequence[Job], vectors: Vectors) -> None:
+    """Raises BadInput for vectors, a size, a number of steps or a region that don't suit the model."""
+    outline = check_model(settings.model)
+    manner_of(settings).check(TIMESTEPS)
+    if outline:
+        require_width(vectors, outline.width)
+        shape = outline.shape(settings.size)
+        if jobs[0].layout:
+            jobs[0].layout.require_room(*shape[1:])
+
+
 def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vectors) -> None:
     """What a dry run found."""
     drawn = sum(len(job.seeds) for job in jobs)
@@ -98,26 +123,28 @@ def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vec
     for token, rows in vectors.items():
         print(f"{token}: {len(rows)} of width {rows.shape[1]}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
-    print(f"{drawn * passes_of(settings):,} passes of the U-Net, {expected_time(settings, machine, drawn)}")
+    passes = drawn * passes_of(settings, jobs)
+    print(f"{passes:,} passes of the U-Net, {expected_time(settings, machine, passes)}")
 
 
-def passes_of(settings: Settings | dict[str, Any]) -> int:
-    """Of the U-Net, for one picture; guidance takes two per step."""
-    given = settings if isinstance(settings, dict) else vars(settings)
-    return int(given["steps"]) * (1 + (given["guidance"] != 1))
+def passes_of(settings: Settings, jobs: Sequence[Job]) -> int:
+    """Of the U-Net, for one picture; guidance takes two per step, conductor one more per concept."""
+    layout = jobs[0].layout
+    rows = 2 + (len(layout.regions) if layout and settings.level == "conductor" else 0)
+    return settings.steps * (rows if layout or settings.guidance != 1 else 1)
 
 
-def expected_time(settings: Settings, machine: Machine, drawn: int) -> str:
+def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
     """As the last run of this model on this machine went."""
     if settings.record.is_file():
         last = read_json(settings.record)
         try:
-            before, seconds = last["settings"], last["metrics"]["seconds_per_picture"]
+            before, metrics = last["settings"], last["metrics"]
+            seconds = passes * metrics["seconds_per_picture"] / metrics["passes_per_picture"]
         except (KeyError, TypeError):
             raise BadInput(f"--record {settings.record} is no record of this script's") from None
         same = (last["machine"], last["device"]) == (machine.name, str(machine.device))
         if same and (before["model"], before["size"]) == (settings.model, settings.size):
-            seconds *= drawn * passes_of(settings) / passes_of(before)
             return f"about {seconds / 60:.1f} minutes, as the last run here went"
     return "how long they take the first run here will tell"
 

@@ -14,7 +14,7 @@ from P3_embeddings import FOLDER, Vectors, find_vectors, require_token, tokens_i
 from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
 from P3_layout import Layout, auto_layout, read_layout
 from runtime.cli import BadInput, require_positive
-from runtime.device import Choice, Precision
+from runtime.device import Choice, Device, Precision
 from runtime.generation import derived_seed
 
 HERE = Path(__file__).resolve().parent
@@ -72,8 +72,7 @@ class Settings:
     batch: int = 0
     """Pictures at once; 0: on a GPU 64, or as many as memory allows; 8 on a CPU."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it."""
     compile: Choice = "auto"

@@ -18,7 +18,7 @@ from P3_inversion_looks import Looks
 from P3_model import load_pipeline, suit_training
 from P3_scores import Scorer
 from runtime.cli import BadInput, note
-from runtime.device import Choice, Precision, detect, memory_format, set_up, should_compile
+from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import line_figure
 from runtime.files import output_folder
 from runtime.generation import is_out_of_memory
@@ -61,8 +61,7 @@ class Recipe:
     clip: str | None = None
     """A CLIP (transformers folder or hub name) that scores the looks: image + 2.5 x text; the best vectors are kept. None: the last."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """Of the frozen model; auto takes bf16 where the hardware has it. The rows are float32."""
     compile: Choice = "auto"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import CLIPTextModel
 
-from P3_checkpoint import TEXT, load_parts, make_scheduler, make_tokenizer, open_checkpoint
+from P3_checkpoint import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from P3_clip_weights import hub_answers
 from runtime.cli import BadInput
 from runtime.files import read_json
@@ -33,6 +34,43 @@ INDEX = "model_index.json"
 VOCABULARY = ("vocab.json", "tokenizer.json")  # without them transformers makes an empty tokenizer
 WITHOUT: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 WANTED = "give a diffusers folder, a hub name (owner/name) or a single file such as sd-v1-4.ckpt"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What configurations tell of a model."""
+
+    width: int
+    """Of its text."""
+    channels: int
+    """Of its latents."""
+    side: int
+    """Latents along each side of its own pictures."""
+    factor: int
+    """Pixels along each side of a latent."""
+    least: int
+    """Latents along each side, of which a picture must have a multiple: the U-Net halves them so often."""
+
+    @classmethod
+    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Outline:
+        """From the configurations of both; what they lack is as in Stable Diffusion v1."""
+        unet, vae = {**UNET, **unet}, {**VAE, **vae}
+        return cls(
+            width=unet["cross_attention_dim"],
+            channels=unet["in_channels"],
+            side=unet["sample_size"],
+            factor=2 ** (len(vae["block_out_channels"]) - 1),
+            least=2 ** (len(unet["block_out_channels"]) - 1),
+        )
+
+    def shape(self, size: int | None) -> tuple[int, int, int]:
+        """Of the latent of a picture of `size` pixels along each side; None: the model's own. Raises BadInput where it can't be drawn."""
+        if size is None:
+            return (self.channels, self.side, self.side)
+        step = self.factor * self.least
+        if size < step or size % step:
+            raise BadInput(f"--size {size}: must be a multiple of {step} for this model")
+        return (self.channels, size // self.factor, size // self.factor)
 
 
 def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -56,13 +94,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
     return pipe
 
 
-def check_model(model: str) -> int | None:
+def check_model(model: str) -> Outline | None:
     """What `load_pipeline` would refuse, as far as it shows without reading weights; raises the same BadInput. Takes seconds.
-    Returns the width of its text, which a hub's index doesn't tell."""
+    A hub's index alone has no outline."""
     path = Path(model)
     if path.is_file():
         open_checkpoint(path)
-        return int(TEXT["hidden_size"])
+        return Outline.of(UNET, VAE)
     if path.is_dir():
         return _check_folder(path)
     _check_index(model, read_json(_index_from_hub(model)))
@@ -144,8 +182,8 @@ def _load_part(folder: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
     return part
 
 
-def _check_folder(folder: Path) -> int:
-    """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other; returns its text's width."""
+def _check_folder(folder: Path) -> Outline:
+    """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
     if not (folder / INDEX).is_file():
         raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline; {WANTED}")
     _check_index(str(folder), read_json(folder / INDEX))
@@ -164,7 +202,7 @@ def _check_folder(folder: Path) -> int:
     predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise BadInput(f"--model {folder}: predicts {predicts!r}, only epsilon is known; name another model")
-    return int(text["hidden_size"])
+    return Outline.of(unet, vae)
 
 
 def _check_index(model: str, index: Any) -> None:

@@ -10,7 +10,7 @@ from P3_clip_weights import HUB, LOCAL, Activation
 from P3_prompts import SETS, Names
 from P3_zeroshot_report import Choosing
 from runtime.cli import BadInput
-from runtime.device import Machine, set_up
+from runtime.device import Device, Machine, set_up
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,7 +69,7 @@ class Settings:
     """Pictures at once; 0: 32 on a CPU (more is slower), 512 on a GPU."""
     workers: int = 0
     """Threads that decode and resize; 0: one per core."""
-    device: str = "auto"
+    device: Device = "auto"
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     skip_existing: bool = False

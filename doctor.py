@@ -16,7 +16,7 @@ from P1_inference import CHECKPOINT, Sampler, expected_seconds
 from P1_model import PRESETS, Network, UNet, load_network
 from P1_recipes import RECIPES
 from runtime.cli import BadInput, run_script
-from runtime.device import Machine, detect, set_up
+from runtime.device import Device, Machine, detect, set_up
 from runtime.record import versions
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ class Settings:
     """Flags."""
 
     data: Path = HERE / "hw2_data"
-    device: str = "auto"
+    device: Device = "auto"
 
 
 def training_minutes(machine: Machine, preset: str) -> float:

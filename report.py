@@ -25,7 +25,7 @@ from pages.page import View, view_of, write_page
 from pages.sources import DIGITS, Sources
 from pages.steps import HERE, Runner, short
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.files import output_folder
 
 Problem = Literal["P1", "P2", "P3"]
@@ -54,7 +54,7 @@ class Settings:
     """Shipped weights only, fewer pictures and steps."""
     fresh: bool = False
     """Run every step again."""
-    device: str = "auto"
+    device: Device = "auto"
 
 
 def sources_of(settings: Settings) -> Sources:

@@ -24,7 +24,7 @@ from P1_inference import CHECKPOINT, Sampler, graded_pictures, labels_of, redraw
 from P1_judge import Judge, accuracy, load_judge, quality, shipped_judges
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.record import Record
 
 
@@ -40,7 +40,7 @@ class Bench:
     """Pictures per digit and domain."""
     retries: int = 3
     batch: int = 100
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_accuracy.json"
 
 

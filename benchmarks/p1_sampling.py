@@ -28,7 +28,7 @@ from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_o
 from P1_judge import accuracy, shipped_judges
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress, run_script
-from runtime.device import allow_tf32, detect
+from runtime.device import Device, allow_tf32, detect
 from runtime.record import Record
 
 
@@ -44,7 +44,7 @@ class Bench:
     steps: int = 500
     """Steps of the baseline."""
     seed: int = 0
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_sampling.json"
 
 

@@ -31,7 +31,7 @@ from P1_model import DOMAINS, PRESETS, UNet
 from P1_recipes import HERE, Settings
 from P1_training import Trainer
 from runtime.cli import note, progress, run_script
-from runtime.device import keep_freed_memory, set_up
+from runtime.device import Device, keep_freed_memory, set_up
 from runtime.record import Record
 from training.draws import process_rows
 
@@ -45,7 +45,7 @@ class Bench:
     steps: int = 8
     """Steps per round."""
     rounds: int = 5
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = HERE / "runs" / "bench" / "p1_training.json"
 
 

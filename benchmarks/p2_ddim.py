@@ -28,7 +28,7 @@ from P2_ddim import Recipe, compare, sample_all, to_picture
 from P2_model import Model, load_model
 from P2_noises import Noise, seeded_noises
 from runtime.cli import note, run_script
-from runtime.device import Machine, allow_tf32, detect, keep_freed_memory, set_up
+from runtime.device import Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
 from runtime.files import load_tensors
 from runtime.record import Record
 
@@ -50,7 +50,7 @@ class Bench:
     repeats: int = 3
     precisions: tuple[Kind, ...] | None = None
     """None: what the device has in hardware."""
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = Path(__file__).resolve().parents[1] / "runs" / "bench" / "p2_ddim.json"
 
 

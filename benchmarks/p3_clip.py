@@ -37,7 +37,7 @@ from P3_pictures import Pictures, list_pictures
 from P3_prompts import REPORT, fillers
 from P3_zeroshot_settings import Settings, precision_of
 from runtime.cli import run_script
-from runtime.device import Machine, allow_tf32, detect, len_cores
+from runtime.device import Device, Machine, allow_tf32, detect, len_cores
 from runtime.files import save_safetensors
 from runtime.record import Record
 
@@ -60,7 +60,7 @@ class Benchmark:
     """Pictures of the loop that encodes the text each time."""
     repeats: int = 2
     batch: int = 0
-    device: str = "auto"
+    device: Device = "auto"
     seed: int = 0
     output: Path = ROOT / "runs" / "bench" / "p3_clip.json"
 

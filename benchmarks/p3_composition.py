@@ -45,7 +45,7 @@ from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
 from runtime.cli import BadInput, note, progress, require_positive, run_script
-from runtime.device import detect, set_up
+from runtime.device import Device, detect, set_up
 from runtime.figures import labelled_grid
 from runtime.generation import derived_seed, in_batches
 from runtime.record import Record
@@ -96,7 +96,7 @@ class Bench:
     guidance: float = 7.0
     """What is composed from small objects wants more than a single one."""
     seed: int = 1
-    device: str = "auto"
+    device: Device = "auto"
     output: Path = ROOT / "runs" / "bench" / "p3_composition.json"
 
 

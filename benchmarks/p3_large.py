@@ -29,7 +29,7 @@ from P3_drawing import Manner, Order, Painter
 from P3_layout import Region, box_mask, make_layout
 from P3_model import load_pipeline
 from runtime.cli import require_positive, run_script
-from runtime.device import Precision, detect, set_up
+from runtime.device import Device, Precision, detect, set_up
 from runtime.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ class Bench:
     """A folder, a file, or random-v1."""
     steps: int = 25
     repeats: int = 3
-    device: str = "auto"
+    device: Device = "auto"
     precision: Precision = "auto"
     output: Path = ROOT / "runs" / "bench" / "p3_large.json"
 

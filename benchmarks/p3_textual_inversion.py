@@ -39,7 +39,7 @@ from P3_inversion import Learner, Sample
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
 from runtime.cli import BadInput, note, require_positive, run_script
-from runtime.device import Choice, Precision, detect, set_up
+from runtime.device import Choice, Device, Precision, detect, set_up
 from runtime.files import atomic
 from runtime.record import Record
 
@@ -66,7 +66,7 @@ class Speed:
     """Of each repeat."""
     batch: int = 8
     repeats: int = 5
-    device: str = "auto"
+    device: Device = "auto"
     precision: Precision = "auto"
     """Of our way."""
     compile: Choice = "auto"
@@ -96,7 +96,7 @@ class Concepts:
     """Learns from sentences that tell what else each picture shows."""
     seed: int = 0
     """The first one."""
-    device: str = "auto"
+    device: Device = "auto"
     precision: Precision = "auto"
     folder: Path = BENCH / "p3_concepts"
     """Vectors and outcomes, one folder each: what is there is not made again."""
@@ -113,7 +113,7 @@ class Graded:
     repeats: int = 3
     """Seeds of the initial words' pictures: baselines lie two standard deviations between them above (text: below) their mean."""
     seed: int = 0
-    device: str = "auto"
+    device: Device = "auto"
     concepts: Path = BENCH / "p3_concepts"
     folder: Path = BENCH / "p3_course"
     """input.json, pictures, grades."""

@@ -28,7 +28,7 @@ from miniature.judge_model import to_float
 from miniature.vocabulary import LENGTH, make_tokenizer
 from miniature.world import as_tensor
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import Precision, detect, len_cores, set_up
+from runtime.device import Device, Precision, detect, len_cores, set_up
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -69,8 +69,7 @@ class Train:
     seed: int = 0
     workers: int = -1
     """Processes that render; -1: one less than there are cores, at most 8; 0: render between the steps."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """Of the towers; auto takes bf16 where the hardware has it. The loss is in fp32."""
     run: Path = Path("runs/miniature/clip")

@@ -15,6 +15,7 @@ from miniature.captions import an
 from miniature.diffusion_parts import CLIP, PARTS, draw
 from miniature.judge_model import SHIPPED, WHOLE, Judge
 from miniature.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
+from runtime.device import Device
 from runtime.generation import derived_seed
 
 Pair = tuple[str, str]  # colour, kind
@@ -44,8 +45,7 @@ class Grade:
     """Of DPM-Solver++."""
     batch: int = 8
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     output: Path = Path("runs/miniature/diffusion/grade")
     """For record.json and sheet.png."""
 

@@ -15,7 +15,7 @@ from diffusion.schedule import add_noise, linear, min_snr_weight
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
 from miniature.faces_model import HERE, ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import detect, memory_format, set_up
+from runtime.device import Device, detect, memory_format, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
@@ -58,8 +58,7 @@ class Train:
     draw_every: int = 1000
     """Steps between sheets of drawn faces, in the run folder and TensorBoard; 0: at the end only."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     run: Path = Path("runs/miniature/faces")
     """Run folder: checkpoint, TensorBoard, record.json."""
 

@@ -25,7 +25,7 @@ from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenes import KINDS
 from miniature.world import Batch, as_tensor, dataset
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.generation import derived_seed
 from runtime.record import Record
 from training.draws import Draws
@@ -43,8 +43,7 @@ class Grade:
     count: int = 2000
     """Pictures, with one to three objects each."""
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     record: Path = Path("runs/miniature/judge/grade.json")
     """Where the record goes."""
 

@@ -16,7 +16,7 @@ from miniature.judge_truth import IGNORED, Truth, truth_of
 from miniature.scenes import SIDE, Wish
 from miniature.world import as_tensor, batch
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.files import load_safetensors
 from runtime.generation import derived_seed
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
@@ -52,8 +52,7 @@ class Train:
     grade: int = 1000
     """Fresh pictures on which the finished judge is graded."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     run: Path = Path("runs/miniature/judge")
     """Run folder: checkpoint, TensorBoard, record.json."""
 

@@ -25,7 +25,7 @@ from miniature.judge_training import ANY
 from miniature.trainer import Loop, Trainer, check_numbers
 from miniature.world import as_tensor, batch, dataset
 from runtime.cli import BadInput, note, progress, run_script
-from runtime.device import detect, memory_format, set_up
+from runtime.device import Device, detect, memory_format, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.generation import derived_seed
 from runtime.record import Record
@@ -62,8 +62,7 @@ class Grade:
     """The folder that holds vae/."""
     count: int = 1000
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     output: Path = Path("runs/miniature/autoencoder/grade")
     """For record.json and sheet.png."""
 

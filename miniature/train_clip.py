@@ -21,7 +21,7 @@ from miniature.clip_grading import graded, table
 from miniature.clip_model import SHIPPED, convert, load_clip, rounded, save_clip
 from miniature.clip_training import Train, Training
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect
+from runtime.device import Device, detect
 from runtime.record import Record
 from training.signals import leave_stopped
 
@@ -35,8 +35,7 @@ class Grade:
     count: int = 2000
     """Pictures per question."""
     seed: int = 1
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     record: Path = Path("runs/miniature/clip/grade.json")
     """Where the record goes."""
 

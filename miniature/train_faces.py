@@ -26,7 +26,7 @@ from miniature.faces_training import FACES, Train, Training
 from P2_ddim import Noise, Recipe, sample_all, seeded_noises, to_picture
 from P2_model import Model, load_model
 from runtime.cli import BadInput, note, run_script
-from runtime.device import detect, set_up
+from runtime.device import Device, detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json, require_file
 from runtime.record import Record
@@ -45,8 +45,7 @@ class Grade:
     """Faces to draw, at eta 0 in 50 steps."""
     seed: int = 0
     """Of the first face; the others follow."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     output: Path = Path("runs/miniature/faces/grade")
     """Folder for faces.png, memorisation.png and record.json."""
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, note, require_positive
-from runtime.device import Choice, Precision, detect, memory_format, set_up, should_compile
+from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import save_picture
 from runtime.files import output_folder
 from runtime.record import Record
@@ -44,8 +44,7 @@ class Loop:
     show_every: int = 1000
     """Steps between sheets of pictures; 0: none."""
     seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N."""
+    device: Device = "auto"
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it."""
     compile: Choice = "auto"

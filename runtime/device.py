@@ -9,14 +9,16 @@ import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from runtime.cli import BadInput
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Choice = Literal["auto", "on", "off"]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,14 @@ def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
     assert not (given / "out").exists()
 
 
+@pytest.mark.parametrize(("level", "passes"), [("regional", 8), ("conductor", 16)])
+def test_a_dry_run_counts_the_branches(
+    given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, passes: int
+) -> None:
+    main(settings(given, model, dry_run=True, level=level))
+    assert f"{passes} passes of the U-Net" in capsys.readouterr().out  # 2 pictures of 2 steps, 2 concepts
+
+
 def test_a_reference_is_followed(given: Path, model: str) -> None:
     save_pictures(given / "references", 2)
     made = []
@@ -103,6 +111,9 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
     [
         ({"layout": None, "prompt": ("a star",), "figure": Path("a.png")}, "need a --layout"),
         ({"layout": None, "prompt": ("a star",), "scores": True}, "need a --layout"),
+        ({"figure": Path("/")}, "--figure / is a folder"),
+        ({"size": 20, "dry_run": True}, "--size 20"),
+        ({"steps": 2000, "dry_run": True}, "--steps 2000"),
         ({"compile": "on"}, "--compile on"),
         ({"interval": (0.0, 0.5)}, "--interval"),
         ({"layout": "none.json"}, "none.json"),
@@ -119,10 +130,11 @@ def test_what_can_not_work_is_named_and_nothing_written(
     assert not (given / "out").exists()
 
 
-def test_a_region_too_small_is_named_before_drawing(given: Path, model: str) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_region_too_small_is_named_before_drawing(given: Path, model: str, dry_run: bool) -> None:
     write(given, concepts=[{"token": "<new1>", "box": [0, 0, 0.01, 0.01]}])
     with pytest.raises(BadInput, match="<new1>: its region is smaller"):
-        main(settings(given, model))
+        main(settings(given, model, dry_run=dry_run))
     assert not (given / "out").exists()
 
 
