@@ -40,6 +40,7 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, 1) != (outputs, stride) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B,inputs,H,W] -> [B,outputs,H/stride,W/stride]."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
 

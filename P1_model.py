@@ -86,6 +86,7 @@ class EmbeddingConditioning(nn.Module):
         self.domain = nn.Embedding(len(DOMAINS) + 1, config.embedding)
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        """Each [B] int64 -> [B,embedding]."""
         return self.time(sinusoid(t, self.width)) + self.digit(digit) + self.domain(domain)
 
 
@@ -107,6 +108,7 @@ class OneHotConditioning(nn.Module):
         )
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        """Each [B] int64 -> [B,embedding]."""
         context = torch.cat(
             [
                 F.one_hot(digit, DIGITS + 1)[:, :DIGITS],  # the null label becomes all zeros
@@ -121,6 +123,7 @@ class OneHotConditioning(nn.Module):
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """Groups of at least four channels, at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels)
 
 
@@ -142,6 +145,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B,inputs,H,W] and [B,embedding] -> [B,outputs,H,W]."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
@@ -158,6 +162,7 @@ class SelfAttention(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        """[B,C,H,W] -> the same; like all of a stage it is given the embedding."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
@@ -166,7 +171,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves the resolution."""
+    """Halves the resolution: [B,C,H,W] -> [B,C',H/2,W/2]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, stride=2, padding=1)
@@ -176,7 +181,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the resolution."""
+    """Doubles the resolution: [B,C,H,W] -> [B,C',2H,2W]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
@@ -203,6 +208,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(modules)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B,C,H,W] and [B,embedding], through all of them."""
         for layer in self.layers:
             x = layer(x, embedding)
         return x
@@ -269,6 +275,7 @@ class UNet(nn.Module):
                 self.up.append(Stage(*layers))
 
     def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        """As the class says; skip connections go from every stage down to one up."""
         embedding = F.silu(self.conditioning(t, digit, domain))
         h = self.first(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]

@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, LR, MOST_WEIGHT, pictures_of
+from benchmarks.p3_learning import BATCHES, INITIAL, LR, MOST_WEIGHT, STEPS, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -54,7 +54,6 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 BATCH = 10
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
-BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step of learning
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 VARIANTS: dict[str, Means] = {
@@ -78,20 +77,20 @@ class Bench:
 
     model: str = MODEL
     embeddings: Path | None = None
-    """Folder of the vectors, where what is absent is learned; none given: one below runs/bench/p3_composition, by the model's weights."""
+    """Folder of the vectors, where what is absent is learned; none given: one below runs/bench/p3_composition, by weights and steps."""
     cases: tuple[CaseName, ...] = CASES
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
     count: int = 200
     """Layouts per case."""
-    alone: int = 100
-    """Pictures of every part alone."""
+    alone: int = 400
+    """Pictures of every sort of part alone, shared among its parts, at least five each."""
     ablation: bool = False
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
     means: Means = Means()
-    learn: int = 500
-    """Steps of textual inversion."""
+    learn: int = 0
+    """Steps of textual inversion; 0: 500 for the objects, 800 for the styles."""
     steps: int = 25
     guidance: float = 7.0
     """What is composed from small objects wants more than a single one."""
@@ -102,9 +101,9 @@ class Bench:
 
 def main(bench: Bench) -> None:
     """Learns what isn't there, draws, judges, prints the table, writes the record."""
-    require_positive(bench, "count", "alone", "learn", "steps")
-    if bench.seed < 0:
-        raise BadInput(f"--seed {bench.seed}: give zero or more")
+    require_positive(bench, "count", "alone", "steps")
+    if min(bench.seed, bench.learn) < 0:
+        raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
     if bench.ablation and bench.means != Means():
@@ -136,7 +135,7 @@ def main(bench: Bench) -> None:
 def painter_of(bench: Bench, device: torch.device) -> Painter:
     """With all vectors in place."""
     if not bench.ordinary:
-        folder = bench.embeddings or KEPT / digest(Path(bench.model), bench.learn)
+        folder = bench.embeddings or KEPT / learned_name(bench)
         learn(bench, folder)
     pipe = load_pipeline(bench.model, device, torch.float32)
     for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
@@ -145,12 +144,16 @@ def painter_of(bench: Bench, device: torch.device) -> Painter:
     return Painter(pipe, Manner("dpm", bench.steps, Guidance(bench.guidance)))
 
 
-def digest(model: Path, steps: int) -> str:
-    """Of the weights that vectors are learned for and the steps of learning: vectors of another model say nothing to it."""
-    files = [file for part in ("text_encoder", "unet") for file in sorted((model / part).glob("*.safetensors"))]
+def learned_name(bench: Bench) -> str:
+    """Of the weights that vectors are learned for, since those of another model say nothing to it, and of the steps of learning."""
+    parts = [Path(bench.model) / part for part in ("text_encoder", "unet")]
+    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
     if not files:
-        raise BadInput(f"--model {model}: wanted a diffusers folder with safetensors; without one, give --embeddings")
-    return f"{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:12]}-{steps}"
+        raise BadInput(
+            f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
+        )
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES)])
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -167,11 +170,12 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
         place = Path(temporary)
         concepts = [Concept(f"<{name}>", pictures_of(name, place, True), INITIAL[name], kind) for name in names]
         how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT, "device": bench.device}
-        run = Run(Recipe(bench.model, bench.learn, run=place / "run", **how), concepts)
-        for _ in progress(range(bench.learn), f"learning {', '.join(names)}"):
+        steps = bench.learn or STEPS[kind]
+        run = Run(Recipe(bench.model, steps, run=place / "run", **how), concepts)
+        for _ in progress(range(steps), f"learning {', '.join(names)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():
-            save_vectors(file_of(folder, token), token, rows, f"{bench.model}, {bench.learn} steps")
+            save_vectors(file_of(folder, token), token, rows, f"{bench.model}, {steps} steps")
 
 
 # ---------------------------------------------------------------- drawing and judging
@@ -179,9 +183,11 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
 
 def alone(bench: Bench, judge: Judge, painter: Painter, cases: Sequence[Case], known: dict[str, float]) -> None:
     """Adds the rates of all parts of these cases that aren't known yet."""
-    for part in sorted({part for case in cases for part in case.parts} - known.keys()):
-        random = Random(bench.seed)
-        asked = [question(part, random, bench.ordinary) for _ in range(bench.alone)]
+    parts = {part for case in cases for part in case.parts}
+    for part in sorted(parts - known.keys()):
+        random, sort = Random(bench.seed), part.split()[0]
+        count = max(5, bench.alone // sum(other.split()[0] == sort for other in parts))
+        asked = [question(part, random, bench.ordinary) for _ in range(count)]
         orders = [Order(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
         images = drawn(painter.paint, orders, part)
         wanted = {name: [answers[name] for _, answers in asked] for name in asked[0][1]}

@@ -29,7 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import Accelerator
 
 from benchmarks.p3_course import Course, token_of
-from benchmarks.p3_learning import INITIAL, LR, MOST_WEIGHT, TOKEN, Trial, mean_rates, outcome, pictures_of
+from benchmarks.p3_learning import (
+    BATCHES,
+    INITIAL,
+    LR,
+    MOST_WEIGHT,
+    STEPS,
+    TOKEN,
+    Trial,
+    kind_of,
+    mean_rates,
+    outcome,
+    pictures_of,
+)
 from benchmarks.plain_p3 import Plain, save_random_v1
 from miniature.judge_model import load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
@@ -85,10 +97,12 @@ class Concepts:
     """With one vector."""
     more_vectors: tuple[int, ...] = (2, 4)
     """Objects are learned with so many too, with one seed."""
-    count: int = 40
+    count: int = 25
     """Pictures of every question."""
-    steps: int = 500
-    batch: int = 8
+    steps: int = 0
+    """0: 500 for an object, 800 for a style."""
+    batch: int = 0
+    """0: 8 for an object, 24 for a style."""
     lr: float = LR
     keep_norm: float = 1.0
     most_weight: float = MOST_WEIGHT
@@ -246,7 +260,10 @@ def gradient_difference(recipe: Recipe, concept: Concept, device: torch.device) 
 
 def measure_concepts(settings: Concepts) -> None:
     """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
-    require_positive(settings, "steps", "batch", "seeds", "count")
+    require_positive(settings, "seeds", "count")
+    for name in ("steps", "batch"):
+        if getattr(settings, name) < 0:
+            raise BadInput(f"--{name} {getattr(settings, name)}: give zero or more")
     if not settings.names:
         raise BadInput("--names: give at least one")
     machine = detect(settings.device)
@@ -276,7 +293,7 @@ def trials_of(settings: Concepts) -> list[Trial]:
         Trial(
             name,
             vectors,
-            recipe_of(settings, settings.seed + seed),
+            recipe_of(settings, name, settings.seed + seed),
             settings.count,
             settings.told,
             vectors == 1 and not seed,
@@ -285,12 +302,12 @@ def trials_of(settings: Concepts) -> list[Trial]:
     ]
 
 
-def recipe_of(settings: Concepts, seed: int) -> Recipe:
+def recipe_of(settings: Concepts, name: str, seed: int) -> Recipe:
     """As P3_textual_inversion.py has it, but for what the flags say."""
     return Recipe(
         settings.model,
-        steps=settings.steps,
-        batch=settings.batch,
+        steps=settings.steps or STEPS[kind_of(name)],
+        batch=settings.batch or BATCHES[kind_of(name)],
         lr=settings.lr,
         keep_norm=settings.keep_norm,
         most_weight=settings.most_weight,
