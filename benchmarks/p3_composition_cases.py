@@ -30,10 +30,8 @@ CASES: tuple[CaseName, ...] = get_args(CaseName)
 SIZES = {2: (26, 30), 3: (20, 20)}  # pixels, of the boxes' sides, by the number of objects
 ASIDE = 5  # pixels by which boxes are off the middle
 PLACES = {
-    (2, False): ("on the left", "on the right"),
-    (2, True): ("at the top", "at the bottom"),
-    (3, False): ("on the left", "in the centre", "on the right"),
-    (3, True): ("at the top", "in the centre", "at the bottom"),
+    (2, False): (" on the left", " on the right"),
+    (2, True): (" at the top", " at the bottom"),
 }
 WORDS = {
     (2, False): "{0} to the left of {1}",
@@ -102,14 +100,12 @@ def planned(
     behind: str = "",
     styles: Sequence[Style] = (),
 ) -> Layout:
-    """The base prompt of `bases`. A concept's own prompt says its phrase and its place; with styles, it is the base prompt with the phrase
-    in every place: so a style was kept more often (tried on other layouts than those of the tables)."""
+    """The base prompt of `bases`. Of two concepts each one's own prompt says its phrase and its place, of three its phrase alone; with
+    styles, it is the base prompt with the phrase in every place (tried on other layouts than those of the tables)."""
     words = "a photo of " + WORDS[len(boxes), column] + behind
-    places = PLACES[len(boxes), column]
+    places = PLACES.get((len(boxes), column), [""] * len(boxes))
     regions = [
-        Region(
-            name, words.format(*[mine] * len(boxes)) if styles else f"a photo of {mine} {place}{behind}", box_mask(box)
-        )
+        Region(name, words.format(*[mine] * len(boxes)) if styles else f"a photo of {mine}{place}", box_mask(box))
         for name, mine, place, box in zip(names, phrases, places, boxes, strict=True)
     ]
     joint = words.format(*phrases) + "".join(f" in the style of {style.token}" for style in styles)
