@@ -39,8 +39,8 @@ doctor: setup  ## what this machine has and how long drawing and training take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## every side-by-side measurement, one table: runs/bench/table/table.md (hours on two cores; goes on where it was stopped)
-	@$(RUN) benchmarks/table.py
+bench: setup  ## every side-by-side measurement, one table (hours on two cores; goes on where it was stopped); QUICK=1: all of them short
+	@$(RUN) benchmarks/table.py $(if $(QUICK),--quick)
 
 clean:  ## remove .venv, runs, the demo's and the report's output
 	rm -rf .venv runs report "$(DEMO)"

@@ -3,6 +3,7 @@
 Only p3_large.py, which wants a GPU, isn't among them.
 
   python benchmarks/table.py                               all of them, one after the other; hours on two CPU cores
+  python benchmarks/table.py --quick                       the same with few pictures, steps and repeats: minutes, rough figures
   python benchmarks/table.py --only p1_sampling p2_ddim    some
   python benchmarks/table.py --collect                     the table of what was measured before, without measuring
 
@@ -25,7 +26,7 @@ from pages.steps import HERE, Outcome, Runner, Step, shown, write_text
 from runtime.cli import BadInput, note, run_script
 from runtime.files import output_folder, read_json, write_json
 
-RUNS = HERE / "runs" / "bench" / "table"
+RUNS = HERE / "runs" / "bench"
 CLIP, DIFFUSION = "runs/miniature/clip", "runs/miniature/stable_diffusion"
 ASSEMBLE = (
     ("miniature/train_clip.py", "convert", "--output", CLIP),
@@ -43,10 +44,12 @@ class Settings:
     """Names of benchmarks; none: all."""
     collect: bool = False
     """Only makes the table of the records that are there."""
+    quick: bool = False
+    """Few pictures, steps and repeats, to see all of them work: what they measure so is rough."""
     fresh: bool = False
     """Measure again what was measured before."""
-    output: Path = RUNS
-    """Folder for table.md, table.json and a folder per benchmark with its record."""
+    output: Path | None = None
+    """Folder for table.md, table.json and a folder per benchmark with its record; left out: runs/bench/table, or quick beside it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Bench:
 
     name: str
     command: tuple[str, ...]
+    quick: str
+    """Flags that make it short."""
     values: Callable[[dict[str, Any]], Values]
     before: tuple[tuple[str, ...], ...] = ()
     after: tuple[str, ...] = ()
@@ -143,36 +148,54 @@ def composition_values(metrics: dict[str, Any]) -> Values:
     return {f"{case}: {level}": [value] for case, levels in metrics.items() for level, value in levels.items()}
 
 
+INVERSION = "benchmarks/p3_textual_inversion.py"
 BENCHES = (
-    Bench("p1_accuracy", ("benchmarks/p1_accuracy.py",), accuracy_values),
-    Bench("p1_sampling", ("benchmarks/p1_sampling.py",), sampling_values),
-    Bench("p1_training", ("benchmarks/p1_training.py",), training_values),
-    Bench("p2_ddim", ("benchmarks/p2_ddim.py",), ddim_values),
-    Bench("p3_clip", ("benchmarks/p3_clip.py",), clip_values),
-    Bench("p3_speed", ("benchmarks/p3_textual_inversion.py", "speed"), inversion_values, ASSEMBLE),
+    Bench("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2", accuracy_values),
+    Bench("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", sampling_values),
+    Bench("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2", training_values),
+    Bench("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2", ddim_values),
     Bench(
-        "p3_concepts", ("benchmarks/p3_textual_inversion.py", "concepts"), concept_values, ASSEMBLE, vectors="--folder"
+        "p3_clip",
+        ("benchmarks/p3_clip.py",),
+        "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1",
+        clip_values,
+    ),
+    Bench("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", inversion_values, ASSEMBLE),
+    Bench(
+        "p3_concepts",
+        (INVERSION, "concepts"),
+        "--seeds 1 --more-vectors 2 --steps 20 --batch 4 --count 4",
+        concept_values,
+        ASSEMBLE,
+        vectors="--folder",
     ),
     Bench(
         "p3_course",
-        ("benchmarks/p3_textual_inversion.py", "graded"),
+        (INVERSION, "graded"),
+        "--names fish relief --repeats 2",
         course_values,
         ASSEMBLE,
         ("p3_concepts",),
         "--concepts",
     ),
-    Bench("p3_composition", ("benchmarks/p3_composition.py",), composition_values, ASSEMBLE),
+    Bench(
+        "p3_composition",
+        ("benchmarks/p3_composition.py",),
+        "--count 3 --alone 5 --learn 20",
+        composition_values,
+        ASSEMBLE,
+    ),
 )
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def with_data(bench: Bench) -> Bench:
+def with_data(bench: Bench, output: Path) -> Bench:
     """Training needs digits: those in hw2_data, else digits drawn by code."""
     if bench.name != "p1_training" or (HERE / "hw2_data" / "digits").is_dir():
         return bench
-    digits = RUNS / "digits"
+    digits = output / "digits"
     make = ("hw2_data/prepare.py", "rendered", "--output", f"{digits}", "--overwrite")
     return replace(bench, command=(*bench.command, "--data", f"{digits}"), before=(make,))
 
@@ -190,11 +213,11 @@ def record_of(bench: Bench, output: Path) -> Path:
     return output / bench.name / "record.json"
 
 
-def measure(benches: Sequence[Bench], settings: Settings) -> dict[str, Outcome]:
+def measure(benches: Sequence[Bench], output: Path, fresh: bool) -> dict[str, Outcome]:
     """Runs them in turn."""
-    runner = Runner(settings.output, len(benches), settings.fresh)
+    runner = Runner(output, len(benches), fresh)
     for bench in benches:
-        step = step_of(with_data(bench), settings.output)
+        step = step_of(with_data(bench, output), output)
         runner.run(replace(step, after=tuple(name for name in step.after if name in runner.outcomes)))
     return runner.outcomes
 
@@ -248,9 +271,11 @@ def main(settings: Settings) -> None:
     if unknown := [name for name in settings.only if name not in known]:
         raise BadInput(f"--only {unknown[0]}: known are {', '.join(known)}")
     benches = [known[name] for name in settings.only] or list(BENCHES)
-    output = output_folder(settings.output.resolve())
-    settings = replace(settings, output=output)
-    outcomes = {} if settings.collect else measure(benches, settings)
+    if settings.quick:
+        benches = [replace(bench, command=(*bench.command, *bench.quick.split())) for bench in benches]
+    folder = settings.output or RUNS / ("quick" if settings.quick else "table")
+    output = output_folder(folder.resolve())
+    outcomes = {} if settings.collect else measure(benches, output, settings.fresh)
     failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.there}
     present = [bench for bench in benches if bench.name not in failed and record_of(bench, output).is_file()]
     if not present and not failed:

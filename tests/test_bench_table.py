@@ -11,6 +11,7 @@ import pytest
 from benchmarks import p3_composition
 from benchmarks.table import BENCHES, Bench, Settings, main, markdown, rows_of, step_of
 from P3_composition import Means
+from pages.steps import HERE
 from runtime.cli import BadInput
 
 RECORD: dict[str, Any] = {
@@ -105,6 +106,15 @@ def test_the_courses_grades_are_of_what_the_same_table_learned(tmp_path: Path) -
     assert Path(vectors).parent == tmp_path / "p3_concepts"
     assert graded[graded.index("--concepts") + 1] == vectors
     assert step_of(bench("p3_course"), tmp_path).after == ("p3_concepts",)
+
+
+@pytest.mark.parametrize("name", [bench.name for bench in BENCHES])
+def test_every_benchmark_has_a_quick_form_that_its_script_knows(name: str) -> None:
+    """Every flag is a field of its settings."""
+    fields = (HERE / bench(name).command[0]).read_text()
+    flags = [word.removeprefix("--").replace("-", "_") for word in bench(name).quick.split() if word.startswith("--")]
+    assert flags
+    assert all(f"    {flag}: " in fields for flag in flags)
 
 
 def test_a_change_of_the_code_measured_counts() -> None:
