@@ -8,9 +8,9 @@
 
 Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style without either
 is added to all prompts; with one, to those of the concepts there, and to the base prompt in the rest of its region. "word" says a token
-in ordinary words; a concept without a prompt of its own has the base prompt with its token for all concepts' words. "images", a folder of
-a concept's pictures, serves scores only. "joint", if given, is the prompt of the level of that name, which has all tokens in one. A
-"reference" is a square picture whose layout is followed. Files are relative to the layout's own.
+in ordinary words. A concept without a prompt of its own has the base prompt with its token for both concepts' words; of three or more,
+"a photo of a <token>". "images", a folder of a concept's pictures, serves scores only. "joint", if given, is the prompt of the level of
+that name, which has all tokens in one. A "reference" is a square picture whose layout is followed. Files are relative to the layout's own.
 """
 
 from __future__ import annotations
@@ -173,9 +173,16 @@ def styled(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> 
     return [*found, Region(token, prompt + ending, left)] if left.any() else found
 
 
+def own_prompt(base: str, words: Sequence[str], token: str) -> str:
+    """A concept's prompt where none is given. Of one or two: the base prompt with the token for every concept's word, so that its branch
+    puts as many things where the base branch does. Of more: the token alone; asked for so many, the model draws small ones badly."""
+    found = slots(base, words, token) if 0 < len(words) <= 2 else ""
+    return found if token in found else f"a photo of a {token}"
+
+
 def slots(prompt: str, words: Sequence[str], token: str, most: int = 0) -> str:
     """The prompt with the token in the place of every one of these words (of the first `most`): "a dog next to a cat" -> "a <new1> next
-    to a <new1>"; so a concept's branch puts as many things where the base branch does."""
+    to a <new1>"."""
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     found = re.compile(rf"(\ban )?(?<!\w)(?:{either})(?!\w)")
     return found.sub(lambda match: f"a {token}" if match[1] else token, prompt, count=most)
@@ -196,7 +203,7 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     regions = []
     for index, token in enumerate(objects):
         box = ((index + 0.05) * width, 0.15, (index + 0.95) * width, 0.85)
-        regions.append(Region(token, slots(plain, objects, token), box_mask(box), words.get(token, "object")))
+        regions.append(Region(token, own_prompt(plain, objects, token), box_mask(box), words.get(token, "object")))
     base = TOKEN.sub(lambda found: words.get(found[0], "object"), plain)
     return make_layout(base, regions, [Style(style) for style in styles], prompt)
 
@@ -249,8 +256,7 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
 
 def _region(path: Path, entry: dict[str, Any], base: str, words: Sequence[str]) -> Region:
     token, word = entry["token"], entry.get("word", "object")
-    own = slots(base, words, token) if "word" in entry else ""
-    prompt = str(entry.get("prompt", own if token in own else f"a photo of a {token}"))
+    prompt = str(entry.get("prompt", own_prompt(base, words if "word" in entry else (), token)))
     images = path.parent / entry["images"] if "images" in entry else None
     if images and not images.is_dir():
         raise BadInput(f"{path}, {token}: images {images} is not a folder")

@@ -68,6 +68,16 @@ def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
     ]
 
 
+def test_three_concepts_are_told_alone(tmp_path: Path) -> None:
+    names = ("dog", "cat", "fox")
+    concepts = [{"token": f"<{x}>", "word": x, "box": [k / 3, 0, (k + 1) / 3, 1]} for k, x in enumerate(names)]
+    found = read(tmp_path, concepts, prompt="a dog, a cat and a fox on a bench")
+    assert found.prompts == ["a dog, a cat and a fox on a bench", *(f"a photo of a <{x}>" for x in names)]
+    assert found.joint == "a <dog>, a <cat> and a <fox> on a bench"
+    made = auto_layout(found.joint, {f"<{x}>": x for x in names})
+    assert made.prompts == found.prompts
+
+
 def test_a_mask_of_another_size_is_resized(tmp_path: Path) -> None:
     mask = Image.new("L", (10, 30), 0)
     mask.paste(255, (0, 0, 10, 15))
