@@ -71,11 +71,11 @@ def main(settings: Settings) -> None:
 
 
 def check_figures(settings: Settings) -> None:
-    """Raises BadInput where a figure can't be written; makes its folder."""
+    """Raises BadInput where a figure can't be written; makes the folder of what will be."""
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path and path.is_dir():
             raise BadInput(f"{flag} {path} is a folder: name a picture file")
-        if path:
+        if path and not (settings.dry_run and flag == "--figure"):
             output_folder(path.parent)
 
 

@@ -259,7 +259,10 @@ def markdown(rows: Sequence[Row], failed: dict[str, str]) -> str:
             "| what | mean | spread | n |",
             "| --- | --- | --- | --- |",
         ]
-        lines += [f"| {row.what} | {row.mean:.4g} | {row.spread:.2g} | {row.repeats} |" for row in own]
+        lines += [
+            f"| {row.what} | {row.mean:.4g} | {f'{row.spread:.2g}' if row.repeats > 1 else '-'} | {row.repeats} |"
+            for row in own
+        ]
     for name, reason in failed.items():
         lines += ["", f"## {name}", "", f"Not measured: {reason}"]
     return "\n".join([*lines, ""])
