@@ -71,12 +71,12 @@ def main(settings: Settings) -> None:
 
 
 def check_figures(settings: Settings) -> None:
-    """Raises BadInput where a figure can't be written; makes the folder of what will be."""
+    """Raises BadInput where a figure can't be written."""
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path and path.is_dir():
             raise BadInput(f"{flag} {path} is a folder: name a picture file")
-        if path and not (settings.dry_run and flag == "--figure"):
-            output_folder(path.parent)
+        if path and not (place := next(folder for folder in path.absolute().parents if folder.exists())).is_dir():
+            raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
 
 
 def finish(
@@ -128,10 +128,10 @@ def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vec
 
 
 def passes_of(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Of the U-Net, for one picture; guidance takes two per step, conductor one more per concept."""
-    layout = jobs[0].layout
-    rows = 2 + (len(layout.regions) if layout and settings.level == "conductor" else 0)
-    return settings.steps * (rows if layout or settings.guidance != 1 else 1)
+    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor one more per concept."""
+    layout = jobs[0].layout if settings.level != "joint" else None
+    branches = len(layout.regions) if layout and settings.level == "conductor" else 0
+    return settings.steps * (2 + branches if layout or settings.guidance != 1 else 1)
 
 
 def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
@@ -140,12 +140,12 @@ def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
         last = read_json(settings.record)
         try:
             before, metrics = last["settings"], last["metrics"]
-            seconds = passes * metrics["seconds_per_picture"] / metrics["passes_per_picture"]
+            seconds, counted = metrics["seconds_per_picture"], metrics.get("passes_per_picture")
         except (KeyError, TypeError):
             raise BadInput(f"--record {settings.record} is no record of this script's") from None
         same = (last["machine"], last["device"]) == (machine.name, str(machine.device))
-        if same and (before["model"], before["size"]) == (settings.model, settings.size):
-            return f"about {seconds / 60:.1f} minutes, as the last run here went"
+        if same and counted and (before["model"], before["size"]) == (settings.model, settings.size):
+            return f"about {seconds * passes / counted / 60:.1f} minutes, as the last run here went"
     return "how long they take the first run here will tell"
 
 

@@ -8,9 +8,10 @@
 
 Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style without either
 is added to all prompts; with one, to those of the concepts there, and to the base prompt in the rest of its region. "word" says a token
-in ordinary words. A concept without a prompt of its own has the base prompt with its token for both concepts' words; of three or more,
-"a photo of a <token>". "images", a folder of a concept's pictures, serves scores only. "joint", if given, is the prompt of the level of
-that name, which has all tokens in one. A "reference" is a square picture whose layout is followed. Files are relative to the layout's own.
+in ordinary words. A concept without a prompt of its own has the base prompt with its token for both concepts' words; where that lacks
+them, and where concepts are three or more, "a photo of a <token>". "images", a folder of a concept's pictures, serves scores only.
+"joint", if given, is the prompt of the level of that name, which has all tokens in one. A "reference" is a square picture whose layout
+is followed. Files are relative to the layout's own.
 """
 
 from __future__ import annotations

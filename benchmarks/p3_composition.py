@@ -20,6 +20,7 @@ import hashlib
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -184,9 +185,9 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
 def alone(bench: Bench, judge: Judge, painter: Painter, cases: Sequence[Case], known: dict[str, float]) -> None:
     """Adds the rates of all parts of these cases that aren't known yet."""
     parts = {part for case in cases for part in case.parts}
+    sorts = Counter(part.split()[0] for part in parts)
     for part in sorted(parts - known.keys()):
-        random, sort = Random(bench.seed), part.split()[0]
-        count = max(5, bench.alone // sum(other.split()[0] == sort for other in parts))
+        random, count = Random(bench.seed), max(5, bench.alone // sorts[part.split()[0]])
         asked = [question(part, random, bench.ordinary) for _ in range(count)]
         orders = [Order(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
         images = drawn(painter.paint, orders, part)

@@ -105,7 +105,9 @@ def planned(
     words = "a photo of " + WORDS[len(boxes), column] + behind
     places = PLACES.get((len(boxes), column), [""] * len(boxes))
     regions = [
-        Region(name, words.format(*[mine] * len(boxes)) if styles else f"a photo of {mine}{place}", box_mask(box))
+        Region(
+            name, words.format(*[mine] * len(boxes)) if styles else f"a photo of {mine}{place}{behind}", box_mask(box)
+        )
         for name, mine, place, box in zip(names, phrases, places, boxes, strict=True)
     ]
     joint = words.format(*phrases) + "".join(f" in the style of {style.token}" for style in styles)

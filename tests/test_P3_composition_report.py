@@ -83,16 +83,20 @@ def test_plan_figure_and_scores_are_written(given: Path, model: str, capsys: pyt
 
 
 def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
-    main(settings(given, model, dry_run=True, draw_layout=given / "plan.png"))
+    main(settings(given, model, dry_run=True, draw_layout=given / "plan.png", figure=given / "new" / "figure.png"))
     assert (given / "plan.png").is_file()
     assert not (given / "out").exists()
+    assert not (given / "new").exists()
 
 
-@pytest.mark.parametrize(("level", "passes"), [("regional", 8), ("conductor", 16)])
+@pytest.mark.parametrize(
+    ("level", "guidance", "passes"),
+    [("joint", 1.0, 4), ("joint", 2.0, 8), ("regional", 1.0, 8), ("conductor", 2.0, 16)],
+)
 def test_a_dry_run_counts_the_branches(
-    given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, passes: int
+    given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, guidance: float, passes: int
 ) -> None:
-    main(settings(given, model, dry_run=True, level=level))
+    main(settings(given, model, dry_run=True, level=level, guidance=guidance))
     assert f"{passes} passes of the U-Net" in capsys.readouterr().out  # 2 pictures of 2 steps, 2 concepts
 
 
@@ -112,6 +116,7 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
         ({"layout": None, "prompt": ("a star",), "figure": Path("a.png")}, "need a --layout"),
         ({"layout": None, "prompt": ("a star",), "scores": True}, "need a --layout"),
         ({"figure": Path("/")}, "--figure / is a folder"),
+        ({"draw_layout": Path(__file__) / "a" / "plan.png"}, "is a file, name a folder"),
         ({"size": 20, "dry_run": True}, "--size 20"),
         ({"steps": 2000, "dry_run": True}, "--steps 2000"),
         ({"compile": "on"}, "--compile on"),

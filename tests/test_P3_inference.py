@@ -221,6 +221,11 @@ def test_a_dry_run_tells_the_time_of_the_last_run_and_refuses_what_a_run_would(
     main(settings(given, model, **more, steps=2, count=600, dry_run=True))
     seconds = json.loads((given / "record.json").read_text())["metrics"]["seconds_per_picture"]
     assert f"2,400 passes of the U-Net, about {seconds * 600 * 2 / 60:.1f} minutes" in capsys.readouterr().out
+    older = json.loads((given / "record.json").read_text())
+    del older["metrics"]["passes_per_picture"]  # as records were before
+    (given / "record.json").write_text(json.dumps(older))
+    main(settings(given, model, **more, dry_run=True))
+    assert "the first run here will tell" in capsys.readouterr().out
     save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
     with pytest.raises(BadInput, match="768 wide"):
         main(settings(given, model, **more, dry_run=True))
