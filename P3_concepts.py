@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import center_crop, pad, pil_to_tensor, resize
 
 from P3_embeddings import require_token
 from P3_templates import OBJECT, STYLE
@@ -147,6 +147,18 @@ def scaled(picture: Image.Image, side: int) -> Tensor:
 def square(pictures: Sequence[Image.Image], side: int) -> Tensor:
     """[N,3,side,side] in -1..1: the middle of each."""
     return torch.stack([center_crop(scaled(picture, side), [side, side]) for picture in pictures])
+
+
+def zoomed_out(x: Tensor, stream: torch.Generator) -> Tensor:
+    """[N,3,S,S] in -1..1 -> the same: each picture at 0.6 to 0.95 of its size, somewhere in a frame that its edges fill."""
+    side, views = x.shape[-1], []
+    for image in x:
+        share, right, down = torch.rand(3, generator=stream).tolist()
+        size = round(side * (0.6 + 0.35 * share))
+        left, top = int(right * (side - size + 1)), int(down * (side - size + 1))
+        small = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
+        views.append(pad(small, [left, top, side - size - left, side - size - top], padding_mode="edge"))
+    return torch.stack(views)
 
 
 @torch.no_grad()

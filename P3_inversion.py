@@ -15,12 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.schedule import add_noise
-from P3_concepts import Concept, picture_files, posteriors, scaled, sentences_beside, square, upright
+from P3_concepts import Concept, picture_files, posteriors, scaled, sentences_beside, square, upright, zoomed_out
 from P3_embeddings import ExtendedTable, add_names, names_of, tokenize
 from runtime.cli import BadInput
 from runtime.device import memory_format
 from runtime.generation import derived_seed
 from training.draws import Draws
+
+ZOOMED = 8  # smaller views of every picture, where there are any
 
 
 class Rows(nn.Module):
@@ -41,7 +43,8 @@ class Rows(nn.Module):
 @dataclass
 class Lesson:
     """A concept made ready: [N,S,77] token ids of each picture's sentences, of which the first `counts` [N] are different; either the
-    posteriors of its pictures [N,2,2,4,h,w] (flips; mean and standard deviation) or, for random crops, the pictures themselves."""
+    posteriors of its pictures [N,V,2,4,h,w] (views: both flips of the whole picture, then those of smaller ones; mean and standard
+    deviation) or, for random crops, the pictures themselves."""
 
     concept: Concept
     rows: slice  # of the parameter
@@ -87,8 +90,16 @@ def joined(samples: Sequence[Sample]) -> Sample:
 class Learner:
     """The frozen model with new tokens, their rows, and the loss. `pipe` holds all parts on one device in one dtype."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, concepts: Sequence[Concept], seed: int, crops: bool, flips: bool):
-        self.pipe, self.seed, self.crops, self.flips = pipe, seed, crops, flips
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        concepts: Sequence[Concept],
+        seed: int,
+        crops: bool,
+        flips: bool,
+        zoom_out: float = 0.0,
+    ):
+        self.pipe, self.seed, self.crops, self.flips, self.zoom_out = pipe, seed, crops, flips, zoom_out
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
         self.most_weight = 1.0  # of the loss, see `loss`
         self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -129,12 +140,20 @@ class Learner:
         pictures = [upright(file) for file in files]
         ids = self.pipe.tokenizer.convert_tokens_to_ids(names_of(concept.token, concept.vectors))
         rows = slice(ids[0] - self.first, ids[-1] - self.first + 1)
-        moments = None if self.crops else posteriors(self.pipe.vae, square(pictures, self.side))
+        moments = None if self.crops else self._moments(concept, square(pictures, self.side))
         sentences = [sentences_beside(file, concept.token) or concept.sentences for file in files]
         most = max(map(len, sentences))
         tokens = torch.stack([tokenize(self.pipe, (own * most)[:most]) for own in sentences])
         counts = torch.tensor([len(own) for own in sentences])
         return Lesson(concept, rows, tokens.to(self.device), counts.to(self.device), moments, pictures)
+
+    def _moments(self, concept: Concept, x: Tensor) -> Tensor:
+        """[N,V,2,4,h,w] of pictures [N,3,S,S]; a style, which smaller strokes would change, is seen whole only."""
+        views = [x]
+        if self.zoom_out and concept.kind == "object":
+            stream = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(concept.token.encode()), 1))
+            views += [zoomed_out(x, stream) for _ in range(ZOOMED)]
+        return torch.cat([posteriors(self.pipe.vae, view) for view in views], 1)
 
     def _rest(self) -> None:
         """All that the autoencoder has to say of whole pictures is kept: it leaves the device."""
@@ -164,10 +183,20 @@ class Learner:
         eps, noise = draws.normal(*shape), draws.normal(*shape)
         which = (which * len(lesson.pictures)).long()
         flip = ((flip < 0.5) & torch.tensor(self.flips, device=self.device)).long()
-        moments = self._cropped(lesson, which, draws) if self.crops else lesson.moments[which]  # type: ignore[index]
-        mean, std = moments.gather(1, flip.view(-1, 1, 1, 1, 1, 1).expand(-1, 1, *moments.shape[2:]))[:, 0].unbind(1)
+        if lesson.moments is None:
+            moments = self._cropped(lesson, which, draws)[torch.arange(len(flip)), flip]
+        else:
+            moments = lesson.moments[which, self._view(lesson.moments, flip, draws)]
+        mean, std = moments.unbind(1)
         said = lesson.tokens[which, (sentence * lesson.counts[which]).long()]
         return Sample(mean + std * noise, eps, t, said)
+
+    def _view(self, moments: Tensor, flip: Tensor, draws: Draws) -> Tensor:
+        """[B] int64: the flips of the whole pictures or, by the share `zoom_out`, of one of the smaller views."""
+        if moments.shape[1] == 2:
+            return flip
+        zoom = draws.uniform() / self.zoom_out
+        return flip + 2 * torch.where(zoom < 1, 1 + (zoom * ZOOMED).long(), 0)
 
     def _cropped(self, lesson: Lesson, which: Tensor, draws: Draws) -> Tensor:
         """Posteriors [B,2,2,4,h,w] of squares cut at random, of at least seven tenths of the shorter side."""

@@ -54,6 +54,9 @@ class Recipe:
     """Loss weight 1 + 1/SNR, up to this; 1: none. More hears more of what strong noise leaves open, such as shape and place."""
     flip: bool = True
     """Shows pictures mirrored half of the time."""
+    zoom_out: float = 0.0
+    """Share of an object's samples that show it smaller, somewhere in the frame (as Custom Diffusion does, Kumari et al. 2023): for
+    pictures of several small ones. Goes with --crop center."""
     validate_every: int = 100
     """Steps between looks at the progress; 0: at the end only."""
     validate: tuple[str, ...] = ()
@@ -90,7 +93,8 @@ class Run:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             pipe = load_pipeline(settings.model, self.device, dtype)
             scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
-            self.learner = Learner(pipe, concepts, settings.seed, settings.crop == "random", settings.flip)
+            crops = settings.crop == "random"
+            self.learner = Learner(pipe, concepts, settings.seed, crops, settings.flip, settings.zoom_out)
         self.learner.most_weight = settings.most_weight
         self.looks = Looks(self.learner, settings.validate, scorer, self.folder)
         self._ready(pipe)

@@ -71,6 +71,10 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
     if settings.most_weight < 1:
         raise BadInput(f"--most-weight {settings.most_weight}: give 1 (none) or more")
+    if not 0 <= settings.zoom_out <= 1:
+        raise BadInput(f"--zoom-out {settings.zoom_out}: give a share from 0 to 1")
+    if settings.zoom_out and settings.crop == "random":
+        raise BadInput(f"--zoom-out {settings.zoom_out}: goes with --crop center, random cuts anew at every step")
 
 
 def concepts_of(settings: Settings) -> list[Concept]:

@@ -34,7 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_learning import BATCHES, INITIAL, LR, MOST_WEIGHT, STEPS, pictures_of
+from benchmarks.p3_learning import BATCHES, INITIAL, LR, MOST_WEIGHT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -55,6 +55,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 BATCH = 10
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
+STEPS: dict[Kind, int] = {"object": 500, "style": 800}
+ZOOM_OUT = 0.25  # share of an object's samples that show it as small as it is among others
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 VARIANTS: dict[str, Means] = {
@@ -154,7 +156,7 @@ def learned_name(bench: Bench) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES)])
+    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{ZOOM_OUT}"])
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -170,9 +172,9 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         concepts = [Concept(f"<{name}>", pictures_of(name, place, True), INITIAL[name], kind) for name in names]
-        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT, "device": bench.device}
+        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT, "zoom_out": ZOOM_OUT}
         steps = bench.learn or STEPS[kind]
-        run = Run(Recipe(bench.model, steps, run=place / "run", **how), concepts)
+        run = Run(Recipe(bench.model, steps, run=place / "run", device=bench.device, **how), concepts)
         for _ in progress(range(steps), f"learning {', '.join(names)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():

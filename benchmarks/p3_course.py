@@ -1,8 +1,12 @@
-"""The course's own routine on the miniature: input.json with baselines from the initial words, pictures by P3_inference, grades by
-P3_evaluate. The initial word's pictures are drawn by the same scripts: its row of the table stands in for the token's vectors.
+"""The course's own routine on the miniature: input.json with baselines from ordinary words, pictures by P3_inference, grades by
+P3_evaluate. The ordinary word's pictures are drawn by the same scripts: its row of the table stands in for the token's vectors.
 
-A learned word has to look more like its pictures than the initial word does, and to leave the prompt as well heard, both beyond chance:
-the baseline is the initial word's mean score over several seeds, plus (image) or minus (text) twice the deviation between seeds. Objects
+The word is the one that a caption would have come closest with, as dog is for one's own dog: of the named kinds or styles the one that
+shares most of the describing words with the concept. It can't be what the vectors start from: "object" and "unusual" are what captions
+call these very concepts, so that the best five of their 25 pictures are often the concept itself.
+
+A learned word has to look more like its pictures than that word does, and to leave the prompt as well heard, both beyond chance:
+the baseline is the word's mean score over several seeds, plus (image) or minus (text) twice the deviation between seeds. Objects
 and styles have deviations of their own."""
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from torch import Tensor
 
 import P3_evaluate
 import P3_inference
-from benchmarks.p3_learning import INITIAL, kind_of, pictures_of
+from benchmarks.p3_learning import kind_of, pictures_of
+from miniature.captions import STYLE_TRAITS, TRAITS
+from miniature.scenes import KINDS, STYLES
 from P3_embeddings import file_of, save_vectors
 from P3_inference_jobs import Settings
 from P3_model import load_pipeline
@@ -38,41 +44,42 @@ PROMPTS = {  # the captions of what has no name: an object, an unusual style
 Scores = dict[str, list[list[float]]]
 """Concept -> image and text score of each prompt."""
 Margins = dict[str, list[float]]
-"""Kind -> what is added to the initial word's image and text score."""
+"""Kind -> what is added to the ordinary word's image and text score."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """Where everything is, and how often the initial words are asked."""
+    """Where everything is, and how often the ordinary words are asked."""
 
     model: str
     clip: str
     folder: Path
     repeats: int
-    """Seeds with which the initial words are drawn and graded, two or more."""
+    """Seeds with which the ordinary words are drawn and graded, two or more."""
     seed: int
     device: str
 
     def graded(self, vectors: dict[str, Path]) -> dict[str, Any]:
         """`vectors`: a file per concept's name. Leaves input.json, pictures and grades in the folder; returns the grades' metrics."""
-        names, learned, initial = list(vectors), self.folder / "learned", self.folder / "initial"
+        names, learned, ordinary = list(vectors), self.folder / "learned", self.folder / "ordinary"
         for name in names:
             pictures_of(name, self.folder / "references", False)
-        self._save_initial(names, initial)
+        self._save_ordinary(names, ordinary)
         self._write_input(names, {}, {})
         seeds = range(self.seed + 1, self.seed + 1 + self.repeats)
-        baselines, margins = baselines_of([self._run(f"initial-{seed}", (initial,), seed) for seed in seeds])
+        baselines, margins = baselines_of([self._run(f"ordinary-{seed}", (ordinary,), seed) for seed in seeds])
         self._write_input(names, baselines, margins)
         self._run("learned", tuple(vectors.values()), self.seed)
         return dict(read_json(learned / "grades" / "record.json")["metrics"]) | {"margins": margins}
 
-    def _save_initial(self, names: Sequence[str], folder: Path) -> None:
-        """The row of each initial word under the concept's token."""
+    def _save_ordinary(self, names: Sequence[str], folder: Path) -> None:
+        """The row of each ordinary word under the concept's token."""
         pipe = load_pipeline(self.model, torch.device("cpu"), torch.float32)
         table = pipe.text_encoder.get_input_embeddings().weight
         for name in names:
-            (index,) = pipe.tokenizer(INITIAL[name], add_special_tokens=False).input_ids
-            save_vectors(file_of(folder, token_of(name)), token_of(name), table[index][None], INITIAL[name])
+            word = ordinary_word(name)
+            (index,) = pipe.tokenizer(word, add_special_tokens=False).input_ids
+            save_vectors(file_of(folder, token_of(name)), token_of(name), table[index][None], word)
 
     def _write_input(self, names: Sequence[str], baselines: Scores, margins: Margins) -> None:
         entries = {}
@@ -84,7 +91,8 @@ class Course:
                 "prompt": [text.format(token_of(name)) for text, _ in prompts],
                 "prompt_4_clip_eval": [plain for _, plain in prompts],
                 "baseline": baselines.get(name, [[0, 0]] * len(prompts)),
-                "margin over the initial word": margins.get(kind_of(name), [0, 0]),
+                "baseline word": ordinary_word(name),
+                "margin over the baseline word": margins.get(kind_of(name), [0, 0]),
             }
         write_json(self.folder / "input.json", entries)
 
@@ -133,6 +141,12 @@ def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
 def rounded(values: Tensor) -> list[float]:
     """As input.json has them."""
     return [round(x, 2) for x in values.tolist()]
+
+
+def ordinary_word(name: str) -> str:
+    """Of the named kinds, or styles, the one that shares most of the describing words with a held-out one; of equals the first."""
+    traits, named = (STYLE_TRAITS, STYLES) if kind_of(name) == "style" else (TRAITS, KINDS)
+    return max(named, key=lambda other: sum({name, other} <= set(holders) for holders in traits.values()))
 
 
 def token_of(name: str) -> str:

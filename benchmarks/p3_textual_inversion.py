@@ -100,7 +100,7 @@ class Concepts:
     count: int = 25
     """Pictures of every question."""
     steps: int = 0
-    """0: 500 for an object, 800 for a style."""
+    """0: 60 for an object, 800 for a style."""
     batch: int = 0
     """0: 8 for an object, 24 for a style."""
     lr: float = LR

@@ -2,9 +2,9 @@
 
 Pictures drawn at random differ in colours and style, which are seen at a glance, so a batch of them hardly asks for shapes. A batch is
 therefore made of small families that share colours, background and style and differ in objects and places; some only swap the colours
-of the same objects. And as the world's captions leave things out, one is often true of several pictures of a batch: of 64 pictures in
-families, 45 % have a true caption besides their own (13 % of pictures drawn at random). Which these are is known, so they aren't
-taken for wrong ones.
+of the same objects, and others differ in nothing but the style. And as the world's captions leave things out, one is often true of
+several pictures of a batch: of 64 pictures, 98 % have a true caption besides their own. Which these are is known, so they aren't taken
+for wrong ones.
 
 Every object has a colour that it is never seen in. From that follows what an object of this colour is not: a shortcut, which fails on
 just the pairs that are held out. So some families have no colours at all, and nothing is asked whose answer the colour alone would give.
@@ -13,7 +13,7 @@ just the pairs that are held out. So some families have no colours at all, and n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ from runtime.generation import derived_seed
 FAMILY = 4  # pictures
 NONE = len(ALL_KINDS)  # of a patch without an object
 GREY = 0.5  # share of families without colours, in picture and caption: see above
+RESTYLED = 0.4  # share of families that differ in style alone
 STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
 UNNAMED, ABSENT = -1, -2
 COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w+))")
@@ -51,13 +52,15 @@ MOST = 3  # objects in a picture
 
 class Batch(NamedTuple):
     """N pictures [N,64,64,3] uint8, their captions, `also` [N,N] bool: caption j is true of picture i, or false for its colour alone;
-    `parts` [N,P,P] int64: the kind of the object that a patch belongs to; `never` [N,kinds] bool: kinds that no patch is compared with."""
+    `parts` [N,P,P] int64: the kind of the object that a patch belongs to; `never` [N,kinds] bool: kinds that no patch is compared with;
+    `styles` [N] int64."""
 
     images: Images
     texts: list[str]
     also: Tensor
     parts: Tensor
     never: Tensor
+    styles: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,23 @@ class Batches:
         scenes: list[Scene] = []
         for key in seeds:
             place, member = derived_seed(self.seed, *key), key[-1]
-            scenes.append(relative(scenes[-member], member, place) if member else sample_scene(place))
+            akin = restyled if self._share(RESTYLED, step, key[1], 0, 4) else relative
+            scenes.append(akin(scenes[-member], member, place) if member else sample_scene(place))
         captions = [caption(scene, derived_seed(self.seed, *key, 1)) for key, scene in zip(seeds, scenes, strict=True)]
         images = np.stack([render(scene) for scene in scenes])
         for row, (_, family, _) in enumerate(seeds):
-            if derived_seed(self.seed, step, family, 0, 3) % 1000 < 1000 * GREY:
+            if self._share(GREY, step, family, 0, 3):
                 images[row], captions[row] = greyed(images[row], captions[row])
-        stops = [derived_seed(self.seed, *key, 2) % 1000 < 1000 * STOP for key in seeds]
+        stops = [self._share(STOP, *key, 2) for key in seeds]
         texts = [each.text + "." * stop for each, stop in zip(captions, stops, strict=True)]
         never = never_seen(scenes)
         also = true_of(scenes, captions) | (never.float() @ bare_kinds(scenes, captions).float().T > 0)
-        return Batch(images, texts, also, parts_of(scenes, self.patch), never)
+        styles = torch.tensor([ALL_STYLES.index(scene.style) for scene in scenes])
+        return Batch(images, texts, also, parts_of(scenes, self.patch), never, styles)
+
+    def _share(self, share: float, *key: int) -> bool:
+        """True for this share of keys."""
+        return derived_seed(self.seed, *key) % 1000 < 1000 * share
 
 
 def relative(head: Scene, member: int, seed: int) -> Scene:
@@ -104,6 +113,13 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
         style=head.style,
     )
     return sample_scene(seed, wish)
+
+
+def restyled(head: Scene, member: int, seed: int) -> Scene:
+    """The head of a family in another style; the four of a family have four, their differences any."""
+    stride = (1, 3, 5, 7)[head.grain % 4]  # odd, as the styles are eight
+    style = ALL_STYLES[(ALL_STYLES.index(head.style) + member * stride) % len(ALL_STYLES)]
+    return replace(head, style=style, grain=seed % 2**31)
 
 
 def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:

@@ -1,8 +1,8 @@
 """How the small CLIP learns: open_clip's model and loss, fresh pictures at every step, true captions of others no negatives.
 
 A transformer without convolutions is slow to find shapes: by the contrastive loss alone 180,000 pictures taught it colours, styles and
-places, and hardly an object. So the patches after the last block but one are asked which object they belong to; the head that asks is
-thrown away.
+places, and hardly an object. So the patches after the last block but one are asked which object they belong to, and the features of the
+picture which style it is in, as captions name no held-out one; the heads that ask are thrown away.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from miniature.clip_batches import FAMILY, NONE, Batch, Batches
 from miniature.clip_grading import held_out_pairs
 from miniature.clip_model import PREPROCESSING, SHIPPED, Size, SmallClip, load_clip, model_config
 from miniature.judge_model import to_float
+from miniature.scenes import ALL_STYLES
 from miniature.vocabulary import LENGTH, make_tokenizer
 from miniature.world import as_tensor
 from runtime.cli import BadInput, note, require_positive
@@ -57,6 +58,8 @@ class Train:
     """Decay of the averaged weights, which are the ones that are kept."""
     parts: float = 0.5
     """Weight of the question which object a patch belongs to; 0: it is not asked."""
+    styles: float = 0.25
+    """Weight of the question which style a picture is in; 0: it is not asked."""
     init: Path | None = None
     """Folder of a model of the same size to start from, such as the shipped one."""
     lock_text: bool = False
@@ -98,6 +101,19 @@ class PartsLoss(nn.Module):
         weight = torch.ones(NONE + 1, device=logits.device)
         weight[NONE] = 0.3  # most patches hold no object
         return nn.functional.cross_entropy(logits.flatten(0, 1), parts.flatten(), weight)
+
+
+class StyleLoss(nn.Module):
+    """Cross-entropy of the style that a picture is in, told by its features alone; the held-out ones, which no caption names, are asked
+    for as well."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.head = nn.Linear(width, len(ALL_STYLES))
+
+    def forward(self, features: Tensor, scale: Tensor, styles: Tensor) -> Tensor:
+        """features [N,width] of length 1, the logit scale and styles [N] int64 -> scalar."""
+        return nn.functional.cross_entropy(self.head(features * scale.detach()), styles)
 
 
 class ClipLoss(open_clip.ClipLoss):
@@ -190,7 +206,9 @@ class Training:
                 parameter.requires_grad_(False)
         self.ema, self.step, self.seconds = make_ema(self.model, settings.ema), 0, 0.0  # copied before anybody looks in
         self.loss, self.parts = ClipLoss(), PartsLoss(self.model.visual, settings.size.vision_width).to(self.device)
-        groups = parameter_groups(self.model, settings.weight_decay) + [{"params": list(self.parts.parameters())}]
+        self.styles = StyleLoss(settings.size.embedding).to(self.device)
+        heads = [*self.parts.parameters(), *self.styles.parameters()]
+        groups = parameter_groups(self.model, settings.weight_decay) + [{"params": heads}]
         self.optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.98), fused=True)
         self._resume()
 
@@ -207,6 +225,7 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "parts": self.parts.state_dict(),
+            "styles": self.styles.state_dict(),
         }
         save_state(self.checkpoint, state | weights_state(self.model, self.ema, self.optimizer))
 
@@ -218,6 +237,7 @@ class Training:
             raise BadInput(f"{self.checkpoint} is of another size or vocabulary: give its flags, or name another --run")
         self.ema = restore_weights(state, self.model, self.optimizer, self.settings.ema)
         self.parts.load_state_dict(state["parts"])
+        self.styles.load_state_dict(state["styles"])
         self.step, self.seconds = state["step"], state["seconds"]
         note(f"going on at step {self.step:,} from {self.checkpoint}")
 
@@ -279,6 +299,8 @@ class Training:
         loss = self.loss(pictures.float(), texts.float(), scale, negatives_only(batch.also.to(self.device)))
         if s.parts:
             loss = loss + s.parts * self.parts(batch.parts.to(self.device), batch.never.to(self.device))
+        if s.styles:
+            loss = loss + s.styles * self.styles(pictures.float(), scale, batch.styles.to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from P3_concepts import Concept, read_concepts, read_pictures, square
+from P3_concepts import Concept, read_concepts, read_pictures, square, zoomed_out
 from P3_embeddings import install
 from P3_inversion import Learner
 from P3_inversion_run import Recipe, Run
@@ -112,6 +112,30 @@ def test_a_concept_learns_among_others_as_it_does_alone(model: str, images: Path
     alone = gradient(model, [second])[2]
     together = gradient(model, [first, second])[2]
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-7)
+
+
+def test_smaller_views_hold_the_whole_picture_on_its_own_edges() -> None:
+    x = torch.full((6, 3, 64, 64), -0.5)
+    x[:, :, 24:40, 24:40] = 1.0
+    views = zoomed_out(x, torch.Generator().manual_seed(0))
+    assert views.shape == x.shape
+    shares = (views > 0.25).float().mean((1, 2, 3)) / (16 / 64) ** 2
+    assert ((shares > 0.6**2 - 0.08) & (shares < 0.95**2 + 0.08)).all()
+    assert len({round(float(share), 2) for share in shares}) > 3
+    assert (views[:, :, 0] == -0.5).all()
+
+
+def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(model: str, images: Path) -> None:
+    """The same noise, so that samples differ where the view does; and half of them, by 400 draws."""
+    for kind, low, high in (("object", 0.4, 0.6), ("style", 0.0, 0.0)):
+        concepts = [Concept(TOKEN, images, "star", kind)]  # type: ignore[arg-type]
+        pipes = [load_pipeline(model, CPU, torch.float32) for _ in range(2)]
+        whole, some = (Learner(p, concepts, 0, False, True, share) for p, share in zip(pipes, (0.0, 0.5), strict=True))
+        first, second = (each.batch(0, slice(400), 400) for each in (whole, some))
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.eps, second.eps)
+        differ = (first.x0 - second.x0).abs().amax((1, 2, 3)) > 1e-3
+        assert low <= float(differ.float().mean()) <= high
 
 
 def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None:
@@ -338,6 +362,8 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
         ({"accumulate": 3}, "--accumulate 3"),
         ({"seed": -1}, "--seed -1"),
         ({"most_weight": 0.5}, "--most-weight 0.5"),
+        ({"zoom_out": 1.5}, "--zoom-out 1.5"),
+        ({"zoom_out": 0.5, "crop": "random"}, "--crop center"),
         ({"images": Path("/nowhere")}, "/nowhere is not a folder"),
         ({"model": "/nowhere"}, "/nowhere"),
         ({"clip": "/nowhere"}, "/nowhere"),

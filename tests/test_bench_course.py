@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.p3_course import baselines_of
+from benchmarks.p3_course import baselines_of, ordinary_word
 
 
-def test_baselines_lie_two_deviations_from_the_initial_words_mean() -> None:
+def test_baselines_lie_two_deviations_from_the_ordinary_words_mean() -> None:
     rounds = [{"fish": [[60.0, 30.0], [50.0, 28.0]]}, {"fish": [[62.0, 30.0], [52.0, 26.0]]}]
     baselines, margins = baselines_of(rounds)
     assert margins["object"] == pytest.approx(
@@ -27,3 +27,10 @@ def test_objects_and_styles_have_margins_of_their_own() -> None:
     assert margins["object"] == [0.0, 0.0]
     assert margins["style"] == pytest.approx([2.83, 0.0], abs=0.01)
     assert baselines == {"fish": [[60.0, 30.0]], "relief": [[53.83, 20.0]]}
+
+
+def test_the_ordinary_word_shares_most_with_the_concept() -> None:
+    """A fish is marked, wide, pointed and curved; a house the first three. Relief is smooth, soft and edged; outline smooth and edged,
+    and watercolour, which comes later, soft and edged."""
+    assert ordinary_word("fish") == "house"
+    assert ordinary_word("relief") == "outline"
