@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ class Concept:
             raise BadInput(f"{self.token}: kind {self.kind!r} is neither object nor style")
         if not 1 <= self.vectors <= MOST_VECTORS:
             raise BadInput(f"--vectors {self.vectors}: give 1 to {MOST_VECTORS}")
+
+    @property
+    def key(self) -> int:
+        """Of its random numbers: a concept learns alone as it does among others."""
+        return zlib.crc32(self.token.encode())
 
     @property
     def sentences(self) -> list[str]:

@@ -54,11 +54,6 @@ class Lesson:
     pictures: list[Image.Image]
 
     @property
-    def key(self) -> int:
-        """Of its random numbers: a concept learns alone as it does among others."""
-        return zlib.crc32(self.concept.token.encode())
-
-    @property
     def fingerprint(self) -> int:
         """Of pictures and sentences, wherever they lie."""
         return zlib.crc32(
@@ -130,7 +125,7 @@ class Learner:
 
     def _start(self, concept: Concept, word: Tensor) -> Tensor:
         """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
-        stream = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(concept.token.encode())))
+        stream = torch.Generator().manual_seed(derived_seed(self.seed, concept.key))
         off = torch.randn(concept.vectors, len(word), generator=stream) * word.norm() / len(word) ** 0.5
         off[0] = 0
         return word + 0.1 * off
@@ -151,7 +146,7 @@ class Learner:
         """[N,V,2,4,h,w] of pictures [N,3,S,S]; a style, which smaller strokes would change, is seen whole only."""
         views = [x]
         if self.zoom_out and concept.kind == "object":
-            stream = torch.Generator().manual_seed(derived_seed(self.seed, zlib.crc32(concept.token.encode()), 1))
+            stream = torch.Generator().manual_seed(derived_seed(self.seed, concept.key, 1))
             views += [zoomed_out(x, stream) for _ in range(ZOOMED)]
         return torch.cat([posteriors(self.pipe.vae, view) for view in views], 1)
 
@@ -176,7 +171,7 @@ class Learner:
         return joined([self._sample(lesson, step, rows, total) for lesson in self.lessons])
 
     def _sample(self, lesson: Lesson, step: int, rows: slice, total: int) -> Sample:
-        draws = Draws(derived_seed(self.seed, lesson.key), step, rows, total, self.device)
+        draws = Draws(derived_seed(self.seed, lesson.concept.key), step, rows, total, self.device)
         which, flip, sentence = draws.uniform(), draws.uniform(), draws.uniform()
         t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
         shape = (self.pipe.unet.config.in_channels, *[self.pipe.unet.config.sample_size] * 2)

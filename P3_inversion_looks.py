@@ -62,7 +62,7 @@ class Looks:
 
     def _orders(self, lesson: Lesson) -> list[Order]:
         prompts, seed = self._prompts(lesson), self.learner.seed
-        return [Order(prompts[k % len(prompts)], derived_seed(seed, lesson.key, k)) for k in range(SHOWN)]
+        return [Order(prompts[k % len(prompts)], derived_seed(seed, lesson.concept.key, k)) for k in range(SHOWN)]
 
     def _keep(self, look: Look, lesson: Lesson, score: float, rows: dict[str, Tensor]) -> None:
         token = lesson.concept.token

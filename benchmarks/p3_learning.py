@@ -30,10 +30,8 @@ from runtime.generation import derived_seed
 INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
 LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long
 MOST_WEIGHT = 30.0  # a style, like a shape, is decided where the noise is strong
-STEPS: dict[Kind, int] = {
-    "object": 60,
-    "style": 800,
-}  # after 150, pictures of an object hardly hear of another style any more
+# Pictures of an object hardly hear of another style any more after 150
+STEPS: dict[Kind, int] = {"object": 60, "style": 800}
 BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step
 MANNER = Manner("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"

@@ -266,6 +266,16 @@ def test_a_true_caption_of_another_is_no_negative() -> None:
     assert float(ClipLoss()(x, y, torch.tensor(5.0), negatives_only(also))) == pytest.approx(total, abs=1e-5)
 
 
+def test_the_style_is_told_from_the_features() -> None:
+    loss, x = StyleLoss(8), features(0).requires_grad_()
+    value = loss(x, torch.tensor(5.0), torch.tensor([0, 1, 6, 7]))
+    wanted = F.cross_entropy(5.0 * x @ loss.head.weight.T + loss.head.bias, torch.tensor([0, 1, 6, 7]))
+    torch.testing.assert_close(value, wanted)
+    value.backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
 def test_shorter_prompts_have_the_same_features(clip: SmallClip, pictures: Tensor) -> None:
     x = pictures[:3].float() / 127.5 - 1
     long, short = (clip.tokenizer(PROMPTS, padding=p, return_tensors="pt").input_ids for p in ("max_length", True))
@@ -524,16 +534,6 @@ def test_a_full_disk_keeps_the_old_model(
 
 
 # ---------------------------------------------------------------- the shipped model
-
-
-def test_the_style_is_told_from_the_features() -> None:
-    loss, x = StyleLoss(8), features(0).requires_grad_()
-    value = loss(x, torch.tensor(5.0), torch.tensor([0, 1, 6, 7]))
-    wanted = F.cross_entropy(5.0 * x @ loss.head.weight.T + loss.head.bias, torch.tensor([0, 1, 6, 7]))
-    torch.testing.assert_close(value, wanted)
-    value.backward()
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS).is_file(), reason="checkpoints/miniature/clip holds no weights")
