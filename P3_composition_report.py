@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from P3_composition import Composed, Level, Means, compose
-from P3_concepts import read_pictures
+from P3_drafts import Rate, region_scores
 from P3_drawing import Painter
 from P3_layout import Layout
 from P3_scores import Scorer
@@ -20,32 +20,19 @@ from runtime.figures import labelled_grid
 
 Scores = dict[str, float]
 COLOURS = ((228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178))
-GREY = 127
 SHOWN = 256  # pixels along each side of a picture in figures
 MOST = 4  # pictures in the figure
 
 
 def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[str, Scores]]:
-    """Per picture of [N,3,H,W] uint8 and per region, by token: "text", how well what is inside the mask fits the region's prompt in
-    ordinary words, and, where it names pictures, "image", the mean of 100 x cosine to them."""
+    """Per picture of [N,3,H,W] uint8 and per region, by token: its scores inside its mask, see `region_scores`."""
     found: list[dict[str, Scores]] = [{} for _ in images]
-    for number, (region, mask) in enumerate(zip(layout.regions, layout.masks(*images.shape[2:]), strict=True)):
-        features = scorer.encode(cut_out(images, mask))
-        columns = {"text": scorer.text_scores(features, region.plain)}
-        if region.images:
-            columns["image"] = scorer.image_scores(features, scorer.encode(read_pictures(region.images)))
+    columns = region_scores(scorer, layout, images)
+    for number, (region, scores) in enumerate(zip(layout.regions, columns, strict=True)):
         name = region.token if region.token not in found[0] else f"{region.token} {number}"
-        for row, scores in enumerate(found):
-            scores[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}
+        for row, values in enumerate(found):
+            values[name] = {kind: round(float(column[row]), 3) for kind, column in scores.items()}
     return found
-
-
-def cut_out(images: Tensor, mask: Tensor) -> Tensor:
-    """[N,3,h,w] uint8: the mask's [H,W] bounding box, grey where the mask isn't."""
-    rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
-    window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-    kept = mask[window] > 0
-    return torch.where(kept, images[:, :, window[0], window[1]], torch.tensor(GREY, dtype=torch.uint8))
 
 
 def means_of(scores: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
@@ -87,11 +74,13 @@ def with_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
     return large
 
 
-def levels_figure(path: Path, painter: Painter, layout: Layout, seeds: Sequence[int], means: Means) -> None:
+def levels_figure(
+    path: Path, painter: Painter, layout: Layout, seeds: Sequence[int], means: Means, rate: Rate | None = None
+) -> None:
     """A row per seed, of the first four: layout, joint, regional, conductor."""
     seeds, levels = seeds[:MOST], get_args(Level)
     orders = [Composed(layout, seed) for seed in seeds]
-    drawn = [with_outlines(compose(painter, orders, level, means), layout) for level in levels]
+    drawn = [with_outlines(compose(painter, orders, level, means, rate), layout) for level in levels]
     plan = layout_picture(layout, drawn[0].shape[2])
     cells = torch.stack([image for row in zip(*drawn, strict=True) for image in (plan, *row)])
     rows = [f"picture {number}" for number in range(len(seeds))]

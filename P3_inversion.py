@@ -6,7 +6,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from accelerate import Accelerator
@@ -63,20 +63,22 @@ class Lesson:
 
 @dataclass
 class Sample:
-    """A part of a batch: clean latents [B,4,h,w], noise like it, t [B], token ids [B,77]."""
+    """A part of a batch: clean latents [B,4,h,w], noise like it, t [B], token ids [B,77], and what their rows are blurred by:
+    [B,77,width], or [B,0,width] where they are not."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     tokens: Tensor
+    blur: Tensor
 
     def __getitem__(self, rows: slice) -> Sample:
-        return Sample(self.x0[rows], self.eps[rows], self.t[rows], self.tokens[rows])
+        return Sample(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
     """One behind the other."""
-    return Sample(*(torch.cat([getattr(s, name) for s in samples]) for name in ("x0", "eps", "t", "tokens")))
+    return Sample(*(torch.cat([getattr(s, field.name) for s in samples]) for field in fields(Sample)))
 
 
 # ---------------------------------------------------------------- all of them
@@ -97,6 +99,7 @@ class Learner:
         self.pipe, self.seed, self.crops, self.flips, self.zoom_out = pipe, seed, crops, flips, zoom_out
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
         self.most_weight = 1.0  # of the loss, see `loss`
+        self.blur = 0.0  # of the rows, in batches drawn from now on, see `loss`
         self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.alphas = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table = pipe.text_encoder.get_input_embeddings()
@@ -184,7 +187,9 @@ class Learner:
             moments = lesson.moments[which, self._view(lesson.moments, flip, draws)]
         mean, std = moments.unbind(1)
         said = lesson.tokens[which, (sentence * lesson.counts[which]).long()]
-        return Sample(mean + std * noise, eps, t, said)
+        width = self.parameter.rows.shape[1]
+        blur = draws.normal(said.shape[1] if self.blur else 0, width) * (self.blur / width**0.5)
+        return Sample(mean + std * noise, eps, t, said, blur)
 
     def _view(self, moments: Tensor, flip: Tensor, draws: Draws) -> Tensor:
         """[B] int64: the flips of the whole pictures or, by the share `zoom_out`, of one of the smaller views."""
@@ -209,8 +214,12 @@ class Learner:
 
     def loss(self, sample: Sample, concepts: int) -> Tensor:
         """Mean of weight(t) |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts. The weight is
-        1 + 1/SNR up to `most_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022)."""
+        1 + 1/SNR up to `most_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022). The rows are
+        read with noise about `blur` times as long as they are (as Jain et al. 2023, arXiv 2310.05914, blur all words of a prompt):
+        what is learned so means the same a little off, and in other sentences."""
+        self.table.blur = sample.blur if sample.blur.numel() else None
         text = self.pipe.text_encoder(sample.tokens)[0]
+        self.table.blur = None
         alpha = self.alphas[sample.t][:, None, None, None]
         x = add_noise(sample.x0, sample.eps, alpha)
         x = x.to(self.dtype).contiguous(memory_format=memory_format(self.device))

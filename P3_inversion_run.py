@@ -57,6 +57,9 @@ class Recipe:
     zoom_out: float = 0.0
     """Share of an object's samples that show it smaller, somewhere in the frame (as Custom Diffusion does, Kumari et al. 2023): for
     pictures of several small ones. Goes with --crop center."""
+    blur: float = 0.0
+    """Length of the noise that is added to the new rows whenever they are read in training, in multiples of their own: what is learned
+    so holds in other sentences too. 0: none; with it, more steps do no harm."""
     validate_every: int = 100
     """Steps between looks at the progress; 0: at the end only."""
     validate: tuple[str, ...] = ()
@@ -95,7 +98,7 @@ class Run:
             scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
             crops = settings.crop == "random"
             self.learner = Learner(pipe, concepts, settings.seed, crops, settings.flip, settings.zoom_out)
-        self.learner.most_weight = settings.most_weight
+        self.learner.most_weight, self.learner.blur = settings.most_weight, settings.blur
         self.looks = Looks(self.learner, settings.validate, scorer, self.folder)
         self._ready(pipe)
         self.step = 0

@@ -64,7 +64,7 @@ def main(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Raises BadInput for numbers that can't work."""
     require_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
-    for name in ("seed", "keep_norm", "validate_every"):
+    for name in ("seed", "keep_norm", "blur", "validate_every"):
         if getattr(settings, name) < 0:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: give zero or more")
     if settings.batch % settings.accumulate:

@@ -33,18 +33,29 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.p3_composition_cases import CASES, Case, CaseName, case_of, possible, question, with_reference
-from benchmarks.p3_learning import BATCHES, INITIAL, LR, MOST_WEIGHT, pictures_of
+from benchmarks.p3_composition_cases import (
+    CASES,
+    Case,
+    CaseName,
+    case_of,
+    possible,
+    question,
+    with_pictures,
+    with_reference,
+)
+from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept, Kind
+from P3_drafts import Rate, rate_by
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
+from P3_scores import Scorer
 from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import Device, detect, set_up
 from runtime.figures import labelled_grid
@@ -53,14 +64,14 @@ from runtime.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
+PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
+MEANS = Means(drafts=3)
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
-STEPS: dict[Kind, int] = {"object": 500, "style": 800}
-ZOOM_OUT = 0.25  # share of an object's samples that show it as small as it is among others
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 VARIANTS: dict[str, Means] = {
-    "all": Means(),
+    "all": Means(),  # but for drafts
     "without attention": Means(("features", "noise")),
     "without features": Means(("attention", "noise")),
     "without noise": Means(("attention", "features")),
@@ -71,6 +82,7 @@ VARIANTS: dict[str, Means] = {
     "without sketch": Means(sketch=0),
     "with refinement": Means(refine=True),
     "with alignment": Means(),  # to a picture with ordinary objects in the boxes
+    "with drafts": MEANS,
 }
 
 
@@ -91,9 +103,11 @@ class Bench:
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: Means = Means()
+    means: Means = MEANS
+    clip: str = "runs/miniature/clip"
+    """The small CLIP that chooses among drafts."""
     learn: int = 0
-    """Steps of textual inversion; 0: 500 for the objects, 800 for the styles."""
+    """Steps of textual inversion; 0: as benchmarks/p3_textual_inversion.py, 200 for the objects, 400 for the styles."""
     steps: int = 25
     guidance: float = 7.0
     """What is composed from small objects wants more than a single one."""
@@ -109,24 +123,27 @@ def main(bench: Bench) -> None:
         raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != Means():
-        raise BadInput("--ablation has means of its own: leave --inject, --focus, --sketch, --align and --refine out")
+    if bench.ablation and bench.means != MEANS:
+        raise BadInput(
+            "--ablation has means of its own: leave --inject, --focus, --sketch, --align, --refine, --drafts out"
+        )
     bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
-    painter = painter_of(bench, machine.device)
+    painter, rate = painter_of(bench, machine.device), rate_by(Scorer.load(bench.clip, machine.device))
     record.metrics["alone"] = {}
     for name in bench.cases:
         cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
+        cases = [with_pictures(case, PICTURES) for case in cases]
         if name != "leak":
             alone(bench, judge, painter, cases, record.metrics["alone"])
             record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
         measure = ablated if bench.ablation else levels
-        record.metrics |= measure(bench, name, cases, judge, painter)
+        record.metrics |= measure(bench, name, cases, judge, painter, rate)
         record.save(bench.output)
     if not bench.ablation:
-        record.metrics["time"] = times(painter, bench)
+        record.metrics["time"] = times(painter, bench, rate)
     record.save(bench.output)
     print("\n".join(table(record.metrics)))
     note(f"record: {bench.output}")
@@ -139,6 +156,8 @@ def painter_of(bench: Bench, device: torch.device) -> Painter:
     """With all vectors in place."""
     if not bench.ordinary:
         folder = bench.embeddings or KEPT / learned_name(bench)
+        for name in INITIAL:
+            pictures_of(name, PICTURES, True)
         learn(bench, folder)
     pipe = load_pipeline(bench.model, device, torch.float32)
     for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
@@ -156,7 +175,7 @@ def learned_name(bench: Bench) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{ZOOM_OUT}"])
+    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -170,11 +189,11 @@ def learn(bench: Bench, folder: Path) -> None:
 def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str]) -> None:
     """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        concepts = [Concept(f"<{name}>", pictures_of(name, place, True), INITIAL[name], kind) for name in names]
-        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT, "zoom_out": ZOOM_OUT}
+        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
+        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
+        how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
         steps = bench.learn or STEPS[kind]
-        run = Run(Recipe(bench.model, steps, run=place / "run", device=bench.device, **how), concepts)
+        run = Run(Recipe(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
         for _ in progress(range(steps), f"learning {', '.join(names)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():
@@ -203,10 +222,12 @@ def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: st
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
-def composed(bench: Bench, cases: Sequence[Case], painter: Painter, level: Level, means: Means, title: str) -> Tensor:
+def composed(
+    bench: Bench, cases: Sequence[Case], painter: Painter, rate: Rate, level: Level, means: Means, title: str
+) -> Tensor:
     """A picture of each case, with a seed of its own."""
     orders = [Composed(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
-    return drawn(partial(compose, painter, level=level, means=means), orders, title)
+    return drawn(partial(compose, painter, level=level, means=means, rate=rate), orders, title)
 
 
 def right(judge: Judge, case: Case, image: Tensor) -> bool:
@@ -234,12 +255,12 @@ def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -
     return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
 
 
-def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter, rate: Rate) -> Table:
     """{case: {level: rate}}, and a sheet of the first pictures."""
     rates: dict[str, float] = {}
     sheet = []
     for level in bench.levels:
-        images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
+        images = composed(bench, cases, painter, rate, level, bench.means, f"{name}, {level}")
         rates[level] = share(judge, name, cases, images)
         sheet.append(images[:12])
         note(f"{name}, {level}: {rates[level]:.3f}")
@@ -250,25 +271,25 @@ def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, pa
     return {name: rates}
 
 
-def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter, rate: Rate) -> Table:
     """{case: {variant: rate}} of conductor."""
     rates = {}
     for variant, means in VARIANTS.items():
         led = variant == "with alignment"
         plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
-        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, "conductor", means, variant))
+        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, rate, "conductor", means, variant))
         note(f"{name}, {variant}: {rates[variant]:.3f}")
     return {name: rates}
 
 
-def times(painter: Painter, bench: Bench, repeats: int = 3) -> dict[str, float]:
+def times(painter: Painter, bench: Bench, rate: Rate, repeats: int = 3) -> dict[str, float]:
     """Of single pictures of two objects, the least of some runs, over those of plain ones."""
-    layout = case_of("two", 0, bench.ordinary).layout
+    layout = with_pictures(case_of("two", 0, bench.ordinary), PICTURES).layout
 
     def seconds(level: Level | None) -> float:
         start = time.perf_counter()
         if level:
-            compose(painter, [Composed(layout, 0)], level, bench.means)
+            compose(painter, [Composed(layout, 0)], level, bench.means, rate)
         else:
             painter.paint([Order("a photo of a red star", 0)])
         return time.perf_counter() - start

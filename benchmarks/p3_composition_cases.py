@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from random import Random
 from typing import Literal, get_args
 
@@ -100,14 +101,12 @@ def planned(
     behind: str = "",
     styles: Sequence[Style] = (),
 ) -> Layout:
-    """The base prompt of `bases`. Of two concepts each one's own prompt says its phrase and its place, of three its phrase alone; with
-    styles, it is the base prompt with the phrase in every place (tried on other layouts than those of the tables)."""
+    """The base prompt of `bases`. Of two concepts each one's own prompt says its phrase and its place, of three its phrase alone (tried on
+    other layouts than those of the tables)."""
     words = "a photo of " + WORDS[len(boxes), column] + behind
     places = PLACES.get((len(boxes), column), [""] * len(boxes))
     regions = [
-        Region(
-            name, words.format(*[mine] * len(boxes)) if styles else f"a photo of {mine}{place}{behind}", box_mask(box)
-        )
+        Region(name, f"a photo of {mine}{place}{behind}", box_mask(box))
         for name, mine, place, box in zip(names, phrases, places, boxes, strict=True)
     ]
     joint = words.format(*phrases) + "".join(f" in the style of {style.token}" for style in styles)
@@ -129,6 +128,13 @@ def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
         left, top = (aside, along) if column else (along, aside)
         found.append((left / SIDE, top / SIDE, (left + size) / SIDE, (top + size) / SIDE))
     return found
+
+
+def with_pictures(case: Case, folder: Path) -> Case:
+    """The same, learned objects with their pictures: a folder of each one's name in `folder`."""
+    kinds = zip(case.layout.regions, case.kinds, strict=True)
+    regions = [replace(region, images=folder / kind) if kind in HELD_OUT_KINDS else region for region, kind in kinds]
+    return replace(case, layout=replace(case.layout, regions=tuple(regions)))
 
 
 def with_reference(case: Case, seed: int) -> Case:

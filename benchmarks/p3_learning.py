@@ -30,8 +30,9 @@ from runtime.generation import derived_seed
 INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
 LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long
 MOST_WEIGHT = 30.0  # a style, like a shape, is decided where the noise is strong
-# Pictures of an object hardly hear of another style any more after 150
-STEPS: dict[Kind, int] = {"object": 60, "style": 800}
+BLUR = 1.0  # without it pictures of an object hardly hear of another style after 150 steps
+ZOOM_OUT = 0.5  # of an object's samples, so that it can be as small as it is among others
+STEPS: dict[Kind, int] = {"object": 200, "style": 400}
 BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step
 MANNER = Manner("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"

@@ -31,11 +31,13 @@ from accelerate import Accelerator
 from benchmarks.p3_course import Course, token_of
 from benchmarks.p3_learning import (
     BATCHES,
+    BLUR,
     INITIAL,
     LR,
     MOST_WEIGHT,
     STEPS,
     TOKEN,
+    ZOOM_OUT,
     Trial,
     kind_of,
     mean_rates,
@@ -100,12 +102,14 @@ class Concepts:
     count: int = 25
     """Pictures of every question."""
     steps: int = 0
-    """0: 60 for an object, 800 for a style."""
+    """0: 200 for an object, 400 for a style."""
     batch: int = 0
     """0: 8 for an object, 24 for a style."""
     lr: float = LR
     keep_norm: float = 1.0
     most_weight: float = MOST_WEIGHT
+    blur: float = BLUR
+    zoom_out: float = ZOOM_OUT
     told: bool = True
     """Learns from sentences that tell what else each picture shows."""
     seed: int = 0
@@ -311,6 +315,8 @@ def recipe_of(settings: Concepts, name: str, seed: int) -> Recipe:
         lr=settings.lr,
         keep_norm=settings.keep_norm,
         most_weight=settings.most_weight,
+        blur=settings.blur,
+        zoom_out=settings.zoom_out,
         seed=seed,
         device=settings.device,
         precision=settings.precision,

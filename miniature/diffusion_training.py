@@ -27,7 +27,7 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.latents import cached_latents
-from miniature.scenes import Wish
+from miniature.scenes import SIZES, Wish
 from miniature.trainer import Loop, Trainer, check_numbers
 from P3_checkpoint import make_scheduler
 from P3_model import suit_training
@@ -80,6 +80,8 @@ class Train(Loop):
     """How many are rendered and encoded before the training."""
     shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
     """Of pictures with one, two, three objects; several are the harder ones to draw."""
+    least: int = 18
+    """Pixels of a single object, at least: where it shall be drawn as small as it is among others, it must have been seen so."""
     most_weight: float = 10.0
     """Loss weight 1 + 1/SNR, up to this: what a picture holds is decided where the noise is strong, and there errors of eps are small."""
     drop_text: float = 0.1
@@ -100,7 +102,7 @@ class DiffusionTrainer(Trainer):
         self.vae.to(self.device)
         with self.accelerator.main_process_first():  # the first encodes, the others read its cache
             self.data = cached_latents(
-                s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed, Wish(shares=s.shares)
+                s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed, Wish(shares=s.shares, least=s.least)
             ).to(self.device)
         self.tower.to(self.device)
         self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
@@ -113,6 +115,8 @@ class DiffusionTrainer(Trainer):
             raise BadInput(
                 f"--shares {' '.join(map(str, s.shares))}: give shares of zero or more, not all of them zero"
             )
+        if not 12 <= s.least <= SIZES[1][1]:
+            raise BadInput(f"--least {s.least}: give 12 to {SIZES[1][1]} pixels")
         if not 0 <= s.drop_text <= 1:
             raise BadInput(f"--drop-text {s.drop_text}: give a share from 0 to 1")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):

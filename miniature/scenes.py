@@ -172,6 +172,7 @@ class Wish:
     pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
     shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing says how many
+    least: int = SIZES[1][0]  # pixels of a single object's box
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown words, lengths that differ and clashing colours."""
@@ -222,7 +223,7 @@ def sample_scene(seed: int, wish: Wish = FREE) -> Scene:
     count = wish.how_many(dice)
     kinds = wish.kinds or _kinds(dice, wish, count)
     background, colours = _colours(dice, wish, kinds)
-    boxes = [_square(box) for box in wish.boxes] if wish.boxes else _boxes(dice, count, wish.place)
+    boxes = [_square(box) for box in wish.boxes] if wish.boxes else _boxes(dice, count, wish)
     things = tuple(
         Thing(kind, colour, box, ANGLES[dice.below(len(ANGLES))], kind in MIRRORED and dice.chance(0.5), _tint(dice))
         for kind, colour, box in zip(kinds, colours, boxes, strict=True)
@@ -284,11 +285,12 @@ def _square(box: Box) -> Box:
 # ---------------------------------------------------------------- places
 
 
-def _boxes(dice: Dice, count: int, place: str | None) -> list[Box]:
+def _boxes(dice: Dice, count: int, wish: Wish) -> list[Box]:
     """Boxes that don't overlap: one anywhere that has a name, or a row or column of several."""
-    sizes = [2 * dice.between(SIZES[count][0] // 2, SIZES[count][1] // 2) for _ in range(count)]
+    least, most = (wish.least if count == 1 else SIZES[count][0]), SIZES[count][1]
+    sizes = [2 * dice.between(least // 2, most // 2) for _ in range(count)]
     if count == 1:
-        return [_single(dice, sizes[0], place or dice.pick(PLACES))]
+        return [_single(dice, sizes[0], wish.place or dice.pick(PLACES))]
     return _line(dice, sizes, column=dice.chance(0.5))
 
 

@@ -126,8 +126,8 @@ def miniature_case(sources: Sources) -> Case:
         prompts=(*alone, *(() if sources.quick else STYLED), placed),
         placed=placed,
         words=("object", "object"),
-        steps=500,
-        recipe=("--lr", "1e-2", "--most-weight", "30"),
+        steps=400,
+        recipe=("--lr", "1e-2", "--most-weight", "30", "--blur", "1", "--zoom-out", "0.5"),
         guidance="5",
         without_baseline={name: entry_of(name, count) for name, count in asked.items()},
     )

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from P3_composition_report import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
+from P3_composition_report import COLOURS, layout_picture, means_of, scores_inside, with_outlines
+from P3_drafts import cut_out
 from P3_embeddings import file_of, save_vectors
 from P3_inference import main
 from P3_inference_jobs import Settings
@@ -168,9 +169,12 @@ def test_cut_outs_are_grey_outside_the_mask() -> None:
     mask[2, 2] = 0
     images = torch.arange(2 * 3 * 64).reshape(2, 3, 8, 8).to(torch.uint8)
     cut = cut_out(images, mask)
-    assert cut.shape == (2, 3, 3, 2)
-    assert cut[0, 0, 0, 1] == 127
-    assert torch.equal(cut[:, :, 1:], images[:, :, 3:5, 1:3])
+    assert cut.shape == (2, 3, 5, 4)  # twice the box, less where its sides are odd
+    assert cut[0, 0, 1, 2] == 127
+    assert torch.equal(cut[:, :, 2:4, 1:3], images[:, :, 3:5, 1:3])
+    rest = torch.ones(5, 4, dtype=torch.bool)
+    rest[1:4, 1:3] = False
+    assert (cut[:, :, rest] == 127).all()
 
 
 def test_scores_see_only_what_is_inside_the_mask(tmp_path: Path) -> None:

@@ -138,6 +138,29 @@ def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(model: st
         assert low <= float(differ.float().mean()) <= high
 
 
+def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Path) -> None:
+    """By noise as long as asked, of each sample's own, whatever share of a batch is asked for."""
+    one = learner(model, [Concept(TOKEN, images, "star", vectors=2)])
+    plain = one.batch(0, slice(6), 6)
+    one.blur = 0.5
+    sample, part = one.batch(0, slice(6), 6), one.batch(0, slice(2, 4), 6)
+    assert torch.equal(sample.x0, plain.x0)
+    assert torch.equal(sample.tokens, plain.tokens)
+    assert torch.equal(sample.blur[2:4], part.blur)
+    before = one.table(sample.tokens).detach()
+    one.table.blur = sample.blur
+    off = (one.table(sample.tokens) - before).detach()
+    new = sample.tokens >= one.first
+    assert not off[~new].any()
+    length = off[new].norm(dim=1) / before[new].norm(dim=1)
+    assert 0.3 < float(length.mean()) < 0.7
+    assert len({round(float(x), 5) for x in length}) == int(new.sum())
+    quiet, loud = float(one.loss(plain, 1)), float(one.loss(sample, 1))
+    assert quiet != loud
+    one.blur = 0.0
+    assert float(one.loss(plain, 1)) == quiet
+
+
 def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None:
     one = learner(model, [Concept(TOKEN, images, "star")], crops=True)
     sample = one.batch(0, slice(4), 4)
@@ -363,6 +386,7 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed -1"),
         ({"most_weight": 0.5}, "--most-weight 0.5"),
         ({"zoom_out": 1.5}, "--zoom-out 1.5"),
+        ({"blur": -1.0}, "--blur -1.0"),
         ({"zoom_out": 0.5, "crop": "random"}, "--crop center"),
         ({"images": Path("/nowhere")}, "/nowhere is not a folder"),
         ({"model": "/nowhere"}, "/nowhere"),
