@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from P3_composition import Composed, Level, Means, compose
-from P3_drafts import Rate, region_scores
+from P3_concepts import read_pictures
+from P3_drafts import Rate, features_inside
 from P3_drawing import Painter
 from P3_layout import Layout
 from P3_scores import Scorer
@@ -25,13 +26,16 @@ MOST = 4  # pictures in the figure
 
 
 def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[str, Scores]]:
-    """Per picture of [N,3,H,W] uint8 and per region, by token: its scores inside its mask, see `region_scores`."""
+    """Per picture of [N,3,H,W] uint8 and per region, by token: "text", how well what is inside the mask fits the region's prompt in
+    ordinary words, and, where it names pictures, "image", the mean of 100 x cosine to them."""
     found: list[dict[str, Scores]] = [{} for _ in images]
-    columns = region_scores(scorer, layout, images)
-    for number, (region, scores) in enumerate(zip(layout.regions, columns, strict=True)):
+    for number, (region, features) in enumerate(features_inside(scorer, layout, images)):
+        columns = {"text": scorer.text_scores(features, region.plain)}
+        if region.images:
+            columns["image"] = scorer.image_scores(features, scorer.encode(read_pictures(region.images)))
         name = region.token if region.token not in found[0] else f"{region.token} {number}"
-        for row, values in enumerate(found):
-            values[name] = {kind: round(float(column[row]), 3) for kind, column in scores.items()}
+        for row, scores in enumerate(found):
+            scores[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion.guidance import Guidance
 from P3_composition import Composed, compose
 from P3_composition_report import layout_picture, levels_figure, means_of, scores_inside
-from P3_drafts import STEPS, rate_by
+from P3_drafts import STEPS, Rate, rate_by
 from P3_drawing import Manner, Order, Painter, in_turn
 from P3_embeddings import Vectors, install, require_width
 from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
@@ -180,7 +180,8 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
     output_folder(settings.output)
     on_gpu = painter.pipe.unet.device.type == "cuda"
     layout = jobs[0].layout
-    paint = partial(composed_pictures, painter, layout, settings, scorer) if layout else painter.paint
+    rate = rate_by(scorer) if scorer else None
+    paint = partial(composed_pictures, painter, layout, settings, rate) if layout else painter.paint
     if not scorer or not settings.candidates:
         orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
         files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
@@ -199,11 +200,11 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
 
 
 def composed_pictures(
-    painter: Painter, layout: Layout, settings: Settings, scorer: Scorer | None, orders: Sequence[Order]
+    painter: Painter, layout: Layout, settings: Settings, rate: Rate | None, orders: Sequence[Order]
 ) -> Tensor:
     """[N,3,H,W] uint8 of these seeds, concepts in their places."""
     composed = [Composed(layout, order.seed) for order in orders]
-    return compose(painter, composed, settings.level, settings.means, rate_by(scorer) if scorer else None)
+    return compose(painter, composed, settings.level, settings.means, rate)
 
 
 def about_layout(

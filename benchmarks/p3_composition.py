@@ -50,7 +50,7 @@ from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept, Kind
-from P3_drafts import Rate, rate_by
+from P3_drafts import rate_by
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
@@ -70,6 +70,7 @@ MEANS = Means(drafts=3)
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
+Draw = Callable[..., Tensor]  # `compose` with painter and rate in place
 VARIANTS: dict[str, Means] = {
     "all": Means(),  # but for drafts
     "without attention": Means(("features", "noise")),
@@ -131,7 +132,8 @@ def main(bench: Bench) -> None:
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
-    painter, rate = painter_of(bench, machine.device), rate_by(Scorer.load(bench.clip, machine.device))
+    painter = painter_of(bench, machine.device)
+    draw: Draw = partial(compose, painter, rate=rate_by(Scorer.load(bench.clip, machine.device)))
     record.metrics["alone"] = {}
     for name in bench.cases:
         cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
@@ -140,10 +142,10 @@ def main(bench: Bench) -> None:
             alone(bench, judge, painter, cases, record.metrics["alone"])
             record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
         measure = ablated if bench.ablation else levels
-        record.metrics |= measure(bench, name, cases, judge, painter, rate)
+        record.metrics |= measure(bench, name, cases, judge, draw)
         record.save(bench.output)
     if not bench.ablation:
-        record.metrics["time"] = times(painter, bench, rate)
+        record.metrics["time"] = times(painter, bench, draw)
     record.save(bench.output)
     print("\n".join(table(record.metrics)))
     note(f"record: {bench.output}")
@@ -222,12 +224,10 @@ def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: st
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
-def composed(
-    bench: Bench, cases: Sequence[Case], painter: Painter, rate: Rate, level: Level, means: Means, title: str
-) -> Tensor:
+def composed(bench: Bench, cases: Sequence[Case], draw: Draw, level: Level, means: Means, title: str) -> Tensor:
     """A picture of each case, with a seed of its own."""
     orders = [Composed(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
-    return drawn(partial(compose, painter, level=level, means=means, rate=rate), orders, title)
+    return drawn(partial(draw, level=level, means=means), orders, title)
 
 
 def right(judge: Judge, case: Case, image: Tensor) -> bool:
@@ -255,12 +255,12 @@ def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -
     return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
 
 
-def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter, rate: Rate) -> Table:
+def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, draw: Draw) -> Table:
     """{case: {level: rate}}, and a sheet of the first pictures."""
     rates: dict[str, float] = {}
     sheet = []
     for level in bench.levels:
-        images = composed(bench, cases, painter, rate, level, bench.means, f"{name}, {level}")
+        images = composed(bench, cases, draw, level, bench.means, f"{name}, {level}")
         rates[level] = share(judge, name, cases, images)
         sheet.append(images[:12])
         note(f"{name}, {level}: {rates[level]:.3f}")
@@ -271,25 +271,25 @@ def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, pa
     return {name: rates}
 
 
-def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter, rate: Rate) -> Table:
+def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, draw: Draw) -> Table:
     """{case: {variant: rate}} of conductor."""
     rates = {}
     for variant, means in VARIANTS.items():
         led = variant == "with alignment"
         plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
-        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, rate, "conductor", means, variant))
+        rates[variant] = share(judge, name, cases, composed(bench, plans, draw, "conductor", means, variant))
         note(f"{name}, {variant}: {rates[variant]:.3f}")
     return {name: rates}
 
 
-def times(painter: Painter, bench: Bench, rate: Rate, repeats: int = 3) -> dict[str, float]:
+def times(painter: Painter, bench: Bench, draw: Draw, repeats: int = 3) -> dict[str, float]:
     """Of single pictures of two objects, the least of some runs, over those of plain ones."""
     layout = with_pictures(case_of("two", 0, bench.ordinary), PICTURES).layout
 
     def seconds(level: Level | None) -> float:
         start = time.perf_counter()
         if level:
-            compose(painter, [Composed(layout, 0)], level, bench.means, rate)
+            draw([Composed(layout, 0)], level=level, means=bench.means)
         else:
             painter.paint([Order("a photo of a red star", 0)])
         return time.perf_counter() - start

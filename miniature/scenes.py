@@ -172,7 +172,7 @@ class Wish:
     pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
     shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing says how many
-    least: int = SIZES[1][0]  # pixels of a single object's box
+    least: int = SIZES[1][0]  # pixels of a single object's box, at least
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown words, lengths that differ and clashing colours."""
