@@ -6,35 +6,36 @@ conductor  regional, and multipath: branches share one latent, the base branch a
            blocks of the base branch compute is taken from the concept's branch (after Concept Conductor, arXiv 2408.03632)
 
 All branches have the same weights, so they go through the U-Net as one batch: base, concepts, unconditional. The latter needs no branches
-of its own: without words all branches are the same. The first noise holds a sketch of the layout (P3_sketch.py). With a reference picture
-the latent follows that one's layout (P3_alignment.py); masks can be fitted to what appears in them (P3_refinement.py), and noises tried
-before one is drawn in full (P3_drafts.py).
+of its own: without words all branches are the same. The first noise holds a sketch of the layout (P3_sketch.py), and in the first steps
+nothing forms outside the regions. With a reference picture the latent follows that one's layout (P3_alignment.py); masks can be fitted to
+what appears in them (P3_refinement.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from diffusion.noise import draw, generators
 from P3_alignment import Alignment
-from P3_drafts import STEPS, Rate
 from P3_drawing import Order, Painter
 from P3_layout import Layout, inside
 from P3_refinement import fitted, watched
-from P3_sketch import with_sketch
+from P3_sketch import placed, with_sketch
 from runtime.cli import BadInput
-from runtime.generation import derived_seed
 
 Level = Literal["joint", "regional", "conductor"]
 Piece = Literal["attention", "features", "noise"]
+COARSE = 3  # means along each side that are left of what is outside the regions
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,16 @@ class Means:
     blocks (at full latent resolution too), the predicted noise."""
     focus: bool = True
     """Outside its mask a concept's branch hears the base prompt, so that it puts the concept where it belongs."""
-    sketch: float = 5.0
+    sketch: float = 4.0
     """Strength of the sketch of the regions that takes the place of the first noise's low frequencies, in multiples of the signal that
     the schedule leaves at its last step; 0: no sketch."""
+    contain: float = 0.5
+    """Share of the steps, from the first one, in which no more than a blur of what is predicted outside the regions is kept, so that
+    objects stay within them; 0: none. A busy background wants less."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
     """Masks follow what the self-attention sees in them."""
-    drafts: int = 1
-    """Noises to choose from: each is drawn in a few steps, and the one in whose masks a CLIP finds most is drawn in full; 1: no choice."""
 
     GUIDED: ClassVar[float] = 0.3
     """Share of the steps, from the first one, in which the latent is aligned."""
@@ -67,8 +69,8 @@ class Means:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise BadInput(f"--{name} {value}: give zero or more")
-        if self.drafts < 1:
-            raise BadInput(f"--drafts {self.drafts}: give 1 (no choice) or more")
+        if not 0 <= self.contain <= 1:
+            raise BadInput(f"--contain {self.contain}: give a share from 0 to 1")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 
@@ -187,37 +189,17 @@ def composed(unet: Any, composition: Composition) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compose(
-    painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means(), rate: Rate | None = None
-) -> Tensor:
-    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions. Drafts are rated by `rate`."""
+def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means()) -> Tensor:
+    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions."""
     layouts, seeds = [order.layout for order in orders], [order.seed for order in orders]
     if level == "joint" or not layouts[0].regions:
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
         return painter.paint([Order(text, seed) for text, seed in zip(prompts, seeds, strict=True)])
     x = draw(generators(seeds), painter.shape, painter.pipe.unet.device)
-    if level == "conductor" and means.drafts > 1:
-        assert rate, "drafts want something that rates them"
-        x = best_noise(painter, orders, means, rate, x)
-    return drawn(painter, orders, level, means, x)
-
-
-def drawn(painter: Painter, orders: Sequence[Composed], level: Level, means: Means, x: Tensor) -> Tensor:
-    """[B,3,H,W] uint8 from noise [B,4,h,w]."""
-    together = Ensemble(painter, [order.layout for order in orders], level, means)
+    together = Ensemble(painter, layouts, level, means)
     if level == "conductor" and means.sketch:
-        x = with_sketch(x, painter, together.now.shares, [order.seed for order in orders], means.sketch)
+        x = with_sketch(x, painter, together.now.shares, seeds, together.ground(x), means.sketch)
     return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
-
-
-def best_noise(painter: Painter, orders: Sequence[Composed], means: Means, rate: Rate, x: Tensor) -> Tensor:
-    """[B,4,h,w]: of every picture the best of noise x and further ones, by drafts in a few steps."""
-    rough = replace(painter, manner=replace(painter.manner, steps=min(STEPS, painter.manner.steps)))
-    others = [[derived_seed(order.seed, number) for order in orders] for number in range(1, means.drafts)]
-    noises = torch.stack([x, *(draw(generators(seeds), painter.shape, x.device) for seeds in others)], 1)
-    pictures = torch.stack([drawn(rough, orders, "conductor", means, noise) for noise in noises.unbind(1)], 1)
-    best = [int(rate(order.layout, own).argmax()) for order, own in zip(orders, pictures, strict=True)]
-    return torch.stack([own[index] for own, index in zip(noises, best, strict=True)])
 
 
 class Ensemble:
@@ -236,7 +218,15 @@ class Ensemble:
         self.step, steps = 0, painter.manner.steps
         self.guided = range(round(means.GUIDED * steps) if branches and means.align else 0)
         self.fitted = range(*(round(share * steps) for share in means.FITTED) if branches and means.refine else (0,))
+        self.contained = range(round(means.contain * steps) if branches else 0)
         self.alignment = Alignment.of(painter, layouts, texts, means.align) if self.guided else None
+
+    def ground(self, noise: Tensor) -> Tensor:
+        """[B,4]: the mean of the latents that the base prompts promise at the first step, in which hardly more than colours show."""
+        schedule, count = self.painter.schedule, self.now.count
+        first = len(schedule) - 1
+        eps = self.painter.network(noise, first, self.text[:count])
+        return predicted(noise, eps, schedule.alpha(first)).mean((2, 3))
 
     def nudge(self, x: Tensor, t: int) -> Tensor:
         """The latents [B,4,h,w] a step nearer to the reference's layout, in the first steps."""
@@ -245,7 +235,7 @@ class Ensemble:
         return x
 
     def denoise(self, x: Tensor, t: int) -> Tensor:
-        """The guided noise of the base branch; masks are refined on the way."""
+        """The guided noise of the base branch, contained in the first steps; masks are refined on the way."""
         now, unet = self.now, self.painter.pipe.unet
         rows = x.repeat(len(self.text) // len(x), 1, 1, 1)
         with ExitStack() as stack:
@@ -255,8 +245,29 @@ class Ensemble:
         if seen:
             base, concepts, _ = now.parts(seen.probabilities())
             self.now = replace(now, shares=fitted(now.shares, base, concepts), _masks={})
-        self.step += 1
         base, concepts, plain = now.parts(out)
         if "noise" in now.inject:
             base = now.blended(base, concepts)
-        return plain + self.painter.manner.guidance.scale * (base - plain)
+        eps = plain + self.painter.manner.guidance.scale * (base - plain)
+        if self.step in self.contained:
+            eps = contained(x, eps, self.painter.schedule.alpha(t), now.shares)
+        self.step += 1
+        return eps
+
+
+def predicted(x: Tensor, eps: Tensor, alpha: float) -> Tensor:
+    """The clean latents that noise eps leaves of x (Song et al. 2021, eq. 9)."""
+    return (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+
+
+def contained(x: Tensor, eps: Tensor, alpha: float, shares: Tensor) -> Tensor:
+    """eps [B,4,h,w], changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a coarse grid,
+    of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for bit."""
+    outside = ((1 - shares.sum(0)).clamp(0, 1) * placed(shares).any(0)[:, None, None])[:, None]
+    clean = predicted(x, eps, alpha)
+    total, weight = (
+        F.interpolate(F.adaptive_avg_pool2d(part, COARSE), x.shape[2:], mode="bilinear")
+        for part in (clean * outside, outside)
+    )
+    away = outside * (clean - total / weight.clamp(min=1e-3))
+    return eps + math.sqrt(alpha / (1 - alpha)) * away

@@ -15,15 +15,16 @@ has a seed of its own: it is the same in any batch. --candidates draws more and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from diffusion.guidance import Guidance
-from P3_composition import Composed, compose
-from P3_composition_report import layout_picture, levels_figure, means_of, scores_inside
-from P3_drafts import STEPS, Rate, rate_by
+from P3_composition import Composed, Level, compose
+from P3_composition_report import MOST, layout_picture, levels_figure, means_of, scores_inside
 from P3_drawing import Manner, Order, Painter, in_turn
 from P3_embeddings import Vectors, install, require_width
 from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
@@ -53,6 +54,8 @@ def main(settings: Settings) -> None:
     check_figures(settings)
     if settings.dry_run:
         check_outline(settings, jobs, vectors)
+        if settings.needs_clip:
+            Scorer.load(settings.clip, torch.device("cpu"))
         tell(settings, machine, jobs, vectors)
         if settings.draw_layout and jobs[0].layout:
             save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
@@ -125,15 +128,16 @@ def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vec
         print(f"{token}: {len(rows)} of width {rows.shape[1]}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
     passes = drawn * passes_of(settings, jobs)
+    if settings.figure:
+        passes += min(MOST, drawn) * sum(passes_of(replace(settings, level=level), jobs) for level in get_args(Level))
     print(f"{passes:,} passes of the U-Net, {expected_time(settings, machine, passes)}")
 
 
 def passes_of(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor one more per concept, and drafts steps of theirs."""
+    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor one more per concept."""
     layout = jobs[0].layout if settings.level != "joint" else None
     branches = len(layout.regions) if layout and settings.level == "conductor" else 0
-    drafts = min(STEPS, settings.steps) * settings.means.drafts if branches and settings.means.drafts > 1 else 0
-    return (settings.steps + drafts) * (2 + branches if layout or settings.guidance != 1 else 1)
+    return settings.steps * (2 + branches if layout or settings.guidance != 1 else 1)
 
 
 def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
@@ -171,8 +175,7 @@ def prepare(settings: Settings, machine: Machine, vectors: Vectors, drawn: int) 
     worth = settings.compile == "on" or machine.device.type == "cuda" and drawn >= 50 and not settings.layout
     if worth and should_compile(settings.compile, machine):
         pipe.unet.compile()
-    wanted = settings.candidates or settings.scores or settings.means.drafts > 1
-    return painter, Scorer.load(settings.clip, machine.device) if wanted else None
+    return painter, Scorer.load(settings.clip, machine.device) if settings.needs_clip else None
 
 
 def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], shard: Shard) -> int:
@@ -180,8 +183,7 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
     output_folder(settings.output)
     on_gpu = painter.pipe.unet.device.type == "cuda"
     layout = jobs[0].layout
-    rate = rate_by(scorer) if scorer else None
-    paint = partial(composed_pictures, painter, layout, settings, rate) if layout else painter.paint
+    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.paint
     if not scorer or not settings.candidates:
         orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
         files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
@@ -199,12 +201,10 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
     return sum(len(job.seeds) for job in mine)
 
 
-def composed_pictures(
-    painter: Painter, layout: Layout, settings: Settings, rate: Rate | None, orders: Sequence[Order]
-) -> Tensor:
+def composed_pictures(painter: Painter, layout: Layout, settings: Settings, orders: Sequence[Order]) -> Tensor:
     """[N,3,H,W] uint8 of these seeds, concepts in their places."""
     composed = [Composed(layout, order.seed) for order in orders]
-    return compose(painter, composed, settings.level, settings.means, rate)
+    return compose(painter, composed, settings.level, settings.means)
 
 
 def about_layout(
@@ -214,8 +214,7 @@ def about_layout(
     if settings.draw_layout:
         save_picture(settings.draw_layout, layout_picture(layout))
     if settings.figure:
-        rate = rate_by(scorer) if scorer else None
-        levels_figure(settings.figure, painter, layout, job.seeds, settings.means, rate)
+        levels_figure(settings.figure, painter, layout, job.seeds, settings.means)
     if not scorer or not settings.scores:
         return {}
     found = scores_inside(scorer, layout, torch.stack([open_picture(path) for path in job.files]))

@@ -197,6 +197,8 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     objects = [token for token in tokens if token not in styles]
     if not objects:
         raise BadInput(f"--layout auto: {prompt!r} names no object's token")
+    if words and (silent := [token for token in objects if token not in words]):
+        note(f"--words has none for {', '.join(silent)}, an object to the base prompt")
     plain = prompt
     for style in styles:
         plain = plain.replace(f" in the style of {style}", "")
@@ -226,6 +228,9 @@ def read_layout(path: Path) -> Layout:
     for number, entry in enumerate(entries):
         _check_entry(path, number, entry)
     words = [entry["word"] for entry in entries if "word" in entry]
+    for entry in entries:
+        if "word" in entry and slots(content["prompt"], [entry["word"]], "") == content["prompt"]:
+            note(f"{path}, {entry['token']}: the prompt doesn't hold its word {entry['word']!r}")
     regions = [_region(path, entry, content["prompt"], words) for entry in entries if not entry.get("style")]
     styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
     reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}

@@ -3,7 +3,8 @@
 Stable Diffusion's schedule ends before all signal is gone: at its last step 7 % of the latent's amplitude is left (sqrt(abar_T) = 0.068),
 so in training even the noisiest pictures tell by their low frequencies where something is (Lin et al. 2023, arXiv 2305.08891). Drawing
 starts from noise alone, and where things end up is an accident of that noise's own low frequencies. A sketch, a soft spot of colour per
-region on another colour, takes their place and says where things belong.
+region, takes their place and says where things belong. Spots stand out from the ground that the prompt promises: red on "a red background"
+would say that nothing is there.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from diffusion.noise import generators
 from P3_drawing import Painter
 from runtime.generation import derived_seed
 
-APART = 0.35  # least distance of a region's colour to the ground's in every channel, of 1
+CHOICE = 4  # random colours of a spot, of which the one farthest from the ground is taken
 LOW = 4.0  # periods along each side: what is coarser than that places things
 FLAT = 8  # latents along each side of the one-coloured pictures that are encoded
 
 
 @torch.no_grad()
-def with_sketch(noise: Tensor, painter: Painter, shares: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
+def with_sketch(
+    noise: Tensor, painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor, strength: float
+) -> Tensor:
     """noise [B,4,h,w] with `strength` times a sketch in the place of its low frequencies; shares [N,B,h,w]: how much of each position
-    belongs to a region. A picture whose regions are empty or cover all of it keeps its noise, bit for bit."""
-    placed = _placed(shares).any(0)
-    if not placed.any():
+    belongs to a region, ground [B,4]: the latent of what is around them. A picture whose regions are empty or cover all of it keeps its
+    noise, bit for bit."""
+    drawn = placed(shares).any(0)
+    if not drawn.any():
         return noise
-    sketched = without_low(noise) + strength * sketches(painter, shares, seeds)
-    return torch.where(placed[:, None, None, None], sketched, noise)
+    sketched = without_low(noise) + strength * sketches(painter, shares, seeds, ground)
+    return torch.where(drawn[:, None, None, None], sketched, noise)
 
 
 def without_low(noise: Tensor) -> Tensor:
@@ -43,17 +47,24 @@ def without_low(noise: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(noise) * high).real
 
 
-def sketches(painter: Painter, shares: Tensor, seeds: Sequence[int]) -> Tensor:
+def sketches(painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
     """[B,4,h,w] of mean 0, so that the picture as a whole gets no tint, in the amplitude that training leaves at its last step. Colours
     follow from each picture's seed and each region's shape."""
-    colours = torch.stack([_colours(shares[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 1)
-    ground, *regions = _latents(painter, colours).to(shares)[..., None, None].unbind(0)
-    drawn = (_spots(shares)[:, :, None] * (torch.stack(regions) - ground)).sum(0)
+    spots = _spots(shares)[:, :, None] * apart(painter, shares, seeds, ground)[..., None, None]
+    drawn = spots.sum(0)
     left = math.sqrt(painter.schedule.alpha(len(painter.schedule) - 1))
     return left * (drawn - drawn.mean((2, 3), keepdim=True))
 
 
-def _placed(shares: Tensor) -> Tensor:
+def apart(painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
+    """[N,B,4], by what each region's colour differs from the ground's: of some random ones the farthest away."""
+    colours = torch.stack([_colours(shares[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 2)
+    away = _latents(painter, colours).to(shares) - ground  # [N,CHOICE,B,4]
+    farthest = away.square().sum(3).argmax(1)[:, None, :, None]
+    return away.gather(1, farthest.expand_as(away[:, :1]))[:, 0]
+
+
+def placed(shares: Tensor) -> Tensor:
     """[N,B,h,w] -> [N,B]: whether a region is somewhere rather than nowhere or everywhere."""
     return shares.amax((2, 3)) > shares.amin((2, 3))
 
@@ -69,19 +80,18 @@ def _spots(shares: Tensor) -> Tensor:
         torch.einsum("nbp,nbpi,nbpj->nbij", weight, away, away) + torch.eye(2).to(shares) / 12
     )  # at least a position's own
     distance = torch.einsum("nbpi,nbij,nbpj->nbp", away, torch.linalg.inv(spread), away)
-    return (-distance / 2).exp().view_as(shares) * _placed(shares)[..., None, None]
+    return (-distance / 2).exp().view_as(shares) * placed(shares)[..., None, None]
 
 
 def _colours(shares: Tensor, seed: int) -> Tensor:
-    """[N,h,w] -> [1 + N,3] in 0..1: the ground's colour, and regions' that stand out from it."""
+    """[N,h,w] -> [N,CHOICE,3] in 0..1."""
     keys = [derived_seed(seed, zlib.crc32(share.numpy().tobytes())) for share in shares]
-    ground, *away = (torch.rand(3, generator=stream) for stream in generators([derived_seed(seed), *keys]))
-    return torch.stack([ground, *((ground + APART + (1 - 2 * APART) * step) % 1 for step in away)])
+    return torch.stack([torch.rand(CHOICE, 3, generator=stream) for stream in generators(keys)])
 
 
 def _latents(painter: Painter, colours: Tensor) -> Tensor:
-    """[1 + N,B,3] -> [1 + N,B,4], in the U-Net's scale: the mean of what the encoder makes of a picture of that colour."""
+    """[..,3] -> [..,4], in the U-Net's scale: the mean of what the encoder makes of a picture of that colour."""
     vae, side = painter.pipe.vae, FLAT * painter.pipe.vae_scale_factor
-    flat = (colours.flatten(0, 1) * 2 - 1).to(vae.device, vae.dtype)[..., None, None].expand(-1, -1, side, side)
+    flat = (colours.flatten(0, -2) * 2 - 1).to(vae.device, vae.dtype)[..., None, None].expand(-1, -1, side, side)
     means = vae.encode(flat).latent_dist.mean.float().mean((2, 3)) * vae.config.scaling_factor
-    return means.unflatten(0, colours.shape[:2])
+    return means.view(*colours.shape[:-1], -1)

@@ -43,19 +43,17 @@ from benchmarks.p3_composition_cases import (
     with_pictures,
     with_reference,
 )
-from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
+from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, VECTORS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept, Kind
-from P3_drafts import rate_by
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
-from P3_scores import Scorer
 from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import Device, detect, set_up
 from runtime.figures import labelled_grid
@@ -66,13 +64,12 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
-MEANS = Means(drafts=3)
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 Draw = Callable[..., Tensor]  # `compose` with painter and rate in place
 VARIANTS: dict[str, Means] = {
-    "all": Means(),  # but for drafts
+    "all": Means(),
     "without attention": Means(("features", "noise")),
     "without features": Means(("attention", "noise")),
     "without noise": Means(("attention", "features")),
@@ -81,9 +78,9 @@ VARIANTS: dict[str, Means] = {
     "noise only": Means(("noise",)),
     "without focus": Means(focus=False),
     "without sketch": Means(sketch=0),
+    "without containment": Means(contain=0),
     "with refinement": Means(refine=True),
     "with alignment": Means(),  # to a picture with ordinary objects in the boxes
-    "with drafts": MEANS,
 }
 
 
@@ -104,9 +101,7 @@ class Bench:
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: Means = MEANS
-    clip: str = "runs/miniature/clip"
-    """The small CLIP that chooses among drafts."""
+    means: Means = Means()
     learn: int = 0
     """Steps of textual inversion; 0: as benchmarks/p3_textual_inversion.py, 200 for the objects, 400 for the styles."""
     steps: int = 25
@@ -124,16 +119,16 @@ def main(bench: Bench) -> None:
         raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != MEANS:
+    if bench.ablation and bench.means != Means():
         raise BadInput(
-            "--ablation has means of its own: leave --inject, --focus, --sketch, --align, --refine, --drafts out"
+            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --align, --refine out"
         )
     bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
     painter = painter_of(bench, machine.device)
-    draw: Draw = partial(compose, painter, rate=rate_by(Scorer.load(bench.clip, machine.device)))
+    draw: Draw = partial(compose, painter)
     record.metrics["alone"] = {}
     for name in bench.cases:
         cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
@@ -177,7 +172,9 @@ def learned_name(bench: Bench) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
+    return "-".join(
+        [digest, *(f"{bench.learn or STEPS[kind]}x{VECTORS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"]
+    )
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -191,7 +188,7 @@ def learn(bench: Bench, folder: Path) -> None:
 def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str]) -> None:
     """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
-        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
+        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind, VECTORS[kind]) for name in names]
         how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
         how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
         steps = bench.learn or STEPS[kind]

@@ -37,6 +37,7 @@ from benchmarks.p3_learning import (
     MOST_WEIGHT,
     STEPS,
     TOKEN,
+    VECTORS,
     ZOOM_OUT,
     Trial,
     kind_of,
@@ -96,13 +97,13 @@ class Concepts:
     model: str = MODEL
     names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
     seeds: int = 3
-    """With one vector."""
+    """With as many vectors as are usual: one for an object, two for a style."""
     more_vectors: tuple[int, ...] = (2, 4)
     """Objects are learned with so many too, with one seed."""
     count: int = 25
     """Pictures of every question."""
     steps: int = 0
-    """0: 200 for an object, 400 for a style."""
+    """0: 200 for an object, 800 for a style."""
     batch: int = 0
     """0: 8 for an object, 24 for a style."""
     lr: float = LR
@@ -290,8 +291,8 @@ def measure_concepts(settings: Concepts) -> None:
 
 
 def trials_of(settings: Concepts) -> list[Trial]:
-    """One vector with every seed, the initial word with the first one; then more vectors for the objects."""
-    cases = [(name, 1, seed) for name in settings.names for seed in range(settings.seeds)]
+    """The usual vectors with every seed, the initial word with the first one; then more vectors for the objects."""
+    cases = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
     cases += [(name, n, 0) for n in settings.more_vectors for name in settings.names if name in HELD_OUT_KINDS]
     return [
         Trial(
@@ -300,7 +301,7 @@ def trials_of(settings: Concepts) -> list[Trial]:
             recipe_of(settings, name, settings.seed + seed),
             settings.count,
             settings.told,
-            vectors == 1 and not seed,
+            vectors == VECTORS[kind_of(name)] and not seed,
         )
         for name, vectors, seed in cases
     ]
@@ -345,7 +346,7 @@ def grade_course(settings: Graded) -> None:
     machine = detect(settings.device)
     record, vectors = Record(settings, machine), {}
     for name in settings.names:
-        learned = file_of(settings.concepts / f"{name}-1-{settings.seed}", TOKEN)
+        learned = file_of(settings.concepts / f"{name}-{VECTORS[kind_of(name)]}-{settings.seed}", TOKEN)
         if not learned.is_file():
             raise BadInput(f"{learned} does not exist: `p3_textual_inversion.py concepts` makes it")
         vectors[name] = file_of(settings.folder / "vectors", token_of(name))

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 
 from diffusion.guidance import Guidance
 from P3_alignment import Alignment, inverted, keys, times
-from P3_composition import Composed, Composition, Level, Means, compose, composed
-from P3_drafts import STEPS
+from P3_composition import Composed, Composition, Level, Means, compose, composed, contained, predicted
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import install
 from P3_layout import FINEST, Layout, Region, box_mask
 from P3_model import load_pipeline
 from P3_refinement import bounding_box, fitted, kmeans, watched
-from P3_sketch import sketches, with_sketch, without_low
-from runtime.generation import derived_seed
+from P3_sketch import apart, sketches, with_sketch, without_low
 
 CPU = torch.device("cpu")
 NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "features", "noise")]
 ATTENTION = ("attn1", "attn2")
-DEFAULT, PLAIN = Means(), Means(sketch=0)
+DEFAULT, PLAIN = Means(), Means(sketch=0, contain=0)
+GREY = torch.zeros(2, 4)  # a ground
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +126,7 @@ def test_every_level_draws_something_else(painter: Painter) -> None:
 
 def test_a_single_focused_concept_is_heard_as_by_region(painter: Painter) -> None:
     """Its branch hears its prompt inside the mask and the base prompt outside, which is what the base branch hears by regions."""
-    plain = Means(sketch=0)
-    same(drawn(painter, layout(LEFT), [1], "conductor", plain), drawn(painter, layout(LEFT), [1], "regional", plain))
+    same(drawn(painter, layout(LEFT), [1], "conductor", PLAIN), drawn(painter, layout(LEFT), [1], "regional", PLAIN))
 
 
 def test_joint_is_the_plain_picture(painter: Painter) -> None:
@@ -294,17 +292,17 @@ def test_a_reference_changes_the_picture(painter: Painter) -> None:
 
 def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(painter: Painter) -> None:
     shares = layout(LEFT, RIGHT).shares(*painter.shape[1:])[:, None].expand(-1, 2, -1, -1)
-    found = sketches(painter, shares, [1, 2])
-    assert found.shape == (2, *painter.shape)
-    assert found.mean((2, 3)).abs().max() < 1e-6
     vae = painter.pipe.vae
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)[..., None, None].expand(
         -1, -1, 64, 64
     )  # of all colours
     colours = vae.encode(corners).latent_dist.mean.mean((2, 3)) * vae.config.scaling_factor
-    apart = float((colours.amax(0) - colours.amin(0)).max())
+    widest = float((colours.amax(0) - colours.amin(0)).max())
     left = float(painter.pipe.scheduler.alphas_cumprod[-1]) ** 0.5
-    assert 0 < found.abs().max() < 2 * left * apart
+    found = sketches(painter, shares, [1, 2], colours.mean(0).expand(2, -1))
+    assert found.shape == (2, *painter.shape)
+    assert found.mean((2, 3)).abs().max() < 1e-6
+    assert 0 < found.abs().max() < 2 * left * widest
     half = painter.shape[2] // 2
     for picture in found:
         assert (picture[:, :, :half].mean((1, 2)) - picture[:, :, half:].mean((1, 2))).abs().max() > 0
@@ -313,10 +311,20 @@ def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(
 
 def test_a_sketch_of_nothing_is_nothing_and_of_a_seed_always_the_same(painter: Painter) -> None:
     nothing = torch.zeros(1, 1, *painter.shape[1:])
-    assert not sketches(painter, nothing, [1]).any()
+    assert not sketches(painter, nothing, [1], GREY[:1]).any()
     one = layout(LEFT).shares(*painter.shape[1:])[:, None]
-    alone, both = sketches(painter, one, [2]), sketches(painter, one.expand(-1, 2, -1, -1), [1, 2])
+    alone = sketches(painter, one, [2], GREY[:1])
+    both = sketches(painter, one.expand(-1, 2, -1, -1), [1, 2], GREY)
     assert torch.allclose(alone[0], both[1], atol=1e-6)
+
+
+def test_spots_have_the_colour_farthest_from_the_ground(painter: Painter) -> None:
+    box = layout(box_mask((0.25, 0.25, 0.75, 0.75))).shares(*painter.shape[1:])[:, None]
+    away = apart(painter, box, [1], GREY[:1])[0]
+    colour = away + GREY[:1]
+    other = apart(painter, box, [1], colour)[0]  # were the ground of that colour
+    assert other.norm() > 0.1 * away.norm()
+    assert (other + colour - GREY[:1]).norm() < away.norm()
 
 
 def test_the_sketch_stands_in_for_what_is_coarse_in_the_noise(painter: Painter) -> None:
@@ -330,7 +338,7 @@ def test_spots_lie_in_the_middle_of_their_regions(painter: Painter) -> None:
     """Seen by what a sketch of a box alone differs from its corners: most at its centre, the same in all four directions."""
     shares = torch.zeros(1, 1, *painter.shape[1:])
     shares[:, :, 4:9, 6:11] = 1
-    found = sketches(painter, shares, [3])[0].abs().sum(0)
+    found = sketches(painter, shares, [3], GREY[:1])[0].abs().sum(0)
     ground = found[-1, 0]
     away = (found - ground).abs()
     assert divmod(int(away.argmax()), away.shape[1]) == (6, 8)
@@ -345,8 +353,8 @@ def test_regions_that_are_nowhere_or_everywhere_leave_the_noise_as_it_is(painter
         layout(mask).shares(*painter.shape[1:])[:, None] for mask in (NOWHERE, EVERYWHERE, LEFT)
     )
     for shares in (nowhere, everywhere):
-        assert torch.equal(with_sketch(noise, painter, shares.expand(-1, 2, -1, -1), [1, 2], 5.0), noise)
-    mixed = with_sketch(noise, painter, torch.cat([nowhere, left], 1), [1, 2], 5.0)
+        assert torch.equal(with_sketch(noise, painter, shares.expand(-1, 2, -1, -1), [1, 2], GREY, 5.0), noise)
+    mixed = with_sketch(noise, painter, torch.cat([nowhere, left], 1), [1, 2], GREY, 5.0)
     assert torch.equal(mixed[0], noise[0])
     assert not torch.equal(mixed[1], noise[1])
 
@@ -356,26 +364,39 @@ def test_a_sketch_moves_the_picture_and_can_be_left_out(painter: Painter) -> Non
     assert not torch.equal(with_it, without)
 
 
-# ---------------------------------------------------------------- drafts
+# ---------------------------------------------------------------- containment
 
 
-def test_the_best_rated_draft_is_drawn_in_full(painter: Painter) -> None:
-    """Each picture has the noise whose draft was rated best, its own among them; rated are drafts, not whole pictures."""
-    plan, seeds = layout(LEFT, RIGHT), [3, 4]
-    rated: list[Tensor] = []
+def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() -> None:
+    stream = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 1, 4, 16, 16, generator=stream)
+    inner = shares(box_mask((0.25, 0.25, 0.75, 0.75)))
+    before, after = predicted(x, eps, 0.3), predicted(x, contained(x, eps, 0.3, inner), 0.3)
+    inside = inner[0, 0] > 0
+    assert torch.equal(contained(x, eps, 0.3, inner)[..., inside], eps[..., inside])
+    neighbours = (after[..., 1:] - after[..., :-1]).abs()[..., :4, :]  # above the region
+    assert neighbours.max() < (before[..., 1:] - before[..., :-1]).abs()[..., :4, :].mean()
+    outside = ~inside
+    assert after[..., outside].mean() == pytest.approx(float(before[..., outside].mean()), abs=0.05)
 
-    def rate(_: Layout, images: Tensor) -> Tensor:
-        rated.append(images)
-        return images.float().mean((1, 2, 3))
 
-    slow = replace(painter, manner=replace(painter.manner, steps=STEPS + 3))
-    found = compose(slow, [Composed(plan, seed) for seed in seeds], "conductor", Means(drafts=3, sketch=0), rate).int()
-    for row, seed in enumerate(seeds):
-        tried = [seed, derived_seed(seed, 1), derived_seed(seed, 2)]
-        drafts = drawn(replace(painter, manner=replace(painter.manner, steps=STEPS)), plan, tried, "conductor", PLAIN)
-        same(rated[row].int(), drafts)
-        best = tried[int(drafts.float().mean((1, 2, 3)).argmax())]
-        same(found[row : row + 1], drawn(slow, plan, [best], "conductor", PLAIN))
+def test_what_is_inside_does_not_colour_the_outside() -> None:
+    inner = shares(LEFT)
+    x = torch.where(inner[0] > 0, 5.0, 1.0).expand(1, 4, 16, 16)
+    after = predicted(x, contained(x, torch.zeros_like(x), 0.3, inner), 0.3)
+    torch.testing.assert_close(after, x / 0.3**0.5)
+
+
+def test_regions_that_are_nowhere_or_everywhere_contain_nothing() -> None:
+    x, eps = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for mask in (NOWHERE, EVERYWHERE):
+        assert torch.equal(contained(x, eps, 0.3, shares(mask).expand(-1, 2, -1, -1)), eps)
+
+
+def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -> None:
+    inner = box_mask((0.25, 0.25, 0.75, 0.75))
+    with_it, without = (drawn(painter, layout(inner), [1], "conductor", Means(sketch=0, contain=c)) for c in (1.0, 0.0))
+    assert not torch.equal(with_it, without)
 
 
 # ---------------------------------------------------------------- refined masks

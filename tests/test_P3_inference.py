@@ -173,6 +173,7 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"size": 65}, "--size 65"),
         ({"means": Means(sketch=-1.0)}, "--sketch -1"),
         ({"means": Means(align=float("inf"))}, "--align inf"),
+        ({"means": Means(contain=1.5)}, "--contain 1.5"),
         ({"means": Means(inject=())}, "--inject"),
         ({"means": Means(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
@@ -229,6 +230,17 @@ def test_a_dry_run_tells_the_time_of_the_last_run_and_refuses_what_a_run_would(
     save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
     with pytest.raises(BadInput, match="768 wide"):
         main(settings(given, model, **more, dry_run=True))
+
+
+def test_a_dry_run_refuses_a_clip_and_counts_the_figures_passes(
+    given: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "dry_run": True}
+    main(settings(given, model, **more, steps=10, count=6, figure=given / "figure.png"))
+    wanted = 6 * 10 * 4 + 4 * 10 * (2 + 2 + 4)  # conductor has two branches more than joint and regional
+    assert f"{wanted} passes" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="--clip /nowhere"):
+        main(settings(given, model, **more, scores=True, clip="/nowhere"))
 
 
 def test_a_word_that_is_no_token_is_refused(given: Path, model: str) -> None:

@@ -68,6 +68,20 @@ def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
     ]
 
 
+def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    concepts = [{"token": "<dog>", "word": "dog", "box": [0, 0, 0.5, 1]}]
+    read(tmp_path, concepts, prompt="a dogcart and a dog")
+    assert capsys.readouterr().err == ""
+    found = read(tmp_path, concepts, prompt="a dogcart")
+    assert "<dog>: the prompt doesn't hold its word 'dog'" in capsys.readouterr().err
+    assert found.prompts == ["a dogcart", "a photo of a <dog>"]
+
+
+def test_objects_without_a_word_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog"})
+    assert "--words has none for <new2>, an object" in capsys.readouterr().err
+
+
 def test_three_concepts_are_told_alone(tmp_path: Path) -> None:
     names = ("dog", "cat", "fox")
     concepts = [{"token": f"<{x}>", "word": x, "box": [k / 3, 0, (k + 1) / 3, 1]} for k, x in enumerate(names)]
