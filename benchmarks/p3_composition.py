@@ -43,7 +43,7 @@ from benchmarks.p3_composition_cases import (
     with_pictures,
     with_reference,
 )
-from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, VECTORS, ZOOM_OUT, pictures_of
+from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -64,6 +64,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
+STEPS: dict[Kind, int] = {"object": 200, "style": 400}  # a style learned for likeness leaves objects less room
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
@@ -103,7 +104,7 @@ class Bench:
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
     means: Means = Means()
     learn: int = 0
-    """Steps of textual inversion; 0: as benchmarks/p3_textual_inversion.py, 200 for the objects, 400 for the styles."""
+    """Steps of textual inversion; 0: 200 for the objects, 400 for the styles."""
     steps: int = 25
     guidance: float = 7.0
     """What is composed from small objects wants more than a single one."""
@@ -172,9 +173,7 @@ def learned_name(bench: Bench) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join(
-        [digest, *(f"{bench.learn or STEPS[kind]}x{VECTORS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"]
-    )
+    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -188,7 +187,7 @@ def learn(bench: Bench, folder: Path) -> None:
 def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str]) -> None:
     """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
-        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind, VECTORS[kind]) for name in names]
+        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
         how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
         how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
         steps = bench.learn or STEPS[kind]

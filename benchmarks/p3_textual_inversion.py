@@ -129,8 +129,9 @@ class Graded:
     model: str = MODEL
     clip: str = "runs/miniature/clip"
     names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
-    repeats: int = 3
-    """Seeds of the initial words' pictures: baselines lie two standard deviations between them above (text: below) their mean."""
+    repeats: int = 6
+    """Seeds of the plain words' pictures: baselines lie two standard deviations between them above (text: below) their mean. By three, the
+    deviation would be a matter of chance."""
     seed: int = 0
     device: Device = "auto"
     concepts: Path = BENCH / "p3_concepts"
