@@ -8,7 +8,7 @@ conductor  regional, and multipath: branches share one latent, the base branch a
 All branches have the same weights, so they go through the U-Net as one batch: base, concepts, unconditional. The latter needs no branches
 of its own: without words all branches are the same. The first noise holds a sketch of the layout (P3_sketch.py), and in the first steps
 nothing forms outside the regions. With a reference picture the latent follows that one's layout (P3_alignment.py); masks can be fitted to
-what appears in them (P3_refinement.py).
+what appears in them (P3_refinement.py), and noises tried before one is drawn in full (P3_drafts.py).
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from P3_alignment import Alignment
+from P3_drafts import STEPS, Rate
 from P3_drawing import Order, Painter
 from P3_layout import Layout, inside
 from P3_refinement import fitted, watched
 from P3_sketch import placed, with_sketch
 from runtime.cli import BadInput
+from runtime.generation import derived_seed
 
 Level = Literal["joint", "regional", "conductor"]
 Piece = Literal["attention", "features", "noise"]
@@ -57,6 +59,8 @@ class Means:
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
     """Masks follow what the self-attention sees in them."""
+    drafts: int = 1
+    """Noises to choose from: each is drawn in a few steps, and the one in whose masks a CLIP finds most is drawn in full; 1: no choice."""
 
     GUIDED: ClassVar[float] = 0.3
     """Share of the steps, from the first one, in which the latent is aligned."""
@@ -71,6 +75,8 @@ class Means:
                 raise BadInput(f"--{name} {value}: give zero or more")
         if not 0 <= self.contain <= 1:
             raise BadInput(f"--contain {self.contain}: give a share from 0 to 1")
+        if self.drafts < 1:
+            raise BadInput(f"--drafts {self.drafts}: give 1 (no choice) or more")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 
@@ -189,17 +195,38 @@ def composed(unet: Any, composition: Composition) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means()) -> Tensor:
-    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions."""
+def compose(
+    painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means(), rate: Rate | None = None
+) -> Tensor:
+    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions. Drafts are rated by `rate`."""
     layouts, seeds = [order.layout for order in orders], [order.seed for order in orders]
     if level == "joint" or not layouts[0].regions:
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
         return painter.paint([Order(text, seed) for text, seed in zip(prompts, seeds, strict=True)])
     x = draw(generators(seeds), painter.shape, painter.pipe.unet.device)
-    together = Ensemble(painter, layouts, level, means)
+    if level == "conductor" and means.drafts > 1:
+        assert rate, "drafts want something that rates them"
+        x = best_noise(painter, orders, means, rate, x)
+    return drawn(painter, orders, level, means, x)
+
+
+def drawn(painter: Painter, orders: Sequence[Composed], level: Level, means: Means, x: Tensor) -> Tensor:
+    """[B,3,H,W] uint8 from noise [B,4,h,w]."""
+    together = Ensemble(painter, [order.layout for order in orders], level, means)
     if level == "conductor" and means.sketch:
+        seeds = [order.seed for order in orders]
         x = with_sketch(x, painter, together.now.shares, seeds, together.ground(x), means.sketch)
     return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
+
+
+def best_noise(painter: Painter, orders: Sequence[Composed], means: Means, rate: Rate, x: Tensor) -> Tensor:
+    """[B,4,h,w]: of every picture the best of noise x and further ones, by drafts in a few steps."""
+    rough = replace(painter, manner=replace(painter.manner, steps=min(STEPS, painter.manner.steps)))
+    others = [[derived_seed(order.seed, number) for order in orders] for number in range(1, means.drafts)]
+    noises = torch.stack([x, *(draw(generators(seeds), painter.shape, x.device) for seeds in others)], 1)
+    pictures = torch.stack([drawn(rough, orders, "conductor", means, noise) for noise in noises.unbind(1)], 1)
+    best = [int(rate(order.layout, own).argmax()) for order, own in zip(orders, pictures, strict=True)]
+    return torch.stack([own[index] for own, index in zip(noises, best, strict=True)])
 
 
 class Ensemble:

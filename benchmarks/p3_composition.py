@@ -50,10 +50,12 @@ from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept, Kind
+from P3_drafts import rate_by
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
+from P3_scores import Scorer
 from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import Device, detect, set_up
 from runtime.figures import labelled_grid
@@ -64,13 +66,14 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
+MEANS = Means(drafts=3)
 STEPS: dict[Kind, int] = {"object": 200, "style": 400}  # a style learned for likeness leaves objects less room
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
 Draw = Callable[..., Tensor]  # `compose` with painter and rate in place
 VARIANTS: dict[str, Means] = {
-    "all": Means(),
+    "all": Means(),  # but for drafts
     "without attention": Means(("features", "noise")),
     "without features": Means(("attention", "noise")),
     "without noise": Means(("attention", "features")),
@@ -82,6 +85,7 @@ VARIANTS: dict[str, Means] = {
     "without containment": Means(contain=0),
     "with refinement": Means(refine=True),
     "with alignment": Means(),  # to a picture with ordinary objects in the boxes
+    "with drafts": MEANS,
 }
 
 
@@ -102,7 +106,9 @@ class Bench:
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: Means = Means()
+    means: Means = MEANS
+    clip: str = "runs/miniature/clip"
+    """The small CLIP that chooses among drafts."""
     learn: int = 0
     """Steps of textual inversion; 0: 200 for the objects, 400 for the styles."""
     steps: int = 25
@@ -120,16 +126,16 @@ def main(bench: Bench) -> None:
         raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != Means():
+    if bench.ablation and bench.means != MEANS:
         raise BadInput(
-            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --align, --refine out"
+            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --align, --refine, --drafts out"
         )
     bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
     painter = painter_of(bench, machine.device)
-    draw: Draw = partial(compose, painter)
+    draw: Draw = partial(compose, painter, rate=rate_by(Scorer.load(bench.clip, machine.device)))
     record.metrics["alone"] = {}
     for name in bench.cases:
         cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]

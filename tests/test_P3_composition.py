@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from diffusion.guidance import Guidance
 from P3_alignment import Alignment, inverted, keys, times
 from P3_composition import Composed, Composition, Level, Means, compose, composed, contained, predicted
+from P3_drafts import STEPS
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import install
 from P3_layout import FINEST, Layout, Region, box_mask
 from P3_model import load_pipeline
 from P3_refinement import bounding_box, fitted, kmeans, watched
 from P3_sketch import apart, sketches, with_sketch, without_low
+from runtime.generation import derived_seed
 
 CPU = torch.device("cpu")
 NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
@@ -397,6 +399,28 @@ def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -
     inner = box_mask((0.25, 0.25, 0.75, 0.75))
     with_it, without = (drawn(painter, layout(inner), [1], "conductor", Means(sketch=0, contain=c)) for c in (1.0, 0.0))
     assert not torch.equal(with_it, without)
+
+
+# ---------------------------------------------------------------- drafts
+
+
+def test_the_best_rated_draft_is_drawn_in_full(painter: Painter) -> None:
+    """Each picture has the noise whose draft was rated best, its own among them; rated are drafts, not whole pictures."""
+    plan, seeds = layout(LEFT, RIGHT), [3, 4]
+    rated: list[Tensor] = []
+
+    def rate(_: Layout, images: Tensor) -> Tensor:
+        rated.append(images)
+        return images.float().mean((1, 2, 3))
+
+    slow = replace(painter, manner=replace(painter.manner, steps=STEPS + 3))
+    found = compose(slow, [Composed(plan, seed) for seed in seeds], "conductor", replace(PLAIN, drafts=3), rate).int()
+    for row, seed in enumerate(seeds):
+        tried = [seed, derived_seed(seed, 1), derived_seed(seed, 2)]
+        drafts = drawn(replace(painter, manner=replace(painter.manner, steps=STEPS)), plan, tried, "conductor", PLAIN)
+        same(rated[row].int(), drafts)
+        best = tried[int(drafts.float().mean((1, 2, 3)).argmax())]
+        same(found[row : row + 1], drawn(slow, plan, [best], "conductor", PLAIN))
 
 
 # ---------------------------------------------------------------- refined masks

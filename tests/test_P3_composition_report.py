@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from P3_composition_report import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
+from P3_composition_report import COLOURS, layout_picture, means_of, scores_inside, with_outlines
+from P3_drafts import cut_out
 from P3_embeddings import file_of, save_vectors
 from P3_inference import main
 from P3_inference_jobs import Settings

@@ -240,7 +240,7 @@ def test_a_dry_run_refuses_a_clip_and_counts_the_figures_passes(
     wanted = 6 * 10 * 4 + 4 * 10 * (2 + 2 + 4)  # conductor has two branches more than joint and regional
     assert f"{wanted} passes" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--clip /nowhere"):
-        main(settings(given, model, **more, scores=True, clip="/nowhere"))
+        main(settings(given, model, **more, means=Means(drafts=2), clip="/nowhere"))
 
 
 def test_a_word_that_is_no_token_is_refused(given: Path, model: str) -> None:
