@@ -26,6 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from diffusion.noise import draw, generators
+from diffusion.schedule import Schedule
 from P3_alignment import Alignment
 from P3_drafts import STEPS, Rate
 from P3_drawing import Order, Painter
@@ -250,10 +251,10 @@ class Ensemble:
 
     def ground(self, noise: Tensor) -> Tensor:
         """[B,4]: the mean of the latents that the base prompts promise at the first step, in which hardly more than colours show."""
-        schedule, count = self.painter.schedule, self.now.count
+        schedule = self.painter.schedule
         first = len(schedule) - 1
-        eps = self.painter.network(noise, first, self.text[:count])
-        return predicted(noise, eps, schedule.alpha(first)).mean((2, 3))
+        eps = self.painter.network(noise, first, self.text[: self.now.count])
+        return schedule.clean_and_noise(eps, noise, first)[0].mean((2, 3))
 
     def nudge(self, x: Tensor, t: int) -> Tensor:
         """The latents [B,4,h,w] a step nearer to the reference's layout, in the first steps."""
@@ -277,24 +278,20 @@ class Ensemble:
             base = now.blended(base, concepts)
         eps = plain + self.painter.manner.guidance.scale * (base - plain)
         if self.step in self.contained:
-            eps = contained(x, eps, self.painter.schedule.alpha(t), now.shares)
+            eps = contained(x, eps, t, self.painter.schedule, now.shares)
         self.step += 1
         return eps
 
 
-def predicted(x: Tensor, eps: Tensor, alpha: float) -> Tensor:
-    """The clean latents that noise eps leaves of x (Song et al. 2021, eq. 9)."""
-    return (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-
-
-def contained(x: Tensor, eps: Tensor, alpha: float, shares: Tensor) -> Tensor:
-    """eps [B,4,h,w], changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a coarse grid,
+def contained(x: Tensor, eps: Tensor, t: int, schedule: Schedule, shares: Tensor) -> Tensor:
+    """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a coarse grid,
     of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for bit."""
     outside = ((1 - shares.sum(0)).clamp(0, 1) * placed(shares).any(0)[:, None, None])[:, None]
-    clean = predicted(x, eps, alpha)
+    clean, _ = schedule.clean_and_noise(eps, x, t)
     total, weight = (
         F.interpolate(F.adaptive_avg_pool2d(part, COARSE), x.shape[2:], mode="bilinear")
         for part in (clean * outside, outside)
     )
     away = outside * (clean - total / weight.clamp(min=1e-3))
+    alpha = schedule.alpha(t)
     return eps + math.sqrt(alpha / (1 - alpha)) * away

@@ -43,7 +43,7 @@ from benchmarks.p3_composition_cases import (
     with_pictures,
     with_reference,
 )
-from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, ZOOM_OUT, pictures_of
+from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
@@ -67,7 +67,7 @@ KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
 MEANS = Means(drafts=3)
-STEPS: dict[Kind, int] = {"object": 200, "style": 400}  # a style learned for likeness leaves objects less room
+LEARN: dict[Kind, int] = STEPS | {"style": 400}  # and one vector: a style learned for likeness leaves objects less room
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
@@ -179,7 +179,7 @@ def learned_name(bench: Bench) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or STEPS[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
+    return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
 
 
 def learn(bench: Bench, folder: Path) -> None:
@@ -196,7 +196,7 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
         concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
         how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
         how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
-        steps = bench.learn or STEPS[kind]
+        steps = bench.learn or LEARN[kind]
         run = Run(Recipe(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
         for _ in progress(range(steps), f"learning {', '.join(names)}"):
             run.one_step()

@@ -15,8 +15,9 @@ from small_pipeline import WIDTH, save_pipeline
 from torch import Tensor, nn
 
 from diffusion.guidance import Guidance
+from diffusion.schedule import Schedule
 from P3_alignment import Alignment, inverted, keys, times
-from P3_composition import Composed, Composition, Level, Means, compose, composed, contained, predicted
+from P3_composition import Composed, Composition, Level, Means, compose, composed, contained
 from P3_drafts import STEPS
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import install
@@ -33,6 +34,7 @@ PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "feature
 ATTENTION = ("attn1", "attn2")
 DEFAULT, PLAIN = Means(), Means(sketch=0, contain=0)
 GREY = torch.zeros(2, 4)  # a ground
+SCHEDULE = Schedule(torch.tensor([0.3], dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +375,10 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
     stream = torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 1, 4, 16, 16, generator=stream)
     inner = shares(box_mask((0.25, 0.25, 0.75, 0.75)))
-    before, after = predicted(x, eps, 0.3), predicted(x, contained(x, eps, 0.3, inner), 0.3)
+    held = contained(x, eps, 0, SCHEDULE, inner)
+    before, after = (SCHEDULE.clean_and_noise(noise, x, 0)[0] for noise in (eps, held))
     inside = inner[0, 0] > 0
-    assert torch.equal(contained(x, eps, 0.3, inner)[..., inside], eps[..., inside])
+    assert torch.equal(held[..., inside], eps[..., inside])
     neighbours = (after[..., 1:] - after[..., :-1]).abs()[..., :4, :]  # above the region
     assert neighbours.max() < (before[..., 1:] - before[..., :-1]).abs()[..., :4, :].mean()
     outside = ~inside
@@ -385,14 +388,14 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
 def test_what_is_inside_does_not_colour_the_outside() -> None:
     inner = shares(LEFT)
     x = torch.where(inner[0] > 0, 5.0, 1.0).expand(1, 4, 16, 16)
-    after = predicted(x, contained(x, torch.zeros_like(x), 0.3, inner), 0.3)
+    after, _ = SCHEDULE.clean_and_noise(contained(x, torch.zeros_like(x), 0, SCHEDULE, inner), x, 0)
     torch.testing.assert_close(after, x / 0.3**0.5)
 
 
 def test_regions_that_are_nowhere_or_everywhere_contain_nothing() -> None:
     x, eps = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for mask in (NOWHERE, EVERYWHERE):
-        assert torch.equal(contained(x, eps, 0.3, shares(mask).expand(-1, 2, -1, -1)), eps)
+        assert torch.equal(contained(x, eps, 0, SCHEDULE, shares(mask).expand(-1, 2, -1, -1)), eps)
 
 
 def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -> None:
