@@ -284,8 +284,8 @@ class Ensemble:
 
 
 def contained(x: Tensor, eps: Tensor, t: int, schedule: Schedule, shares: Tensor) -> Tensor:
-    """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a coarse grid,
-    of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for bit."""
+    """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a
+    coarse grid, of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for bit."""
     outside = ((1 - shares.sum(0)).clamp(0, 1) * placed(shares).any(0)[:, None, None])[:, None]
     clean, _ = schedule.clean_and_noise(eps, x, t)
     total, weight = (
