@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.steps import step_rule
-from P3_concepts import posteriors
 from P3_drawing import Painter
 from P3_layout import Layout
 
@@ -46,7 +44,7 @@ class Alignment:
         side = painter.shape[1] * painter.pipe.vae_scale_factor, painter.shape[2] * painter.pipe.vae_scale_factor
         x = torch.stack([F.interpolate(p[None] / 127.5 - 1, side, mode="area")[0] for p in pictures if p is not None])
         prompts = painter.text([layout.reference_prompt or layout.prompt for layout in different])
-        known = inverted(painter, posteriors(painter.pipe.vae, x)[:, 0, 0].to(texts.device), prompts)
+        known = inverted(painter, painter.encode(x).to(texts.device), prompts)
         place = {id(layout): row for row, layout in enumerate(different)}
         rows = torch.tensor([place[id(layout)] for layout in layouts], device=texts.device)
         return cls(painter, {t: latents[rows] for t, latents in known.items()}, prompts[rows], texts, weight)
@@ -92,16 +90,10 @@ def inverted(painter: Painter, x: Tensor, prompts: Tensor) -> dict[int, Tensor]:
     """{t: latent} for every timestep of the sampler's grid, from clean latents x [B,4,h,w] and their prompts [B,77,width], without
     guidance."""
     schedule, alpha = painter.schedule, 1.0
-    grid, known = times(painter)[::-1], {}
+    grid, known = [t for t, _ in reversed(painter.grid.pairs)], {}
     for t, before in zip(grid, [grid[0], *grid], strict=False):
         eps = painter.network(x, before, prompts)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         alpha = schedule.alpha(t)
         x = known[t] = math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * eps
     return known
-
-
-def times(painter: Painter) -> list[int]:
-    """The timesteps at which the painter's sampler asks the network, from noise to picture."""
-    rule = "trailing" if painter.manner.solver == "dpm" else "homework"
-    return [t for t, _ in step_rule(rule, len(painter.schedule), painter.manner.steps).pairs]  # type: ignore[arg-type]

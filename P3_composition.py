@@ -7,13 +7,14 @@ conductor  regional, and multipath: branches share one latent, the base branch a
 
 All branches have the same weights, so they go through the U-Net as one batch: base, concepts, unconditional. The latter needs no branches
 of its own: without words all branches are the same. The first noise holds a sketch of the layout (P3_sketch.py), and in the first steps
-nothing forms outside the regions. With a reference picture the latent follows that one's layout (P3_alignment.py); masks can be fitted to
-what appears in them (P3_refinement.py), and noises tried before one is drawn in full (P3_drafts.py).
+nothing forms outside the regions. The branches start from a collage half way (P3_collage.py). With a reference picture the latent follows
+that one's layout (P3_alignment.py); masks can be fitted to what appears in them (P3_refinement.py).
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,11 +27,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from diffusion.schedule import Schedule
+from diffusion.schedule import Schedule, add_noise
 from P3_alignment import Alignment
-from P3_drafts import STEPS, Rate
+from P3_collage import MIDDLE, pasted
 from P3_drawing import Order, Painter
-from P3_layout import Layout, inside
+from P3_layout import FINEST, Layout, Region, inside
 from P3_refinement import fitted, watched
 from P3_sketch import placed, with_sketch
 from runtime.cli import BadInput
@@ -53,20 +54,23 @@ class Means:
     sketch: float = 4.0
     """Strength of the sketch of the regions that takes the place of the first noise's low frequencies, in multiples of the signal that
     the schedule leaves at its last step; 0: no sketch."""
-    contain: float = 0.5
+    contain: float = 0.4
     """Share of the steps, from the first one, in which no more than a blur of what is predicted outside the regions is kept, so that
     objects stay within them; 0: none. A busy background wants less."""
+    collage: float = 0.56
+    """Share of the steps after which things that were drawn alone are pasted into their regions, and the branches start; 0, or with a
+    reference to align to: no collage, branches from the first step on."""
     align: float = 10.0
     """Step along the gradient that brings the latent's layout to the reference's, where the layout names one; 0: not at all."""
     refine: bool = False
     """Masks follow what the self-attention sees in them."""
-    drafts: int = 1
-    """Noises to choose from: each is drawn in a few steps, and the one in whose masks a CLIP finds most is drawn in full; 1: no choice."""
 
+    ALONE: ClassVar[int] = 10
+    """Steps in which things are drawn alone, at most."""
     GUIDED: ClassVar[float] = 0.3
     """Share of the steps, from the first one, in which the latent is aligned."""
     FITTED: ClassVar[tuple[float, float]] = (0.25, 0.4)
-    """Shares of the steps between which masks are refined."""
+    """Shares of the branches' steps between which masks are refined."""
 
     def check(self) -> None:
         """Raises BadInput for strengths that make no sense, and where nothing is injected."""
@@ -74,10 +78,10 @@ class Means:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise BadInput(f"--{name} {value}: give zero or more")
-        if not 0 <= self.contain <= 1:
-            raise BadInput(f"--contain {self.contain}: give a share from 0 to 1")
-        if self.drafts < 1:
-            raise BadInput(f"--drafts {self.drafts}: give 1 (no choice) or more")
+        for name in ("contain", "collage"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise BadInput(f"--{name} {value}: give a share from 0 to 1")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 
@@ -196,58 +200,122 @@ def composed(unet: Any, composition: Composition) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compose(
-    painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means(), rate: Rate | None = None
-) -> Tensor:
-    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions. Drafts are rated by `rate`."""
+def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means()) -> Tensor:
+    """[B,3,H,W] uint8; the layouts may differ, but all have as many regions."""
     layouts, seeds = [order.layout for order in orders], [order.seed for order in orders]
     if level == "joint" or not layouts[0].regions:
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
         return painter.paint([Order(text, seed) for text, seed in zip(prompts, seeds, strict=True)])
-    x = draw(generators(seeds), painter.shape, painter.pipe.unet.device)
-    if level == "conductor" and means.drafts > 1:
-        assert rate, "drafts want something that rates them"
-        x = best_noise(painter, orders, means, rate, x)
-    return drawn(painter, orders, level, means, x)
+    x, steps = draw(generators(seeds), painter.shape, painter.pipe.unet.device), painter.manner.steps
+    start = collage_step(layouts, steps, means) if level == "conductor" else 0
+    together = Ensemble(painter, layouts, level, means, range(start, steps))
+    x = collage(painter, layouts, seeds, means, x, start) if start else together.sketched(x, seeds)
+    return painter.decode(together.solve(x))
 
 
-def drawn(painter: Painter, orders: Sequence[Composed], level: Level, means: Means, x: Tensor) -> Tensor:
-    """[B,3,H,W] uint8 from noise [B,4,h,w]."""
-    together = Ensemble(painter, [order.layout for order in orders], level, means)
-    if level == "conductor" and means.sketch:
-        seeds = [order.seed for order in orders]
-        x = with_sketch(x, painter, together.now.shares, seeds, together.ground(x), means.sketch)
-    return painter.decode(painter.solve(together.denoise, x, nudge=together.nudge))
+def collage_step(layouts: Sequence[Layout], steps: int, means: Means) -> int:
+    """The step before which the collage is made; 0 where there is none, as with a region that is all of the picture, or with a reference,
+    which says itself how things lie."""
+    if means.align and any(layout.reference is not None for layout in layouts):
+        return 0
+    shares = [layout.only(True).shares(FINEST, FINEST)[:, None] for layout in layouts]
+    pastes = all(len(own) and placed(own).all() for own in shares)
+    return min(round(means.collage * steps), steps - 1) if pastes else 0
 
 
-def best_noise(painter: Painter, orders: Sequence[Composed], means: Means, rate: Rate, x: Tensor) -> Tensor:
-    """[B,4,h,w]: of every picture the best of noise x and further ones, by drafts in a few steps."""
-    rough = replace(painter, manner=replace(painter.manner, steps=min(STEPS, painter.manner.steps)))
-    others = [[derived_seed(order.seed, number) for order in orders] for number in range(1, means.drafts)]
-    noises = torch.stack([x, *(draw(generators(seeds), painter.shape, x.device) for seeds in others)], 1)
-    pictures = torch.stack([drawn(rough, orders, "conductor", means, noise) for noise in noises.unbind(1)], 1)
-    best = [int(rate(order.layout, own).argmax()) for order, own in zip(orders, pictures, strict=True)]
-    return torch.stack([own[index] for own, index in zip(noises, best, strict=True)])
+def collage(
+    painter: Painter, layouts: Sequence[Layout], seeds: Sequence[int], means: Means, noise: Tensor, start: int
+) -> Tensor:
+    """[B,4,h,w] at step `start`: around the things as the base prompts want it, in their regions what was drawn of them alone."""
+    things, rest = ([layout.only(thing) for layout in layouts] for thing in (True, False))
+    around = Ensemble(painter, rest, "conductor", means, range(start), shares_of(painter, things))
+    x, t = around.solve(around.sketched(noise, seeds)), painter.grid.pairs[start][0]
+    clean, _ = painter.schedule.clean_and_noise(around.denoise(x, t), x, t)
+    backdrops = painter.decode(clean) / 127.5 - 1
+    alone = [
+        drawn_alone(
+            painter,
+            [layout.regions[number].prompt for layout in things],
+            [derived_seed(s, key_of(layout.regions[number])) for s, layout in zip(seeds, things, strict=True)],
+            means,
+        )
+        for number in range(len(things[0].regions))
+    ]
+    masks = torch.stack([layout.masks(*backdrops.shape[2:]) for layout in things], 1)
+    made = painter.encode(pasted(backdrops, alone, masks)).to(x)
+    noised = add_noise(made, noise, torch.tensor(painter.schedule.alpha(t)).to(x))
+    return torch.where(around.held.amax(0)[:, None] > 0, noised, x)
+
+
+def key_of(region: Region) -> int:
+    """Its place as a number, so that a thing's noise doesn't depend on its rank among the regions."""
+    return zlib.crc32(region.mask.numpy().tobytes())
+
+
+def drawn_alone(painter: Painter, prompts: Sequence[str], seeds: Sequence[int], means: Means) -> Tensor:
+    """[B,3,H,W] in -1..1: each prompt's thing in the middle, before a plain backdrop, in a few steps."""
+    steps = min(means.ALONE, painter.manner.steps)
+    quick = replace(painter, manner=replace(painter.manner, steps=steps))
+    middle = shares_of(painter, [Layout(prompt, (Region("", prompt, MIDDLE),)) for prompt in prompts])
+    alone = Ensemble(quick, [Layout(prompt, ()) for prompt in prompts], "conductor", means, range(steps), middle)
+    x = alone.sketched(draw(generators(seeds), painter.shape, painter.pipe.unet.device), seeds)
+    return painter.decode(alone.solve(x)) / 127.5 - 1
+
+
+def shares_of(painter: Painter, layouts: Sequence[Layout]) -> Tensor:
+    """[N,B,h,w], how much of each latent belongs to each region."""
+    shares = torch.stack([layout.shares(*painter.shape[1:]) for layout in layouts], 1)
+    return shares.to(painter.pipe.unet.device)
+
+
+def passes(layout: Layout, level: Level, steps: int, means: Means) -> int:
+    """Rows that a picture takes of the U-Net, all steps together."""
+    branches = len(layout.regions) if level == "conductor" else 0
+    start, rest = collage_step([layout], steps, means) if branches else 0, len(layout.only(False).regions)
+    before = (start + 1) * (2 + rest) + (branches - rest) * 2 * min(means.ALONE, steps) if start else 0
+    return before + (steps - start) * (2 + branches)
 
 
 class Ensemble:
-    """The branches of a batch of pictures on their way from noise to latents."""
+    """The branches of a batch of pictures on their way from noise to latents, or on these steps of it. `held` [N,B,h,w]: outside of these
+    regions nothing forms; none given: the layouts' own."""
 
-    def __init__(self, painter: Painter, layouts: Sequence[Layout], level: Level, means: Means):
+    def __init__(
+        self,
+        painter: Painter,
+        layouts: Sequence[Layout],
+        level: Level,
+        means: Means,
+        steps: range,
+        held: Tensor | None = None,
+    ):
         self.painter, self.means, count = painter, means, len(layouts)
         prompts = [prompt for same in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in same]
-        texts = painter.text(prompts).unflatten(0, (-1, count))
-        branches = level == "conductor"
-        shares = torch.stack([layout.shares(*painter.shape[1:]) for layout in layouts], 1).to(texts.device)
+        texts, shares = painter.text(prompts).unflatten(0, (-1, count)), shares_of(painter, layouts)
+        self.conducts, regions = level == "conductor", bool(layouts[0].regions)
+        branches = self.conducts and regions
         base = texts[0] if branches and means.focus else None
-        self.now = Composition(shares, branches, means.inject if branches else (), base, texts[1:])
+        self.now = Composition(shares, branches, means.inject if branches else (), base, texts[1:] if regions else None)
+        self.held = shares if held is None else held
         rows = texts if branches else texts[:1]
         self.text = torch.cat([rows.flatten(0, 1), painter.text([painter.manner.negative]).repeat(count, 1, 1)])
-        self.step, steps = 0, painter.manner.steps
-        self.guided = range(round(means.GUIDED * steps) if branches and means.align else 0)
-        self.fitted = range(*(round(share * steps) for share in means.FITTED) if branches and means.refine else (0,))
-        self.contained = range(round(means.contain * steps) if branches else 0)
-        self.alignment = Alignment.of(painter, layouts, texts, means.align) if self.guided else None
+        self.steps, self.step, total = steps, steps.start, painter.manner.steps
+        self.guided = range(round(means.GUIDED * total) if self.conducts and means.align else 0)
+        first, last = (steps.start + round(share * len(steps)) for share in means.FITTED)
+        self.fitted = range(first, last) if branches and means.refine else range(0)
+        self.contained = range(round(means.contain * total) if self.conducts else 0)
+        self.alignment = Alignment.of(painter, layouts, texts, means.align) if steps.start in self.guided else None
+
+    def solve(self, x: Tensor) -> Tensor:
+        """[B,4,h,w] through all steps."""
+        span = slice(self.steps.start, self.steps.stop)
+        return self.painter.solve(self.denoise, x, nudge=self.nudge, span=span)
+
+    def sketched(self, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The noise [B,4,h,w] with a sketch of the regions, where there is to be one."""
+        if not self.conducts or not self.means.sketch:
+            return noise
+        return with_sketch(noise, self.painter, self.held, seeds, self.ground(noise), self.means.sketch)
 
     def ground(self, noise: Tensor) -> Tensor:
         """[B,4]: the mean of the latents that the base prompts promise at the first step, in which hardly more than colours show."""
@@ -278,7 +346,7 @@ class Ensemble:
             base = now.blended(base, concepts)
         eps = plain + self.painter.manner.guidance.scale * (base - plain)
         if self.step in self.contained:
-            eps = contained(x, eps, t, self.painter.schedule, now.shares)
+            eps = contained(x, eps, t, self.painter.schedule, self.held)
         self.step += 1
         return eps
 

@@ -8,14 +8,14 @@ from typing import get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import read_pictures
-from P3_drafts import Rate, features_inside
 from P3_drawing import Painter
-from P3_layout import Layout
+from P3_layout import Layout, Region
 from P3_scores import Scorer
 from runtime.figures import labelled_grid
 
@@ -23,6 +23,7 @@ Scores = dict[str, float]
 COLOURS = ((228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178))
 SHOWN = 256  # pixels along each side of a picture in figures
 MOST = 4  # pictures in the figure
+GREY = 127  # around what is cut out
 
 
 def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[str, Scores]]:
@@ -37,6 +38,22 @@ def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[s
         for row, scores in enumerate(found):
             scores[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}
     return found
+
+
+def features_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[tuple[Region, Tensor]]:
+    """Every region, and the features [K,D] of what pictures [K,3,H,W] uint8 hold inside its mask."""
+    masks = zip(layout.regions, layout.masks(*images.shape[2:]), strict=True)
+    return [(region, scorer.encode(cut_out(images, mask))) for region, mask in masks]
+
+
+def cut_out(images: Tensor, mask: Tensor) -> Tensor:
+    """[N,3,h,w] uint8: twice the mask's [H,W] bounding box, grey where the mask isn't: a CLIP knows objects best with room around."""
+    rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
+    window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    grey = torch.tensor(GREY, dtype=torch.uint8)
+    inside = torch.where(mask[window] > 0, images[:, :, window[0], window[1]], grey)
+    above, beside = (side // 2 for side in inside.shape[2:])
+    return F.pad(inside, (beside, beside, above, above), value=GREY)
 
 
 def means_of(scores: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
@@ -71,20 +88,18 @@ def with_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
     scale = max(1, side // images.shape[2])
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     for number, mask in enumerate(layout.masks(*large.shape[2:])):
-        inner = -torch.nn.functional.max_pool2d(-mask[None], 5, 1, 2)[0]
+        inner = -F.max_pool2d(-mask[None], 5, 1, 2)[0]
         border = (mask > 0) & (inner <= 0)
         colour = torch.tensor(COLOURS[number % len(COLOURS)], dtype=torch.uint8)
         large = torch.where(border, colour[:, None, None], large)
     return large
 
 
-def levels_figure(
-    path: Path, painter: Painter, layout: Layout, seeds: Sequence[int], means: Means, rate: Rate | None = None
-) -> None:
+def levels_figure(path: Path, painter: Painter, layout: Layout, seeds: Sequence[int], means: Means) -> None:
     """A row per seed, of the first four: layout, joint, regional, conductor."""
     seeds, levels = seeds[:MOST], get_args(Level)
     orders = [Composed(layout, seed) for seed in seeds]
-    drawn = [with_outlines(compose(painter, orders, level, means, rate), layout) for level in levels]
+    drawn = [with_outlines(compose(painter, orders, level, means), layout) for level in levels]
     plan = layout_picture(layout, drawn[0].shape[2])
     cells = torch.stack([image for row in zip(*drawn, strict=True) for image in (plan, *row)])
     rows = [f"picture {number}" for number in range(len(seeds))]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
-from diffusion.samplers import Nudge, ddim, dpm_solver, unchanged
+from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
-from diffusion.steps import step_rule
+from diffusion.steps import Rule, Steps, step_rule
 from P3_embeddings import encode
 from P3_model import Outline
 from runtime.cli import BadInput, progress
@@ -91,12 +91,24 @@ class Painter:
         x = x.to(self.pipe.unet.dtype).contiguous(memory_format=torch.channels_last)
         return self.pipe.unet(x, t, encoder_hidden_states=text).sample.float()
 
-    def solve(self, denoise: Denoise, x: Tensor, nudge: Nudge = unchanged) -> Tensor:
-        """From noise to latents by the chosen solver; `nudge` as the samplers have it."""
+    @property
+    def grid(self) -> Steps:
+        """The timesteps at which the solver asks the network, from noise to picture."""
+        rule: Rule = "trailing" if self.manner.solver == "dpm" else "homework"
+        return replace(step_rule(rule, len(self.schedule), self.manner.steps), clamp=False)
+
+    def solve(self, denoise: Denoise, x: Tensor, nudge: Nudge = unchanged, span: slice = ALL) -> Tensor:
+        """From noise to latents by the chosen solver, or some of its steps; `nudge` as the samplers have it."""
         if self.manner.solver == "dpm":
-            return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False, nudge=nudge)
-        steps = replace(step_rule("homework", len(self.schedule), self.manner.steps), clamp=False)
-        return ddim(denoise, x, self.schedule, steps, nudge=nudge)
+            return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False, nudge=nudge, span=span)
+        return ddim(denoise, x, self.schedule, Steps(self.grid.pairs[span], clamp=False), nudge=nudge)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[N,3,H,W] in -1..1 -> [N,4,h,w] float32, the means of their posteriors; one at a time where pictures are large."""
+        vae = self.pipe.vae
+        pieces = pictures.to(vae.device, vae.dtype).split(1 if pictures[0].numel() > 500_000 else len(pictures))
+        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

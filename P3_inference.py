@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from diffusion.guidance import Guidance
-from P3_composition import Composed, Level, compose
+from P3_composition import Composed, Level, compose, passes
 from P3_composition_report import MOST, layout_picture, levels_figure, means_of, scores_inside
-from P3_drafts import STEPS, Rate, rate_by
 from P3_drawing import Manner, Order, Painter, in_turn
 from P3_embeddings import Vectors, install, require_width
 from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
@@ -135,11 +134,11 @@ def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vec
 
 
 def passes_of(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor one more per concept, and drafts steps of theirs."""
+    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor has branches and a collage too."""
     layout = jobs[0].layout if settings.level != "joint" else None
-    branches = len(layout.regions) if layout and settings.level == "conductor" else 0
-    drafts = min(STEPS, settings.steps) * settings.means.drafts if branches and settings.means.drafts > 1 else 0
-    return (settings.steps + drafts) * (2 + branches if layout or settings.guidance != 1 else 1)
+    if layout:
+        return passes(layout, settings.level, settings.steps, settings.means)
+    return settings.steps * (2 if settings.guidance != 1 else 1)
 
 
 def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
@@ -185,8 +184,7 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
     output_folder(settings.output)
     on_gpu = painter.pipe.unet.device.type == "cuda"
     layout = jobs[0].layout
-    rate = rate_by(scorer) if scorer else None
-    paint = partial(composed_pictures, painter, layout, settings, rate) if layout else painter.paint
+    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.paint
     if not scorer or not settings.candidates:
         orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
         files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
@@ -204,12 +202,10 @@ def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs
     return sum(len(job.seeds) for job in mine)
 
 
-def composed_pictures(
-    painter: Painter, layout: Layout, settings: Settings, rate: Rate | None, orders: Sequence[Order]
-) -> Tensor:
+def composed_pictures(painter: Painter, layout: Layout, settings: Settings, orders: Sequence[Order]) -> Tensor:
     """[N,3,H,W] uint8 of these seeds, concepts in their places."""
     composed = [Composed(layout, order.seed) for order in orders]
-    return compose(painter, composed, settings.level, settings.means, rate)
+    return compose(painter, composed, settings.level, settings.means)
 
 
 def about_layout(
@@ -219,8 +215,7 @@ def about_layout(
     if settings.draw_layout:
         save_picture(settings.draw_layout, layout_picture(layout))
     if settings.figure:
-        rate = rate_by(scorer) if scorer else None
-        levels_figure(settings.figure, painter, layout, job.seeds, settings.means, rate)
+        levels_figure(settings.figure, painter, layout, job.seeds, settings.means)
     if not scorer or not settings.scores:
         return {}
     found = scores_inside(scorer, layout, torch.stack([open_picture(path) for path in job.files]))

@@ -66,7 +66,7 @@ class Settings:
     candidates: int = 0
     """Pictures drawn per prompt, of which the best are kept; 0: as many as are kept."""
     clip: str = "openai/clip-vit-base-patch32"
-    """The CLIP that chooses among candidates and drafts and gives --scores: a transformers folder or a hub name."""
+    """The CLIP that chooses among candidates and gives --scores: a transformers folder or a hub name."""
     references: Path = HERE / "hw2_data" / "textual_inversion"
     """For --candidates with --input: folder with a folder of pictures per key."""
     batch: int = 0
@@ -84,7 +84,7 @@ class Settings:
     @property
     def needs_clip(self) -> bool:
         """Whether pictures are rated."""
-        return bool(self.candidates or self.scores or self.means.drafts > 1)
+        return bool(self.candidates or self.scores)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def check(settings: Settings) -> None:
         raise BadInput("--words go with --layout auto")
     settings.means.check()
     if not settings.layout and settings.means != Means():
-        raise BadInput("--inject, --focus, --sketch, --contain, --align, --refine and --drafts need a --layout")
+        raise BadInput("--inject, --focus, --sketch, --contain, --collage, --align and --refine need a --layout")
     if not math.isfinite(settings.guidance):
         raise BadInput(f"--guidance {settings.guidance}: give a number")
     if min(settings.seed, settings.batch, settings.candidates) < 0:

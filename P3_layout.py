@@ -8,8 +8,8 @@
 
 Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style without either
 is added to all prompts; with one, to those of the concepts there, and to the base prompt in the rest of its region. "word" says a token
-in ordinary words. A concept without a prompt of its own has the base prompt with its token for both concepts' words; where that lacks
-them, and where concepts are three or more, "a photo of a <token>". "images", a folder of a concept's pictures, serves scores only.
+in ordinary words. A concept without a prompt of its own has "a photo of a <token>"; it should name that thing alone. "images", a folder
+of a concept's pictures, serves scores only.
 "joint", if given, is the prompt of the level of that name, which has all tokens in one. A "reference" is a square picture whose layout
 is followed. Files are relative to the layout's own.
 """
@@ -48,6 +48,8 @@ class Region:
     """The token in ordinary words."""
     images: Path | None = None
     """Folder of the concept's pictures."""
+    thing: bool = True
+    """Can be drawn alone; what is left of a style's region can't."""
 
     @property
     def plain(self) -> str:
@@ -90,6 +92,10 @@ class Layout:
     def prompts(self) -> list[str]:
         """The base prompt, then one per region."""
         return [self.prompt, *(region.prompt for region in self.regions)]
+
+    def only(self, things: bool) -> Layout:
+        """The same with those regions alone that are things, or are not."""
+        return replace(self, regions=tuple(region for region in self.regions if region.thing == things))
 
     def require_room(self, height: int, width: int) -> None:
         """Raises BadInput for a region in which no latent of this size lies."""
@@ -171,14 +177,7 @@ def styled(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> 
         for region, yes in zip(regions, within, strict=True)
     ]
     left = mask * (1 - sum((region.mask for region in regions), torch.zeros(FINEST, FINEST)))
-    return [*found, Region(token, prompt + ending, left)] if left.any() else found
-
-
-def own_prompt(base: str, words: Sequence[str], token: str) -> str:
-    """A concept's prompt where none is given. Of one or two: the base prompt with the token for every concept's word, so that its branch
-    puts as many things where the base branch does. Of more: the token alone; asked for so many, the model draws small ones badly."""
-    found = slots(base, words, token) if 0 < len(words) <= 2 else ""
-    return found if token in found else f"a photo of a {token}"
+    return [*found, Region(token, prompt + ending, left, thing=False)] if left.any() else found
 
 
 def slots(prompt: str, words: Sequence[str], token: str, most: int = 0) -> str:
@@ -206,7 +205,7 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     regions = []
     for index, token in enumerate(objects):
         box = ((index + 0.05) * width, 0.15, (index + 0.95) * width, 0.85)
-        regions.append(Region(token, own_prompt(plain, objects, token), box_mask(box), words.get(token, "object")))
+        regions.append(Region(token, f"a photo of a {token}", box_mask(box), words.get(token, "object")))
     base = TOKEN.sub(lambda found: words.get(found[0], "object"), plain)
     return make_layout(base, regions, [Style(style) for style in styles], prompt)
 
@@ -227,11 +226,10 @@ def read_layout(path: Path) -> Layout:
         raise BadInput(f"{path}: concepts must be a list of at least one concept")
     for number, entry in enumerate(entries):
         _check_entry(path, number, entry)
-    words = [entry["word"] for entry in entries if "word" in entry]
     for entry in entries:
         if "word" in entry and slots(content["prompt"], [entry["word"]], "") == content["prompt"]:
             note(f"{path}, {entry['token']}: the prompt doesn't hold its word {entry['word']!r}")
-    regions = [_region(path, entry, content["prompt"], words) for entry in entries if not entry.get("style")]
+    regions = [_region(path, entry) for entry in entries if not entry.get("style")]
     styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
     reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}
     if "reference" in reference:
@@ -260,9 +258,9 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
         raise BadInput(f"{name}: its prompt doesn't hold it: {entry['prompt']!r}")
 
 
-def _region(path: Path, entry: dict[str, Any], base: str, words: Sequence[str]) -> Region:
+def _region(path: Path, entry: dict[str, Any]) -> Region:
     token, word = entry["token"], entry.get("word", "object")
-    prompt = str(entry.get("prompt", own_prompt(base, words if "word" in entry else (), token)))
+    prompt = str(entry.get("prompt", f"a photo of a {token}"))
     images = path.parent / entry["images"] if "images" in entry else None
     if images and not images.is_dir():
         raise BadInput(f"{path}, {token}: images {images} is not a folder")

@@ -91,7 +91,6 @@ def _colours(shares: Tensor, seed: int) -> Tensor:
 
 def _latents(painter: Painter, colours: Tensor) -> Tensor:
     """[..,3] -> [..,4], in the U-Net's scale: the mean of what the encoder makes of a picture of that colour."""
-    vae, side = painter.pipe.vae, FLAT * painter.pipe.vae_scale_factor
-    flat = (colours.flatten(0, -2) * 2 - 1).to(vae.device, vae.dtype)[..., None, None].expand(-1, -1, side, side)
-    means = vae.encode(flat).latent_dist.mean.float().mean((2, 3)) * vae.config.scaling_factor
-    return means.view(*colours.shape[:-1], -1)
+    side = FLAT * painter.pipe.vae_scale_factor
+    flat = (colours.flatten(0, -2) * 2 - 1)[..., None, None].expand(-1, -1, side, side)
+    return painter.encode(flat).mean((2, 3)).view(*colours.shape[:-1], -1)

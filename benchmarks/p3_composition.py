@@ -40,7 +40,6 @@ from benchmarks.p3_composition_cases import (
     case_of,
     possible,
     question,
-    with_pictures,
     with_reference,
 )
 from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
@@ -50,12 +49,10 @@ from miniature.judge_model import Judge, load_judge
 from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import Concept, Kind
-from P3_drafts import rate_by
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import file_of, install, read_vectors, save_vectors
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
-from P3_scores import Scorer
 from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import Device, detect, set_up
 from runtime.figures import labelled_grid
@@ -66,14 +63,12 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10
-MEANS = Means(drafts=3)
 LEARN: dict[Kind, int] = STEPS | {"style": 400}  # and one vector: a style learned for likeness leaves objects less room
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
-Draw = Callable[..., Tensor]  # `compose` with painter and rate in place
 VARIANTS: dict[str, Means] = {
-    "all": Means(),  # but for drafts
+    "all": Means(),
     "without attention": Means(("features", "noise")),
     "without features": Means(("attention", "noise")),
     "without noise": Means(("attention", "features")),
@@ -83,9 +78,9 @@ VARIANTS: dict[str, Means] = {
     "without focus": Means(focus=False),
     "without sketch": Means(sketch=0),
     "without containment": Means(contain=0),
+    "without collage": Means(collage=0),
     "with refinement": Means(refine=True),
     "with alignment": Means(),  # to a picture with ordinary objects in the boxes
-    "with drafts": MEANS,
 }
 
 
@@ -106,9 +101,7 @@ class Bench:
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: Means = MEANS
-    clip: str = "runs/miniature/clip"
-    """The small CLIP that chooses among drafts."""
+    means: Means = Means()
     learn: int = 0
     """Steps of textual inversion; 0: 200 for the objects, 400 for the styles."""
     steps: int = 25
@@ -126,28 +119,26 @@ def main(bench: Bench) -> None:
         raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != MEANS:
+    if bench.ablation and bench.means != Means():
         raise BadInput(
-            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --align, --refine, --drafts out"
+            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --collage, --align, --refine out"
         )
     bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
     record, judge = Record(bench, machine), load_judge(machine.device)
     painter = painter_of(bench, machine.device)
-    draw: Draw = partial(compose, painter, rate=rate_by(Scorer.load(bench.clip, machine.device)))
     record.metrics["alone"] = {}
     for name in bench.cases:
         cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
-        cases = [with_pictures(case, PICTURES) for case in cases]
         if name != "leak":
             alone(bench, judge, painter, cases, record.metrics["alone"])
             record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
         measure = ablated if bench.ablation else levels
-        record.metrics |= measure(bench, name, cases, judge, draw)
+        record.metrics |= measure(bench, name, cases, judge, painter)
         record.save(bench.output)
     if not bench.ablation:
-        record.metrics["time"] = times(painter, bench, draw)
+        record.metrics["time"] = times(painter, bench)
     record.save(bench.output)
     print("\n".join(table(record.metrics)))
     note(f"record: {bench.output}")
@@ -226,10 +217,10 @@ def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: st
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
-def composed(bench: Bench, cases: Sequence[Case], draw: Draw, level: Level, means: Means, title: str) -> Tensor:
+def composed(bench: Bench, cases: Sequence[Case], painter: Painter, level: Level, means: Means, title: str) -> Tensor:
     """A picture of each case, with a seed of its own."""
     orders = [Composed(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
-    return drawn(partial(draw, level=level, means=means), orders, title)
+    return drawn(partial(compose, painter, level=level, means=means), orders, title)
 
 
 def right(judge: Judge, case: Case, image: Tensor) -> bool:
@@ -257,12 +248,12 @@ def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -
     return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
 
 
-def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, draw: Draw) -> Table:
+def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
     """{case: {level: rate}}, and a sheet of the first pictures."""
     rates: dict[str, float] = {}
     sheet = []
     for level in bench.levels:
-        images = composed(bench, cases, draw, level, bench.means, f"{name}, {level}")
+        images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
         rates[level] = share(judge, name, cases, images)
         sheet.append(images[:12])
         note(f"{name}, {level}: {rates[level]:.3f}")
@@ -273,25 +264,25 @@ def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, dr
     return {name: rates}
 
 
-def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, draw: Draw) -> Table:
+def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
     """{case: {variant: rate}} of conductor."""
     rates = {}
     for variant, means in VARIANTS.items():
         led = variant == "with alignment"
         plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
-        rates[variant] = share(judge, name, cases, composed(bench, plans, draw, "conductor", means, variant))
+        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, "conductor", means, variant))
         note(f"{name}, {variant}: {rates[variant]:.3f}")
     return {name: rates}
 
 
-def times(painter: Painter, bench: Bench, draw: Draw, repeats: int = 3) -> dict[str, float]:
+def times(painter: Painter, bench: Bench, repeats: int = 3) -> dict[str, float]:
     """Of single pictures of two objects, the least of some runs, over those of plain ones."""
-    layout = with_pictures(case_of("two", 0, bench.ordinary), PICTURES).layout
+    layout = case_of("two", 0, bench.ordinary).layout
 
     def seconds(level: Level | None) -> float:
         start = time.perf_counter()
         if level:
-            draw([Composed(layout, 0)], level=level, means=bench.means)
+            compose(painter, [Composed(layout, 0)], level, bench.means)
         else:
             painter.paint([Order("a photo of a red star", 0)])
         return time.perf_counter() - start

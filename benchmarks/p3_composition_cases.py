@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from random import Random
 from typing import Literal, get_args
 
@@ -30,10 +29,6 @@ CaseName = Literal["two", "three", "scene", "leak"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
 SIZES = {2: (26, 30), 3: (20, 20)}  # pixels, of the boxes' sides, by the number of objects
 ASIDE = 5  # pixels by which boxes are off the middle
-PLACES = {
-    (2, False): (" on the left", " on the right"),
-    (2, True): (" at the top", " at the bottom"),
-}
 WORDS = {
     (2, False): "{0} to the left of {1}",
     (2, True): "{0} above {1}",
@@ -101,13 +96,11 @@ def planned(
     behind: str = "",
     styles: Sequence[Style] = (),
 ) -> Layout:
-    """The base prompt of `bases`. Of two concepts each one's own prompt says its phrase and its place, of three its phrase alone (tried on
-    other layouts than those of the tables)."""
+    """The base prompt of `bases`; each one's own prompt says its phrase alone."""
     words = "a photo of " + WORDS[len(boxes), column] + behind
-    places = PLACES.get((len(boxes), column), [""] * len(boxes))
     regions = [
-        Region(name, f"a photo of {mine}{place}{behind}", box_mask(box))
-        for name, mine, place, box in zip(names, phrases, places, boxes, strict=True)
+        Region(name, f"a photo of {mine}{behind}", box_mask(box))
+        for name, mine, box in zip(names, phrases, boxes, strict=True)
     ]
     joint = words.format(*phrases) + "".join(f" in the style of {style.token}" for style in styles)
     return make_layout(words.format(*bases), regions, styles, joint)
@@ -128,13 +121,6 @@ def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
         left, top = (aside, along) if column else (along, aside)
         found.append((left / SIDE, top / SIDE, (left + size) / SIDE, (top + size) / SIDE))
     return found
-
-
-def with_pictures(case: Case, folder: Path) -> Case:
-    """The same, learned objects with their pictures: a folder of each one's name in `folder`."""
-    kinds = zip(case.layout.regions, case.kinds, strict=True)
-    regions = [replace(region, images=folder / kind) if kind in HELD_OUT_KINDS else region for region, kind in kinds]
-    return replace(case, layout=replace(case.layout, regions=tuple(regions)))
 
 
 def with_reference(case: Case, seed: int) -> Case:

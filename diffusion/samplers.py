@@ -20,6 +20,7 @@ from diffusion.steps import Steps
 Watch = Callable[[int, Tensor], None]
 Nudge = Callable[[Tensor, int], Tensor]
 Streams = Sequence[torch.Generator]
+ALL = slice(None)
 
 
 def _ignore(t: int, x: Tensor) -> None:
@@ -78,9 +79,10 @@ def dpm_solver(
     watch: Watch = _ignore,
     clamp: bool = True,
     nudge: Nudge = unchanged,
+    span: slice = ALL,
 ) -> Tensor:
     """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture, which is
-    clamped to [-1, 1] unless it is a latent."""
+    clamped to [-1, 1] unless it is a latent. `span`: these steps of the grid only, the first of them of first order."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
 
     if not 1 <= steps <= len(schedule):
@@ -95,7 +97,7 @@ def dpm_solver(
     )
     solver.set_timesteps(steps)
     times = solver.timesteps.tolist()  # on the CPU: no device sync
-    for t, previous in zip(times, [*times[1:], 0], strict=True):
+    for t, previous in list(zip(times, [*times[1:], 0], strict=True))[span]:
         x = nudge(x, t)
         x = solver.step(denoise(x, t), t, x, return_dict=False)[0]
         watch(previous, x)

@@ -16,23 +16,32 @@ from torch import Tensor, nn
 
 from diffusion.guidance import Guidance
 from diffusion.schedule import Schedule
-from P3_alignment import Alignment, inverted, keys, times
-from P3_composition import Composed, Composition, Level, Means, compose, composed, contained
-from P3_drafts import STEPS
+from P3_alignment import Alignment, inverted, keys
+from P3_composition import (
+    Composed,
+    Composition,
+    Level,
+    Means,
+    collage,
+    collage_step,
+    compose,
+    composed,
+    contained,
+    passes,
+)
 from P3_drawing import Manner, Order, Painter
 from P3_embeddings import install
 from P3_layout import FINEST, Layout, Region, box_mask
 from P3_model import load_pipeline
 from P3_refinement import bounding_box, fitted, kmeans, watched
 from P3_sketch import apart, sketches, with_sketch, without_low
-from runtime.generation import derived_seed
 
 CPU = torch.device("cpu")
 NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "features", "noise")]
 ATTENTION = ("attn1", "attn2")
-DEFAULT, PLAIN = Means(), Means(sketch=0, contain=0)
+DEFAULT, PLAIN = Means(), Means(sketch=0, contain=0, collage=0)
 GREY = torch.zeros(2, 4)  # a ground
 SCHEDULE = Schedule(torch.tensor([0.3], dtype=torch.float64))
 
@@ -42,6 +51,10 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
     pipe = load_pipeline(str(save_pipeline(tmp_path_factory.mktemp("model"))), CPU, torch.float32)
     install(pipe, {"<new1>": torch.randn(1, WIDTH), "<new2>": torch.randn(2, WIDTH)})
     return Painter(pipe, Manner("dpm", 3, Guidance(3.0)))
+
+
+def times(painter: Painter) -> list[int]:
+    return [t for t, _ in painter.grid.pairs]
 
 
 def layout(*masks: Tensor, **more: Any) -> Layout:
@@ -404,26 +417,62 @@ def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -
     assert not torch.equal(with_it, without)
 
 
-# ---------------------------------------------------------------- drafts
+# ---------------------------------------------------------------- the collage
 
 
-def test_the_best_rated_draft_is_drawn_in_full(painter: Painter) -> None:
-    """Each picture has the noise whose draft was rated best, its own among them; rated are drafts, not whole pictures."""
-    plan, seeds = layout(LEFT, RIGHT), [3, 4]
-    rated: list[Tensor] = []
+def test_steps_before_and_after_the_collage_make_a_whole(painter: Painter) -> None:
+    """Before it base prompt and no branches, after it all of them; a region that is everything, or no thing, has none."""
+    manner = replace(painter.manner, steps=10)
+    boxes = box_mask((0, 0, 0.4, 0.4)), box_mask((0.5, 0.5, 1, 1))
+    plan, means = layout(*boxes), replace(DEFAULT, sketch=0, contain=0, collage=0.7)
+    asked: list[tuple[int, int]] = []
+    other = Painter(painter.pipe, manner)
+    network = other.network
 
-    def rate(_: Layout, images: Tensor) -> Tensor:
-        rated.append(images)
-        return images.float().mean((1, 2, 3))
+    def counted(x: Tensor, t: int, text: Tensor) -> Tensor:
+        asked.append((t, len(x)))
+        return network(x, t, text)
 
-    slow = replace(painter, manner=replace(painter.manner, steps=STEPS + 3))
-    found = compose(slow, [Composed(plan, seed) for seed in seeds], "conductor", replace(PLAIN, drafts=3), rate).int()
-    for row, seed in enumerate(seeds):
-        tried = [seed, derived_seed(seed, 1), derived_seed(seed, 2)]
-        drafts = drawn(replace(painter, manner=replace(painter.manner, steps=STEPS)), plan, tried, "conductor", PLAIN)
-        same(rated[row].int(), drafts)
-        best = tried[int(drafts.float().mean((1, 2, 3)).argmax())]
-        same(found[row : row + 1], drawn(slow, plan, [best], "conductor", PLAIN))
+    other.network = counted  # type: ignore[method-assign]
+    assert collage_step([plan], 10, means) == 7
+    compose(other, [Composed(plan, 1)], "conductor", means)
+    grid = [t for t, _ in other.grid.pairs]
+    assert asked[:8] == [(t, 2) for t in grid[:8]]
+    assert asked[8:] == [(t, 4) for t in grid[7:]]
+    assert passes(plan, "conductor", 10, means) == sum(rows for _, rows in asked) + 2 * 2 * 10  # each thing alone
+    for without in (layout(EVERYWHERE), layout(NOWHERE), layout(*boxes, NOWHERE), replace(plan, regions=())):
+        assert collage_step([without], 10, means) == 0
+    assert collage_step([plan, layout(boxes[0], EVERYWHERE)], 10, means) == 0
+    led = replace(plan, reference=picture())
+    assert collage_step([led], 10, means) == 0
+    assert collage_step([led], 10, replace(means, align=0)) == 7
+    assert collage_step([plan], 10, replace(means, collage=1)) == 9  # at least one step after it
+
+
+def test_a_collage_changes_only_what_its_regions_touch(painter: Painter) -> None:
+    plan, means, noise = (
+        layout(box_mask((0.25, 0.25, 0.75, 0.75))),
+        replace(PLAIN, collage=0.5),
+        torch.randn(1, 4, 16, 16),
+    )
+    made = collage(painter, [plan], [1], means, noise, 2)
+    touched = plan.shares(16, 16)[0] > 0
+    other = replace(plan, regions=(replace(plan.regions[0], prompt="a blue <new2>"),))
+    told_otherwise = collage(painter, [other], [1], means, noise, 2)
+    changed = (made != told_otherwise).any(1)[0]
+    assert changed.any()
+    assert not changed[~touched].any()
+
+
+def test_a_style_of_a_region_is_heard_before_the_collage(painter: Painter) -> None:
+    """Its region is no thing, and has a branch from the first step on."""
+    boxes = box_mask((0, 0, 0.4, 0.4)), box_mask((0.5, 0.5, 1, 1))
+    plan = layout(boxes[0])
+    styled = replace(plan, regions=(*plan.regions, Region("<new2>", "a <new2>", boxes[1], thing=False)))
+    noise = torch.randn(1, 4, 16, 16)
+    assert collage_step([styled], 3, DEFAULT) == 2
+    with_style, without = (collage(painter, [each], [1], PLAIN, noise, 2) for each in (styled, plan))
+    assert not torch.equal(with_style, without)
 
 
 # ---------------------------------------------------------------- refined masks

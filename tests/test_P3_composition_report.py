@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from P3_composition_report import COLOURS, layout_picture, means_of, scores_inside, with_outlines
-from P3_drafts import cut_out
+from P3_composition_report import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
 from P3_embeddings import file_of, save_vectors
 from P3_inference import main
 from P3_inference_jobs import Settings
@@ -92,13 +91,15 @@ def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
 
 @pytest.mark.parametrize(
     ("level", "guidance", "passes"),
-    [("joint", 1.0, 4), ("joint", 2.0, 8), ("regional", 1.0, 8), ("conductor", 2.0, 16)],
+    [("joint", 1.0, 4), ("joint", 2.0, 8), ("regional", 1.0, 8), ("conductor", 2.0, 32)],
 )
 def test_a_dry_run_counts_the_branches(
     given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, guidance: float, passes: int
 ) -> None:
     main(settings(given, model, dry_run=True, level=level, guidance=guidance))
-    assert f"{passes} passes of the U-Net" in capsys.readouterr().out  # 2 pictures of 2 steps, 2 concepts
+    assert (
+        f"{passes} passes of the U-Net" in capsys.readouterr().out
+    )  # 2 pictures of 2 steps, 2 concepts, drawn alone too
 
 
 def test_a_reference_is_followed(given: Path, model: str) -> None:

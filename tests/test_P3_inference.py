@@ -174,6 +174,7 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"means": Means(sketch=-1.0)}, "--sketch -1"),
         ({"means": Means(align=float("inf"))}, "--align inf"),
         ({"means": Means(contain=1.5)}, "--contain 1.5"),
+        ({"means": Means(collage=-0.1)}, "--collage -0.1"),
         ({"means": Means(inject=())}, "--inject"),
         ({"means": Means(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
@@ -237,10 +238,11 @@ def test_a_dry_run_refuses_a_clip_and_counts_the_figures_passes(
 ) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "dry_run": True}
     main(settings(given, model, **more, steps=10, count=6, figure=given / "figure.png"))
-    wanted = 6 * 10 * 4 + 4 * 10 * (2 + 2 + 4)  # conductor has two branches more than joint and regional
+    conductor = 7 * 2 + 4 * 4 + 2 * 10 * 2  # around the things, the branches, each thing alone
+    wanted = 6 * conductor + 4 * (10 * (2 + 2) + conductor)
     assert f"{wanted} passes" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--clip /nowhere"):
-        main(settings(given, model, **more, means=Means(drafts=2), clip="/nowhere"))
+        main(settings(given, model, **more, scores=True, clip="/nowhere"))
 
 
 def test_a_word_that_is_no_token_is_refused(given: Path, model: str) -> None:

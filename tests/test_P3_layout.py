@@ -59,13 +59,9 @@ def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
         {"token": "<cat>", "word": "old cat", "box": [0.5, 0, 1, 1]},
     ]
     found = read(tmp_path, concepts, prompt="a dog next to an old cat on a dogcart")
-    assert found.prompts[1] == "a <new1> next to a <new1> on a dogcart"
-    assert found.prompts[2] == "a <cat> next to a <cat> on a dogcart"
+    assert found.prompts[1:] == ["a photo of a <new1>", "a photo of a <cat>"]
     assert found.joint == "a <new1> next to a <cat> on a dogcart"
-    assert [region.plain for region in found.regions] == [
-        "a dog next to a dog on a dogcart",
-        "a old cat next to a old cat on a dogcart",
-    ]
+    assert [region.plain for region in found.regions] == ["a photo of a dog", "a photo of a old cat"]
 
 
 def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +154,7 @@ def test_tokens_are_laid_side_by_side() -> None:
     found = auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog", "<new2>": "cat"})
     ending = " in the style of <new3>"
     assert found.prompts == [
-        f"{x} next to {x}{ending}".replace("dog next to a dog", "dog next to a cat")
-        for x in ("a dog", "a <new1>", "a <new2>")
+        f"{prompt}{ending}" for prompt in ("a dog next to a cat", "a photo of a <new1>", "a photo of a <new2>")
     ]
     assert found.joint == "a <new1> next to a <new2> in the style of <new3>"
     masks = found.masks(16, 16)
