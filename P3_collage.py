@@ -21,12 +21,13 @@ GRID = 64  # positions along each side in which things are told from their surro
 EDGE = 7 / 32  # of a picture's side: what is drawn alone keeps that far from the border
 MIDDLE = box_mask((EDGE, EDGE, 1 - EDGE, 1 - EDGE))
 RING = 10  # positions along the border that surely show the surroundings
+SEAM = 3  # positions, odd: a thing keeps of its surroundings what lies within half of it
 BLUR = 8.0  # positions, standard deviation of what is laid over the regions
 LEAST, MOST = (
     0.5,
     1.2,
-)  # distance of colours in -1..1 from which on a position belongs to the thing; in between the surroundings say it
-STANDS_OUT = 1.3  # times as far as nearly all (97 %) of the surroundings are
+)  # distance of colours in -1..1 from which on a position is of the thing; in between the surroundings say:
+STANDS_OUT = 1.3  # times as far as nearly all (97 %) of them are from their mean colour
 
 
 def things(pictures: Tensor) -> Tensor:
@@ -52,10 +53,14 @@ def cut_out(picture: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
         (float(found[0]) * side / GRID, float(found[-1] + 1) * side / GRID) for found in (rows, columns)
     )
     scale = max((bottom - top) / height, (right - left) / width) / 2
-    soft = F.interpolate(F.max_pool2d(thing[None, None], 5, 1, 2), (side, side), mode="bilinear")
-    margins = (side // 2,) * 4
+    soft = F.interpolate(F.max_pool2d(thing[None, None], SEAM, 1, SEAM // 2), (side, side), mode="bilinear")
+    above, beside = (
+        round(scale * height),
+        round(scale * width),
+    )  # half of what is cut out, which may reach over the picture
+    margins = (beside, beside, above, above)
     layers = torch.cat([F.pad(picture[None], margins, mode="replicate"), F.pad(soft, margins)], 1)[0]
-    y, x = (side // 2 + (first + last) / 2 for first, last in ((top, bottom), (left, right)))
+    y, x = above + (top + bottom) / 2, beside + (left + right) / 2
     window = layers[
         :, round(y - scale * height) : round(y + scale * height), round(x - scale * width) : round(x + scale * width)
     ]

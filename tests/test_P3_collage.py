@@ -46,7 +46,7 @@ def test_where_nothing_differs_the_middle_is_taken() -> None:
     assert torch.equal(things(picture(0, 0, 0, 0)[None])[0], box(14, 50, 14, 50))
 
 
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (12, 30), (30, 12)])
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (12, 30), (30, 12), (8, 120), (120, 20)])
 def test_a_thing_fills_its_box_and_keeps_its_shape(height: int, width: int) -> None:
     whole = picture(20, 40, 10, 50)  # twice as wide as high
     layers = cut_out(whole, things(whole[None])[0], height, width)
