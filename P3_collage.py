@@ -23,10 +23,8 @@ MIDDLE = box_mask((EDGE, EDGE, 1 - EDGE, 1 - EDGE))
 RING = 10  # positions along the border that surely show the surroundings
 SEAM = 3  # positions, odd: a thing keeps of its surroundings what lies within half of it
 BLUR = 8.0  # positions, standard deviation of what is laid over the regions
-LEAST, MOST = (
-    0.5,
-    1.2,
-)  # distance of colours in -1..1 from which on a position is of the thing; in between the surroundings say:
+# Distance of colours in -1..1 from which on a position is of the thing; in between the surroundings say it
+LEAST, MOST = 0.5, 1.2
 STANDS_OUT = 1.3  # times as far as nearly all (97 %) of them are from their mean colour
 
 
@@ -54,10 +52,8 @@ def cut_out(picture: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
     )
     scale = max((bottom - top) / height, (right - left) / width) / 2
     soft = F.interpolate(F.max_pool2d(thing[None, None], SEAM, 1, SEAM // 2), (side, side), mode="bilinear")
-    above, beside = (
-        round(scale * height),
-        round(scale * width),
-    )  # half of what is cut out, which may reach over the picture
+    # Half of what is cut out, which may reach over the picture
+    above, beside = round(scale * height), round(scale * width)
     margins = (beside, beside, above, above)
     layers = torch.cat([F.pad(picture[None], margins, mode="replicate"), F.pad(soft, margins)], 1)[0]
     y, x = above + (top + bottom) / 2, beside + (left + right) / 2
