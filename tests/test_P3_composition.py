@@ -420,6 +420,24 @@ def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -
 # ---------------------------------------------------------------- the collage
 
 
+@pytest.mark.parametrize("solver", ["dpm", "ddim"])
+def test_two_spans_of_the_solver_visit_all_steps(painter: Painter, solver: Any) -> None:
+    """DDIM looks at one step at a time, so its pieces are the whole; the other starts anew at first order."""
+    other, asked = Painter(painter.pipe, Manner(solver, 7)), []
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        asked.append(t)
+        return x.tanh()
+
+    x = torch.randn(1, 4, 16, 16)
+    whole = other.solve(denoise, x)
+    once = asked.copy()
+    pieces = other.solve(denoise, other.solve(denoise, x, span=slice(0, 3)), span=slice(3, 7))
+    assert asked[7:] == once
+    assert pieces.shape == whole.shape
+    assert solver == "dpm" or torch.equal(pieces, whole)
+
+
 def test_steps_before_and_after_the_collage_make_a_whole(painter: Painter) -> None:
     """Before it base prompt and no branches, after it all of them; a region that is everything, or no thing, has none."""
     manner = replace(painter.manner, steps=10)
