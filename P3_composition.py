@@ -231,13 +231,15 @@ def collage(
     around = Ensemble(painter, rest, "conductor", means, range(start), shares_of(painter, things))
     x, t = around.solve(around.sketched(noise, seeds)), painter.grid.pairs[start][0]
     clean, _ = painter.schedule.clean_and_noise(around.denoise(x, t), x, t)
-    backdrops = painter.decode(clean) / 127.5 - 1
+    backdrops, free = painter.decode(clean) / 127.5 - 1, outside(around.held)
+    ground = (clean * free).sum((2, 3)) / free.sum((2, 3)).clamp(min=1e-3)
     alone = [
         drawn_alone(
             painter,
             [layout.regions[number].prompt for layout in things],
             [derived_seed(s, key_of(layout.regions[number])) for s, layout in zip(seeds, things, strict=True)],
             means,
+            ground,
         )
         for number in range(len(things[0].regions))
     ]
@@ -252,12 +254,15 @@ def key_of(region: Region) -> int:
     return zlib.crc32(region.mask.numpy().tobytes())
 
 
-def drawn_alone(painter: Painter, prompts: Sequence[str], seeds: Sequence[int], means: Means) -> Tensor:
-    """[B,3,H,W] in -1..1: each prompt's thing in the middle, before a plain backdrop, in a few steps."""
+def drawn_alone(painter: Painter, prompts: Sequence[str], seeds: Sequence[int], means: Means, ground: Tensor) -> Tensor:
+    """[B,3,H,W] in -1..1: each prompt's thing in the middle, in a few steps, on the ground [B,4] that it will lie on, so that it stands out
+    from that."""
     steps = min(means.ALONE, painter.manner.steps)
     quick = replace(painter, manner=replace(painter.manner, steps=steps))
     middle = shares_of(painter, [Layout(prompt, (Region("", prompt, MIDDLE),)) for prompt in prompts])
-    alone = Ensemble(quick, [Layout(prompt, ()) for prompt in prompts], "conductor", means, range(steps), middle)
+    alone = Ensemble(
+        quick, [Layout(prompt, ()) for prompt in prompts], "conductor", means, range(steps), middle, ground
+    )
     x = alone.sketched(draw(generators(seeds), painter.shape, painter.pipe.unet.device), seeds)
     return painter.decode(alone.solve(x)) / 127.5 - 1
 
@@ -278,7 +283,7 @@ def passes(layout: Layout, level: Level, steps: int, means: Means) -> int:
 
 class Ensemble:
     """The branches of a batch of pictures on their way from noise to latents, or on these steps of it. `held` [N,B,h,w]: outside of these
-    regions nothing forms; none given: the layouts' own."""
+    regions nothing forms; none given: the layouts' own. `ground` [B,4]: what is to be there; none given: a blur of what would be."""
 
     def __init__(
         self,
@@ -288,6 +293,7 @@ class Ensemble:
         means: Means,
         steps: range,
         held: Tensor | None = None,
+        ground: Tensor | None = None,
     ):
         self.painter, self.means, count = painter, means, len(layouts)
         prompts = [prompt for same in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in same]
@@ -296,7 +302,7 @@ class Ensemble:
         branches = self.conducts and regions
         base = texts[0] if branches and means.focus else None
         self.now = Composition(shares, branches, means.inject if branches else (), base, texts[1:] if regions else None)
-        self.held = shares if held is None else held
+        self.held, self.ground = shares if held is None else held, ground
         rows = texts if branches else texts[:1]
         self.text = torch.cat([rows.flatten(0, 1), painter.text([painter.manner.negative]).repeat(count, 1, 1)])
         self.steps, self.step, total = steps, steps.start, painter.manner.steps
@@ -315,9 +321,10 @@ class Ensemble:
         """The noise [B,4,h,w] with a sketch of the regions, where there is to be one."""
         if not self.conducts or not self.means.sketch:
             return noise
-        return with_sketch(noise, self.painter, self.held, seeds, self.ground(noise), self.means.sketch)
+        ground = self.promised(noise) if self.ground is None else self.ground
+        return with_sketch(noise, self.painter, self.held, seeds, ground, self.means.sketch)
 
-    def ground(self, noise: Tensor) -> Tensor:
+    def promised(self, noise: Tensor) -> Tensor:
         """[B,4]: the mean of the latents that the base prompts promise at the first step, in which hardly more than colours show."""
         schedule = self.painter.schedule
         first = len(schedule) - 1
@@ -346,20 +353,31 @@ class Ensemble:
             base = now.blended(base, concepts)
         eps = plain + self.painter.manner.guidance.scale * (base - plain)
         if self.step in self.contained:
-            eps = contained(x, eps, t, self.painter.schedule, self.held)
+            eps = contained(x, eps, t, self.painter.schedule, self.held, self.ground)
         self.step += 1
         return eps
 
 
-def contained(x: Tensor, eps: Tensor, t: int, schedule: Schedule, shares: Tensor) -> Tensor:
-    """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts a blur of what it did: means of a
-    coarse grid, of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for bit."""
-    outside = ((1 - shares.sum(0)).clamp(0, 1) * placed(shares).any(0)[:, None, None])[:, None]
+def contained(
+    x: Tensor, eps: Tensor, t: int, schedule: Schedule, shares: Tensor, ground: Tensor | None = None
+) -> Tensor:
+    """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts the ground [B,4]; none given: a blur of
+    what it did, means of a coarse grid, of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for
+    bit."""
+    free = outside(shares)
     clean, _ = schedule.clean_and_noise(eps, x, t)
-    total, weight = (
-        F.interpolate(F.adaptive_avg_pool2d(part, COARSE), x.shape[2:], mode="bilinear")
-        for part in (clean * outside, outside)
-    )
-    away = outside * (clean - total / weight.clamp(min=1e-3))
+    if ground is None:
+        total, weight = (
+            F.interpolate(F.adaptive_avg_pool2d(part, COARSE), x.shape[2:], mode="bilinear")
+            for part in (clean * free, free)
+        )
+        target = total / weight.clamp(min=1e-3)
+    else:
+        target = ground[:, :, None, None]
     alpha = schedule.alpha(t)
-    return eps + math.sqrt(alpha / (1 - alpha)) * away
+    return eps + math.sqrt(alpha / (1 - alpha)) * free * (clean - target)
+
+
+def outside(shares: Tensor) -> Tensor:
+    """[N,B,h,w] -> [B,1,h,w], how much of each position belongs to no region; nothing does where regions are empty or cover all."""
+    return ((1 - shares.sum(0)).clamp(0, 1) * placed(shares).any(0)[:, None, None])[:, None]

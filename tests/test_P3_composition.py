@@ -411,6 +411,16 @@ def test_regions_that_are_nowhere_or_everywhere_contain_nothing() -> None:
         assert torch.equal(contained(x, eps, 0, SCHEDULE, shares(mask).expand(-1, 2, -1, -1)), eps)
 
 
+def test_a_ground_is_predicted_outside_the_regions() -> None:
+    x, eps = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ground = torch.tensor([[1.0, -1, 0.5, 0], [2.0, 0, 0, 1]])
+    regions = shares(LEFT).expand(-1, 2, -1, -1)
+    changed = contained(x, eps, 0, SCHEDULE, regions, ground)
+    clean, _ = SCHEDULE.clean_and_noise(changed, x, 0)
+    torch.testing.assert_close(clean[..., 8:], ground[:, :, None, None].expand(2, 4, 16, 8))
+    assert torch.equal(changed[..., :8], eps[..., :8])
+
+
 def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -> None:
     inner = box_mask((0.25, 0.25, 0.75, 0.75))
     with_it, without = (drawn(painter, layout(inner), [1], "conductor", Means(sketch=0, contain=c)) for c in (1.0, 0.0))
