@@ -44,7 +44,7 @@ class Alignment:
         side = painter.shape[1] * painter.pipe.vae_scale_factor, painter.shape[2] * painter.pipe.vae_scale_factor
         x = torch.stack([F.interpolate(p[None] / 127.5 - 1, side, mode="area")[0] for p in pictures if p is not None])
         prompts = painter.text([layout.reference_prompt or layout.prompt for layout in different])
-        known = inverted(painter, painter.encode(x).to(texts.device), prompts)
+        known = inverted(painter, painter.encode(x), prompts)
         place = {id(layout): row for row, layout in enumerate(different)}
         rows = torch.tensor([place[id(layout)] for layout in layouts], device=texts.device)
         return cls(painter, {t: latents[rows] for t, latents in known.items()}, prompts[rows], texts, weight)

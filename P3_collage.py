@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur, resize
 
-from P3_layout import box_mask
+from P3_layout import bounds, box_mask
 
 GRID = 64  # positions along each side in which things are told from their surroundings
 EDGE = 7 / 32  # of a picture's side: what is drawn alone keeps that far from the border
@@ -42,14 +42,11 @@ def things(pictures: Tensor) -> Tensor:
     return torch.where(found.any(2).any(1)[:, None, None], found, middle)
 
 
-def cut_out(picture: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
+def cut_to_fit(picture: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
     """A picture [3,S,S] and what in it is the thing [GRID,GRID] -> [4,height,width], colours and opacity: the thing in the middle, as large
     as fits, with a soft seam of its surroundings."""
     side = picture.shape[1]
-    rows, columns = (thing.any(axis).nonzero().flatten() for axis in (1, 0))
-    (top, bottom), (left, right) = (
-        (float(found[0]) * side / GRID, float(found[-1] + 1) * side / GRID) for found in (rows, columns)
-    )
+    (top, bottom), (left, right) = ((found.start * side / GRID, found.stop * side / GRID) for found in bounds(thing))
     scale = max((bottom - top) / height, (right - left) / width) / 2
     soft = F.interpolate(F.max_pool2d(thing[None, None], SEAM, 1, SEAM // 2), (side, side), mode="bilinear")
     # Half of what is cut out, which may reach over the picture
@@ -83,8 +80,7 @@ def pasted(backdrops: Tensor, alone: Sequence[Tensor], masks: Tensor) -> Tensor:
         for picture, whole, thing, mask in zip(made, pictures, things(pictures), regions, strict=True):
             if not mask.any():
                 continue
-            rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
-            box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-            layers, under = cut_out(whole, thing, *mask[box].shape), picture[(slice(None), *box)]
+            box = bounds(mask)
+            layers, under = cut_to_fit(whole, thing, *mask[box].shape), picture[(slice(None), *box)]
             under += layers[3] * mask[box] * (layers[:3] - under)
     return made

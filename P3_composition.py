@@ -14,7 +14,6 @@ that one's layout (P3_alignment.py); masks can be fitted to what appears in them
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from diffusion.schedule import Schedule, add_noise
 from P3_alignment import Alignment
 from P3_collage import MIDDLE, pasted
 from P3_drawing import Order, Painter
-from P3_layout import FINEST, Layout, Region, inside
+from P3_layout import Layout, Region, inside, key_of
 from P3_refinement import fitted, watched
 from P3_sketch import placed, with_sketch
 from runtime.cli import BadInput
@@ -218,8 +217,8 @@ def collage_step(layouts: Sequence[Layout], steps: int, means: Means) -> int:
     which says itself how things lie."""
     if means.align and any(layout.reference is not None for layout in layouts):
         return 0
-    shares = [layout.only(True).shares(FINEST, FINEST)[:, None] for layout in layouts]
-    pastes = all(len(own) and placed(own).all() for own in shares)
+    masks = [[region.mask for region in layout.only(True).regions] for layout in layouts]
+    pastes = all(own and placed(torch.stack(own)[:, None]).all() for own in masks)
     return min(round(means.collage * steps), steps - 1) if pastes else 0
 
 
@@ -237,21 +236,16 @@ def collage(
         drawn_alone(
             painter,
             [layout.regions[number].prompt for layout in things],
-            [derived_seed(s, key_of(layout.regions[number])) for s, layout in zip(seeds, things, strict=True)],
+            [derived_seed(s, key_of(layout.regions[number].mask)) for s, layout in zip(seeds, things, strict=True)],
             means,
             ground,
         )
         for number in range(len(things[0].regions))
     ]
     masks = torch.stack([layout.masks(*backdrops.shape[2:]) for layout in things], 1)
-    made = painter.encode(pasted(backdrops, alone, masks)).to(x)
-    noised = add_noise(made, noise, torch.tensor(painter.schedule.alpha(t)).to(x))
+    made = painter.encode(pasted(backdrops, alone, masks))
+    noised = add_noise(made, noise, torch.tensor(painter.schedule.alpha(t)))
     return torch.where(around.held.amax(0)[:, None] > 0, noised, x)
-
-
-def key_of(region: Region) -> int:
-    """Its place as a number, so that a thing's noise doesn't depend on its rank among the regions."""
-    return zlib.crc32(region.mask.numpy().tobytes())
 
 
 def drawn_alone(painter: Painter, prompts: Sequence[str], seeds: Sequence[int], means: Means, ground: Tensor) -> Tensor:

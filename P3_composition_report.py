@@ -15,7 +15,7 @@ from torch import Tensor
 from P3_composition import Composed, Level, Means, compose
 from P3_concepts import read_pictures
 from P3_drawing import Painter
-from P3_layout import Layout, Region
+from P3_layout import Layout, bounds
 from P3_scores import Scorer
 from runtime.figures import labelled_grid
 
@@ -30,7 +30,9 @@ def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[s
     """Per picture of [N,3,H,W] uint8 and per region, by token: "text", how well what is inside the mask fits the region's prompt in
     ordinary words, and, where it names pictures, "image", the mean of 100 x cosine to them."""
     found: list[dict[str, Scores]] = [{} for _ in images]
-    for number, (region, features) in enumerate(features_inside(scorer, layout, images)):
+    masks = layout.masks(*images.shape[2:])
+    for number, (region, mask) in enumerate(zip(layout.regions, masks, strict=True)):
+        features = scorer.encode(cut_out(images, mask))
         columns = {"text": scorer.text_scores(features, region.plain)}
         if region.images:
             columns["image"] = scorer.image_scores(features, scorer.encode(read_pictures(region.images)))
@@ -40,16 +42,9 @@ def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[s
     return found
 
 
-def features_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[tuple[Region, Tensor]]:
-    """Every region, and the features [K,D] of what pictures [K,3,H,W] uint8 hold inside its mask."""
-    masks = zip(layout.regions, layout.masks(*images.shape[2:]), strict=True)
-    return [(region, scorer.encode(cut_out(images, mask))) for region, mask in masks]
-
-
 def cut_out(images: Tensor, mask: Tensor) -> Tensor:
     """[N,3,h,w] uint8: twice the mask's [H,W] bounding box, grey where the mask isn't: a CLIP knows objects best with room around."""
-    rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
-    window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    window = bounds(mask)
     grey = torch.tensor(GREY, dtype=torch.uint8)
     inside = torch.where(mask[window] > 0, images[:, :, window[0], window[1]], grey)
     above, beside = (side // 2 for side in inside.shape[2:])

@@ -22,6 +22,7 @@ from runtime.cli import BadInput, progress
 from runtime.generation import ALONE, Shard, even_batch, in_batches
 
 Solver = Literal["dpm", "ddim"]
+LATENT, PICTURE = 10_000, 500_000  # numbers in one, above which the autoencoder takes one at a time
 CPU_BATCH, GPU_BATCH = 8, 64  # pictures at once; a GPU's is halved until it fits
 
 
@@ -101,13 +102,13 @@ class Painter:
         """From noise to latents by the chosen solver, or some of its steps; `nudge` as the samplers have it."""
         if self.manner.solver == "dpm":
             return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False, nudge=nudge, span=span)
-        return ddim(denoise, x, self.schedule, Steps(self.grid.pairs[span], clamp=False), nudge=nudge)
+        return ddim(denoise, x, self.schedule, replace(self.grid, pairs=self.grid.pairs[span]), nudge=nudge)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """[N,3,H,W] in -1..1 -> [N,4,h,w] float32, the means of their posteriors; one at a time where pictures are large."""
         vae = self.pipe.vae
-        pieces = pictures.to(vae.device, vae.dtype).split(1 if pictures[0].numel() > 500_000 else len(pictures))
+        pieces = pictures.to(vae.device, vae.dtype).split(1 if pictures[0].numel() > PICTURE else len(pictures))
         return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * vae.config.scaling_factor
 
     @torch.inference_mode()
@@ -115,7 +116,7 @@ class Painter:
         """[N,4,h,w] -> [N,3,H,W] uint8 on the CPU; one at a time where pictures are large, since the decoder takes most memory."""
         vae = self.pipe.vae
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-        pieces = scaled.split(1 if latents[0].numel() > 10_000 else len(latents))
+        pieces = scaled.split(1 if latents[0].numel() > LATENT else len(latents))
         images = torch.cat([vae.decode(piece).sample.float() for piece in pieces])
         return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 

@@ -17,6 +17,7 @@ is followed. Files are relative to the layout's own.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,17 @@ def inside(shares: Tensor, height: int, width: int) -> Tensor:
     found = F.interpolate(shares, size=(height, width), mode="area")
     first, second = torch.cat([found, found.new_zeros(2, *found.shape[1:])]).topk(2, 0).values
     return ((found == first) & (first > second) & (found > found.amax((2, 3), keepdim=True) / 2)).float()
+
+
+def bounds(mask: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of what isn't zero in a mask [H,W], which must not be empty."""
+    rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def key_of(mask: Tensor) -> int:
+    """A place as a number, so that what is random about it doesn't depend on its rank among others."""
+    return zlib.crc32(mask.numpy().tobytes())
 
 
 def box_mask(box: Box) -> Tensor:

@@ -10,7 +10,6 @@ would say that nothing is there.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from diffusion.noise import generators
 from P3_drawing import Painter
+from P3_layout import key_of
 from runtime.generation import derived_seed
 
 CHOICE = 4  # random colours of a spot, of which the one farthest from the ground is taken
@@ -85,7 +85,7 @@ def _spots(shares: Tensor) -> Tensor:
 
 def _colours(shares: Tensor, seed: int) -> Tensor:
     """[N,h,w] -> [N,CHOICE,3] in 0..1."""
-    keys = [derived_seed(seed, zlib.crc32(share.numpy().tobytes())) for share in shares]
+    keys = [derived_seed(seed, key_of(share)) for share in shares]
     return torch.stack([torch.rand(CHOICE, 3, generator=stream) for stream in generators(keys)])
 
 

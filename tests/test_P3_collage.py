@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from P3_collage import GRID, cleared, cut_out, pasted, things
+from P3_collage import GRID, cleared, cut_to_fit, pasted, things
 
 GROUND, RED = torch.tensor([-0.2, 0.1, 0.4]), torch.tensor([0.9, -0.8, -0.8])
 
@@ -49,7 +49,7 @@ def test_where_nothing_differs_the_middle_is_taken() -> None:
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (12, 30), (30, 12), (8, 120), (120, 20)])
 def test_a_thing_fills_its_box_and_keeps_its_shape(height: int, width: int) -> None:
     whole = picture(20, 40, 10, 50)  # twice as wide as high
-    layers = cut_out(whole, things(whole[None])[0], height, width)
+    layers = cut_to_fit(whole, things(whole[None])[0], height, width)
     assert layers.shape == (4, height, width)
     red = ((layers[:3] - RED[:, None, None]).norm(dim=0) < 0.3) & (layers[3] > 0.9)
     rows, columns = red.any(1).sum(), red.any(0).sum()
