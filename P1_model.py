@@ -134,6 +134,25 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
+def in_plain_steps(x: Tensor) -> bool:
+    """Whether a layer had better be written out: where torch.compile makes code for a CPU, plain steps train faster than the kernels that
+    eager mode (and a GPU) is best served by. The numbers are the same to rounding."""
+    return x.is_cpu and torch.compiler.is_compiling()
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution; in plain steps a product of matrices, whose weight gradient costs half."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """[B,inputs,H,W] -> [B,outputs,H,W]; in a stage it is given the embedding as well."""
+        if not in_plain_steps(x):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice; the embedding scales and shifts in between (Dhariwal & Nichol 2021)."""
 
@@ -142,7 +161,7 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.norm2, self.conv2 = norm(outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B,inputs,H,W] and [B,embedding] -> [B,outputs,H,W]."""
@@ -153,20 +172,23 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all positions, through torch's fused kernel."""
+    """Multi-head attention over all positions, through torch's fused kernel or in plain steps."""
 
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero(nn.Conv2d(channels, channels, 1))
+        self.norm, self.qkv = norm(channels), Pointwise(channels, 3 * channels)
+        self.out = zero(Pointwise(channels, channels))
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
         """[B,C,H,W] -> the same; like all of a stage it is given the embedding."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
-        attended = F.scaled_dot_product_attention(q, k, v)
+        if in_plain_steps(x):
+            attended = (q / math.sqrt(c // self.heads) @ k.transpose(-1, -2)).softmax(-1) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
 
 
@@ -187,16 +209,11 @@ class Upsample(nn.Conv2d):
         super().__init__(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Merge(nn.Conv2d):
-    """Mixes the concatenated skip connection in by a 1x1 convolution, so that the 3x3 ones stay narrow."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, 1)
-
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        if in_plain_steps(x):
+            b, c, h, w = x.shape
+            x = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
+        else:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return super().forward(x)
 
 
@@ -266,7 +283,9 @@ class UNet(nn.Module):
         for level in reversed(range(len(config.channels))):
             channels = config.channels[level]
             for block in range(config.blocks + 1):
-                layers: list[nn.Module] = [Merge(width + skips.pop(), channels), self._residual(channels, channels)]
+                # a 1x1 convolution mixes the skip connection in, so that the 3x3 ones stay narrow
+                merge = Pointwise(width + skips.pop(), channels)
+                layers: list[nn.Module] = [merge, self._residual(channels, channels)]
                 width = channels
                 if config.attention[level]:
                     layers.append(self._attention(channels))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from P1_dataloader import to_uint8
@@ -69,6 +69,22 @@ def test_time_digit_and_domain_change_the_output(conditioning: str, position: in
     before = unet(*given)
     given[position] = torch.tensor([value])
     assert float((unet(*given) - before).abs().max()) > 1e-4
+
+
+def test_layers_in_plain_steps_give_the_same_outputs_and_gradients() -> None:
+    unet, given, seen = awake(UNet(TINY["embedding"])).requires_grad_(True), inputs(2), []
+
+    def backend(graph: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    results = []
+    for network in (unet, torch.compile(unet, backend=backend)):
+        output = network(*given)
+        results.append((output, *torch.autograd.grad(output.square().sum(), unet.parameters())))
+    assert seen
+    assert not any(word in name for name in seen for word in ("interpolate", "scaled_dot_product"))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_every_picture_of_a_batch_has_its_own_labels() -> None:
