@@ -27,7 +27,7 @@ from diffusion.steps import Rule, step_rule
 from P1_dataloader import to_uint8
 from P1_judge import Judge, misread, shipped_judges
 from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
-from runtime.cli import BadInput, note, progress, run_script
+from runtime.cli import BadInput, note, progress, require_shares, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder
@@ -173,10 +173,7 @@ def resolve_sampler(settings: Settings, network: Network) -> Sampler:
     names = {f.name: f.name for f in fields(Sampler)} | {"name": "sampler"}
     given = {k: v for k, flag in names.items() if (v := getattr(settings, flag)) is not None}
     sampler = replace(Sampler.from_dict(network.sampler), **given)
-    if not 0 <= sampler.eta <= 1:
-        raise BadInput(f"--eta {sampler.eta}: must lie in 0 .. 1")
-    if not 0 <= sampler.rescale <= 1:
-        raise BadInput(f"--rescale {sampler.rescale}: must lie in 0 .. 1")
+    require_shares(sampler, "eta", "rescale")
     try:
         step_rule(sampler.rule, len(network.schedule), sampler.steps)
     except ValueError as error:

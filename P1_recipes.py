@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from diffusion.schedule import Prediction
 from P1_inference import Sampler
-from runtime.cli import BadInput, require_positive
+from runtime.cli import BadInput, require_positive, require_shares
 from runtime.device import Choice, Device, Precision
 
 HERE = Path(__file__).resolve().parent
@@ -100,6 +101,9 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     given = {f.name: value for f in fields(Recipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
     require_positive(recipe, "steps", "batch", "lr")
-    if settings.svhn_share is not None and not 0 <= settings.svhn_share <= 1:
-        raise BadInput(f"--svhn-share {settings.svhn_share}: must lie in 0 .. 1")
+    require_positive(settings, "clip")
+    require_shares(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
+    for name, value in (("min-snr", recipe.min_snr), ("warmup", settings.warmup)):
+        if not 0 <= value < math.inf:
+            raise BadInput(f"--{name} {value}: give zero or more")
     return recipe

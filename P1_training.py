@@ -329,7 +329,7 @@ def main(settings: Settings) -> None:
     trainer.train()
     if not trainer.main:
         return
-    if trainer.step == trainer.recipe.steps:
+    if trainer.step >= trainer.recipe.steps:
         with trainer.record.timed("final_grading"):
             trainer.finish()
     else:

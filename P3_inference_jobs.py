@@ -110,6 +110,8 @@ class Job:
 def check(settings: Settings) -> None:
     """Raises BadInput for flags that can't work, alone or together."""
     require_positive(settings, "count", "steps")
+    if settings.layout == "auto" and not settings.prompt:
+        raise BadInput("--layout auto needs a --prompt that holds the concepts' tokens")
     from_file = settings.layout not in (None, "auto")
     if bool(settings.input) + bool(settings.prompt) + from_file != 1:
         raise BadInput("give either --input FILE or --prompt TEXT or --layout FILE")

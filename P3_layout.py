@@ -35,6 +35,7 @@ from runtime.files import read_json
 Box = tuple[float, float, float, float]
 FINEST = 512  # positions along each side in which masks are kept
 KNOWN = {"prompt", "concepts", "joint", "reference", "reference_prompt"}
+PREPOSITIONS = r"(?:of|to|and|or|with|in|on|at|by|near|above|below|under|behind|beside|from|over)\b"
 FIELDS = {"token", "prompt", "box", "mask", "style", "word", "images"}
 
 
@@ -217,9 +218,15 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     regions = []
     for index, token in enumerate(objects):
         box = ((index + 0.05) * width, 0.15, (index + 0.95) * width, 0.85)
-        regions.append(Region(token, f"a photo of a {token}", box_mask(box), words.get(token, "object")))
+        regions.append(Region(token, f"a photo of {_phrase(prompt, token)}", box_mask(box), words.get(token, "object")))
     base = TOKEN.sub(lambda found: words.get(found[0], "object"), plain)
     return make_layout(base, regions, [Style(style) for style in styles], prompt)
+
+
+def _phrase(prompt: str, token: str) -> str:
+    """The token with its article and the adjectives between the two, as in "a red <key>"; without an article "a <key>"."""
+    found = re.search(rf"\b(?:an?|the) (?:(?!{PREPOSITIONS})[\w-]+ ){{0,3}}{re.escape(token)}", prompt)
+    return found[0] if found else f"a {token}"
 
 
 # ---------------------------------------------------------------- the file
@@ -229,7 +236,7 @@ def read_layout(path: Path) -> Layout:
     """Raises BadInput with the file, the concept and the value."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise BadInput(f'{path}: wanted an object with "prompt" and "concepts"')
+        raise BadInput(f'{path}: wanted an object with a text "prompt" and a list "concepts"')
     _check_texts(f"{path}", content, ("prompt", "joint", "reference", "reference_prompt"))
     if unknown := set(content) - KNOWN:
         raise BadInput(f"{path}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(KNOWN))}")
@@ -257,7 +264,8 @@ def _check_texts(name: str, values: dict[str, Any], fields: Sequence[str]) -> No
 
 def _check_entry(path: Path, number: int, entry: Any) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str) or not TOKEN.fullmatch(entry["token"]):
-        raise BadInput(f"{path}, concept {number}: wants a token such as <new1>")
+        given = entry.get("token") if isinstance(entry, dict) else entry
+        raise BadInput(f"{path}, concept {number + 1}: its token {given!r} must be one such as <new1>")
     name = f"{path}, {entry['token']}"
     if unknown := set(entry) - FIELDS:
         raise BadInput(f"{name}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(FIELDS))}")

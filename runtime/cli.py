@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -21,8 +22,16 @@ class BadInput(Exception):
 def require_positive(settings: object, *names: str) -> None:
     """Raises BadInput for the first of these settings that is not above zero."""
     for name in names:
-        if getattr(settings, name) <= 0:
+        if not 0 < getattr(settings, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+
+
+def require_shares(settings: object, *names: str) -> None:
+    """Raises BadInput for the first of these settings that lies outside of 0 .. 1; None is fine."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must lie in 0 .. 1")
 
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:

@@ -83,8 +83,8 @@ def load_tensors(path: Path, mapped: bool = False) -> Any:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
         raise BadInput(f"{path} is not a torch file or is truncated") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -140,6 +141,13 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
         ({"steps": 0}, "--steps 0"),
         ({"batch": -1}, "--batch -1"),
         ({"lr": 0.0}, "--lr 0"),
+        ({"lr": math.nan}, "--lr nan: must be above zero"),
+        ({"clip": math.nan}, "--clip nan"),
+        ({"min_snr": -1.0}, "--min-snr -1"),
+        ({"warmup": -1}, "--warmup -1"),
+        ({"ema": 2.0}, "--ema 2.0: must lie in 0"),
+        ({"drop_digit": 2.0}, "--drop-digit 2.0: must lie"),
+        ({"decay": 2.0}, "--decay 2.0: must lie"),
         ({"output": Path(__file__)}, "a file is in the way"),
         ({"init": ROOT / "checkpoints" / "p1_digits.safetensors"}, "another layout"),
         ({"init": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
@@ -160,6 +168,6 @@ def test_a_checkpoint_of_another_preset_is_refused(digits_folder: Path, tmp_path
 def test_a_truncated_checkpoint_is_refused_and_kept(digits_folder: Path, tmp_path: Path) -> None:
     broken = b"PK\x03\x04" + bytes(100)
     (tmp_path / "checkpoint.pt").write_bytes(broken)
-    with pytest.raises(BadInput, match="checkpoint.pt"):
+    with pytest.raises(BadInput, match="checkpoint.pt is not a torch file.*move it away"):
         train(digits_folder, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == broken

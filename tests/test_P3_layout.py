@@ -181,7 +181,7 @@ BOX = [0, 0, 1, 1]
     [
         ([], "at least one concept"),
         ({}, "at least one concept"),
-        ([{"token": "new1", "box": BOX}], "concept 0"),
+        ([{"token": "new1", "box": BOX}], "concept 1: its token"),
         ([{"token": "<a>"}], "<a>: give it either a box or a mask"),
         ([{"token": "<a>", "box": BOX, "mask": "mask.png"}], "<a>: give it either a box or a mask"),
         ([{"token": "<a>", "box": [0, 0, 1.2, 1]}], r"<a>: box \[0, 0, 1.2, 1\]"),
@@ -210,14 +210,26 @@ def test_bad_concepts_are_named(tmp_path: Path, concepts: Any, message: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("prompt", "own"),
+    [
+        ("a red <key> next to an old round <cup>", ["a photo of a red <key>", "a photo of an old round <cup>"]),
+        ("a photo of <key> and the <cup>", ["a photo of a <key>", "a photo of the <cup>"]),
+        ("a table under <key>, <cup>", ["a photo of a <key>", "a photo of a <cup>"]),
+    ],
+)
+def test_auto_layout_keeps_the_adjectives_of_each_concept(prompt: str, own: list[str]) -> None:
+    assert auto_layout(prompt, {}).prompts[1:] == own
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"prompt": 3}, 'wanted an object with "prompt"'),
+        ({"prompt": 3}, 'wanted an object with a text "prompt"'),
         ({"colour": "red"}, "colour is not known"),
         ({"joint": 5}, "joint 5 must be a text"),
         ({"reference": None}, "reference None must be a text"),
         ({"reference": "wide.png"}, "reference wide.png has 16x8 pixels"),
-        ({"reference": "none.png"}, "none.png is not a readable picture"),
+        ({"reference": "none.png"}, "none.png does not exist"),
     ],
 )
 def test_bad_layouts_are_named(tmp_path: Path, more: dict[str, Any], message: str) -> None:

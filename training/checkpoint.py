@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from runtime.cli import BadInput
-from runtime.files import atomic, load_tensors
+from runtime.files import atomic, load_tensors, require_file
 from training.ema import make_ema
 
 
@@ -26,7 +26,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def load_state(path: Path, kind: str) -> dict[str, Any]:
     """The state saved with state["kind"] == kind; raises BadInput for any other file."""
-    state = load_tensors(path)
+    require_file(path)
+    try:
+        state = load_tensors(path)
+    except BadInput as error:
+        raise BadInput(f"{error}; move it away to start anew") from None
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise BadInput(f"{path} is not a checkpoint of {kind}")
     return state
