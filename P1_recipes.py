@@ -71,7 +71,7 @@ class Settings:
     ema: float | None = None
     """Decay of the averaged weights, which are the ones that are graded and kept."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; inf: any."""
     seed: int = 0
     device: Device = "auto"
     precision: Precision = "auto"
@@ -101,7 +101,8 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     given = {f.name: value for f in fields(Recipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
     require_positive(recipe, "steps", "batch", "lr")
-    require_positive(settings, "clip")
+    if not settings.clip > 0:
+        raise BadInput(f"--clip {settings.clip}: must be above zero")
     require_shares(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
     for name, value in (("min-snr", recipe.min_snr), ("warmup", settings.warmup)):
         if not 0 <= value < math.inf:
