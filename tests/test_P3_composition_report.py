@@ -124,7 +124,7 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
         ({"compile": "on"}, "--compile on"),
         ({"interval": (0.0, 0.5)}, "--interval"),
         ({"layout": "none.json"}, "none.json"),
-        ({"layout": "auto"}, "either --input FILE or --prompt TEXT"),
+        ({"layout": "auto"}, "--layout auto needs a --prompt"),
         ({"layout": "auto", "prompt": ("a star",)}, "names no object's token"),
         ({"layout": "auto", "prompt": ("a <new1> and a <lost>",)}, "no vectors of <lost>"),
     ],

@@ -165,7 +165,6 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
     ("changes", "message"),
     [
         ({"input": None}, "either --input FILE or --prompt TEXT"),
-        ({"input": None, "layout": "auto"}, "--layout auto needs a --prompt"),
         ({"prompt": ("a",)}, "either --input FILE or --prompt TEXT"),
         ({"steps": 0}, "--steps 0"),
         ({"steps": 1001}, "--steps 1001"),
