@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from diffusion.schedule import Prediction
 from P1_inference import Sampler
-from runtime.cli import BadInput, require_positive, require_shares
+from runtime.cli import BadInput, require_not_negative, require_positive, require_shares
 from runtime.device import Choice, Device, Precision
 
 HERE = Path(__file__).resolve().parent
@@ -101,10 +100,9 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     given = {f.name: value for f in fields(Recipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
     require_positive(recipe, "steps", "batch", "lr")
-    if not settings.clip > 0:
-        raise BadInput(f"--clip {settings.clip}: must be above zero")
+    require_not_negative(recipe, "min_snr")
+    require_not_negative(settings, "warmup")
     require_shares(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
-    for name, value in (("min-snr", recipe.min_snr), ("warmup", settings.warmup)):
-        if not 0 <= value < math.inf:
-            raise BadInput(f"--{name} {value}: give zero or more")
+    if not settings.clip > 0:  # inf is fine
+        raise BadInput(f"--clip {settings.clip}: must be above zero")
     return recipe

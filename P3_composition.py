@@ -33,7 +33,7 @@ from P3_drawing import Order, Painter
 from P3_layout import Layout, Region, inside, key_of
 from P3_refinement import fitted, watched
 from P3_sketch import placed, with_sketch
-from runtime.cli import BadInput
+from runtime.cli import BadInput, require_not_negative, require_shares
 from runtime.generation import derived_seed
 
 Level = Literal["joint", "regional", "conductor"]
@@ -73,14 +73,8 @@ class Means:
 
     def check(self) -> None:
         """Raises BadInput for strengths that make no sense, and where nothing is injected."""
-        for name in ("sketch", "align"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise BadInput(f"--{name} {value}: give zero or more")
-        for name in ("contain", "collage"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise BadInput(f"--{name} {value}: give a share from 0 to 1")
+        require_not_negative(self, "sketch", "align")
+        require_shares(self, "contain", "collage")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from P3_concepts import Concept, Kind, read_concepts
 from P3_embeddings import FOLDER, file_of, save_vectors
 from P3_inversion_run import Recipe, Run
-from runtime.cli import BadInput, note, require_positive, run_script
+from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
 from runtime.files import output_folder
 
 
@@ -64,15 +64,12 @@ def main(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Raises BadInput for numbers that can't work."""
     require_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
-    for name in ("seed", "keep_norm", "blur", "validate_every"):
-        if getattr(settings, name) < 0:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: give zero or more")
+    require_not_negative(settings, "seed", "keep_norm", "blur", "validate_every")
+    require_shares(settings, "zoom_out")
     if settings.batch % settings.accumulate:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
     if settings.most_weight < 1:
         raise BadInput(f"--most-weight {settings.most_weight}: give 1 (none) or more")
-    if not 0 <= settings.zoom_out <= 1:
-        raise BadInput(f"--zoom-out {settings.zoom_out}: give a share from 0 to 1")
     if settings.zoom_out and settings.crop == "random":
         raise BadInput(f"--zoom-out {settings.zoom_out}: goes with --crop center, random cuts anew at every step")
 

@@ -53,7 +53,7 @@ from P3_embeddings import file_of, read_vectors, save_vectors
 from P3_inversion import Learner, Sample
 from P3_inversion_run import Recipe, Run
 from P3_model import load_pipeline
-from runtime.cli import BadInput, note, require_positive, run_script
+from runtime.cli import BadInput, note, require_not_negative, require_positive, run_script
 from runtime.device import Choice, Device, Precision, detect, set_up
 from runtime.files import atomic
 from runtime.record import Record
@@ -267,9 +267,7 @@ def gradient_difference(recipe: Recipe, concept: Concept, device: torch.device) 
 def measure_concepts(settings: Concepts) -> None:
     """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
     require_positive(settings, "seeds", "count")
-    for name in ("steps", "batch"):
-        if getattr(settings, name) < 0:
-            raise BadInput(f"--{name} {getattr(settings, name)}: give zero or more")
+    require_not_negative(settings, "steps", "batch")
     if not settings.names:
         raise BadInput("--names: give at least one")
     machine = detect(settings.device)

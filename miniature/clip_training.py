@@ -28,7 +28,7 @@ from miniature.judge_model import to_float
 from miniature.scenes import ALL_STYLES
 from miniature.vocabulary import LENGTH, make_tokenizer
 from miniature.world import as_tensor
-from runtime.cli import BadInput, note, require_positive
+from runtime.cli import BadInput, note, require_not_negative, require_positive
 from runtime.device import Device, Precision, detect, len_cores, set_up
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
@@ -179,8 +179,7 @@ def check(settings: Train) -> None:
     require_positive(settings, "steps", "batch", "save_every", "grade")
     if settings.batch % FAMILY:
         raise BadInput(f"--batch {settings.batch}: must be a multiple of {FAMILY}, the pictures of a family")
-    if settings.seed < 0:
-        raise BadInput(f"--seed {settings.seed}: give zero or more")
+    require_not_negative(settings, "seed")
     if settings.lock_text and not settings.init:
         raise BadInput("--lock-text: name the model with that tower by --init")
     if settings.output.is_file():

@@ -31,7 +31,7 @@ from miniature.scenes import SIZES, Wish
 from miniature.trainer import Loop, Trainer, check_numbers
 from P3_checkpoint import make_scheduler
 from P3_model import suit_training
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, note, require_shares
 from runtime.device import memory_format
 from training.draws import Draws
 
@@ -117,8 +117,7 @@ class DiffusionTrainer(Trainer):
             )
         if not 12 <= s.least <= SIZES[1][1]:
             raise BadInput(f"--least {s.least}: give 12 to {SIZES[1][1]} pixels")
-        if not 0 <= s.drop_text <= 1:
-            raise BadInput(f"--drop-text {s.drop_text}: give a share from 0 to 1")
+        require_shares(s, "drop_text")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):
             raise BadInput(f"--channels {s.channels}: give multiples of 16, one per resolution")
 

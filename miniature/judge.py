@@ -24,7 +24,7 @@ from miniature.judge_training import ANY, Train, Training, worsen
 from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenes import KINDS
 from miniature.world import Batch, as_tensor, dataset
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, note, require_not_negative, run_script
 from runtime.device import Device, detect
 from runtime.generation import derived_seed
 from runtime.record import Record
@@ -84,8 +84,7 @@ def run_grading(settings: Grade) -> None:
     """Prints how often the judge is right, and writes the record."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
-    if settings.seed < 0:
-        raise BadInput(f"--seed {settings.seed}: give zero or more")
+    require_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)
     judge = load_judge(machine.device, settings.judge)

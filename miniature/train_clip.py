@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies
 from miniature.clip_grading import graded, table
 from miniature.clip_model import SHIPPED, convert, load_clip, rounded, save_clip
 from miniature.clip_training import Train, Training
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, note, require_not_negative, run_script
 from runtime.device import Device, detect
 from runtime.record import Record
 from training.signals import leave_stopped
@@ -84,8 +84,7 @@ def run_grading(settings: Grade) -> None:
     """Prints how often the model is right, and writes the record."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
-    if settings.seed < 0:
-        raise BadInput(f"--seed {settings.seed}: give zero or more")
+    require_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)
     clip = load_clip(settings.model)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from runtime.cli import BadInput, note, require_positive
+from runtime.cli import BadInput, note, require_not_negative, require_positive
 from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import save_picture
 from runtime.files import output_folder
@@ -227,5 +227,4 @@ class Trainer(ABC):
 def check_numbers(settings: Any, *positive: str) -> None:
     """Raises BadInput for counts that are not above zero, and for a seed below zero."""
     require_positive(settings, *positive)
-    if settings.seed < 0:
-        raise BadInput(f"--seed {settings.seed}: give zero or more")
+    require_not_negative(settings, "seed")

@@ -50,7 +50,7 @@ from miniature.scenes import (
     sample_scene,
 )
 from miniature.styles import paint
-from runtime.cli import BadInput, note, progress, run_script
+from runtime.cli import BadInput, note, progress, require_not_negative, run_script
 from runtime.device import len_cores
 from runtime.figures import labelled_grid, save_picture
 from runtime.files import atomic, output_folder, write_json
@@ -274,8 +274,7 @@ def check_numbers(command: Concept | Zeroshot) -> None:
     """Raises BadInput for counts that ask for nothing and seeds below zero."""
     if command.count < 1:
         raise BadInput(f"--count {command.count}: no pictures asked for")
-    if command.seed < 0:
-        raise BadInput(f"--seed {command.seed}: give zero or more")
+    require_not_negative(command, "seed")
 
 
 def write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene], beside: tuple[str, ...] = ()) -> None:

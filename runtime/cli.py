@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -20,18 +20,24 @@ class BadInput(Exception):
 
 
 def require_positive(settings: object, *names: str) -> None:
-    """Raises BadInput for the first of these settings that is not above zero."""
-    for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above zero")
+    """Raises BadInput for the first of these settings that is no finite number above zero."""
+    _require(settings, names, lambda value: 0 < value < math.inf, "must be above zero")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    """Raises BadInput for the first of these settings that is no finite number from zero on."""
+    _require(settings, names, lambda value: 0 <= value < math.inf, "give zero or more")
 
 
 def require_shares(settings: object, *names: str) -> None:
     """Raises BadInput for the first of these settings that lies outside of 0 .. 1; None is fine."""
+    _require(settings, names, lambda value: value is None or 0 <= value <= 1, "must lie in 0 .. 1")
+
+
+def _require(settings: object, names: Iterable[str], fine: Callable[[Any], bool], wanted: str) -> None:
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must lie in 0 .. 1")
+        if not fine(value := getattr(settings, name)):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: {wanted}")
 
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:

@@ -84,6 +84,8 @@ def load_tensors(path: Path, mapped: bool = False) -> Any:
             raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
         raise BadInput(f"{path} is not a torch file or is truncated") from None
     except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
+        if getattr(error, "filename", None):  # no permission, say: the system's own words are clear
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
 
