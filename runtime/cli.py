@@ -42,23 +42,26 @@ def _require(settings: object, names: Iterable[str], fine: Callable[[Any], bool]
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
     """Reads `settings` from the command line, runs `main` on it and exits: 0 done, 2 bad input, 130 interrupted."""
+    message, code = _outcome(main, settings, description)
+    # the exception is gone by now, and with it the progress bars that it broke off: the message has a line of its own
+    if code:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
+    """What went wrong, and the exit code."""
     try:
-        values = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
-        main(values)
+        main(tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,)))
     except BadInput as error:
-        _fail(str(error), 2)
+        return str(error), 2
     except OSError as error:  # disk full, no permission, no such file: the system's own words are clear
         if os.environ.get("DEBUG"):
             raise
-        _fail(str(error), 2)
+        return str(error), 2
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    sys.exit(0)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+        return "interrupted", 130
+    return "", 0
 
 
 def leads() -> bool:

@@ -41,7 +41,7 @@ FullDisk = Callable[[int], AbstractContextManager[None]]
 
 SCRIPT = """
 from dataclasses import dataclass
-from runtime.cli import BadInput, run_script
+from runtime.cli import BadInput, progress, run_script
 
 @dataclass(frozen=True)
 class Settings:
@@ -79,6 +79,12 @@ def test_a_script_that_succeeds_exits_with_0_and_an_empty_stderr() -> None:
 def test_an_error_is_one_line_and_an_exit_code(body: str, code: int, line: str) -> None:
     done = run(body)
     assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_an_error_has_a_line_of_its_own_after_a_progress_bar() -> None:
+    done = run("bar = progress(['a.png', 'b.png'], 'reading'); bar.update(); raise BadInput('a.png: bad')")
+    assert "reading: " in done.stderr
+    assert done.stderr.endswith("\nerror: a.png: bad\n")
 
 
 def test_a_bad_flag_exits_with_2_and_names_itself() -> None:
