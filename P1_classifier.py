@@ -1,8 +1,10 @@
 """Digit judges: learns one, loads the course's, and grades a folder of pictures as the course does.
 
-python P1_classifier.py train --domain svhn              checkpoints/judge_svhn.safetensors, with what the quality measures need
-python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
-python P1_classifier.py grade out --mnistm-judge Classifier.pth --svhn-judge hub      the course's own judges
+  python P1_classifier.py train --domain svhn              checkpoints/judge_svhn.safetensors, with what the quality measures need
+  python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
+  python P1_classifier.py grade out --mnistm-judge Classifier.pth --svhn-judge hub      the course's own judges
+
+The graded folder stays as it is; the course's own lines come last.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from P1_judge import (
 )
 from P1_model import DOMAINS, IMAGE_SHAPE
 from P1_quality import make_reference
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
 from runtime.device import Device, Machine, Precision, detect, set_up
+from runtime.files import require_place
 from runtime.record import Record
 from training.draws import Draws
 from training.ema import make_ema
@@ -145,6 +148,10 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
         log.add(loss, settings.batch)
         if (step + 1) % 100 == 0 or step + 1 == total:
             mean, speed = log.read()
+            if not math.isfinite(mean):
+                raise BadInput(
+                    f"the loss is {mean} at step {step + 1:,}: stopped, no judge is written. Try a lower --lr"
+                )
             log.show(step + 1, loss=mean, images_s=speed)
     log.close()
     return ema.module  # type: ignore[return-value]
@@ -168,9 +175,14 @@ def run_training(settings: Train) -> None:
     given = {name: value for name, value in vars(settings).items() if value is not None}
     settings = replace(settings, **{**DEFAULTS[settings.domain], **given})
     assert settings.fold is not None
+    require_positive(settings, "epochs", "batch", "lr")
+    require_not_negative(settings, "weight_decay")
+    require_shares(settings, "recolour", "smoothing", "ema")
     machine, domain = detect(settings.device), DOMAINS.index(settings.domain)
     record, file = Record(settings, machine), settings.run / settings.domain / "record.json"
     output = settings.output or SHIPPED / f"judge_{settings.domain}.safetensors"
+    require_place(output, "--output")
+    require_place(file, "--run")
     train, val = (load_digits(settings.data, split).of_domain(domain).to(machine.device) for split in ("train", "val"))
     with record.timed("training"):
         network = fit(train, settings, machine)
@@ -230,6 +242,7 @@ def run_grading(settings: Grade) -> None:
     """Prints accuracies, confusion and quality, and writes the record."""
     if settings.record.resolve().is_relative_to(settings.folder.resolve()):
         raise BadInput(f"--record {settings.record} lies inside the graded folder: name another place")
+    require_place(settings.record, "--record")
     machine = detect(settings.device)
     record = Record(settings, machine)
     judges = chosen_judges(settings, machine.device)

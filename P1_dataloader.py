@@ -9,6 +9,7 @@ import hashlib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -88,11 +89,14 @@ def read_csv(path: Path) -> pd.DataFrame:
     return table.astype({"label": int})
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """[3,28,28] uint8; grey and palette are converted, another size is resized. Raises BadInput on a broken file."""
+def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
+    """[3,28,28] uint8; grey and palette are converted, another size is resized and told to `resized`. Raises BadInput on a broken file."""
     pixels = open_picture(path).permute(1, 2, 0).numpy()
-    if pixels.shape[:2] != (SIZE, SIZE):
+    height, width = pixels.shape[:2]
+    if (height, width) != (SIZE, SIZE):
         pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        if resized is not None:
+            resized.append(f"{path} is {width}x{height}")
     return pixels.transpose(2, 0, 1)
 
 
@@ -120,6 +124,8 @@ def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
     train = read_csv(folder / "train.csv")
     if (folder / "val.csv").is_file():
         return {"train": train, "val": read_csv(folder / "val.csv")}
+    if len(train) < 2:
+        raise BadInput(f"{folder / 'train.csv'} has one picture, and none is left to hold out: give more, or a val.csv")
     order = np.random.default_rng(0).permutation(len(train))
     held_out = np.sort(order[: max(1, round(HELD_OUT * len(train)))])
     return {
@@ -143,22 +149,15 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     return digest.hexdigest()
 
 
-def decode(folder: Path, table: pd.DataFrame, title: str) -> Tensor:
-    """[N,3,28,28] uint8 of all rows, read in parallel."""
+def decode(folder: Path, table: pd.DataFrame, title: str, resized: list[str]) -> Tensor:
+    """[N,3,28,28] uint8 of all rows, read in parallel; what had to be resized is told to `resized`."""
     images = np.empty((len(table), *IMAGE_SHAPE), dtype=np.uint8)
     paths = [folder / "data" / name for name in table.image_name]
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(read_picture, paths)
+        decoded = pool.map(partial(read_picture, resized=resized), paths)
         for row, picture in enumerate(progress(decoded, title, total=len(paths), leave=False)):
             images[row] = picture
     return torch.from_numpy(images)
-
-
-def _warn_of_size(first: Path) -> None:
-    """One line if the first picture (sizes hardly ever differ within a set) had to be resized."""
-    with Image.open(first) as picture:
-        if picture.size != (SIZE, SIZE):
-            note(f"warning: {first} is {picture.width}x{picture.height}: resized to {SIZE}x{SIZE}")
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
@@ -181,11 +180,13 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
                 return tensors
         except BadInput:
             pass  # a damaged cache is made anew
-    tensors = {}
+    tensors, resized = {}, list[str]()
     for split, table in tables.items():
-        tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}")
+        tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}", resized)
         tensors[f"{split}_digits"] = torch.tensor(table.label.to_numpy(), dtype=torch.uint8)
-    _warn_of_size(folder / "data" / tables["train"].image_name.iloc[0])
+    if resized:
+        more = f" (and {len(resized) - 1:,} more pictures of other sizes)" if len(resized) > 1 else ""
+        note(f"warning: {min(resized)}: resized to {SIZE}x{SIZE}{more}")
     _store(tensors, key, cache)
     return tensors
 

@@ -10,6 +10,7 @@ Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but no
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import BadInput, note, progress, require_shares, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
-from runtime.files import output_folder
+from runtime.files import output_folder, require_place
 from runtime.generation import ALONE, Shard, derived_seed, in_batches, sharing
 from runtime.record import Record
 
@@ -174,6 +175,11 @@ def resolve_sampler(settings: Settings, network: Network) -> Sampler:
     given = {k: v for k, flag in names.items() if (v := getattr(settings, flag)) is not None}
     sampler = replace(Sampler.from_dict(network.sampler), **given)
     require_shares(sampler, "eta", "rescale")
+    if not math.isfinite(sampler.guidance):
+        raise BadInput(f"--guidance {sampler.guidance}: must be a finite number")
+    low, high = sampler.interval
+    if not 0 <= low <= high <= 1:
+        raise BadInput(f"--interval {low} {high}: give two fractions of T, the lower one first")
     try:
         step_rule(sampler.rule, len(network.schedule), sampler.steps)
     except ValueError as error:
@@ -182,9 +188,12 @@ def resolve_sampler(settings: Settings, network: Network) -> Sampler:
 
 
 def check(settings: Settings) -> None:
-    """Raises BadInput for counts, digits and batches that ask for nothing."""
-    if settings.count < 1 or not settings.digits or not settings.domains:
+    """Raises BadInput for counts, digits and batches that ask for nothing, and for places where nothing can be written."""
+    if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
+    for flag, values in (("--digits", settings.digits), ("--domains", settings.domains)):
+        if not values:
+            raise BadInput(f"{flag} names none: no pictures asked for")
     if settings.count > 999:
         raise BadInput(f"--count {settings.count}: names have three digits, at most 999 each")
     if any(not 0 <= digit <= 9 for digit in settings.digits):
@@ -193,6 +202,9 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--retries {settings.retries}: must be 0 or more")
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
+    require_place(settings.record, "--record")
+    if settings.grid:
+        require_place(settings.grid, "--grid")
 
 
 def file_names(settings: Settings) -> list[Path]:
@@ -222,8 +234,12 @@ def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int)
     start = time.perf_counter()
     sample(network, pictures, few)
     per_step = (time.perf_counter() - start) / 2
-    steps = len(network.schedule) if sampler.name == "ddpm" else sampler.steps
-    return per_step * steps * -(-count // batch)
+    return per_step * steps_of(network, sampler) * -(-count // batch)
+
+
+def steps_of(network: Network, sampler: Sampler) -> int:
+    """Passes of the sampler: ancestral sampling takes all T."""
+    return len(network.schedule) if sampler.name == "ddpm" else sampler.steps
 
 
 def redraw(
@@ -268,12 +284,14 @@ def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, 
     """Prints what would happen; raises BadInput where the disk is too small or the judges are missing."""
     shipped_judges(next(network.unet.parameters()).device)
     existing = next(p for p in [settings.output, *settings.output.absolute().parents] if p.exists())
+    if not existing.is_dir():
+        raise BadInput(f"output {settings.output}: a file is in the way, name a folder")
     free, needed = shutil.disk_usage(existing).free, count * 4096
     if free < needed:
         raise BadInput(f"{existing}: {free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed")
     print(f"checkpoint {settings.checkpoint}: ok, {network.origin.get('preset')} preset")
     print(f"judges: ok; disk: {free / 1e9:.1f} GB free, {needed / 1e6:.1f} MB needed")
-    print(f"sampler: {sampler.name}, {sampler.steps} steps, guidance {sampler.guidance}")
+    print(f"sampler: {sampler.name}, {steps_of(network, sampler)} steps, guidance {sampler.guidance}")
     print(f"{count} pictures would take about {expected_seconds(network, sampler, count, batch):.0f} s")
 
 
@@ -288,7 +306,7 @@ def main(settings: Settings) -> None:
     pictures = graded_pictures(settings.seed, settings.count, settings.digits, domains)
     most = 1000 if machine.device.type == "cuda" else 100
     if settings.dry_run:
-        return dry_run(settings, network, sampler, len(pictures), settings.batch or most)
+        return dry_run(settings, network, sampler, len(pictures), settings.batch or min(most, len(pictures)))
     names = file_names(settings)
     for folder in (settings.output, *(settings.output / domain for domain in settings.domains)):
         output_folder(folder)

@@ -101,7 +101,8 @@ def resolve_recipe(settings: Settings, preset: str) -> Recipe:
     recipe = replace(RECIPES[preset], **given)
     require_positive(recipe, "steps", "batch", "lr")
     require_not_negative(recipe, "min_snr")
-    require_not_negative(settings, "warmup")
+    require_positive(settings, "eval_count", "candidates", "final_count")
+    require_not_negative(settings, "warmup", "eval_every", "save_every", "log_every")
     require_shares(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
     if not settings.clip > 0:  # inf is fine
         raise BadInput(f"--clip {settings.clip}: must be above zero")

@@ -1,12 +1,15 @@
 """The figures of P1: digits on a grid, the reverse process, and what guidance buys and costs.
 
-python P1_report.py --output runs/p1_report                all three
-python P1_report.py --output runs/p1_report --figures grid reverse
-python P1_report.py --checkpoint runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
+  python P1_report.py --output runs/p1_report                all three
+  python P1_report.py --output runs/p1_report --figures grid reverse
+  python P1_report.py --checkpoint runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
+
+The sweep prints its figures as well; record.json keeps them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from P1_dataloader import to_uint8
 from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample, sample_all
 from P1_judge import Judge, accuracy, quality, shipped_judges
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, note, require_positive, run_script
 from runtime.device import Device, detect
 from runtime.figures import labelled_grid, line_figure
 from runtime.files import output_folder
@@ -122,8 +125,11 @@ def sweep_figure(rows: list[dict[str, float]], settings: Settings) -> Path:
 
 def main(settings: Settings) -> None:
     """Draws the figures that were asked for."""
-    if settings.sweep_count < 1 or settings.batch < 1 or not settings.scales:
-        raise BadInput(f"--sweep-count {settings.sweep_count} --batch {settings.batch}: must be above zero")
+    require_positive(settings, "sweep_count", "batch")
+    if not settings.figures:
+        raise BadInput("--figures names none: nothing to draw")
+    if not settings.scales or not all(map(math.isfinite, settings.scales)):
+        raise BadInput(f"--scales {' '.join(map(str, settings.scales))}: give finite numbers")
     machine = detect(settings.device)
     network = load_network(settings.checkpoint, machine.device)
     output_folder(settings.output)

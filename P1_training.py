@@ -97,6 +97,7 @@ class Trainer:
             cpu=self.machine.device.type == "cpu",
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.rows = process_rows(self.recipe.batch, self.accelerator.process_index, self.accelerator.num_processes)
         self.record = Record(settings, replace(self.machine, device=self.device))
         self.folder = output_folder(settings.output)
         self.problem = self._problem()
@@ -186,6 +187,7 @@ class Trainer:
         if self.settings.resume == "never" or not self.checkpoint.is_file():
             if self.main:
                 self.best.clear()
+                self.checkpoint.unlink(missing_ok=True)  # without its candidates it must not be gone on from
             return
         state = load_state(self.checkpoint, KIND)
         if state["preset"] != self.preset:
@@ -193,7 +195,7 @@ class Trainer:
                 f"{self.checkpoint} is of preset {state['preset']}, not {self.preset}: "
                 "name another --output, that --preset, or --resume never"
             )
-        self.ema = restore_weights(state, self.unet, self.optimizer, self.recipe.ema)
+        self.ema = restore_weights(state, self.unet, self.optimizer, self.recipe.ema, self.checkpoint)
         self.step, self.history = state["step"], state["history"]
         self.record.timings.update(state["timings"])
 
@@ -201,14 +203,13 @@ class Trainer:
 
     def train(self) -> None:
         """Steps until the end or a signal; a checkpoint is left either way."""
-        recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
-        rows = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
+        recipe, settings = self.recipe, self.settings
         log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
         with StopSignals() as stop, self.record.timed("training"):
             if self.compiled and self.step < recipe.steps:
-                self._compile_apart(rows, log)
+                self._compile_apart(log)
             while self.step < recipe.steps and not stop.asked:
-                log.add(self.one_step(rows), recipe.batch)
+                log.add(self.one_step(), recipe.batch)
                 if self._due(settings.log_every) or self._due(settings.save_every):
                     self._report(log)  # before saving: a checkpoint must not hold a broken network
                 if self._due(settings.save_every):
@@ -220,10 +221,10 @@ class Trainer:
         log.close()
         self.save()
 
-    def _compile_apart(self, rows: slice, log: TrainingLog) -> None:
+    def _compile_apart(self, log: TrainingLog) -> None:
         """The first step compiles for about a minute: its time is told and kept out of the speed."""
         with self.record.timed("first_step"):
-            loss = float(self.one_step(rows).detach())
+            loss = float(self.one_step().detach())
         seconds = self.record.timings["first_step"]
         log.bar.update()
         log.pause(seconds)
@@ -246,9 +247,9 @@ class Trainer:
         s, r = self.settings, self.recipe
         return r.lr * rate_factor(self.step, r.steps, s.warmup, s.decay, s.decay_shape)
 
-    def one_step(self, rows: slice) -> Tensor:
+    def one_step(self) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
-        draws = Draws(self.settings.seed, self.step, rows, self.recipe.batch, self.device)
+        draws = Draws(self.settings.seed, self.step, self.rows, self.recipe.batch, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         with self.accelerator.autocast():
@@ -333,7 +334,8 @@ def main(settings: Settings) -> None:
         with trainer.record.timed("final_grading"):
             trainer.finish()
     else:
-        note(f"stopped at step {trainer.step:,}; the same command goes on from {trainer.checkpoint}")
+        without = " without --resume never" if settings.resume == "never" else ""
+        note(f"stopped at step {trainer.step:,}; the same command{without} goes on from {trainer.checkpoint}")
     processes = trainer.accelerator.num_processes
     trainer.record.metrics |= {"step": trainer.step, "processes": processes, "history": trainer.history}
     trainer.record.save(trainer.folder / "record.json")

@@ -35,7 +35,7 @@ from P3_scores import Scorer, open_pictures, rank
 from runtime.cli import BadInput, run_script
 from runtime.device import Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
-from runtime.files import output_folder, read_json
+from runtime.files import output_folder, read_json, require_place
 from runtime.generation import Shard, sharing
 from runtime.record import Record
 
@@ -77,10 +77,8 @@ def main(settings: Settings) -> None:
 def check_figures(settings: Settings) -> None:
     """Raises BadInput where a figure can't be written."""
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
-        if path and path.is_dir():
-            raise BadInput(f"{flag} {path} is a folder: name a picture file")
-        if path and not (place := next(folder for folder in path.absolute().parents if folder.exists())).is_dir():
-            raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
+        if path:
+            require_place(path, flag)
 
 
 def finish(

@@ -106,11 +106,7 @@ class Run:
         self._resume()
 
     def _rows(self) -> slice:
-        processes, batch = self.accelerator.num_processes, self.settings.batch
-        try:
-            return process_rows(batch, self.accelerator.process_index, processes)
-        except ValueError as error:
-            raise BadInput(f"--batch {batch}: {error}") from None
+        return process_rows(self.settings.batch, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _ready(self, pipe: Any) -> None:
         """Optimizer, memory and speed of the frozen network."""

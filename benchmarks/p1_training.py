@@ -34,7 +34,6 @@ from P1_training import Trainer
 from runtime.cli import note, progress, run_script
 from runtime.device import Device, keep_freed_memory, set_up
 from runtime.record import Record
-from training.draws import process_rows
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ def main(bench: Bench) -> None:
         data=bench.data, output=HERE / "runs" / "bench" / "p1", preset=bench.preset, device=bench.device, resume="never"
     )
     trainer = Trainer(settings)
-    rows = process_rows(trainer.recipe.batch, 0, 1)
-    steps = {"plain": plain_step(trainer), "ours": lambda: trainer.one_step(rows)}
+    steps = {"plain": plain_step(trainer), "ours": trainer.one_step}
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         note(f"{name}: first two steps took {seconds(step, 2, trainer.device):.1f} s")

@@ -234,7 +234,7 @@ class Training:
         state = load_state(self.checkpoint, KIND)
         if state["config"] != self.config:
             raise BadInput(f"{self.checkpoint} is of another size or vocabulary: give its flags, or name another --run")
-        self.ema = restore_weights(state, self.model, self.optimizer, self.settings.ema)
+        self.ema = restore_weights(state, self.model, self.optimizer, self.settings.ema, self.checkpoint)
         self.parts.load_state_dict(state["parts"])
         self.styles.load_state_dict(state["styles"])
         self.step, self.seconds = state["step"], state["seconds"]

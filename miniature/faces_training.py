@@ -152,7 +152,7 @@ class Training:
         for name, value in ours.items():
             if state[name] != value:
                 raise BadInput(f"{self.checkpoint}: its {name} is {state[name]}, not {value}: name another --run")
-        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
+        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema, self.checkpoint)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def train(self) -> UNet2DModel:

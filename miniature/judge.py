@@ -1,7 +1,7 @@
 """The judge of the miniature: tells object, colour, style, background and place in pictures and boxes, held-out ones included.
 
-python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
-python miniature/judge.py grade --count 2000       how often it is right on fresh pictures, clean and worsened as generated ones are
+  python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
+  python miniature/judge.py grade --count 2000       how often it is right on fresh pictures, clean and worsened as generated ones are
 
 Its answers in code: miniature/judge_model.py.
 """

@@ -154,7 +154,7 @@ class Training:
         if not self.checkpoint.is_file():
             return
         state = load_state(self.checkpoint, KIND)
-        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
+        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema, self.checkpoint)
         self.step, self.seconds = state["step"], state["seconds"]
         note(f"going on at step {self.step:,} from {self.checkpoint}")
 

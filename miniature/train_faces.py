@@ -1,7 +1,7 @@
 """The miniature's face model: 64x64, in diffusers' layout, drawn by P2_ddim.py like any other.
 
-python miniature/train_faces.py train --faces faces_orl.tar.gz     checkpoints/miniature/faces; says at once how long it takes
-python miniature/train_faces.py grade --faces faces_orl.tar.gz     does it draw its training pictures again? A sheet and figures
+  python miniature/train_faces.py train --faces faces_orl.tar.gz     checkpoints/miniature/faces; says at once how long it takes
+  python miniature/train_faces.py grade --faces faces_orl.tar.gz     does it draw its training pictures again? A sheet and figures
 
 Photographs and cuts: miniature/faces.py. The loop: miniature/faces_training.py.
 """

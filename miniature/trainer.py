@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from runtime.cli import BadInput, note, require_not_negative, require_positive
+from runtime.cli import note, require_not_negative, require_positive
 from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.figures import save_picture
 from runtime.files import output_folder
@@ -64,10 +64,7 @@ class Trainer(ABC):
             mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=self.machine.device.type == "cpu"
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        try:
-            self.rows = process_rows(settings.batch, self.accelerator.process_index, self.accelerator.num_processes)
-        except ValueError as error:
-            raise BadInput(f"--batch {settings.batch}: {error}") from None
+        self.rows = process_rows(settings.batch, self.accelerator.process_index, self.accelerator.num_processes)
         self.record = Record(settings, replace(self.machine, device=self.device))
         self.step = 0
         self.prepare()
@@ -141,10 +138,7 @@ class Trainer(ABC):
         if not self.checkpoint.is_file():
             return
         state = load_state(self.checkpoint, self.kind)
-        try:
-            self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema)
-        except RuntimeError:
-            raise BadInput(f"{self.checkpoint} is of another layout: name another --run, or remove it") from None
+        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema, self.checkpoint)
         self.step = state["step"]
         self.record.timings.update(state["timings"])
         if self.main:

@@ -53,7 +53,7 @@ from miniature.styles import paint
 from runtime.cli import BadInput, note, progress, require_not_negative, run_script
 from runtime.device import len_cores
 from runtime.figures import labelled_grid, save_picture
-from runtime.files import atomic, output_folder, write_json
+from runtime.files import atomic, output_folder, require_place, write_json
 from runtime.generation import derived_seed
 
 HERE = Path(__file__).resolve().parent
@@ -244,8 +244,7 @@ def sentences_about(name: str, scene: Scene) -> list[str]:
 
 def draw_sheet(command: Sheet) -> None:
     """Every object in every style."""
-    if command.output.is_dir():
-        raise BadInput(f"--output {command.output} is a folder: name a .png file")
+    require_place(command.output, "--output")
     cells = [(style, kind) for style in ALL_STYLES for kind in ALL_KINDS]
     seeds = [derived_seed(command.seed, index) for index in range(len(cells))]
     scenes = [

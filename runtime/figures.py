@@ -23,7 +23,7 @@ def open_picture(path: Path) -> Tensor:
             pixels = np.array(file.convert("RGB"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path} is not a readable picture: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -74,6 +74,14 @@ def output_folder(path: Path) -> Path:
     return Path(path)
 
 
+def require_place(path: Path, flag: str) -> None:
+    """Raises BadInput where no file can be written: `path` is a folder, or a folder above it is a file. Writes nothing."""
+    if path.is_dir():
+        raise BadInput(f"{flag} {path} is a folder: name a file")
+    if not (place := next(folder for folder in path.absolute().parents if folder.exists())).is_dir():
+        raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
+
+
 def load_tensors(path: Path, mapped: bool = False) -> Any:
     """A torch file read with weights_only=True, on the CPU; raises BadInput when it is truncated or holds code.
     With `mapped` (zip files only) the tensors stay in the file until they are used."""

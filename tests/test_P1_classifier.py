@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torchvision import transforms
 import P1_classifier
 import P1_judge
 import P1_quality
-from P1_classifier import Grade, Train
+from P1_classifier import Grade, Train, run_training
 from P1_dataloader import read_picture
 from P1_judge import Judge, accuracy, grade_folder, load_judge, quality, shipped_judges
 from P1_model import DOMAINS
@@ -317,6 +319,33 @@ def test_quality_of_a_handful_of_pictures_is_nan() -> None:
 
 
 # ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"batch": 0}, "--batch 0"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"lr": 1e30}, "the loss is (nan|inf)"),
+        ({"smoothing": 3.0}, "--smoothing 3.0"),
+        ({"recolour": math.nan}, "--recolour nan"),
+        ({"ema": math.nan}, "--ema nan"),
+    ],
+)
+def test_a_judge_of_bad_numbers_is_not_written(
+    given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "judge.safetensors"
+    settings = Train("svhn", data=digits_folder, output=output, epochs=8, batch=10, device="cpu", run=tmp_path / "run")
+    with pytest.raises(BadInput, match=named):
+        run_training(replace(settings, **given))
+    assert not output.exists()
+
+
+def test_a_judge_that_has_no_place_is_told_before_the_work(digits_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--output .* is a folder"):
+        run_training(Train("svhn", data=digits_folder, output=tmp_path))
 
 
 def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

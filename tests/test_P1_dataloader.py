@@ -301,10 +301,20 @@ def test_a_picture_of_another_size_is_resized(tmp_path: Path) -> None:
 
 
 def test_a_domain_of_another_size_gives_one_warning(digits_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for path in (digits_folder / "svhn" / "data").iterdir():
+    paths = sorted((digits_folder / "svhn" / "data").iterdir())
+    for path in paths[3:]:
         picture(size=32).save(path)
     load_digits(digits_folder, "train")
-    assert capfd.readouterr().err.count("32x32: resized to 28x28") == 1
+    warning = f"is 32x32: resized to 28x28 (and {len(paths) - 4} more pictures of other sizes)"
+    assert capfd.readouterr().err.count(warning) == 1
+
+
+def test_a_single_picture_leaves_none_to_hold_out(digits_folder: Path) -> None:
+    table = digits_folder / "svhn" / "train.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:2]))
+    (digits_folder / "svhn" / "val.csv").unlink(missing_ok=True)
+    with pytest.raises(BadInput, match=r"svhn.train\.csv has one picture"):
+        load_digits(digits_folder, "train")
 
 
 def test_data_of_the_right_size_gives_no_warning(digits_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -133,6 +134,12 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"eta": 2.0}, "--eta 2"),
         ({"batch": -5}, "--batch -5"),
         ({"retries": -1}, "--retries -1"),
+        ({"digits": ()}, "--digits names none"),
+        ({"domains": ()}, "--domains names none"),
+        ({"guidance": math.nan}, "--guidance nan"),
+        ({"interval": (0.9, 0.1)}, "--interval 0.9 0.1"),
+        ({"grid": ROOT}, "--grid .* is a folder"),
+        ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
         ({"checkpoint": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
         ({"checkpoint": Path(__file__)}, "not a safetensors file"),
         ({"device": "cuda:99"}, "--device cuda:99"),
@@ -144,10 +151,11 @@ def test_bad_input_is_named_and_nothing_written(given: dict[str, Any], named: st
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file_is_refused_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_output_that_is_a_file_is_refused_and_kept(dry_run: bool, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(BadInput, match="a file is in the way"):
-        draw(tmp_path / "out")
+        draw(tmp_path / "out", dry_run=dry_run)
     assert (tmp_path / "out").read_text() == "precious"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,15 @@ def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "guidance_sweep.png").width > 500
 
 
-def test_a_sweep_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="--sweep-count 0"):
-        main(Settings(output=tmp_path, sweep_count=0))
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"sweep_count": 0}, "--sweep-count 0"),
+        ({"scales": ()}, "--scales"),
+        ({"scales": (1.0, math.nan)}, "--scales 1.0 nan"),
+        ({"figures": ()}, "--figures names none"),
+    ],
+)
+def test_a_report_of_nothing_is_refused(given: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=named):
+        main(Settings(output=tmp_path, **given))

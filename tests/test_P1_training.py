@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from P1_recipes import Settings
-from P1_training import main
+from P1_training import Trainer, main
 from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +145,10 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
         ({"clip": math.nan}, "--clip nan"),
         ({"min_snr": -1.0}, "--min-snr -1"),
         ({"warmup": -1}, "--warmup -1"),
+        ({"eval_count": 0}, "--eval-count 0"),
+        ({"final_count": 0}, "--final-count 0"),
+        ({"candidates": 0}, "--candidates 0"),
+        ({"save_every": -1}, "--save-every -1"),
         ({"ema": 2.0}, "--ema 2.0: must lie in 0"),
         ({"drop_digit": 2.0}, "--drop-digit 2.0: must lie"),
         ({"decay": 2.0}, "--decay 2.0: must lie"),
@@ -157,6 +161,21 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
 def test_bad_input_is_named(given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=named):
         train(**{"data": digits_folder, "output": tmp_path / "run", **given})
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(digits_folder: Path, tmp_path: Path) -> None:
+    train(digits_folder, tmp_path, steps=2)
+    torch.save({key: value for key, value in state(tmp_path).items() if key != "optimizer"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(BadInput, match=r"checkpoint\.pt is of another layout or damaged"):
+        train(digits_folder, tmp_path, steps=4)
+    assert (tmp_path / "checkpoint.pt").is_file()
+
+
+def test_starting_anew_leaves_no_checkpoint_without_its_candidates(digits_folder: Path, tmp_path: Path) -> None:
+    train(digits_folder, tmp_path, steps=2)
+    Trainer(Settings(data=digits_folder, output=tmp_path, steps=2, **SHORT, resume="never"))
+    assert not list(tmp_path.glob("candidates/*"))
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_checkpoint_of_another_preset_is_refused(digits_folder: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_process_rows_cover_the_batch_without_overlap() -> None:
 
 
 def test_process_rows_refuse_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="batch 10 does not divide by 4"):
+    with pytest.raises(BadInput, match="--batch 10 does not divide by 4"):
         process_rows(10, 0, 4)
 
 

@@ -46,13 +46,19 @@ def weights_state(network: nn.Module, ema: AveragedModel, optimizer: Any) -> dic
     }
 
 
-def restore_weights(state: dict[str, Any], network: nn.Module, optimizer: Any, decay: float) -> AveragedModel:
-    """Puts `weights_state` back and returns the average, which goes on with `decay`; raises RuntimeError for another layout."""
-    network.load_state_dict(state["model"])
-    ema = make_ema(network, decay, max(0, state["averaged"] - 1))  # the first one is a copy
-    ema.module.load_state_dict(state["ema"])
-    ema.n_averaged.fill_(state["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
+def restore_weights(
+    state: dict[str, Any], network: nn.Module, optimizer: Any, decay: float, path: Path
+) -> AveragedModel:
+    """Puts `weights_state`, read from `path`, back and returns the average, which goes on with `decay`; raises BadInput where the layout
+    is another one."""
+    try:
+        network.load_state_dict(state["model"])
+        ema = make_ema(network, decay, max(0, state["averaged"] - 1))  # the first one is a copy
+        ema.module.load_state_dict(state["ema"])
+        ema.n_averaged.fill_(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError):
+        raise BadInput(f"{path} is of another layout or damaged: name another run folder, or move it away") from None
     return ema
 
 

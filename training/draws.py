@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.cli import BadInput
 from runtime.generation import derived_seed
 
 
@@ -32,7 +33,7 @@ class Draws:
 
 
 def process_rows(batch: int, rank: int, world: int) -> slice:
-    """The rows of the global batch that process `rank` of `world` works on; raises ValueError if they don't divide."""
+    """The rows of the global batch that process `rank` of `world` works on; raises BadInput if they don't divide."""
     if batch % world:
-        raise ValueError(f"batch {batch} does not divide by {world} processes")
+        raise BadInput(f"--batch {batch} does not divide by {world} processes")
     return slice(rank * (batch // world), (rank + 1) * (batch // world))
