@@ -40,6 +40,7 @@ from runtime.cli import BadInput, note, require_not_negative, require_positive, 
 from runtime.device import Device, Machine, Precision, detect, set_up
 from runtime.files import require_place
 from runtime.record import Record
+from training.checkpoint import require_finite
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -148,10 +149,7 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
         log.add(loss, settings.batch)
         if (step + 1) % 100 == 0 or step + 1 == total:
             mean, speed = log.read()
-            if not math.isfinite(mean):
-                raise BadInput(
-                    f"the loss is {mean} at step {step + 1:,}: stopped, no judge is written. Try a lower --lr"
-                )
+            require_finite(mean, step + 1, None)
             log.show(step + 1, loss=mean, images_s=speed)
     log.close()
     return ema.module  # type: ignore[return-value]

@@ -11,7 +11,6 @@ Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but no
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,7 +30,7 @@ from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import BadInput, note, progress, require_shares, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.figures import picture_grid, save_picture
-from runtime.files import output_folder, require_place
+from runtime.files import output_folder, require_folder_place, require_place, require_room
 from runtime.generation import ALONE, Shard, derived_seed, in_batches, sharing
 from runtime.record import Record
 
@@ -283,12 +282,8 @@ def redraw(
 def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, batch: int) -> None:
     """Prints what would happen; raises BadInput where the disk is too small or the judges are missing."""
     shipped_judges(next(network.unet.parameters()).device)
-    existing = next(p for p in [settings.output, *settings.output.absolute().parents] if p.exists())
-    if not existing.is_dir():
-        raise BadInput(f"output {settings.output}: a file is in the way, name a folder")
-    free, needed = shutil.disk_usage(existing).free, count * 4096
-    if free < needed:
-        raise BadInput(f"{existing}: {free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed")
+    require_folder_place(settings.output)
+    free = require_room(settings.output, needed := count * 4096)
     print(f"checkpoint {settings.checkpoint}: ok, {network.origin.get('preset')} preset")
     print(f"judges: ok; disk: {free / 1e9:.1f} GB free, {needed / 1e6:.1f} MB needed")
     print(f"sampler: {sampler.name}, {steps_of(network, sampler)} steps, guidance {sampler.guidance}")

@@ -43,9 +43,9 @@ from P3_zeroshot_report import (
     write_csv,
 )
 from P3_zeroshot_settings import HERE, Choice, Settings, base_choice, check, parse_choice, precision_of
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import note, run_script
 from runtime.device import detect
-from runtime.files import output_folder, read_json
+from runtime.files import output_folder, read_json, require_folder_place
 from runtime.generation import sharing
 from runtime.record import Record
 
@@ -138,8 +138,8 @@ def output_folders(settings: Settings, sources: Sequence[Source], choices: Seque
     """Where each setting's results go; raises BadInput where a file is in the way, before the work."""
     root, own = settings.output or RUNS, bool(settings.compare) or settings.output is None
     folders = [root / folder_name(*one) if own else root for one in zip(sources, choices, strict=True)]
-    if blocked := [path for folder in folders for path in (folder, root) if path.is_file()]:
-        raise BadInput(f"output {blocked[0]}: a file is in the way, name a folder")
+    for folder in (root, *folders):
+        require_folder_place(folder)
     return folders
 
 

@@ -30,12 +30,12 @@ from P3_embeddings import Vectors, install, require_width
 from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
 from P3_layout import Layout
 from P3_model import check_model, load_pipeline
-from P3_output import check_disk, remove, stale_files
+from P3_output import remove, stale_files
 from P3_scores import Scorer, open_pictures, rank
 from runtime.cli import BadInput, run_script
 from runtime.device import Machine, detect, set_up, should_compile
 from runtime.figures import open_picture, save_picture
-from runtime.files import output_folder, read_json, require_place
+from runtime.files import output_folder, read_json, require_place, require_room
 from runtime.generation import Shard, sharing
 from runtime.record import Record
 
@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     vectors = vectors_of(settings, jobs)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
-    check_disk(settings.output, bytes_needed(settings, jobs))
+    require_room(settings.output, bytes_needed(settings, jobs))
     check_figures(settings)
     if settings.dry_run:
         check_outline(settings, jobs, vectors)

@@ -89,7 +89,7 @@ class Run:
         self.precision = set_up(settings.precision, self.machine)
         self.accelerator = Accelerator(cpu=self.machine.device.type == "cpu")
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        self.rows = self._rows()
+        self.rows = process_rows(settings.batch, self.accelerator.process_index, self.accelerator.num_processes)
         self.folder = settings.run or RUNS / "+".join(concept.token.strip("<>") for concept in concepts)
         self.record = Record(settings, replace(self.machine, device=self.device))
         with self.record.timed("loading"):
@@ -104,9 +104,6 @@ class Run:
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self._resume()
-
-    def _rows(self) -> slice:
-        return process_rows(self.settings.batch, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _ready(self, pipe: Any) -> None:
         """Optimizer, memory and speed of the frozen network."""

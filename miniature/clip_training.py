@@ -30,6 +30,7 @@ from miniature.vocabulary import LENGTH, make_tokenizer
 from miniature.world import as_tensor
 from runtime.cli import BadInput, note, require_not_negative, require_positive
 from runtime.device import Device, Precision, detect, len_cores, set_up
+from runtime.files import require_folder_place
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
 from training.log import TrainingLog
@@ -182,8 +183,7 @@ def check(settings: Train) -> None:
     require_not_negative(settings, "seed")
     if settings.lock_text and not settings.init:
         raise BadInput("--lock-text: name the model with that tower by --init")
-    if settings.output.is_file():
-        raise BadInput(f"output {settings.output}: a file is in the way, name a folder")
+    require_folder_place(settings.output)
 
 
 class Training:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -74,12 +75,31 @@ def output_folder(path: Path) -> Path:
     return Path(path)
 
 
+def require_folder_place(path: Path) -> None:
+    """`output_folder` without making it: raises BadInput where a file is in the way."""
+    if not _existing(path).is_dir():
+        raise BadInput(f"output {path}: a file is in the way, name a folder")
+
+
 def require_place(path: Path, flag: str) -> None:
     """Raises BadInput where no file can be written: `path` is a folder, or a folder above it is a file. Writes nothing."""
     if path.is_dir():
         raise BadInput(f"{flag} {path} is a folder: name a file")
-    if not (place := next(folder for folder in path.absolute().parents if folder.exists())).is_dir():
+    if not (place := _existing(path.parent)).is_dir():
         raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
+
+
+def require_room(output: Path, needed: int) -> int:
+    """The free bytes where the folder `output` lies or will lie; raises BadInput where `needed` bytes would not fit."""
+    free = shutil.disk_usage(_existing(output)).free
+    if free < needed:
+        raise BadInput(f"output {output}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+    return free
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def load_tensors(path: Path, mapped: bool = False) -> Any:

@@ -62,9 +62,8 @@ def restore_weights(
     return ema
 
 
-def require_finite(loss: float, step: int, checkpoint: Path, cure: str = "a lower --lr") -> None:
+def require_finite(loss: float, step: int, checkpoint: Path | None, cure: str = "a lower --lr") -> None:
     """Stops a training whose loss is no number any more, before its weights are saved; raises BadInput."""
     if not math.isfinite(loss):
-        raise BadInput(
-            f"the loss is {loss} at step {step:,}: stopped; {checkpoint} keeps the last good state. Try {cure}"
-        )
+        left = f"{checkpoint} keeps the last good state" if checkpoint else "nothing is written"
+        raise BadInput(f"the loss is {loss} at step {step:,}: stopped; {left}. Try {cure}")
