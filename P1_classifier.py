@@ -20,8 +20,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from P1_dataloader import BalancedIndex, Digits, load_digits, to_float
-from P1_judge import (
+from digits.classifier import (
     SHIPPED,
     Judge,
     JudgeConfig,
@@ -34,17 +33,19 @@ from P1_judge import (
     save_judge,
     shipped_judges,
 )
+from digits.metrics import make_reference
+from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DOMAINS, IMAGE_SHAPE
-from P1_quality import make_reference
 from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
 from runtime.device import Device, Machine, Precision, detect, set_up
 from runtime.files import require_place
+from runtime.images import to_float
 from runtime.record import Record
 from training.checkpoint import require_finite
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.rate import rate_factor
+from training.schedule import rate_factor
 
 # settings that a judge file tells
 RECIPE = ("epochs", "recolour", "fold", "batch", "lr", "weight_decay", "smoothing", "ema", "seed")

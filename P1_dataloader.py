@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, note, progress
-from runtime.figures import open_picture
 from runtime.files import load_safetensors, save_safetensors
+from runtime.images import open_picture, to_float
 
 Split = Literal["train", "val"]
 HELD_OUT = 0.05  # of train.csv, where there is no val.csv
@@ -50,16 +50,6 @@ class Digits:
         """Only that domain's pictures."""
         keep = self.domains == domain
         return Digits(self.images[keep], self.digits[keep], self.domains[keep])
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float -1..1 (clamped) -> uint8 0..255, rounded."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------- csv and single pictures

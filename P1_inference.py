@@ -11,119 +11,33 @@ Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but no
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion import samplers
-from diffusion.guidance import Guidance, guided
-from diffusion.noise import draw, generators
 from diffusion.steps import Rule, step_rule
-from P1_dataloader import to_uint8
-from P1_judge import Judge, misread, shipped_judges
-from P1_model import DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network, load_network
-from runtime.cli import BadInput, note, progress, require_shares, run_script
+from digits.classifier import Judge, shipped_judges
+from digits.sampling import (
+    CHECKPOINT,
+    Picture,
+    Sampler,
+    expected_seconds,
+    graded_pictures,
+    redraw,
+    sample_all,
+    steps_of,
+)
+from P1_model import DOMAINS, Network, load_network
+from runtime.cli import BadInput, note, require_shares, run_script
 from runtime.device import Device, Precision, detect, set_up
-from runtime.figures import picture_grid, save_picture
-from runtime.files import output_folder, require_folder_place, require_place, require_room
-from runtime.generation import ALONE, Shard, derived_seed, in_batches, sharing
+from runtime.distributed import Shard, sharing
+from runtime.files import ROOT, output_folder, require_folder_place, require_place, require_room
+from runtime.images import picture_grid, save_picture, to_uint8
 from runtime.record import Record
-
-HERE = Path(__file__).resolve().parent
-CHECKPOINT = HERE / "checkpoints" / "p1_digits.safetensors"
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How to get from noise to a digit."""
-
-    name: Literal["dpm", "ddim", "ddpm"] = "dpm"
-    """dpm: DPM-Solver++ (2M); ddim: any eta and rule; ddpm: all T steps."""
-    steps: int = 12
-    guidance: float = 2.5
-    """uncond + scale * (cond - uncond): 0 ignores the digit, 1 is no guidance."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance acts only at these noise levels, as fractions of T."""
-    rescale: float = 0.0
-    """0..1: pulls the guided output's contrast back to the unguided one's."""
-    eta: float = 0.0
-    rule: Rule = "trailing"
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Sampler:
-        """The settings a checkpoint carries; names that this version doesn't know are ignored."""
-        known = {f.name for f in fields(Sampler)}
-        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return Sampler(**kept)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture to draw: digit 0..9 (10: any), domain 0 or 1 (2: any), and the seed of its noise (63 bits)."""
-
-    digit: int
-    domain: int
-    seed: int
-
-
-def graded_pictures(
-    seed: int, count: int, digits: Sequence[int] = range(10), domains: Sequence[int] = (0, 1)
-) -> list[Picture]:
-    """`count` pictures per domain and digit; each seed follows from (seed, domain, digit, index) alone."""
-    return [
-        Picture(digit, domain, derived_seed(seed, domain, digit, index))
-        for domain in domains
-        for digit in digits
-        for index in range(count)
-    ]
-
-
-def labels_of(pictures: Sequence[Picture], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Digits [N] and domains [N] of the pictures."""
-    digits = torch.tensor([p.digit for p in pictures], device=device)
-    return digits, torch.tensor([p.domain for p in pictures], device=device)
-
-
-@torch.inference_mode()
-def sample(
-    network: Network,
-    pictures: Sequence[Picture],
-    sampler: Sampler,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """One batch: [B,3,28,28] float in -1..1 on the network's device."""
-    device = next(network.unet.parameters()).device
-    digit, domain = labels_of(pictures, device)
-    nothing = torch.full_like(digit, NO_DIGIT)
-    both = (torch.cat([digit, nothing]), torch.cat([domain, domain]))
-    guidance = Guidance(sampler.guidance, sampler.interval, sampler.rescale)
-    schedule = network.schedule
-    denoise = guided(network, (digit, domain), both, guidance, len(schedule))
-    streams = generators([p.seed for p in pictures])
-    x = draw(streams, IMAGE_SHAPE, device).to(memory_format=torch.channels_last)
-    seen: dict[str, Any] = {"watch": watch} if watch else {}
-    if sampler.name == "dpm":
-        return samplers.dpm_solver(denoise, x, schedule, sampler.steps, **seen)
-    if sampler.name == "ddpm":
-        return samplers.ddpm(denoise, x, schedule, streams, **seen)
-    steps = step_rule(sampler.rule, len(schedule), sampler.steps)
-    return samplers.ddim(denoise, x, schedule, steps, streams, sampler.eta, **seen)
-
-
-def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, batch: int, title: str) -> Tensor:
-    """All pictures in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
-    drawn = []
-    with progress(None, title, total=len(pictures), unit="img", leave=False) as bar:  # type: ignore[arg-type]
-        for chunk, images in in_batches(lambda some: sample(network, some, sampler), pictures, batch):
-            drawn.append(images[: len(chunk)].cpu())
-            bar.update(len(chunk))
-    return torch.cat(drawn) if drawn else torch.empty(0, *IMAGE_SHAPE)
-
 
 # ---------------------------------------------------------------- the command
 
@@ -163,7 +77,7 @@ class Settings:
     precision: Precision = "auto"
     grid: Path | None = None
     """Also saves all pictures as one PNG: a row per domain and digit."""
-    record: Path = HERE / "runs" / "p1_inference" / "record.json"
+    record: Path = ROOT / "runs" / "p1_inference" / "record.json"
     dry_run: bool = False
     """Check checkpoint, judges, disk and time, then stop."""
 
@@ -223,60 +137,6 @@ def tell_foreign_files(names: Sequence[Path]) -> None:
     foreign = sorted(p for f in folders if f.is_dir() for p in f.iterdir() if p not in ours)
     if foreign:
         note(f"warning: {len(foreign)} other file(s) in the output are left alone, such as {foreign[0]}")
-
-
-def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int) -> float:
-    """Measured: one batch with two steps, scaled up."""
-    few = replace(sampler, name="dpm", steps=2)
-    pictures = [Picture(0, 0, seed) for seed in range(batch)]
-    sample(network, pictures, few)
-    start = time.perf_counter()
-    sample(network, pictures, few)
-    per_step = (time.perf_counter() - start) / 2
-    return per_step * steps_of(network, sampler) * -(-count // batch)
-
-
-def steps_of(network: Network, sampler: Sampler) -> int:
-    """Passes of the sampler: ancestral sampling takes all T."""
-    return len(network.schedule) if sampler.name == "ddpm" else sampler.steps
-
-
-def redraw(
-    network: Network,
-    pictures: Sequence[Picture],
-    images: dict[int, Tensor],
-    judges: Sequence[Judge],
-    sampler: Sampler,
-    batch: int,
-    retries: int,
-    shard: Shard = ALONE,
-) -> int:
-    """Replaces, in `images` {row: [3,28,28] uint8}, what the judges misread by pictures from other seeds; returns how many stay
-    misread. A picture's next seed follows from its own, so it doesn't depend on what else is drawn. Whoever draws a row again has it
-    from then on."""
-    digits, domains = labels_of(pictures)
-
-    def wrong_of(rows: list[int], at_once: int) -> list[int]:
-        """Judged in the same company too, batch by batch."""
-        parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
-        shown = [torch.stack([images[row] for row in part]) for part in parts]
-        found = [misread(judges, some, digits[part], domains[part]) for some, part in zip(shown, parts, strict=True)]
-        mine = [part[index] for part, indices in zip(parts, found, strict=True) for index in indices.tolist()]
-        return sorted(shard.gather(mine))
-
-    few = min(batch, 32)
-    wrong = wrong_of(list(images), batch)
-    for attempt in range(1, retries + 1):
-        if not wrong:
-            break
-        for row in wrong:
-            images.pop(row, None)
-        rows = [wrong[index] for index in shard.rows(len(wrong), few)]
-        again = [replace(pictures[row], seed=derived_seed(pictures[row].seed, attempt)) for row in rows]
-        drawn = to_uint8(sample_all(network, again, sampler, few, f"attempt {attempt + 1}"))
-        images.update(zip(rows, drawn, strict=True))
-        wrong = wrong_of(rows, few)
-    return len(wrong)
 
 
 def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, batch: int) -> None:

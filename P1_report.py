@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample, sample_all
-from P1_judge import Judge, accuracy, quality, shipped_judges
+from digits.classifier import Judge, accuracy, quality, shipped_judges
+from digits.sampling import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample, sample_all
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
 from runtime.cli import BadInput, note, require_positive, run_script
 from runtime.device import Device, detect
-from runtime.figures import labelled_grid, line_figure
 from runtime.files import output_folder
-from runtime.generation import derived_seed
+from runtime.images import labelled_grid, line_figure, to_uint8
 from runtime.record import Record
+from runtime.seeds import derived_seed
 
 TITLES = ("MNIST-M", "SVHN")
 MOMENTS = (500, 300, 200, 100, 50, 1)  # of T = 500, noise first

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import linear, slerp
-from P2_ddim import Drawing, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
-from P2_model import Model
-from P2_noises import Noise
+from faces.models import Model
+from faces.noises import Noise
+from faces.sampling import Drawing, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
 from runtime.cli import BadInput, run_script
 from runtime.device import detect
-from runtime.figures import labelled_grid, line_figure
 from runtime.files import output_folder
+from runtime.images import labelled_grid, line_figure
 from runtime.record import Record
 
 WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"slerp": slerp, "linear": linear}

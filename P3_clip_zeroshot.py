@@ -21,11 +21,15 @@ from typing import Any
 
 import pandas as pd
 
-from P3_clip_features import Bench, FeatureFile, key_of, logits_of
-from P3_clip_weights import Source, resolve
-from P3_pictures import list_pictures
-from P3_prompts import templates_of
-from P3_zeroshot_report import (
+from runtime.cli import note, run_script
+from runtime.device import detect
+from runtime.distributed import sharing
+from runtime.files import ROOT, output_folder, read_json, require_folder_place
+from runtime.record import Record
+from zeroshot.dataset import list_pictures
+from zeroshot.features import Bench, FeatureFile, key_of, logits_of
+from zeroshot.prompts import templates_of
+from zeroshot.results import (
     COLUMNS,
     Result,
     accuracies,
@@ -42,15 +46,11 @@ from P3_zeroshot_report import (
     summary,
     write_csv,
 )
-from P3_zeroshot_settings import HERE, Choice, Settings, base_choice, check, parse_choice, precision_of
-from runtime.cli import note, run_script
-from runtime.device import detect
-from runtime.files import output_folder, read_json, require_folder_place
-from runtime.generation import sharing
-from runtime.record import Record
+from zeroshot.settings import Choice, Settings, base_choice, check, parse_choice, precision_of
+from zeroshot.weights import Source, resolve
 
 PAIR = ("truth", "predicted", "times", "pictures")
-RUNS = HERE / "runs" / "p3_clip"
+RUNS = ROOT / "runs" / "p3_clip"
 
 
 def folder_name(source: Source, choice: Choice) -> str:

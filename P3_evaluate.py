@@ -5,7 +5,7 @@
   python P3_evaluate.py --images out --input other.json --references pictures
 
 Pictures are {images}/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png, n = 0 .. 24, references {references}/{key}/*.jpg, as many as
-there are. PASS needs both averages to reach the baseline of input.json. P3_scores.py says how the scores are made.
+there are. PASS needs both averages to reach the baseline of input.json. concepts/clip_scores.py says how the scores are made.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from P3_input import PICTURES, Concept, find_pictures, picture_path, read_input
-from P3_scores import Resizing, Scorer, open_pictures, rank
+from concepts.clip_scores import Resizing, Scorer, open_pictures, rank
+from concepts.course_format import PICTURES, Concept, find_pictures, picture_path, read_input
 from runtime.cli import BadInput, note, run_script
 from runtime.device import Device, detect, set_up
-from runtime.files import atomic, output_folder
+from runtime.files import ROOT, atomic, output_folder
 from runtime.record import Record
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE / "hw2_data" / "textual_inversion"
+DATA = ROOT / "hw2_data" / "textual_inversion"
 BEST = 5
 SHOWN = 256  # pixels of a picture's side in the figure
 
@@ -50,7 +49,7 @@ class Settings:
     batch: int = 0
     """Pictures at once; 0: 32 on a CPU, 256 on a GPU."""
     device: Device = "auto"
-    output: Path = HERE / "runs" / "p3_evaluate"
+    output: Path = ROOT / "runs" / "p3_evaluate"
     """Folder for record.json and best.png."""
 
 

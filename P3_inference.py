@@ -4,7 +4,7 @@
   python P3_inference.py --prompt "a <new1> next to a <new2>" --model DIR --output out --count 4
   python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, draws nothing
   python P3_inference.py --input input.json --model DIR --output out --candidates 50 --clip CLIP --references pictures
-  python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places (P3_layout.py has the form)
+  python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places
   torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the pictures
   python P3_inference.py --layout auto --prompt "a <new1> next to a <new2>" --words dog cat --model DIR --output out --draw-layout a.png
 
@@ -22,21 +22,21 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from concepts.clip_scores import Scorer, open_pictures, rank
+from concepts.composition.layout import Layout
+from concepts.composition.multipath import Composed, Level, compose, passes
+from concepts.composition.scores import MOST, layout_picture, levels_figure, means_of, scores_inside
+from concepts.course_format import remove, stale_files
+from concepts.embeddings import Vectors, install, require_width
+from concepts.jobs import Job, Settings, check, jobs_of, vectors_of
+from concepts.sampling import Manner, Order, Painter, in_turn
+from concepts.stable_diffusion import check_model, load_pipeline
 from diffusion.guidance import Guidance
-from P3_composition import Composed, Level, compose, passes
-from P3_composition_report import MOST, layout_picture, levels_figure, means_of, scores_inside
-from P3_drawing import Manner, Order, Painter, in_turn
-from P3_embeddings import Vectors, install, require_width
-from P3_inference_jobs import Job, Settings, check, jobs_of, vectors_of
-from P3_layout import Layout
-from P3_model import check_model, load_pipeline
-from P3_output import remove, stale_files
-from P3_scores import Scorer, open_pictures, rank
 from runtime.cli import BadInput, run_script
 from runtime.device import Machine, detect, set_up, should_compile
-from runtime.figures import open_picture, save_picture
+from runtime.distributed import Shard, sharing
 from runtime.files import output_folder, read_json, require_place, require_room
-from runtime.generation import Shard, sharing
+from runtime.images import open_picture, save_picture
 from runtime.record import Record
 
 SIDE = 512  # of Stable Diffusion v1's pictures

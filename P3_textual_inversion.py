@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from P3_concepts import Concept, Kind, read_concepts
-from P3_embeddings import FOLDER, file_of, save_vectors
-from P3_inversion_run import Recipe, Run
+from concepts.dataset import Concept, Kind, read_concepts
+from concepts.embeddings import FOLDER, file_of, save_vectors
+from concepts.training import Recipe, Run
 from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
 from runtime.files import output_folder
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from P1_inference import CHECKPOINT, Sampler, expected_seconds
+from digits.recipes import RECIPES
+from digits.sampling import CHECKPOINT, Sampler, expected_seconds
 from P1_model import PRESETS, Network, UNet, load_network
-from P1_recipes import RECIPES
 from runtime.cli import BadInput, run_script
 from runtime.device import Device, Machine, detect, set_up
+from runtime.files import ROOT
 from runtime.record import versions
 
-HERE = Path(__file__).resolve().parent
 DATA = ("digits/mnistm", "digits/svhn", "face/UNet.pt", "face/noise", "clip_zeroshot/val", "textual_inversion")
 WEIGHTS = {
     "p1_digits": "p1_digits.safetensors",
@@ -35,7 +35,7 @@ WEIGHTS = {
 class Settings:
     """Flags."""
 
-    data: Path = HERE / "hw2_data"
+    data: Path = ROOT / "hw2_data"
     device: Device = "auto"
 
 
@@ -83,7 +83,7 @@ def tell_files(settings: Settings) -> None:
         found = (settings.data / name).exists()
         print(f"data     {name:24s}{'found' if found else 'absent (hw2_data/README.md says how to get it)'}")
     for name, file in WEIGHTS.items():
-        path = HERE / "checkpoints" / file
+        path = ROOT / "checkpoints" / file
         print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
 
 

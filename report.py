@@ -23,10 +23,10 @@ from pages import p1, p2, words, zeroshot
 from pages.content import Part
 from pages.page import View, view_of, write_page
 from pages.sources import DIGITS, Sources
-from pages.steps import HERE, Runner, short
 from runtime.cli import BadInput, note, run_script
 from runtime.device import Device, detect
-from runtime.files import output_folder
+from runtime.files import ROOT, output_folder
+from runtime.steps import Runner, short
 
 Problem = Literal["P1", "P2", "P3"]
 
@@ -35,9 +35,9 @@ Problem = Literal["P1", "P2", "P3"]
 class Settings:
     """Flags."""
 
-    output: Path = HERE / "report"
+    output: Path = ROOT / "report"
     """Folder for index.html and, below steps/, all that it is made from."""
-    data: Path = HERE / "hw2_data"
+    data: Path = ROOT / "hw2_data"
     """The course's data, or as much of them as there is."""
     model: str | None = None
     """Stable Diffusion v1: a diffusers folder, a hub name, or a single file; None: the miniature."""

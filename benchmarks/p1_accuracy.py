@@ -9,22 +9,20 @@ Every seed draws the 1,000 pictures of hw2_1.sh once as the network gives them, 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Sampler, graded_pictures, labels_of, redraw, sample_all
-from P1_judge import Judge, accuracy, load_judge, quality, shipped_judges
+from digits.classifier import Judge, accuracy, load_judge, quality, shipped_judges
+from digits.sampling import CHECKPOINT, Sampler, graded_pictures, labels_of, redraw, sample_all
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
 from runtime.device import Device, detect
+from runtime.images import to_uint8
 from runtime.record import Record
 
 

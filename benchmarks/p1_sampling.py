@@ -9,26 +9,24 @@ Baseline: ancestral sampling on 500 steps (DDIM with eta 1 is that on a grid), g
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
-from P1_dataloader import to_uint8
-from P1_inference import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample_all
-from P1_judge import accuracy, shipped_judges
+from digits.classifier import accuracy, shipped_judges
+from digits.sampling import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample_all
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress, run_script
 from runtime.device import Device, allow_tf32, detect
+from runtime.images import to_uint8
 from runtime.record import Record
 
 

@@ -13,26 +13,24 @@ count. Compiling, where it is used, is reported apart.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from diffusion.schedule import add_noise, target
 from P1_dataloader import DigitFolder, split_tables
 from P1_model import DOMAINS, PRESETS, UNet
-from P1_recipes import HERE, Settings
-from P1_training import Trainer
+from P1_training import Settings, Trainer
 from runtime.cli import note, progress, run_script
 from runtime.device import Device, keep_freed_memory, set_up
+from runtime.files import ROOT
 from runtime.record import Record
 
 
@@ -40,13 +38,13 @@ from runtime.record import Record
 class Bench:
     """Flags."""
 
-    data: Path = HERE / "hw2_data" / "digits"
+    data: Path = ROOT / "hw2_data" / "digits"
     preset: Literal["report", "tiny", "cpu", "gpu"] = "cpu"
     steps: int = 8
     """Steps per round."""
     rounds: int = 5
     device: Device = "auto"
-    output: Path = HERE / "runs" / "bench" / "p1_training.json"
+    output: Path = ROOT / "runs" / "bench" / "p1_training.json"
 
 
 def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -94,7 +92,7 @@ def seconds(step: Callable[[], object], count: int, device: torch.device) -> flo
 def main(bench: Bench) -> None:
     """Prints images per second of both, mean and spread, and the ratio."""
     settings = Settings(
-        data=bench.data, output=HERE / "runs" / "bench" / "p1", preset=bench.preset, device=bench.device, resume="never"
+        data=bench.data, output=ROOT / "runs" / "bench" / "p1", preset=bench.preset, device=bench.device, resume="never"
     )
     trainer = Trainer(settings)
     steps = {"plain": plain_step(trainer), "ours": trainer.one_step}

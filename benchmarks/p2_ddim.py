@@ -9,7 +9,6 @@ Baseline: benchmarks/plain_p2.py, the network and the rule as described, eager, 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,19 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
 from diffusion.steps import step_rule
-from P2_ddim import Recipe, compare, sample_all, to_picture
-from P2_model import Model, load_model
-from P2_noises import Noise, seeded_noises
+from faces.models import Model, load_model
+from faces.noises import Noise, seeded_noises
+from faces.sampling import Recipe, compare, sample_all, to_picture
 from runtime.cli import note, run_script
 from runtime.device import Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
-from runtime.files import load_tensors
+from runtime.files import ROOT, load_tensors
 from runtime.record import Record
 
 GFLOP = 496.0  # per picture of 256x256 and step
@@ -51,7 +49,7 @@ class Bench:
     precisions: tuple[Kind, ...] | None = None
     """None: what the device has in hardware."""
     device: Device = "auto"
-    output: Path = Path(__file__).resolve().parents[1] / "runs" / "bench" / "p2_ddim.json"
+    output: Path = ROOT / "runs" / "bench" / "p2_ddim.json"
 
 
 @torch.inference_mode()

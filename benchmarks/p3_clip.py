@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,24 +23,22 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import repository_root  # noqa: F401  # isort: split
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from P3_clip import Clip, load
-from P3_clip_features import encode_all, logits_of
-from P3_clip_weights import resolve
 from P3_clip_zeroshot import main as zeroshot
-from P3_pictures import Pictures, list_pictures
-from P3_prompts import REPORT, fillers
-from P3_zeroshot_settings import Settings, precision_of
 from runtime.cli import run_script
 from runtime.device import Device, Machine, allow_tf32, detect, len_cores
-from runtime.files import save_safetensors
+from runtime.files import ROOT, save_safetensors
 from runtime.record import Record
+from zeroshot.dataset import Pictures, list_pictures
+from zeroshot.features import encode_all, logits_of
+from zeroshot.model import Clip, load
+from zeroshot.prompts import REPORT, fillers
+from zeroshot.settings import Settings, precision_of
+from zeroshot.weights import resolve
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 50
 MODEL = "ViT-B-32-quickgelu"
 

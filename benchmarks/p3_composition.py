@@ -17,7 +17,6 @@ Needs the miniature: python miniature/train_clip.py convert --output runs/miniat
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,10 +27,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.p3_composition_cases import (
     CASES,
@@ -44,22 +42,23 @@ from benchmarks.p3_composition_cases import (
 )
 from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
+from concepts.composition.multipath import Composed, Level, Means, compose
+from concepts.dataset import Concept, Kind
+from concepts.embeddings import file_of, install, read_vectors, save_vectors
+from concepts.sampling import Manner, Order, Painter
+from concepts.stable_diffusion import load_pipeline
+from concepts.training import Recipe, Run
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge, load_judge
-from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
-from P3_composition import Composed, Level, Means, compose
-from P3_concepts import Concept, Kind
-from P3_drawing import Manner, Order, Painter
-from P3_embeddings import file_of, install, read_vectors, save_vectors
-from P3_inversion_run import Recipe, Run
-from P3_model import load_pipeline
+from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
+from runtime.batches import in_batches
 from runtime.cli import BadInput, note, progress, require_positive, run_script
 from runtime.device import Device, detect, set_up
-from runtime.figures import labelled_grid
-from runtime.generation import derived_seed, in_batches
+from runtime.files import ROOT
+from runtime.images import labelled_grid
 from runtime.record import Record
+from runtime.seeds import derived_seed
 
-ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "bench" / "p3_composition"
 PICTURES = KEPT / "pictures"  # of every concept
 BATCH = 10

@@ -8,8 +8,10 @@ from math import prod
 from random import Random
 from typing import Literal, get_args
 
-from miniature.captions import an
-from miniature.scenes import (
+from concepts.composition.layout import Box, Layout, Region, Style, box_mask, make_layout
+from miniature.scenery.captions import an
+from miniature.scenery.render import as_tensor, render
+from miniature.scenery.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_KINDS,
@@ -22,8 +24,6 @@ from miniature.scenes import (
     fits,
     sample_scene,
 )
-from miniature.world import as_tensor, render
-from P3_layout import Box, Layout, Region, Style, box_mask, make_layout
 
 CaseName = Literal["two", "three", "scene", "leak"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)

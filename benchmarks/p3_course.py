@@ -22,11 +22,11 @@ from torch import Tensor
 import P3_evaluate
 import P3_inference
 from benchmarks.p3_learning import kind_of, pictures_of
-from miniature.captions import STYLE_TRAITS, TRAITS
-from miniature.scenes import KINDS, STYLES
-from P3_embeddings import file_of, save_vectors
-from P3_inference_jobs import Settings
-from P3_model import load_pipeline
+from concepts.embeddings import file_of, save_vectors
+from concepts.jobs import Settings
+from concepts.stable_diffusion import load_pipeline
+from miniature.scenery.captions import STYLE_TRAITS, TRAITS
+from miniature.scenery.scenes import KINDS, STYLES
 from runtime.files import read_json, write_json
 
 PROMPTS = {  # the captions of what has no name: an object, an unusual style

@@ -9,7 +9,6 @@ The default model is Stable Diffusion v1 with random weights (plain_p3.py): time
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,22 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.plain_p3 import save_random_v1
+from concepts.composition.layout import Region, box_mask, make_layout
+from concepts.composition.multipath import Composed, compose
+from concepts.sampling import Manner, Order, Painter
+from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
-from P3_composition import Composed, compose
-from P3_drawing import Manner, Order, Painter
-from P3_layout import Region, box_mask, make_layout
-from P3_model import load_pipeline
 from runtime.cli import require_positive, run_script
 from runtime.device import Device, Precision, detect, set_up
+from runtime.files import ROOT
 from runtime.record import Record
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = make_layout(
     "a photo of a dog next to a cat",
     [

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
+from concepts.dataset import Concept, Kind
+from concepts.embeddings import file_of, install, read_vectors, save_vectors
+from concepts.sampling import Manner, Order, Painter
+from concepts.stable_diffusion import load_pipeline
+from concepts.training import Recipe, Run
 from diffusion.guidance import Guidance
 from miniature.judge_model import Judge
-from miniature.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
-from miniature.world import write_concept_pictures
-from P3_concepts import Concept, Kind
-from P3_drawing import Manner, Order, Painter
-from P3_embeddings import file_of, install, read_vectors, save_vectors
-from P3_inversion_run import Recipe, Run
-from P3_model import load_pipeline
-from P3_prompts import article
+from miniature.scenery.concepts import write_concept_pictures
+from miniature.scenery.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
 from runtime.cli import note
 from runtime.device import detect
 from runtime.files import read_json, write_json
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
+from zeroshot.prompts import article
 
 INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
 LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long

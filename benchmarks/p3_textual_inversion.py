@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from accelerate import Accelerator
 
 from benchmarks.p3_course import Course, token_of
@@ -46,19 +43,18 @@ from benchmarks.p3_learning import (
     pictures_of,
 )
 from benchmarks.plain_p3 import Plain, save_random_v1
+from concepts.dataset import Concept
+from concepts.embeddings import file_of, read_vectors, save_vectors
+from concepts.inversion import Learner, Sample
+from concepts.stable_diffusion import load_pipeline
+from concepts.training import Recipe, Run
 from miniature.judge_model import load_judge
-from miniature.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
-from P3_concepts import Concept
-from P3_embeddings import file_of, read_vectors, save_vectors
-from P3_inversion import Learner, Sample
-from P3_inversion_run import Recipe, Run
-from P3_model import load_pipeline
+from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
 from runtime.cli import BadInput, note, require_not_negative, require_positive, run_script
 from runtime.device import Choice, Device, Precision, detect, set_up
-from runtime.files import atomic
+from runtime.files import ROOT, atomic
 from runtime.record import Record
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = "runs/miniature/stable_diffusion"
 BENCH = ROOT / "runs" / "bench"
 WANTED = {

@@ -11,11 +11,11 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from P3_checkpoint import make_parts, make_scheduler, make_tokenizer
-from P3_concepts import Concept, read_pictures, square
-from P3_embeddings import install
-from P3_inversion import Sample
-from P3_model import WITHOUT, load_pipeline
+from concepts.dataset import Concept, read_pictures, square
+from concepts.embeddings import install
+from concepts.inversion import Sample
+from concepts.single_file import make_parts, make_scheduler, make_tokenizer
+from concepts.stable_diffusion import WITHOUT, load_pipeline
 
 
 class Plain:

@@ -14,19 +14,18 @@ with its reason.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import repository_root  # noqa: F401  # isort: split
 
-from pages.steps import HERE, Outcome, Runner, Step, shown, write_text
 from runtime.cli import BadInput, note, run_script
-from runtime.files import output_folder, read_json, write_json
+from runtime.files import ROOT, output_folder, read_json, write_json
+from runtime.steps import Outcome, Runner, Step, shown, write_text
 
-RUNS = HERE / "runs" / "bench"
+RUNS = ROOT / "runs" / "bench"
 CLIP, DIFFUSION = "runs/miniature/clip", "runs/miniature/stable_diffusion"
 ASSEMBLE = (
     ("miniature/train_clip.py", "convert", "--output", CLIP),
@@ -193,7 +192,7 @@ BENCHES = (
 
 def with_data(bench: Bench, output: Path) -> Bench:
     """Training needs digits: those in hw2_data, else digits drawn by code."""
-    if bench.name != "p1_training" or (HERE / "hw2_data" / "digits").is_dir():
+    if bench.name != "p1_training" or (ROOT / "hw2_data" / "digits").is_dir():
         return bench
     digits = output / "digits"
     make = ("hw2_data/prepare.py", "rendered", "--output", f"{digits}", "--overwrite")
@@ -204,7 +203,7 @@ def step_of(bench: Bench, output: Path) -> Step:
     """All of its commands. It reads any of the code and the weights that ship."""
     places = (bench.vectors, f"{output / 'p3_concepts' / 'vectors'}") if bench.vectors else ()
     measure = (*bench.command, *places, "--output", f"{record_of(bench, output)}")
-    reads = (HERE / "benchmarks", HERE / "miniature", HERE / "checkpoints", *HERE.glob("P*.py"))
+    reads = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
     return Step(bench.name, f"benchmark {bench.name}", (*bench.before, measure), reads, after=bench.after)
 
 

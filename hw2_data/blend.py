@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtime.cli import BadInput
+from runtime.hub import first_line
 
 Split = Literal["train", "val"]
 
@@ -120,7 +121,7 @@ def download_mnist(folder: Path) -> Path:
     try:
         MNIST(str(folder), download=True)
     except RuntimeError as error:
-        raise BadInput(f"MNIST download: {_first_line(error)}; or give --mnist DIR") from None
+        raise BadInput(f"MNIST download: {first_line(error)}; or give --mnist DIR") from None
     return folder
 
 
@@ -178,7 +179,7 @@ def read_svhn(folder: Path, split: Split, download: bool) -> Digits:
     except RuntimeError as error:
         advice = "or give --svhn DIR" if download else "leave --svhn out to download it"
         file = folder / SVHN.split_list[part][1]
-        raise BadInput(f"{file}: {_first_line(error)}; {advice}") from None
+        raise BadInput(f"{file}: {first_line(error)}; {advice}") from None
     return Digits(svhn.data, svhn.labels)
 
 
@@ -186,7 +187,3 @@ def svhn_image(image: np.ndarray) -> np.ndarray:
     """[3, 32, 32] -> [28, 28, 3] uint8; resized, not cropped: wide digits touch the border of the original."""
     picture = Image.fromarray(image.transpose(1, 2, 0))
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))  # Pillow's antialiases
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniature.captions import STYLE_TRAITS, TRAITS, Caption, caption
-from miniature.scenes import (
+from miniature.scenery.captions import STYLE_TRAITS, TRAITS, Caption, caption
+from miniature.scenery.render import Images, render
+from miniature.scenery.scenes import (
     ALL_KINDS,
     ALL_STYLES,
     BACKGROUNDS,
@@ -36,9 +37,8 @@ from miniature.scenes import (
     allowed,
     sample_scene,
 )
-from miniature.world import Images, render
-from P3_prompts import article
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
+from zeroshot.prompts import article
 
 FAMILY = 4  # pictures
 NONE = len(ALL_KINDS)  # of a patch without an object

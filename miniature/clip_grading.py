@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from miniature.captions import ALONE
 from miniature.clip_batches import true_of
 from miniature.clip_model import SmallClip
 from miniature.judge_model import to_float
-from miniature.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene, Wish
-from miniature.vocabulary import LENGTH
-from miniature.world import as_tensor, batch, dataset
-from runtime.generation import derived_seed
+from miniature.scenery.captions import ALONE
+from miniature.scenery.render import as_tensor, batch, dataset
+from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene, Wish
+from miniature.scenery.vocabulary import LENGTH
+from runtime.seeds import derived_seed
 
 CHOICES = 100  # captions from which the right one is to be picked
 CHUNK = 100  # pictures at once

@@ -26,12 +26,12 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from miniature.scenes import SIDE
-from miniature.vocabulary import LENGTH, save_tokenizer
+from miniature.scenery.scenes import SIDE
+from miniature.scenery.vocabulary import LENGTH, save_tokenizer
 from runtime.cli import BadInput, require_positive
-from runtime.files import load_safetensors, output_folder, read_json, require_file, save_safetensors, write_json
+from runtime.files import ROOT, load_safetensors, output_folder, read_json, require_file, save_safetensors, write_json
 
-SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "miniature" / "clip"
+SHIPPED = ROOT / "checkpoints" / "miniature" / "clip"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's names
 HALF = 0.5  # mean and standard deviation of the preprocessing: networks see -1..1
 PREPROCESSING = {"mean": [HALF] * 3, "std": [HALF] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}

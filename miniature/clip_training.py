@@ -25,16 +25,16 @@ from miniature.clip_batches import FAMILY, NONE, Batch, Batches
 from miniature.clip_grading import held_out_pairs
 from miniature.clip_model import PREPROCESSING, SHIPPED, Size, SmallClip, load_clip, model_config
 from miniature.judge_model import to_float
-from miniature.scenes import ALL_STYLES
-from miniature.vocabulary import LENGTH, make_tokenizer
-from miniature.world import as_tensor
+from miniature.scenery.render import as_tensor
+from miniature.scenery.scenes import ALL_STYLES
+from miniature.scenery.vocabulary import LENGTH, make_tokenizer
 from runtime.cli import BadInput, note, require_not_negative, require_positive
 from runtime.device import Device, Precision, detect, len_cores, set_up
 from runtime.files import require_folder_place
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.rate import rate_factor
+from training.schedule import rate_factor
 from training.signals import StopSignals
 
 KIND = "miniature clip"

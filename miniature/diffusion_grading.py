@@ -11,12 +11,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from miniature.captions import an
 from miniature.diffusion_parts import CLIP, PARTS, draw
 from miniature.judge_model import SHIPPED, WHOLE, Judge
-from miniature.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
+from miniature.scenery.captions import an
+from miniature.scenery.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
 from runtime.device import Device
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
 
 Pair = tuple[str, str]  # colour, kind
 ANSWERS = {**WHOLE, "present": ALL_KINDS, "paints": tuple(COLOURS)}  # what the judge's `whole` tells, by question

@@ -25,13 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from P3_checkpoint import make_scheduler
+from concepts.single_file import make_scheduler
+from runtime.batches import in_batches
 from runtime.cli import BadInput, progress
-from runtime.files import atomic, output_folder
-from runtime.generation import in_batches
-from runtime.libraries import quiet_libraries
+from runtime.files import ROOT, atomic, output_folder
+from runtime.hub import quiet_libraries
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "checkpoints" / "miniature" / "stable_diffusion"  # what ships
 COMPLETE = ROOT / "runs" / "miniature" / "stable_diffusion"  # what draws
 CLIP = ROOT / "runs" / "miniature" / "clip"  # the small CLIP as transformers has it

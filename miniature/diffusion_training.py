@@ -10,6 +10,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from concepts.single_file import make_scheduler
+from concepts.stable_diffusion import suit_training
 from diffusion.schedule import add_noise
 from miniature.diffusion_parts import (
     CLIP,
@@ -27,10 +29,8 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.latents import cached_latents
-from miniature.scenes import SIZES, Wish
+from miniature.scenery.scenes import SIZES, Wish
 from miniature.trainer import Loop, Trainer, check_numbers
-from P3_checkpoint import make_scheduler
-from P3_model import suit_training
 from runtime.cli import BadInput, note, require_shares
 from runtime.device import memory_format
 from training.draws import Draws

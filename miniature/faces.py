@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from runtime.cli import BadInput, progress
-from runtime.figures import open_picture
+from runtime.images import open_picture
 from training.draws import Draws
 
 SIDE = 64  # what the model draws

@@ -19,13 +19,12 @@ from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.schedule import Schedule, linear
 from diffusion.steps import step_rule
+from faces.models import load_folder
 from miniature.faces import SIDE
-from P2_model import load_folder
 from runtime.cli import BadInput
-from runtime.files import atomic, output_folder, write_json
+from runtime.files import ROOT, atomic, output_folder, write_json
 
-HERE = Path(__file__).resolve().parents[1]
-SHIPPED = HERE / "checkpoints" / "miniature" / "faces"
+SHIPPED = ROOT / "checkpoints" / "miniature" / "faces"
 ORIGIN = "training.json"  # beside the weights: what they learned from, and whom they never saw
 STEPS = 1000
 

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from diffusion.schedule import add_noise, linear, min_snr_weight
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
-from miniature.faces_model import HERE, ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
+from miniature.faces_model import ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
 from runtime.cli import BadInput, note, require_positive
 from runtime.device import Device, detect, memory_format, set_up
-from runtime.figures import picture_grid, save_picture
-from runtime.files import output_folder, read_json
+from runtime.files import ROOT, output_folder, read_json
+from runtime.images import picture_grid, save_picture
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.rate import rate_factor
+from training.schedule import rate_factor
 from training.signals import StopSignals
 
-FACES = HERE / "hw2_data" / "faces_orl.tar.gz"
+FACES = ROOT / "hw2_data" / "faces_orl.tar.gz"
 KIND = "face model"
 MIN_SNR = 5.0
 

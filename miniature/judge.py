@@ -8,26 +8,24 @@ Its answers in code: miniature/judge_model.py.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
 
 from miniature.judge_model import NONE, SHIPPED, Judge, load_judge, rounded, save_judge, to_float
 from miniature.judge_training import ANY, Train, Training, worsen
 from miniature.judge_truth import IGNORED, truth_of
-from miniature.scenes import KINDS
-from miniature.world import Batch, as_tensor, dataset
+from miniature.scenery.render import Batch, as_tensor, dataset
+from miniature.scenery.scenes import KINDS
 from runtime.cli import BadInput, note, require_not_negative, run_script
 from runtime.device import Device, detect
-from runtime.generation import derived_seed
 from runtime.record import Record
+from runtime.seeds import derived_seed
 from training.draws import Draws
 from training.signals import leave_stopped
 

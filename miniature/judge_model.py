@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from miniature.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
-from P1_judge import Block
+from digits.classifier import Block
+from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
 from runtime.cli import BadInput
-from runtime.files import load_safetensors, save_safetensors
+from runtime.files import ROOT, load_safetensors, save_safetensors
 
 KIND = "miniature judge"
-SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "miniature" / "judge.safetensors"
+SHIPPED = ROOT / "checkpoints" / "miniature" / "judge.safetensors"
 BATCH = 250  # pictures per forward pass
 NONE = len(ALL_KINDS)  # "kind" of a box without an object
 

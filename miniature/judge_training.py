@@ -13,17 +13,17 @@ from torch import Tensor
 
 from miniature.judge_model import KIND, NONE, SHIPPED, JudgeNetwork, Logits, erase, to_float
 from miniature.judge_truth import IGNORED, Truth, truth_of
-from miniature.scenes import SIDE, Wish
-from miniature.world import as_tensor, batch
+from miniature.scenery.render import as_tensor, batch
+from miniature.scenery.scenes import SIDE, Wish
 from runtime.cli import BadInput, note, require_positive
 from runtime.device import Device, detect
 from runtime.files import load_safetensors
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.rate import rate_factor
+from training.schedule import rate_factor
 from training.signals import StopSignals
 
 ANY = Wish(pairs="any")  # a meter must know the held-out pairs as well as the others

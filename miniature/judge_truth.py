@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miniature.judge_model import CELLS, NONE, WHOLE
-from miniature.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE, Box, Scene
+from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE, Box, Scene
 
 IGNORED = -100  # label of a question that has no answer here
 

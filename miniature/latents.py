@@ -16,11 +16,11 @@ from transformers import CLIPTokenizer
 
 from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
-from miniature.scenes import FREE, SIDE, Wish
-from miniature.world import as_tensor, batch, stream
+from miniature.scenery.render import as_tensor, batch, stream
+from miniature.scenery.scenes import FREE, SIDE, Wish
 from runtime.cli import note, progress
 from runtime.files import atomic, output_folder, read_json, write_json
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
 
 ENCODED = 125  # pictures at once
 

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
-
 from miniature.diffusion_parts import MAKE_VAE, PARTS, load_part, make_autoencoder, save_part
 from miniature.judge_model import to_float
 from miniature.judge_training import ANY
+from miniature.scenery.render import as_tensor, batch, dataset
 from miniature.trainer import Loop, Trainer, check_numbers
-from miniature.world import as_tensor, batch, dataset
 from runtime.cli import BadInput, note, progress, run_script
 from runtime.device import Device, detect, memory_format, set_up
-from runtime.figures import picture_grid, save_picture
-from runtime.generation import derived_seed
+from runtime.images import picture_grid, save_picture
 from runtime.record import Record
+from runtime.seeds import derived_seed
 from training.draws import Draws
 
 CHUNK = 125  # pictures that are measured at a time

@@ -10,12 +10,11 @@ Its form in code: miniature/clip_model.py; its words: miniature/vocabulary.py; w
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
+import repository_root  # noqa: F401  # isort: split
 
 from miniature.clip_grading import graded, table
 from miniature.clip_model import SHIPPED, convert, load_clip, rounded, save_clip

@@ -9,13 +9,13 @@ Needs the small CLIP as a transformers folder (--clip) and, for grading, the jud
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
+import repository_root  # noqa: F401  # isort: split
 
+from concepts.single_file import make_scheduler
 from miniature.diffusion_grading import Grade, cases_of, pictures_of, rates_of, shown, table
 from miniature.diffusion_parts import (
     CLIP,
@@ -30,10 +30,9 @@ from miniature.diffusion_parts import (
 from miniature.diffusion_training import DiffusionTrainer, Train
 from miniature.judge_model import load_judge
 from miniature.trainer import check_numbers
-from P3_checkpoint import make_scheduler
 from runtime.cli import BadInput, note, run_script
 from runtime.device import detect, set_up
-from runtime.figures import save_picture
+from runtime.images import save_picture
 from runtime.record import Record
 
 

@@ -8,27 +8,26 @@ Photographs and cuts: miniature/faces.py. The loop: miniature/faces_training.py.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import repository_root  # noqa: F401  # isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script lies below the packages it uses
-
 from diffusion.steps import step_rule
+from faces.models import Model, load_model
+from faces.noises import Noise, seeded_noises
+from faces.sampling import Recipe, sample_all, to_picture
 from miniature.faces import LEAST, cut, load_faces, middle_cuts, to_float
 from miniature.faces_model import ORIGIN, SHIPPED, save_folder
 from miniature.faces_training import FACES, Train, Training
-from P2_ddim import Noise, Recipe, sample_all, seeded_noises, to_picture
-from P2_model import Model, load_model
 from runtime.cli import BadInput, note, run_script
 from runtime.device import Device, detect, set_up
-from runtime.figures import picture_grid, save_picture
 from runtime.files import output_folder, read_json, require_file
+from runtime.images import picture_grid, save_picture
 from runtime.record import Record
 from training.signals import leave_stopped
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from runtime.cli import note, require_not_negative, require_positive
 from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
-from runtime.figures import save_picture
 from runtime.files import output_folder
+from runtime.images import save_picture
 from runtime.record import Record
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.rate import rate_factor
+from training.schedule import rate_factor
 from training.signals import StopSignals, leave_stopped
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from P3_input import Concept, read_input
+from concepts.course_format import Concept, read_input
 from pages.sources import CLIP, DIFFUSION, Sources
-from pages.steps import Step
 from runtime.cli import BadInput
 from runtime.files import read_json, write_json
+from runtime.steps import Step
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pages.steps import Step
+from runtime.steps import Step
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from pages.content import Figure, Part, Score, Shown, Table, facts_table, percent, plain
 from pages.sources import DIGITS, Sources
-from pages.steps import Step
 from runtime.files import load_safetensors, read_json
+from runtime.steps import Step
 
 PROBLEM = "P1"
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
 from pages.sources import FACES, Sources
-from pages.steps import Step
 from runtime.files import read_json
+from runtime.steps import Step
 
 PROBLEM = "P2"
 SHOWN_SETTINGS = ("model", "noise", "seeds", "steps", "rule", "eta", "rescale", "seed", "precision")

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from pages.content import Part, Shown, plain
-from pages.steps import Outcome, short, shown, write_text
 from runtime.device import detect
 from runtime.files import read_json
 from runtime.record import git_revision, versions
+from runtime.steps import Outcome, short, shown, write_text
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROBLEMS = {

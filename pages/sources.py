@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pages.steps import HERE, short
+from runtime.files import ROOT
+from runtime.steps import short
 
-SHIPPED = HERE / "checkpoints"
+SHIPPED = ROOT / "checkpoints"
 FACES = SHIPPED / "miniature" / "faces"
 DIGITS = SHIPPED / "p1_digits.safetensors"
 CLIP = SHIPPED / "miniature" / "clip"

@@ -9,8 +9,8 @@ from typing import Any
 from pages.cases import MARGIN, Case, course_case, miniature_case, write_baselines
 from pages.content import Figure, Gallery, Part, Score, Shown, Table, facts_table
 from pages.sources import Sources
-from pages.steps import Step
 from runtime.files import read_json
+from runtime.steps import Step
 
 LEVELS = (
     "Left to right: where each concept belongs; joint, all words in one prompt; regional, every word heard in its own region only; "

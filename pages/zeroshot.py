@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pages.content import Figure, Part, Score, Shown, Table, facts_table, percent
 from pages.sources import CLIP, Sources
-from pages.steps import Step
 from runtime.files import read_json
+from runtime.steps import Step
 
 SETTINGS = ("model", "precision", "prompts", "templates", "names", "pictures", "classes", "quickgelu_forced")
 TEXT = (

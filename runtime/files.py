@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from runtime.cli import BadInput
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -66,8 +68,17 @@ def require_file(path: Path, hint: str = "") -> Path:
     return Path(path)
 
 
+def refuse_source_folder(path: Path) -> None:
+    """Raise BadInput for a folder of the repository's own source, which an output would mix with."""
+    path = Path(path).absolute()
+    for init in ROOT.glob("*/__init__.py"):
+        if init.parent in (path, *path.parents):
+            raise BadInput(f"output {path}: {init.parent.name}/ holds this repository's source, name another folder")
+
+
 def output_folder(path: Path) -> Path:
-    """Makes the folder; raises BadInput where a file is in the way."""
+    """Makes the folder; raises BadInput where a file is in the way or source code lies there."""
+    refuse_source_folder(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -76,7 +87,8 @@ def output_folder(path: Path) -> Path:
 
 
 def require_folder_place(path: Path) -> None:
-    """`output_folder` without making it: raises BadInput where a file is in the way."""
+    """`output_folder` without making it: raises BadInput where a file is in the way or source code lies there."""
+    refuse_source_folder(path)
     if not _existing(path).is_dir():
         raise BadInput(f"output {path}: a file is in the way, name a folder")
 

@@ -20,13 +20,12 @@ from torch import Tensor
 from torchvision import transforms
 
 import P1_classifier
-import P1_judge
-import P1_quality
+from digits import classifier, metrics
+from digits.classifier import Judge, accuracy, grade_folder, load_judge, quality, shipped_judges
+from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
 from P1_classifier import Grade, Train, run_training
 from P1_dataloader import read_picture
-from P1_judge import Judge, accuracy, grade_folder, load_judge, quality, shipped_judges
 from P1_model import DOMAINS
-from P1_quality import Reference, coverage, frechet, make_reference, measure, memorised
 from runtime.cli import BadInput, run_script
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -85,7 +84,7 @@ def patches(count: int, size: int = 28, seed: int = 0) -> Tensor:
 def random_judge(domain: int) -> Judge:
     """The course's LeNet with random weights, centred so that it sees every digit somewhere, and a reference of patches."""
     torch.manual_seed(domain)
-    judge = Judge(P1_judge.make_lenet(), domain)
+    judge = Judge(classifier.make_lenet(), domain)
     judge.network[-1].bias -= judge(patches(200)).mean(0)
     features = judge.features(patches(200))
     judge.reference = make_reference(features[:100], features[100:], 100, 100)
@@ -94,7 +93,7 @@ def random_judge(domain: int) -> Judge:
 
 def course_file(path: Path) -> Path:
     """A file laid out as Classifier.pth, with random weights."""
-    torch.save({"state_dict": P1_judge.make_lenet().state_dict(), "optimizer": {"state": {}}}, path)
+    torch.save({"state_dict": classifier.make_lenet().state_dict(), "optimizer": {"state": {}}}, path)
     return path
 
 
@@ -140,7 +139,7 @@ def test_accuracy_asks_each_domains_own_judge() -> None:
 
 
 def test_accuracy_of_no_pictures_is_nan() -> None:
-    judges = [Judge(P1_judge.make_resnet(P1_judge.JudgeConfig()), domain) for domain in (0, 1)]
+    judges = [Judge(classifier.make_resnet(classifier.JudgeConfig()), domain) for domain in (0, 1)]
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     shares = accuracy(judges, images, torch.zeros(2), torch.zeros(2))
     assert shares[1] != shares[1]
@@ -178,11 +177,11 @@ def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(models, "load_state_dict_from_hf", unreachable)
     with pytest.raises(BadInput, match=r"edadaltocg/resnet34_svhn can't be loaded \(no route"):
-        P1_judge.hub_judge(CPU)
+        classifier.hub_judge(CPU)
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
-    state = P1_judge.make_lenet().state_dict()
+    state = classifier.make_lenet().state_dict()
     state["fc1.weight"] = state["fc1.weight"][:, :200].clone()
     torch.save({"state_dict": state, "optimizer": {}}, tmp_path / "odd.pth")
     with pytest.raises(BadInput, match=r"odd\.pth.*fc1\.weight"):
@@ -258,7 +257,7 @@ def test_augmented_pictures_stay_in_range_and_differ() -> None:
 
 
 def test_the_frechet_distance_of_equal_sets_is_zero() -> None:
-    mean, covariance = P1_quality.moments(torch.randn(300, 16))
+    mean, covariance = metrics.moments(torch.randn(300, 16))
     assert frechet(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
 
 

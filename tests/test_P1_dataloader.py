@@ -24,10 +24,9 @@ from P1_dataloader import (
     read_csv,
     read_picture,
     split_tables,
-    to_float,
-    to_uint8,
 )
 from runtime.cli import BadInput
+from runtime.images import to_float, to_uint8
 
 MNISTM, SVHN = 0, 1
 FullDisk = Callable[[int], AbstractContextManager[None]]

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from digits.classifier import grade_folder, misread, shipped_judges
 from P1_inference import Settings, main
-from P1_judge import grade_folder, misread, shipped_judges
 from runtime.cli import BadInput
+from runtime.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHELL = str(ROOT / "hw2_1.sh")
 
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from P1_dataloader import to_uint8
-from P1_inference import Picture, Sampler, graded_pictures, sample, sample_all
+from digits.sampling import Picture, Sampler, graded_pictures, sample, sample_all
 from P1_model import (
     NO_DIGIT,
     NO_DOMAIN,
@@ -29,6 +28,7 @@ from P1_model import (
     sinusoid,
 )
 from runtime.cli import BadInput
+from runtime.images import to_uint8
 
 CPU = torch.device("cpu")
 FullDisk = Callable[[int], AbstractContextManager[None]]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusion.noise import draw, generators
-from P1_inference import Picture
+from digits.sampling import Picture
 from P1_model import Network
 from P1_report import Settings, main, reverse_process
 from runtime.cli import BadInput

@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from P1_recipes import Settings
-from P1_training import Trainer, main
+from P1_training import Settings, Trainer, main
 from runtime.cli import BadInput
+from runtime.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT: dict[str, Any] = {
     "preset": "tiny", "device": "cpu", "precision": "fp32", "compile": "off", "batch": 8, "warmup": 2,
     "log_every": 5, "eval_every": 0, "eval_count": 1, "final_count": 1,

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
-from P2_ddim import Settings, compare, main, to_picture
-from P2_noises import Noise, parse_seeds, save_noises
+from faces.noises import Noise, parse_seeds, save_noises
+from faces.sampling import compare, to_picture
+from P2_ddim import Settings, main
 from runtime.cli import BadInput
-from runtime.figures import save_picture
-
-ROOT = Path(__file__).resolve().parents[1]
+from runtime.files import ROOT
+from runtime.images import save_picture
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, pictures_of, relative, run, save_model
 
-import P3_pictures
-from P3_clip import load
-from P3_clip_features import encode_all, logits_of
-from P3_clip_weights import resolve
 from P3_clip_zeroshot import main
-from P3_prompts import CIFAR, fillers, templates_of
-from P3_zeroshot_settings import Settings
 from runtime.cli import BadInput
+from runtime.files import ROOT
+from zeroshot import dataset
+from zeroshot.features import encode_all, logits_of
+from zeroshot.model import load
+from zeroshot.prompts import CIFAR, fillers, templates_of
+from zeroshot.settings import Settings
+from zeroshot.weights import resolve
 
-ROOT = Path(__file__).resolve().parents[1]
 STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
 
 
@@ -103,7 +103,7 @@ def test_pictures_too_many_for_memory_are_read_again(
 ) -> None:
     clip, kept, reread = load(resolve(tiny_clip, None), CPU), pictures_of(labelled), pictures_of(labelled)
     kept.decode(2)
-    monkeypatch.setattr(P3_pictures, "KEPT_BYTES", 10 * 3 * 32 * 32)
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 10 * 3 * 32 * 32)
     reread.decode(2)
     assert sum(picture is not None for picture in reread.kept) == 10
     assert torch.equal(encode_all(clip, kept, 8, 2), encode_all(clip, reread, 8, 2))

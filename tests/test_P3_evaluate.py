@@ -17,15 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
-import P3_scores
+from concepts import clip_scores
+from concepts.clip_scores import Scorer, open_pictures, rank
 from miniature.clip_model import PREPROCESSING, Size, SmallClip, make_processor, model_config, to_transformers
-from miniature.vocabulary import make_tokenizer
+from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
-from P3_scores import Scorer, open_pictures, rank
 from runtime.cli import BadInput
-from runtime.files import write_json
+from runtime.files import ROOT, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SIZE = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
 INPUT: dict[str, Any] = {
@@ -179,8 +178,8 @@ def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip:
 
 def test_every_file_is_decoded_once(graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    plain = P3_scores.open_picture
-    monkeypatch.setattr(P3_scores, "open_picture", lambda path: (opened.append(path), plain(path))[1])
+    plain = clip_scores.open_picture
+    monkeypatch.setattr(clip_scores, "open_picture", lambda path: (opened.append(path), plain(path))[1])
     run(graded, clip, output=tmp_path)
     assert len(opened) == len(set(opened)) == 3 * 25 + 3 + 2
 

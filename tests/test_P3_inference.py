@@ -14,21 +14,21 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pipeline
 
-import P3_inference_jobs
+from concepts import jobs
+from concepts.clip_scores import Scorer
+from concepts.composition.multipath import Means
+from concepts.embeddings import file_of, save_vectors
+from concepts.jobs import Settings
+from concepts.sampling import Manner, Order, Painter
+from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
-from P3_composition import Means
-from P3_drawing import Manner, Order, Painter
-from P3_embeddings import file_of, save_vectors
 from P3_inference import main
-from P3_inference_jobs import Settings
-from P3_model import load_pipeline
-from P3_scores import Scorer
 from runtime.cli import BadInput
-from runtime.figures import open_picture
+from runtime.files import ROOT
+from runtime.images import open_picture
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
 CASES = {
     "0": {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>.", "A <new1> in the style of <new2>."]},
     "cat": {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["A star in the style of <new2>."]},
@@ -151,7 +151,7 @@ def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
 def test_a_token_without_vectors_names_the_commands_that_learn_it(
     given: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(P3_inference_jobs, "FOLDER", given / "none")
+    monkeypatch.setattr(jobs, "FOLDER", given / "none")
     with pytest.raises(BadInput) as caught:
         main(settings(given, model, embeddings=()))
     lines = str(caught.value).splitlines()

@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from P3_concepts import Concept, read_concepts, read_pictures, square, zoomed_out
-from P3_embeddings import install
-from P3_inversion import Learner
-from P3_inversion_run import Recipe, Run
-from P3_model import load_pipeline, suit_training
+from concepts.dataset import Concept, read_concepts, read_pictures, square, zoomed_out
+from concepts.embeddings import install
+from concepts.inversion import Learner
+from concepts.stable_diffusion import load_pipeline, suit_training
+from concepts.training import Recipe, Run
 from P3_textual_inversion import Settings, main
 from runtime.cli import BadInput
+from runtime.files import ROOT
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "<new1>"
 
 

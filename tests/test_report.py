@@ -19,11 +19,10 @@ from PIL import Image
 from P1_model import Network, save_network
 from pages.content import Figure, Gallery, Part, Score, Shown, Table
 from pages.page import view_of, write_page
-from pages.steps import Outcome, Runner, Step, reason_of
 from report import Settings, main, parts_of, run_parts, sources_of
 from runtime.cli import BadInput
-
-ROOT = Path(__file__).resolve().parents[1]
+from runtime.files import ROOT
+from runtime.steps import Outcome, Runner, Step, reason_of
 
 
 def counting(

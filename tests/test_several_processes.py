@@ -14,10 +14,9 @@ import torch
 from small_pipeline import save_clip, save_pipeline
 
 from P1_model import Network, save_network
-from runtime.files import load_safetensors
-from runtime.generation import Shard
+from runtime.distributed import Shard
+from runtime.files import ROOT, load_safetensors
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime.cli import BadInput
-from runtime.generation import derived_seed
+from runtime.seeds import derived_seed
 
 
 class Draws:

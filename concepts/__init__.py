@@ -1,0 +1,1 @@
+"""P3, personalization: Stable Diffusion, embeddings of new tokens, textual inversion and sampling."""

@@ -1,0 +1,264 @@
+"""Digit judges: our own network, the course's, their files, and what they say of pictures. P1_classifier.py is the command."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from digits.metrics import Reference, measure
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
+from runtime.cli import BadInput
+from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
+from runtime.images import to_float
+
+KIND = "P1 digit judge"
+SHIPPED = ROOT / "checkpoints"
+HUB = "edadaltocg/resnet34_svhn"
+BATCH = 500  # pictures per forward pass
+
+# ---------------------------------------------------------------- networks: each is a Sequential whose last layer is the head
+
+
+class Block(nn.Module):
+    """conv, BatchNorm, ReLU, twice, around a skip connection (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, 1) != (outputs, stride) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,inputs,H,W] -> [B,outputs,H/stride,W/stride]."""
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Layout of our own judge; where patches of 2x2 pixels are folded into channels first, it is three times as fast."""
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    blocks: tuple[int, ...] = (1, 2, 2)
+    fold: int = 2
+
+
+def make_resnet(config: JudgeConfig) -> nn.Sequential:
+    """A small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7; its last layer is the head."""
+    width, fold = config.channels[0], config.fold
+    layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, width, 3, padding=1), nn.ReLU()]
+    for level, (channels, blocks) in enumerate(zip(config.channels, config.blocks, strict=True)):
+        for block in range(blocks):
+            layers.append(Block(width, channels, 2 if level and not block else 1))
+            width = channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, DIGITS)]
+    return nn.Sequential(*layers)
+
+
+def make_lenet() -> nn.Sequential:
+    """The course's MNIST-M judge, with the names of its file."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 6, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(), fc1=nn.Linear(256, 128), relu3=nn.ReLU(),
+            fc2=nn.Linear(128, 64), relu4=nn.ReLU(), fc3=nn.Linear(64, DIGITS),
+        )
+    )  # fmt: skip
+
+
+def make_resnet34() -> nn.Sequential:
+    """The course's SVHN judge: timm's resnet34 with a stem for small pictures (conv1 3x3, no max pool)."""
+    import timm  # slow to import, and only this judge needs it
+
+    network = timm.create_model("resnet34", num_classes=DIGITS)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return nn.Sequential(OrderedDict(network.named_children()))
+
+
+# ---------------------------------------------------------------- the judge
+
+
+class Judge(nn.Module):
+    """Tells the digits of one domain (0 = mnistm, 1 = svhn), given pictures as uint8; some carry a reference of real pictures."""
+
+    def __init__(self, network: nn.Sequential, domain: int, reference: Reference | None = None):
+        super().__init__()
+        self.network, self.domain, self.reference = network, domain, reference
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """[N,3,28,28] uint8 on any device -> [N,F] float32, what the last layer sees; in batches."""
+        device, body = next(self.parameters()).device, self.network[:-1]
+        floats = (to_float(chunk.to(device)) for chunk in images.split(BATCH))
+        return torch.cat([body(x.contiguous(memory_format=torch.channels_last)) for x in floats])
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """[N,3,28,28] uint8 -> logits [N,10]."""
+        return self.network[-1](self.features(images))
+
+
+# ---------------------------------------------------------------- judge files
+
+
+def round_weights(network: nn.Module) -> dict[str, Tensor]:
+    """What a judge file stores: matrices and kernels in half precision, vectors (norms, biases) as they are; on the CPU."""
+    state = network.state_dict()
+    return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
+
+
+def save_judge(path: Path, judge: Judge, config: JudgeConfig, origin: dict[str, Any]) -> None:
+    """One safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
+    assert judge.reference
+    header = {"kind": KIND, "domain": judge.domain, "model": asdict(config), "origin": origin}
+    tensors = round_weights(judge.network)
+    tensors = {f"network.{name}": value for name, value in tensors.items()}
+    for name, value in judge.reference.tensors().items():
+        tensors[f"reference.{name}"] = value.cpu().contiguous()
+    save_safetensors(path, tensors, {"judge": json.dumps(header)})
+
+
+def load_judge(path: Path, device: torch.device) -> Judge:
+    """One of our judge files, the course's Classifier.pth, or weights of timm's resnet34_svhn. Raises BadInput for anything else."""
+    if path.suffix != ".safetensors":
+        return foreign_judge(load_tensors(path), path, device)
+    tensors, metadata = load_safetensors(path)
+    if "judge" not in metadata:
+        return foreign_judge(tensors, path, device)
+    header = json.loads(metadata["judge"])
+    network = fill(make_resnet(JudgeConfig(**header["model"])), part(tensors, "network"), path)
+    reference = Reference.from_tensors(part(tensors, "reference"), device)
+    return Judge(place(network, device), header["domain"], reference)
+
+
+def foreign_judge(state: Any, path: Path, device: torch.device) -> Judge:
+    """The course's judges, told apart by the names of their weights: LeNet for mnistm, resnet34 for svhn."""
+    weights = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if "fc3.weight" in weights:
+        return Judge(place(fill(make_lenet(), weights, path), device), 0)
+    if "layer1.0.conv1.weight" in weights:
+        return Judge(place(fill(make_resnet34(), weights, path), device), 1)
+    raise BadInput(
+        f"{path} is no judge: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
+        "nor timm's resnet34_svhn (conv1, layer1 .. fc)"
+    )
+
+
+def hub_judge(device: torch.device) -> Judge:
+    """The course's SVHN judge from the Hugging Face hub; raises BadInput where that can't be reached."""
+    from timm.models import load_state_dict_from_hf  # slow to import, and only this judge needs it
+
+    try:
+        weights = load_state_dict_from_hf(HUB, weights_only=True)
+    except Exception as error:  # the hub's many errors share no class of their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(
+            f"--svhn-judge hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
+        ) from None
+    return foreign_judge(weights, Path(HUB), device)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def fill(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
+    """The network with these weights; raises BadInput that names the first missing, unexpected or misshapen one."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BadInput(f"{path}: {reason[:200]}") from None
+    return network
+
+
+def place(network: nn.Sequential, device: torch.device) -> nn.Sequential:
+    """On the device, in the memory format that is fastest for convolutions."""
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def shipped_judges(device: torch.device) -> list[Judge]:
+    """The judges in checkpoints/, one per domain; raises BadInput where one is missing."""
+    return [load_judge(SHIPPED / f"judge_{name}.safetensors", device) for name in DOMAINS]
+
+
+# ---------------------------------------------------------------- what judges say
+
+
+def misread(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
+    """Row numbers [M], rising, of the pictures [N,3,28,28] uint8 in which their domain's judge doesn't see the digit [N]."""
+    wrong = torch.zeros(len(digits), dtype=torch.bool)
+    for domain, judge in enumerate(judges):
+        rows = (domains == domain).nonzero().squeeze(1).cpu()
+        if len(rows):
+            wrong[rows] = judge(images[rows.to(images.device)]).argmax(1).cpu() != digits.cpu()[rows]
+    return wrong.nonzero().squeeze(1)
+
+
+def accuracy(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
+    """Per domain the share (0..1) of pictures [N,3,28,28] uint8 in which its judge sees the digit [N]; nan where there are none."""
+    domains = domains.cpu().long()
+    total = torch.bincount(domains, minlength=len(judges))
+    wrong = torch.bincount(domains[misread(judges, images, digits, domains)], minlength=len(judges))
+    return (1 - wrong[: len(judges)] / total[: len(judges)]).tolist()
+
+
+def quality(judge: Judge, images: Tensor) -> dict[str, float]:
+    """frechet, precision, recall and memorised of pictures [N,3,28,28] uint8, by a judge that carries a reference."""
+    if judge.reference is None:
+        raise ValueError("this judge carries no reference of real pictures")
+    return measure(judge.features(images), judge.reference)
+
+
+def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
+    """Pictures [N,3,28,28] uint8 and the digits [N] their file names begin with, read as the course reads them."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(DOMAINS)}")
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not paths:
+        raise BadInput(f"{folder} is empty")
+    images, digits = [], []
+    for path in paths:
+        if path.name[0] not in "0123456789":
+            raise BadInput(f"{path}: the name must begin with its digit, as in 7_001.png")
+        digits.append(int(path.name[0]))
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB").resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadInput(f"{path} is not a readable picture: {error}") from None
+        images.append(np.asarray(picture).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(images)), torch.tensor(digits)
+
+
+def grade_folder(folder: Path, judges: Sequence[Judge], critics: Sequence[Judge] | None = None) -> dict[str, Any]:
+    """Per domain its accuracy, number of pictures, confusion [10][10] (rows: label) and quality (by the judges, or by other
+    critics: they need a reference); under "mean" the mean accuracy. Raises BadInput for a folder that can't be graded."""
+    result: dict[str, Any] = {}
+    pictures = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
+    for name, judge, critic, (images, digits) in zip(DOMAINS, judges, critics or judges, pictures, strict=True):
+        seen = judge(images).argmax(1).cpu()
+        confusion = torch.bincount(digits * DIGITS + seen, minlength=DIGITS**2).view(DIGITS, DIGITS)
+        result[name] = {
+            "accuracy": int(confusion.trace()) / len(digits),
+            "pictures": len(digits),
+            "confusion": confusion.tolist(),
+            "quality": quality(critic, images),
+        }
+    result["mean"] = sum(result[name]["accuracy"] for name in DOMAINS) / len(DOMAINS)
+    return result

@@ -1,0 +1,1 @@
+"""P2's modules: face models, noises and sampling by DDIM."""

@@ -1,0 +1,6 @@
+"""The first import of every script in this folder: finds the repository's packages from any working folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -1,0 +1,179 @@
+"""What people would write under a picture of the world: varied wording, parts left out, nothing that is held out ever named.
+
+What isn't named may be described: by words that several objects, or several styles, share. A model that reads them learns to tell
+held-out ones from each other, without a word for any. Textual inversion needs that: it finds a point between words, and where words
+make no difference there is nothing to find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from miniature.scenery.scenes import HELD_OUT_STYLES, KINDS, Dice, Scene, Thing
+from zeroshot.prompts import article
+
+OPENINGS = (
+    "a photo of", "a photo of", "a photo of", "a picture of", "an image of", "a rendering of", "a close-up photo of",
+    "a good photo of", "a small picture of", "a bright photo of", "there is", "",
+)  # fmt: skip
+STYLED = (
+    "{what} in the style of {style}", "{what} in the style of {style}", "{what}, in {style} style",
+    "{what}, {style} style", "{style} style: {what}",
+)  # fmt: skip
+UNUSUAL = ("{what} in an unusual style", "{what} in the style of something unusual", "{what}, in a strange style")
+DESCRIBED = ("{what} in {a} style", "{what} in {a} style", "{what}, in {a} style", "{what}, {words} style")
+TRAITS = {  # of objects; a held-out one shares each with named ones
+    "hollow": ("ring", "four", "key", "cup"),
+    "slanted": ("seven", "triangle", "key"),
+    "thin": ("three", "four", "seven", "key"),
+    "round": ("ring", "moon", "heart", "mushroom"),
+    "tall": ("three", "four", "seven", "tree", "mushroom"),
+    "marked": ("house", "tree", "fish", "mushroom", "cup"),
+    "wide": ("house", "cross", "fish", "cup"),
+    "pointed": ("triangle", "star", "heart", "house", "tree", "moon", "fish"),
+    "curved": ("three", "ring", "heart", "moon", "fish"),
+    "straight": ("square", "triangle", "cross", "star", "house", "four", "seven"),
+}
+STYLE_TRAITS = {
+    "smooth": ("flat", "outline", "relief"),
+    "soft": ("watercolour", "relief", "ripple"),
+    "edged": ("outline", "watercolour", "relief"),
+    "lined": ("outline", "hatched", "ripple"),
+    "wavy": ("watercolour", "ripple"),
+    "rough": ("mosaic", "watercolour"),
+    "regular": ("hatched", "dots", "mosaic", "ripple"),
+}
+DIGITS = {"three", "four", "seven"}
+NAMELESS = ("object", "object", "thing")
+ALONE = {
+    "left": ("on the left", "to the left", "at the left"),
+    "right": ("on the right", "to the right", "at the right"),
+    "above": ("above", "at the top", "above the middle"),
+    "below": ("below", "at the bottom", "below the middle"),
+    "centre": ("in the centre", "in the middle", "at the centre"),
+}
+PAIRED = {  # the first is left of, or above, the second
+    False: ("{0} to the left of {1}", "{1} to the right of {0}", "{0} on the left and {1} on the right", "{0} left of {1}"),
+    True: ("{0} above {1}", "{1} below {0}", "{0} at the top and {1} at the bottom", "{0} over {1}"),
+}  # fmt: skip
+LOOSE = ("{0} next to {1}", "{1} next to {0}", "{0} and {1}", "{1} and {0}", "{0} with {1}", "{1} beside {0}")
+TRIPLE = (
+    "{0}, {1} and {2}",
+    "{2}, {0} and {1}",
+    "{1} between {0} and {2}",
+    "{1} next to {0} and {2}",
+    "{2}, {1} and {0}",
+)
+ROWS = {
+    False: ("{0}, {1} and {2} from left to right", "{0}, {1} and {2} in a row"),
+    True: ("{0}, {1} and {2} from top to bottom", "{0}, {1} and {2} in a column"),
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The words, and which parts of the truth they name: kind0, colour0, hollow0, .. (in the order of the scene's things), place,
+    background, ground, style, smooth, .."""
+
+    text: str
+    named: frozenset[str]
+
+
+def caption(scene: Scene, seed: int) -> Caption:
+    """One wording of many for this scene."""
+    dice = Dice(seed)
+    named: set[str] = set()
+    names = [_name(thing, index, dice, named) for index, thing in enumerate(scene.things)]
+    text = _arranged(scene, names, dice, named)
+    opening = dice.pick(OPENINGS)
+    text = f"{opening} {text}".strip() + _background(scene, dice, named)
+    return Caption(_styled(scene, text, dice, named), frozenset(named))
+
+
+def _name(thing: Thing, index: int, dice: Dice, named: set[str]) -> str:
+    """ "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object."""
+    noun = thing.kind
+    nameless = noun not in KINDS or dice.chance(0.12)
+    if nameless:
+        noun = dice.pick(NAMELESS)
+    else:
+        named.add(f"kind{index}")
+        if noun in DIGITS and dice.chance(0.3):
+            noun = dice.pick(("number ", "digit ")) + noun
+    traits = _traits(TRAITS, thing.kind, dice) if dice.chance(0.75 if nameless else 0.06) else []
+    named.update(f"{word}{index}" for word in traits)
+    words = [*traits, noun]
+    if dice.chance(0.85):
+        named.add(f"colour{index}")
+        words.insert(len(traits) if dice.chance(0.4) else 0, thing.colour)
+    return " ".join([*_article(words[0], dice), *words])
+
+
+def _traits(of: Mapping[str, Sequence[str]], name: str, dice: Dice) -> list[str]:
+    """One to three words that are true of `name`, in any order; fewer where it has no more."""
+    words = [word for word, holders in of.items() if name in holders]
+    wanted = min(1 + dice.below(3), len(words))
+    return [words.pop(dice.below(len(words))) for _ in range(wanted)]
+
+
+def _article(word: str, dice: Dice) -> list[str]:
+    which = dice.weighted((0.75, 0.15, 0.1))
+    return [[article(word)], ["the"], []][which]
+
+
+def an(words: str) -> str:
+    """ "a red star", "an orange ring": with its article."""
+    return f"{article(words)} {words}"
+
+
+def _arranged(scene: Scene, names: Sequence[str], dice: Dice, named: set[str]) -> str:
+    """The objects in one phrase, half of the time with where they are."""
+    told = dice.chance(0.5)
+    if told:
+        named.add("place")
+    if len(names) == 1:
+        return f"{names[0]} {dice.pick(ALONE[scene.things[0].place])}" if told else names[0]
+    order, column = _order(scene.things)
+    placed, loose = (PAIRED, LOOSE) if len(names) == 2 else (ROWS, TRIPLE)
+    wording = dice.pick(placed[column] if told else loose)
+    return wording.format(*(names[index] for index in order))
+
+
+def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
+    """Their indices from left to right, or from top to bottom where they are spread more that way; and whether so."""
+    spans = []
+    for axis in (0, 1):
+        starts = [thing.box[axis] + thing.box[axis + 2] for thing in things]
+        spans.append((max(starts) - min(starts), starts))
+    column = spans[1][0] > spans[0][0]
+    starts = spans[column][1]
+    return sorted(range(len(things)), key=starts.__getitem__), column
+
+
+def _background(scene: Scene, dice: Dice, named: set[str]) -> str:
+    """ " on a blue background", " on a textured red background", or nothing."""
+    if not dice.chance(0.7):
+        return ""
+    back = scene.background
+    named.add("background")
+    words = [back.colour, dice.pick(("background", "background", "backdrop"))]
+    if dice.chance(0.5 if back.ground != "plain" else 0.2):
+        named.add("ground")
+        words.insert(int(back.ground == "gradient"), back.ground)  # "a blue gradient background"
+    return f" on {an(' '.join(words))}"
+
+
+def _styled(scene: Scene, text: str, dice: Dice, named: set[str]) -> str:
+    """With the style's name, most often, or some words about it; flat pictures are mostly left as they are."""
+    if not dice.chance(0.4 if scene.style == "flat" else 0.8):
+        return text
+    held_out = scene.style in HELD_OUT_STYLES
+    if dice.chance(0.6 if held_out else 0.15):
+        traits = _traits(STYLE_TRAITS, scene.style, dice)
+        named.update(traits)
+        words = ", ".join(traits)
+        return dice.pick(DESCRIBED).format(what=text, words=words, a=an(words))
+    if held_out:
+        return dice.pick(UNUSUAL).format(what=text)
+    named.add("style")
+    return dice.pick(STYLED).format(what=text, style=scene.style)

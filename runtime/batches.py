@@ -1,0 +1,55 @@
+"""Batches of one shape, halved when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from runtime.cli import BadInput, note
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def even_batch(count: int, most: int) -> int:
+    """The smallest batch that needs no more calls than `most` does: ten pictures, at most four at once, go as 4, 4, 2."""
+    calls = -(-count // most)
+    return -(-count // calls)
+
+
+def in_batches(
+    work: Callable[[list[Item]], Result], items: Sequence[Item], batch: int
+) -> Iterator[tuple[list[Item], Result]]:
+    """(items, work(items)) in batches of one shape, so that kernels round alike: to `work` the last batch comes with its last item
+    repeated. When memory runs out the batch is halved and the rest goes on with that; raises BadInput when one item is too large."""
+    start = 0
+    while start < len(items):
+        chunk = list(items[start : start + batch])
+        result = _unless_out_of_memory(work, chunk + [chunk[-1]] * (batch - len(chunk)))
+        if result is not None:
+            yield chunk, result
+            start += len(chunk)
+            continue
+        if batch == 1:
+            raise BadInput("out of memory with one picture at a time: take a smaller picture, or --device cpu")
+        batch //= 2
+        note(f"out of memory: going on with batches of {batch}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _unless_out_of_memory(work: Callable[[list[Item]], Result], items: list[Item]) -> Result | None:
+    """None where memory ran out; returning drops the frames that hold what is to be freed."""
+    try:
+        return work(items)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A GPU's memory, Python's, or a CPU's as torch asks for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

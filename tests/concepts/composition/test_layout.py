@@ -1,0 +1,244 @@
+"""Layouts: boxes, masks, styles and references are read as they are meant, and what can't be meant is named in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from concepts.composition.layout import (
+    FINEST,
+    Layout,
+    Region,
+    Style,
+    auto_layout,
+    box_mask,
+    inside,
+    make_layout,
+    read_layout,
+    slots,
+)
+from runtime.cli import BadInput
+
+EVERYWHERE = torch.ones(FINEST, FINEST)
+LEFT, RIGHT, TOP = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1)), box_mask((0, 0, 1, 0.5))
+
+
+def written(folder: Path, concepts: Any, **more: Any) -> Path:
+    (folder / "layout.json").write_text(json.dumps({"prompt": "two things.", "concepts": concepts} | more))
+    return folder / "layout.json"
+
+
+def read(folder: Path, concepts: Any, **more: Any) -> Layout:
+    return read_layout(written(folder, concepts, **more))
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_boxes_masks_and_styles_are_read(tmp_path: Path) -> None:
+    Image.new("L", (64, 32), 255).save(tmp_path / "mask.png")
+    concepts = [
+        {"token": "<new1>", "box": [0, 0, 0.5, 1]},
+        {"token": "<new2>", "mask": "mask.png", "prompt": "my <new2>."},
+        {"token": "<new3>", "style": True},
+    ]
+    found = read(tmp_path, concepts)
+    assert found.prompts == [f"{x} in the style of <new3>" for x in ("two things", "a photo of a <new1>", "my <new2>")]
+    assert found.joint == "a photo of a <new1> next to a <new2> in the style of <new3>"
+    assert torch.equal(found.masks(2, 4), torch.tensor([[[1.0, 1, 0, 0]] * 2, [[0.0, 0, 1, 1]] * 2]))
+
+
+def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
+    concepts = [
+        {"token": "<new1>", "word": "dog", "box": [0, 0, 0.5, 1]},
+        {"token": "<cat>", "word": "old cat", "box": [0.5, 0, 1, 1]},
+    ]
+    found = read(tmp_path, concepts, prompt="a dog next to an old cat on a dogcart")
+    assert found.prompts[1:] == ["a photo of a <new1>", "a photo of a <cat>"]
+    assert found.joint == "a <new1> next to a <cat> on a dogcart"
+    assert [region.plain for region in found.regions] == ["a photo of a dog", "a photo of a old cat"]
+
+
+def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    concepts = [{"token": "<dog>", "word": "dog", "box": [0, 0, 0.5, 1]}]
+    read(tmp_path, concepts, prompt="a dogcart and a dog")
+    assert capsys.readouterr().err == ""
+    found = read(tmp_path, concepts, prompt="a dogcart")
+    assert "<dog>: the prompt doesn't hold its word 'dog'" in capsys.readouterr().err
+    assert found.prompts == ["a dogcart", "a photo of a <dog>"]
+
+
+def test_objects_without_a_word_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog"})
+    assert "--words has none for <new2>, an object" in capsys.readouterr().err
+
+
+def test_three_concepts_are_told_alone(tmp_path: Path) -> None:
+    names = ("dog", "cat", "fox")
+    concepts = [{"token": f"<{x}>", "word": x, "box": [k / 3, 0, (k + 1) / 3, 1]} for k, x in enumerate(names)]
+    found = read(tmp_path, concepts, prompt="a dog, a cat and a fox on a bench")
+    assert found.prompts == ["a dog, a cat and a fox on a bench", *(f"a photo of a <{x}>" for x in names)]
+    assert found.joint == "a <dog>, a <cat> and a <fox> on a bench"
+    made = auto_layout(found.joint, {f"<{x}>": x for x in names})
+    assert made.prompts == found.prompts
+
+
+def test_a_mask_of_another_size_is_resized(tmp_path: Path) -> None:
+    mask = Image.new("L", (10, 30), 0)
+    mask.paste(255, (0, 0, 10, 15))
+    mask.save(tmp_path / "mask.png")
+    found = read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
+    assert torch.equal(found.regions[0].mask, TOP)
+
+
+def test_a_reference_is_read_with_its_prompt(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "reference.png")
+    found = read(
+        tmp_path, [{"token": "<a>", "box": [0, 0, 1, 1]}], reference="reference.png", reference_prompt="a star"
+    )
+    assert found.reference is not None
+    assert found.reference[:, 0, 0].tolist() == [1, 2, 3]
+    assert found.reference_prompt == "a star"
+
+
+def test_a_style_in_a_region_acts_there_only() -> None:
+    regions = [Region("<a>", "an <a>", box_mask((0, 0, 0.25, 1))), Region("<b>", "a <b>", RIGHT)]
+    found = make_layout("a scene", regions, [Style("<s>", LEFT)])
+    assert found.prompts == ["a scene", "an <a> in the style of <s>", "a <b>", "a scene in the style of <s>"]
+    assert torch.equal(found.masks(1, 4)[:, 0], torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]]))
+
+
+def test_a_layout_may_hold_styles_only(tmp_path: Path) -> None:
+    found = read(tmp_path, [{"token": "<s>", "style": True}])
+    assert found.prompts == ["two things in the style of <s>"]
+    assert found.masks(4, 4).shape == (0, 4, 4)
+
+
+def test_the_later_mask_yields_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    masks = make_layout("x", [Region("<a>", "a <a>", LEFT), Region("<b>", "a <b>", EVERYWHERE)]).masks(8, 8)
+    assert masks.sum(0).max() == 1
+    assert "<b>: 50%" in capsys.readouterr().err
+
+
+def test_masks_never_overlap_at_any_resolution() -> None:
+    plan = make_layout("x", [Region("<a>", "a", box_mask((0, 0, 0.53, 1))), Region("<b>", "b", EVERYWHERE)])
+    for side in (3, 4, 7, 8, 16, 64):
+        assert plan.masks(side, side).sum(0).max() == 1
+        assert inside(plan.shares(16, 16)[:, None], side, side).sum(0).max() == 1
+
+
+def test_a_region_smaller_than_a_position_keeps_the_one_it_fills_best() -> None:
+    boxes = [(left / 64, 22 / 64, (left + 20) / 64, 42 / 64) for left in (0, 21, 43)]
+    shares = torch.stack([box_mask(box) for box in boxes])[:, None]
+    found = inside(shares, 4, 4)
+    assert (found.sum((1, 2, 3)) > 0).all()
+    assert found.sum(0).max() == 1
+    assert inside(shares, 8, 8)[0, 0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (0, 1)]
+
+
+def test_no_concept_has_a_position_that_two_fill_alike() -> None:
+    halves = torch.stack([box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))])[:, None]
+    assert inside(halves, 1, 1).sum() == 0
+    assert inside(halves, 2, 2).sum() == 4
+
+
+# ---------------------------------------------------------------- made of a prompt
+
+
+def test_tokens_are_laid_side_by_side() -> None:
+    found = auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog", "<new2>": "cat"})
+    ending = " in the style of <new3>"
+    assert found.prompts == [
+        f"{prompt}{ending}" for prompt in ("a dog next to a cat", "a photo of a <new1>", "a photo of a <new2>")
+    ]
+    assert found.joint == "a <new1> next to a <new2> in the style of <new3>"
+    masks = found.masks(16, 16)
+    assert masks[0, :, 8:].sum() == 0
+    assert masks[1, :, :8].sum() == 0
+
+
+def test_a_prompt_of_styles_only_has_no_layout() -> None:
+    with pytest.raises(BadInput, match="names no object's token"):
+        auto_layout("a dog in the style of <s>", {})
+
+
+def test_only_whole_words_are_replaced() -> None:
+    assert slots("a cat, an old dog and a catfish", ["cat", "old dog"], "<x>") == "a <x>, a <x> and a catfish"
+
+
+# ---------------------------------------------------------------- refusals
+
+BOX = [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ([], "at least one concept"),
+        ({}, "at least one concept"),
+        ([{"token": "new1", "box": BOX}], "concept 1: its token"),
+        ([{"token": "<a>"}], "<a>: give it either a box or a mask"),
+        ([{"token": "<a>", "box": BOX, "mask": "mask.png"}], "<a>: give it either a box or a mask"),
+        ([{"token": "<a>", "box": [0, 0, 1.2, 1]}], r"<a>: box \[0, 0, 1.2, 1\]"),
+        ([{"token": "<a>", "box": [-0.1, 0, 1, 1]}], "<a>: box"),
+        ([{"token": "<a>", "box": [0.5, 0, 0.5, 1]}], "<a>: box"),
+        ([{"token": "<a>", "box": [0, 0, 1]}], "<a>: box"),
+        ([{"token": "<a>", "box": [0, 0, "x", 1]}], "<a>: box"),
+        ([{"token": "<s>", "style": True, "box": [0, 0, 2, 1]}], "<s>: box"),
+        ([{"token": "<a>", "mask": "none.png"}], "none.png"),
+        ([{"token": "<a>", "mask": "layout.json"}], "layout.json is not a readable picture"),
+        ([{"token": "<a>", "mask": "black.png"}], "<a>: its region is empty"),
+        ([{"token": "<a>", "mask": 3}], "<a>: mask 3"),
+        ([{"token": "<a>", "box": BOX, "prompt": "a dog"}], "doesn't hold it"),
+        ([{"token": "<a>", "box": BOX, "prompt": 3}], "<a>: prompt 3"),
+        ([{"token": "<a>", "box": BOX, "images": "nowhere"}], "nowhere is not a folder"),
+        ([{"token": "<a>", "box": BOX, "weight": 2}], "weight is not known"),
+        ([{"token": "<a>", "style": "no"}], "style 'no' must be true or false"),
+        ([{"token": "<a>", "box": BOX}, {"token": "<b>", "box": BOX}], "<b>: its region is empty"),
+    ],
+)
+def test_bad_concepts_are_named(tmp_path: Path, concepts: Any, message: str) -> None:
+    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    with pytest.raises(BadInput, match=message) as caught:
+        read(tmp_path, concepts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own"),
+    [
+        ("a red <key> next to an old round <cup>", ["a photo of a red <key>", "a photo of an old round <cup>"]),
+        ("a photo of <key> and the <cup>", ["a photo of a <key>", "a photo of the <cup>"]),
+        ("a table under <key>, <cup>", ["a photo of a <key>", "a photo of a <cup>"]),
+    ],
+)
+def test_auto_layout_keeps_the_adjectives_of_each_concept(prompt: str, own: list[str]) -> None:
+    assert auto_layout(prompt, {}).prompts[1:] == own
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompt": 3}, 'wanted an object with a text "prompt"'),
+        ({"colour": "red"}, "colour is not known"),
+        ({"joint": 5}, "joint 5 must be a text"),
+        ({"reference": None}, "reference None must be a text"),
+        ({"reference": "wide.png"}, "reference wide.png has 16x8 pixels"),
+        ({"reference": "none.png"}, "none.png does not exist"),
+    ],
+)
+def test_bad_layouts_are_named(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    Image.new("RGB", (16, 8)).save(tmp_path / "wide.png")
+    with pytest.raises(BadInput, match=message):
+        read(tmp_path, [{"token": "<a>", "box": BOX}], **more)
+
+
+def test_a_region_too_small_for_the_latents_is_named() -> None:
+    plan = make_layout("x", [Region("<a>", "a <a>", box_mask((0, 0, 0.02, 0.02)))])
+    with pytest.raises(BadInput, match="<a>: its region is smaller than the 16x16 latents"):
+        plan.require_room(16, 16)

@@ -1,0 +1,190 @@
+"""Layouts by the command: plan, figure and scores are written where asked for, and what can't work is named before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
+
+from concepts.clip_scores import Scorer
+from concepts.composition.layout import Region, box_mask, make_layout
+from concepts.composition.scores import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
+from concepts.embeddings import file_of, save_vectors
+from concepts.jobs import Settings
+from P3_inference import main
+from runtime.cli import BadInput
+
+CPU = torch.device("cpu")
+LEFT, RIGHT = box_mask((0, 0.25, 0.5, 1)), box_mask((0.5, 0, 1, 1))
+PLAN = make_layout("a star", [Region("<new1>", "a <new1>", LEFT, "star"), Region("<new2>", "a <new2>", RIGHT, "moon")])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A layout of two concepts, one with pictures, and their vectors."""
+    for index, token in enumerate(("<new1>", "<new2>")):
+        rows = torch.randn(index + 1, WIDTH, generator=torch.Generator().manual_seed(index))
+        save_vectors(file_of(tmp_path / "learned", token), token, rows, "test")
+    save_pictures(tmp_path / "pictures", 2)
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **more: Any) -> None:
+    concepts = [
+        {"token": "<new1>", "word": "star", "box": [0, 0, 0.5, 1], "images": "pictures"},
+        {"token": "<new2>", "box": [0.5, 0, 1, 1]},
+    ]
+    (folder / "layout.json").write_text(
+        json.dumps({"prompt": "a star next to a moon", "concepts": concepts} | more), encoding="utf-8"
+    )
+
+
+def settings(folder: Path, model: str, **changes: Any) -> Settings:
+    flags: dict[str, Any] = {
+        "model": model,
+        "output": folder / "out",
+        "layout": str(folder / "layout.json"),
+        "embeddings": (folder / "learned",),
+        "count": 2,
+        "steps": 2,
+        "guidance": 2.0,
+        "precision": "fp32",
+        "device": "cpu",
+        "record": folder / "record.json",
+    }
+    return Settings(**flags | changes)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_plan_figure_and_scores_are_written(given: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = str(save_clip(given / "clip"))
+    wanted = {"draw_layout": given / "plan.png", "figure": given / "figure.png", "scores": True, "clip": clip}
+    main(settings(given, model, **wanted))
+    assert Image.open(given / "plan.png").size == (256, 256)
+    assert Image.open(given / "figure.png").size[0] > 1000
+    concepts = json.loads((given / "record.json").read_text())["metrics"]["concepts"]
+    assert list(concepts) == ["conductor_0.png", "conductor_1.png"]
+    assert set(concepts["conductor_0.png"]["<new1>"]) == {"text", "image"}
+    assert set(concepts["conductor_0.png"]["<new2>"]) == {"text"}
+    assert "<new1>: text score" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
+    main(settings(given, model, dry_run=True, draw_layout=given / "plan.png", figure=given / "new" / "figure.png"))
+    assert (given / "plan.png").is_file()
+    assert not (given / "out").exists()
+    assert not (given / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("level", "guidance", "passes"),
+    [("joint", 1.0, 4), ("joint", 2.0, 8), ("regional", 1.0, 8), ("conductor", 2.0, 32)],
+)
+def test_a_dry_run_counts_the_branches(
+    given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, guidance: float, passes: int
+) -> None:
+    main(settings(given, model, dry_run=True, level=level, guidance=guidance))
+    assert (
+        f"{passes} passes of the U-Net" in capsys.readouterr().out
+    )  # 2 pictures of 2 steps, 2 concepts, drawn alone too
+
+
+def test_a_reference_is_followed(given: Path, model: str) -> None:
+    save_pictures(given / "references", 2)
+    made = []
+    for more in ({}, {"reference": "references/1.png", "reference_prompt": "two stars"}):
+        write(given, **more)
+        main(settings(given, model, count=1, steps=4))
+        made.append((given / "out" / "conductor_0.png").read_bytes())
+    assert made[0] != made[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": None, "prompt": ("a star",), "figure": Path("a.png")}, "need a --layout"),
+        ({"layout": None, "prompt": ("a star",), "scores": True}, "need a --layout"),
+        ({"figure": Path("/")}, "--figure / is a folder"),
+        ({"draw_layout": Path(__file__) / "a" / "plan.png"}, "is a file, name a folder"),
+        ({"size": 20, "dry_run": True}, "--size 20"),
+        ({"steps": 2000, "dry_run": True}, "--steps 2000"),
+        ({"compile": "on"}, "--compile on"),
+        ({"interval": (0.0, 0.5)}, "--interval"),
+        ({"layout": "none.json"}, "none.json"),
+        ({"layout": "auto"}, "--layout auto needs a --prompt"),
+        ({"layout": "auto", "prompt": ("a star",)}, "names no object's token"),
+        ({"layout": "auto", "prompt": ("a <new1> and a <lost>",)}, "no vectors of <lost>"),
+    ],
+)
+def test_what_can_not_work_is_named_and_nothing_written(
+    given: Path, model: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        main(settings(given, model, **changes))
+    assert not (given / "out").exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_region_too_small_is_named_before_drawing(given: Path, model: str, dry_run: bool) -> None:
+    write(given, concepts=[{"token": "<new1>", "box": [0, 0, 0.01, 0.01]}])
+    with pytest.raises(BadInput, match="<new1>: its region is smaller"):
+        main(settings(given, model, dry_run=dry_run))
+    assert not (given / "out").exists()
+
+
+# ---------------------------------------------------------------- pictures and scores
+
+
+def test_the_plan_shows_each_region_in_its_colour() -> None:
+    shown = layout_picture(PLAN, 64)
+    assert shown[:, 60, 4].tolist() == list(COLOURS[0])
+    assert shown[:, 60, 60].tolist() == list(COLOURS[1])
+    assert shown[:, 4, 4].tolist() == [210] * 3
+
+
+def test_outlines_leave_the_rest_of_a_picture() -> None:
+    images = torch.full((1, 3, 64, 64), 9, dtype=torch.uint8)
+    shown = with_outlines(images, PLAN)
+    assert shown.shape == (1, 3, 256, 256)
+    assert shown[0, :, 64, 60].tolist() == list(COLOURS[0])
+    assert shown[0, :, 160, 60].tolist() == [9] * 3
+    assert shown[0, :, 30, 60].tolist() == [9] * 3
+
+
+def test_cut_outs_are_grey_outside_the_mask() -> None:
+    mask = torch.zeros(8, 8)
+    mask[2:5, 1:3] = 1
+    mask[2, 2] = 0
+    images = torch.arange(2 * 3 * 64).reshape(2, 3, 8, 8).to(torch.uint8)
+    cut = cut_out(images, mask)
+    assert cut.shape == (2, 3, 5, 4)  # twice the box, less where its sides are odd
+    assert cut[0, 0, 1, 2] == 127
+    assert torch.equal(cut[:, :, 2:4, 1:3], images[:, :, 3:5, 1:3])
+    rest = torch.ones(5, 4, dtype=torch.bool)
+    rest[1:4, 1:3] = False
+    assert (cut[:, :, rest] == 127).all()
+
+
+def test_scores_see_only_what_is_inside_the_mask(tmp_path: Path) -> None:
+    scorer = Scorer.load(str(save_clip(tmp_path / "clip")), CPU)
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    other = torch.where(LEFT[::8, ::8] > 0, images, 255 - images)
+    found, changed = scores_inside(scorer, PLAN, images), scores_inside(scorer, PLAN, other)
+    assert [row["<new1>"] for row in found] == [row["<new1>"] for row in changed]
+    assert [row["<new2>"] for row in found] != [row["<new2>"] for row in changed]
+    alone = scorer.text_scores(scorer.encode(cut_out(images, LEFT[::8, ::8])), "a star")
+    assert found[0]["<new1>"]["text"] == pytest.approx(float(alone[0]), abs=1e-3)
+    assert means_of(found)["<new1>"]["text"] == pytest.approx(float(alone.mean()), abs=1e-2)

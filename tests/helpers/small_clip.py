@@ -1,0 +1,67 @@
+"""A small open_clip model with random weights, as files: what the tests of P3's CLIP scripts share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from P3_clip_zeroshot import main
+from zeroshot.dataset import Pictures, list_pictures
+from zeroshot.settings import Settings
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}  # unlike the default, so that ignoring it shows
+NAMES = ["apple", "oak_tree", "willow_tree", "streetcar", "bee", "sweet_pepper"]
+
+
+def save_model(folder: Path, seed: int) -> None:
+    """A random model in open_clip's folder form; weights large enough that pictures and prompts differ."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**CONFIG)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+    folder.mkdir()
+    config = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def save_archive(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The tensors as a TorchScript module with their names, as OpenAI published its models."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, torch.nn.Module())
+            module = module.get_submodule(parent)
+        module.register_buffer(leaf, tensor)
+    torch.jit.script(root).save(path)
+
+
+def run(tmp_path: Path, images: Path, clip: str, **more: Any) -> dict[str, Any]:
+    """The script's main with a folder of its own; returns record.json."""
+    given = {"images": images, "model": clip, "output": tmp_path / "out", "cache": tmp_path / "cache", **more}
+    main(Settings(**given))
+    record = given["output"] / "record.json"
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
+def pictures_of(images: Path) -> Pictures:
+    return list_pictures(images, images.parent / "id2label.json")
+
+
+def relative(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max() / right.abs().max())

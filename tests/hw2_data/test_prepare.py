@@ -1,0 +1,366 @@
+"""hw2_data/prepare.py: the course's data checked, MNIST-M and SVHN built, digits drawn, all in the homework's layout."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import SVHN
+
+from hw2_data.blend import blend, find_photographs, load_photograph, random_crop, read_mnist, svhn_image
+from hw2_data.prepare import Course, Public, Rendered, main
+from hw2_data.rendered import digit_fonts
+from P1_dataloader import read_csv
+from runtime.cli import BadInput
+from runtime.files import ROOT
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the original MNIST files in {SHARED}")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` and a hash of its bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_mnist(folder: Path, count: int = 12) -> np.ndarray:
+    """Made-up MNIST: four packed IDX files; returns the train images."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, images in (("t10k", count), ("train", count)):
+        pixels = rng.integers(0, 256, (images, 28, 28)) * (rng.random((images, 28, 28)) < 0.2)
+        head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in pixels.shape)
+        write_gzip(folder / f"{part}-images-idx3-ubyte.gz", head + pixels.astype(np.uint8).tobytes())
+        labels = np.arange(images, dtype=np.uint8) % 10
+        write_gzip(
+            folder / f"{part}-labels-idx1-ubyte.gz",
+            (0x801).to_bytes(4, "big") + images.to_bytes(4, "big") + labels.tobytes(),
+        )
+    return pixels
+
+
+def write_gzip(path: Path, content: bytes) -> None:
+    path.write_bytes(gzip.compress(content))
+
+
+def write_photographs(folder: Path, size: tuple[int, int] = (60, 40), count: int = 2) -> Path:
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(1)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def originals(tmp_path: Path) -> dict[str, Path]:
+    write_mnist(tmp_path / "mnist")
+    return {"mnist": tmp_path / "mnist", "backgrounds": write_photographs(tmp_path / "photographs")}
+
+
+# ---------------------------------------------------------------- MNIST-M
+
+
+def test_blend_is_the_absolute_difference_of_the_patch_and_the_mask_of_ink() -> None:
+    rng = np.random.default_rng(0)
+    patch, digit = rng.integers(0, 256, (28, 28, 3), np.uint8), rng.integers(0, 2, (28, 28), np.uint8) * 7
+    expected = np.abs(patch.astype(int) - 255 * np.stack([digit > 0] * 3, axis=-1))
+    np.testing.assert_array_equal(blend(patch, digit), expected)
+
+
+def test_a_crop_reaches_all_four_corners() -> None:
+    picture, rng = np.arange(29 * 29 * 3).reshape(29, 29, 3), np.random.default_rng(0)
+    corners = {int(random_crop(picture, rng)[0, 0, 0]) for _ in range(100)}
+    assert corners == {int(picture[y, x, 0]) for y in (0, 1) for x in (0, 1)}
+
+
+def test_every_mnistm_image_is_a_photograph_outside_and_its_negative_inside_the_digit(
+    originals: dict[str, Path], tmp_path: Path
+) -> None:
+    main(Public(output=tmp_path / "out", domains=("mnistm",), **originals))
+    digits = read_mnist(originals["mnist"], "train")
+    crops = [
+        load_photograph(path)[y : y + 28, x : x + 28]
+        for path in find_photographs(originals["backgrounds"])
+        for y in range(40 - 27)
+        for x in range(60 - 27)
+    ]
+    for index in range(3):
+        made = np.asarray(Image.open(tmp_path / "out/mnistm/data" / f"{index:05d}.png")).astype(int)
+        background = np.abs(made - 255 * (digits.images[index] > 0)[..., None])  # the blend undoes itself
+        assert any((background == crop).all() for crop in crops)
+
+
+@needs_shared
+def test_the_original_files_are_read() -> None:
+    digits = read_mnist(SHARED / "mnist", "val")
+    assert digits.images.shape == (10_000, 28, 28)
+    assert digits.labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+@needs_shared
+def test_real_photographs_and_digits_give_real_mnistm(tmp_path: Path) -> None:
+    command = Public(output=tmp_path, domains=("mnistm",), train_count=20, val_count=5)
+    command.mnist, command.backgrounds = SHARED / "mnist", SHARED / "backgrounds"
+    main(command)
+    assert read_csv(tmp_path / "mnistm/train.csv").label.tolist()[:5] == [5, 0, 4, 1, 9]
+    assert len(read_csv(tmp_path / "mnistm/val.csv")) == 5
+
+
+def test_torchvisions_layout_is_read_too(originals: dict[str, Path], tmp_path: Path) -> None:
+    raw = tmp_path / "root" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for packed in originals["mnist"].iterdir():
+        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    flat, nested = read_mnist(originals["mnist"], "train"), read_mnist(tmp_path / "root", "train")
+    np.testing.assert_array_equal(flat.images, nested.images)
+
+
+def test_a_large_photograph_is_reduced_but_never_below_a_crop(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (2000, 40)).save(path)
+    assert load_photograph(path).shape == (28, 1400, 3)
+
+
+# ---------------------------------------------------------------- SVHN
+
+
+def test_svhn_comes_from_the_mat_files_with_label_ten_as_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), np.uint8)
+    parts = {}
+    for part in ("train", "test"):
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images, "y": np.array([[10], [3], [1], [9]])})
+        parts[part] = ["", f"{part}_32x32.mat", None]
+    monkeypatch.setattr(SVHN, "split_list", parts)
+    main(Public(output=tmp_path / "out", domains=("svhn",), svhn=tmp_path))
+    assert read_csv(tmp_path / "out/svhn/train.csv").label.tolist() == [0, 3, 1, 9]
+    first = np.asarray(Image.open(tmp_path / "out/svhn/data/00000.png"))
+    np.testing.assert_array_equal(first, svhn_image(images[..., 0].transpose(2, 0, 1)))
+
+
+def test_an_svhn_file_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"train_32x32\.mat"):
+        main(Public(output=tmp_path / "out", domains=("svhn",), svhn=tmp_path))
+
+
+# ---------------------------------------------------------------- layout and seeds
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("drawn")
+    main(Rendered(output=output, count=20))
+    return output
+
+
+@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
+def test_the_layout_is_the_homeworks(drawn: Path, domain: str) -> None:
+    names = [f"{number:05d}.png" for number in range(22)]
+    assert sorted(tree(drawn / domain)) == [f"data/{name}" for name in names] + ["train.csv", "val.csv"]
+    rows = [f"{name},{number % 10}" for number, name in enumerate(names[:20])]
+    assert (drawn / domain / "train.csv").read_text() == "\n".join(["image_name,label", *rows]) + "\n"
+    assert (drawn / domain / "val.csv").read_text() == "image_name,label\n00020.png,0\n00021.png,1\n"
+
+
+@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
+def test_every_picture_is_28_by_28_in_colour(drawn: Path, domain: str) -> None:
+    pictures = [Image.open(path) for path in (drawn / domain / "data").iterdir()]
+    assert {(picture.size, picture.mode) for picture in pictures} == {((28, 28), "RGB")}
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_else_is_drawn(drawn: Path, tmp_path: Path) -> None:
+    main(Rendered(output=tmp_path, count=10, domains=("svhn",)))
+    for number in range(10):
+        name = f"svhn/data/{number:05d}.png"
+        assert (tmp_path / name).read_bytes() == (drawn / name).read_bytes()
+
+
+def test_another_seed_gives_other_pictures(drawn: Path, tmp_path: Path) -> None:
+    main(Rendered(output=tmp_path, count=20, seed=1, domains=("svhn",)))
+    old, new = tree(drawn / "svhn"), tree(tmp_path / "svhn")
+    assert not [name for name in old if name.startswith("data/") and old[name] == new[name]]
+
+
+def test_mnistm_depends_on_the_seed_alone(originals: dict[str, Path], tmp_path: Path) -> None:
+    for output, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(Public(output=tmp_path / output, domains=("mnistm",), seed=seed, **originals))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") != tree(tmp_path / "c")
+
+
+def test_fonts_with_symbols_in_the_place_of_digits_are_left_out() -> None:
+    names = {path.name for path in digit_fonts()}
+    assert "DejaVuSans.ttf" in names
+    assert not names & {"cmsy10.ttf", "cmex10.ttf", "LastResortHE-Regular.ttf"}
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (Rendered(count=0), "--count 0"),
+        (Rendered(count=-3), "--count -3"),
+        (Rendered(seed=-1), "--seed -1"),
+        (Rendered(domains=()), "--domains"),
+        (Public(train_count=0), "--train-count 0"),
+        (Public(val_count=-1), "--val-count -1"),
+        (Public(domains=("mnistm",)), "www2.eecs.berkeley.edu"),
+        (Public(backgrounds=Path("nowhere")), "--backgrounds nowhere"),
+        (Course(data=Path("nowhere")), "--data nowhere"),
+    ],
+)
+def test_a_bad_flag_is_named_with_its_value(command: Rendered | Public | Course, message: str, tmp_path: Path) -> None:
+    if not isinstance(command, Course):
+        command.output = tmp_path
+    with pytest.raises(BadInput, match=message):
+        main(command)
+
+
+def test_backgrounds_without_pictures_are_refused(originals: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    originals["backgrounds"] = tmp_path / "empty"
+    with pytest.raises(BadInput, match="no pictures"):
+        main(Public(output=tmp_path / "out", domains=("mnistm",), **originals))
+
+
+def test_backgrounds_smaller_than_a_digit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="all 2 pictures are smaller than 28x28"):
+        find_photographs(write_photographs(tmp_path / "tiny", size=(27, 100)))
+
+
+def test_a_photograph_cut_off_is_named(tmp_path: Path) -> None:
+    path = write_photographs(tmp_path / "p", count=1) / "0.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(BadInput, match=r"0\.png is damaged"):
+        load_photograph(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated gzip", "truncated array", "not gzip", "absent"])
+def test_a_corrupt_mnist_file_is_named(originals: dict[str, Path], damage: str) -> None:
+    path = originals["mnist"] / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    else:
+        cut = gzip.compress(gzip.decompress(whole)[:-5])
+        path.write_bytes({"truncated gzip": whole[:-50], "truncated array": cut, "not gzip": b"text"}[damage])
+    with pytest.raises(BadInput, match="train-images-idx3-ubyte"):
+        read_mnist(originals["mnist"], "train")
+
+
+def test_an_existing_domain_is_refused_and_kept(drawn: Path) -> None:
+    before = tree(drawn)
+    with pytest.raises(BadInput, match="--overwrite"):
+        main(Rendered(output=drawn, count=1))
+    assert tree(drawn) == before
+
+
+def test_overwrite_replaces_the_domain_and_leaves_nothing_else(drawn: Path, tmp_path: Path) -> None:
+    shutil.copytree(drawn, tmp_path / "d")
+    main(Rendered(output=tmp_path / "d", count=1, overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["mnistm", "svhn"]
+    assert len(tree(tmp_path / "d" / "svhn")) == 4
+
+
+def test_overwrite_spares_a_folder_that_holds_something_else(drawn: Path, tmp_path: Path) -> None:
+    shutil.copytree(drawn, tmp_path / "d")
+    (tmp_path / "d" / "svhn" / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="move it away"):
+        main(Rendered(output=tmp_path / "d", count=1, overwrite=True))
+
+
+def test_a_failure_half_way_loses_nothing(originals: dict[str, Path], tmp_path: Path) -> None:
+    command = Public(output=tmp_path / "out", domains=("mnistm",), **originals)
+    main(command)
+    before = tree(tmp_path / "out")
+    (originals["backgrounds"] / "1.png").write_bytes((originals["backgrounds"] / "1.png").read_bytes()[:2000])
+    load_photograph.cache_clear()
+    command.overwrite = True
+    with pytest.raises(BadInput, match="damaged"):
+        main(command)
+    assert tree(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------- the course's folder
+
+
+def test_a_usable_course_folder_is_counted(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(drawn, tmp_path / "digits")
+    main(Course(data=tmp_path))
+    printed = capsys.readouterr().out
+    assert "train.csv         20 images" in printed
+    assert "56000 images" in printed
+    assert "79431 images" in printed
+    assert "face: absent" in printed
+
+
+def test_the_other_parts_are_compared_with_the_course(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(drawn, tmp_path / "digits")
+    (tmp_path / "face" / "noise").mkdir(parents=True)
+    torch.save(torch.zeros(1, 3, 256, 256), tmp_path / "face/noise/00.pt")
+    (tmp_path / "textual_inversion").mkdir()
+    entry = {"token_name": "<new1>", "prompt": ["a <new1>"], "prompt_4_clip_eval": ["a dog"], "baseline": [[70, 30]]}
+    (tmp_path / "textual_inversion/input.json").write_text(json.dumps({"0": entry, "1": {**entry, "baseline": []}}))
+    main(Course(data=tmp_path))
+    printed = capsys.readouterr().out
+    assert "NOT AS IN THE COURSE: noise/: 1 of 10 files, 1 of the right shape" in printed
+    assert "UNUSABLE: " + str(tmp_path / "face/UNet.pt") in printed
+    assert "  ok: input.json 0: <new1>" in printed
+    assert "NOT AS IN THE COURSE: input.json 1: <new1>" in printed
+
+
+def test_val_csv_may_be_absent(drawn: Path, tmp_path: Path) -> None:
+    shutil.copytree(drawn, tmp_path / "digits")
+    (tmp_path / "digits/svhn/val.csv").unlink()
+    main(Course(data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "train.csv").unlink(), "does not exist"),
+        (lambda d: (d / "train.csv").write_text(",image_name,label\n0,00000.png,1\n"), "header"),
+        (lambda d: (d / "train.csv").write_text("image_name,label\n00000.png,ten\n"), "ten"),
+        (lambda d: (d / "data/00003.png").unlink(), "1 of 20 images are missing, first 00003.png"),
+        (lambda d: (d / "data/00003.png").write_bytes(b"PNG"), "00003.png"),
+    ],
+    ids=["no train.csv", "index column", "label", "missing image", "broken image"],
+)
+def test_unusable_digits_are_an_error_that_names_them(drawn: Path, tmp_path: Path, damage, message: str) -> None:
+    shutil.copytree(drawn, tmp_path / "digits")
+    damage(tmp_path / "digits" / "mnistm")
+    with pytest.raises(BadInput, match=message):
+        main(Course(data=tmp_path))
+
+
+# ---------------------------------------------------------------- as a command
+
+
+def test_from_any_directory_a_file_in_the_way_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    script = str(ROOT / "hw2_data" / "prepare.py")
+    command = [sys.executable, script, "rendered", "--output", "file"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: output file: a file is in the way, name a folder"]
+
+
+def test_the_command_line_reaches_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["rendered", "--count", "2", "--domains", "svhn", "--output", "here"]
+    main(tyro.cli(Course | Public | Rendered, args=arguments, config=(tyro.conf.OmitArgPrefixes,)))
+    assert len(list((tmp_path / "here/svhn/data").iterdir())) == 3

@@ -1,0 +1,109 @@
+"""An open_clip model, ready to encode: pictures in batches, classes as a zero-shot classifier."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from runtime.cli import BadInput
+from runtime.hub import hub
+from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Clip:
+    """A loaded model, its transform in two halves (per picture on the CPU, per batch on the device), and its tokenizer."""
+
+    model: Any
+    per_picture: Callable[[Image.Image], Image.Image]
+    mean: Tensor
+    std: Tensor
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def scale(self) -> float:
+        """What cosines are multiplied by."""
+        return float(self.model.logit_scale.detach().float().exp())
+
+    @cached_property
+    def bias(self) -> float:
+        """What is added to logits: 0, but for SigLIP."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B,3,H,W] uint8, resized and cropped -> [B,D] float32 of length 1, on the device, without waiting for it."""
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
+        pixels = pixels.sub_(self.mean).div_(self.std).to(self.dtype)  # torchvision's Normalize waits for the device
+        return self.model.encode_image(pixels, normalize=True).float()
+
+    @torch.inference_mode()
+    def classifier(self, classes: list[str], templates: list[Callable[[str], str]]) -> Tensor:
+        """[D,C] float32 on the CPU: open_clip's zero-shot classifier, 10 classes at a time."""
+        made = open_clip.build_zero_shot_classifier(self.model, self.tokenizer, classes, templates, 10, self.device)
+        return made.float().cpu()
+
+
+def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
+    """The model in evaluation mode; `precision` fp32, tf32, bf16 or fp16. Raises BadInput where file and architecture don't fit."""
+    kind = "fp32" if precision == "tf32" else precision
+    whole = source.model.startswith((LOCAL, HUB))
+    archive = not whole and is_openai_archive(source.weights)
+    logging.disable(logging.WARNING if archive else logging.NOTSET)  # "initialized randomly": not for long
+    try:
+        with hub(source.online):
+            model, _, transform = open_clip.create_model_and_transforms(
+                source.model,
+                None if whole or archive else str(source.weights),
+                precision=kind,
+                device=device,
+                force_quick_gelu=source.quick_gelu,
+                pretrained_text=False,
+                **source.preprocessing,
+            )
+            tokenizer = open_clip.get_tokenizer(source.model)
+        if archive:
+            model.load_state_dict(_openai_tensors(source.weights))
+    except Exception as error:  # whatever a damaged or foreign file makes open_clip, torch or transformers raise
+        raise BadInput(f"--model {source.model} can't be loaded from {source.weights}: {_reason(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    *steps, _, normalize = transform.transforms  # .., to tensor, normalize
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+    return Clip(model.eval().requires_grad_(False), Compose(steps), mean, std, tokenizer, device, DTYPES[precision])
+
+
+def _openai_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of OpenAI's archive, which torch's safe reader refuses; TorchScript runs no Python."""
+    tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
+    return {name: t for name, t in tensors.items() if name not in ("input_resolution", "context_length", "vocab_size")}
+
+
+def _reason(error: Exception) -> str:
+    """What to tell of an exception: torch's list of wrong tensors is cut to the first."""
+    text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
+    if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
+        return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"
+    if "huggingface.co" in text:
+        return (
+            "its tokenizer or text tower is not on this machine: name it by a tag or hf-hub:NAME once, with a network"
+        )
+    return text[:240]
