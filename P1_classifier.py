@@ -22,30 +22,30 @@ from torch import Tensor, nn
 
 from digits.classifier import (
     SHIPPED,
-    Judge,
-    JudgeConfig,
+    ClassifierConfig,
+    DigitClassifier,
     accuracy,
     grade_folder,
-    hub_judge,
-    load_judge,
+    hub_classifier,
+    load_classifier,
     make_resnet,
     round_weights,
-    save_judge,
-    shipped_judges,
+    save_classifier,
+    shipped_classifiers,
 )
 from digits.metrics import make_reference
 from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DOMAINS, IMAGE_SHAPE
-from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
+from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import Device, Machine, Precision, detect, set_up
-from runtime.files import require_place
+from runtime.files import check_writable_file
 from runtime.images import to_float
 from runtime.record import Record
 from training.checkpoint import require_finite
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 
 # settings that a judge file tells
 RECIPE = ("epochs", "recolour", "fold", "batch", "lr", "weight_decay", "smoothing", "ema", "seed")
@@ -129,7 +129,7 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
     device = machine.device
     total = max(1, settings.epochs * len(data) // settings.batch)
     torch.manual_seed(settings.seed)
-    network = make_resnet(JudgeConfig(fold=settings.fold)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = make_resnet(ClassifierConfig(fold=settings.fold)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     ema, index = make_ema(network, settings.ema), BalancedIndex(data, None, False)
     log = TrainingLog(settings.run / settings.domain / "tensorboard", f"judge {settings.domain}", 0, total, True)
@@ -142,7 +142,7 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
             logits = network(x).float()
         loss = F.cross_entropy(logits, data.digits[rows], label_smoothing=settings.smoothing)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate_factor(step, total, total // 5, 0.8)
+            group["lr"] = settings.lr * lr_factor(step, total, total // 5, 0.8)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,10 +156,10 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
     return ema.module  # type: ignore[return-value]
 
 
-def finish(network: nn.Sequential, domain: int, train: Digits, val: Digits, seed: int) -> Judge:
+def finish(network: nn.Sequential, domain: int, train: Digits, val: Digits, seed: int) -> DigitClassifier:
     """The judge as its file will hold it: rounded weights, and the reference made with them."""
     network.load_state_dict(round_weights(network))
-    judge = Judge(network, domain)
+    judge = DigitClassifier(network, domain)
     shuffle = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(split), generator=shuffle) for split in (train, val)]
     digits = torch.cat([train.digits[orders[0]], val.digits[orders[1]]])
@@ -174,14 +174,14 @@ def run_training(settings: Train) -> None:
     given = {name: value for name, value in vars(settings).items() if value is not None}
     settings = replace(settings, **{**DEFAULTS[settings.domain], **given})
     assert settings.fold is not None
-    require_positive(settings, "epochs", "batch", "lr")
-    require_not_negative(settings, "weight_decay")
-    require_shares(settings, "recolour", "smoothing", "ema")
+    check_positive(settings, "epochs", "batch", "lr")
+    check_not_negative(settings, "weight_decay")
+    check_fractions(settings, "recolour", "smoothing", "ema")
     machine, domain = detect(settings.device), DOMAINS.index(settings.domain)
     record, file = Record(settings, machine), settings.run / settings.domain / "record.json"
     output = settings.output or SHIPPED / f"judge_{settings.domain}.safetensors"
-    require_place(output, "--output")
-    require_place(file, "--run")
+    check_writable_file(output, "--output")
+    check_writable_file(file, "--run")
     train, val = (load_digits(settings.data, split).of_domain(domain).to(machine.device) for split in ("train", "val"))
     with record.timed("training"):
         network = fit(train, settings, machine)
@@ -193,15 +193,15 @@ def run_training(settings: Train) -> None:
         "parameters": sum(p.numel() for p in judge.parameters()),
         "pictures": {"train": len(train), "val": len(val)},
     }
-    save_judge(
+    save_classifier(
         output,
         judge,
-        JudgeConfig(fold=settings.fold),
+        ClassifierConfig(fold=settings.fold),
         {"recipe": {k: vars(settings)[k] for k in RECIPE}, **record.metrics},
     )
     record.save(file)
     print(f"{settings.domain} validation accuracy: {right:.4f}")
-    note(f"judge: {output}, record: {file}")
+    log(f"judge: {output}, record: {file}")
 
 
 # ---------------------------------------------------------------- grading
@@ -222,15 +222,15 @@ class Grade:
     device: Device = "auto"
 
 
-def chosen_judges(settings: Grade, device: torch.device) -> list[Judge]:
+def chosen_judges(settings: Grade, device: torch.device) -> list[DigitClassifier]:
     """One judge per domain; raises BadInput when a file holds the other domain's."""
     judges = []
     for domain, path in enumerate((settings.mnistm_judge, settings.svhn_judge)):
         name = DOMAINS[domain]
         if domain == 1 and str(path) == "hub":
-            judges.append(hub_judge(device))
+            judges.append(hub_classifier(device))
             continue
-        judge = load_judge(path or SHIPPED / f"judge_{name}.safetensors", device)
+        judge = load_classifier(path or SHIPPED / f"judge_{name}.safetensors", device)
         if judge.domain != domain:
             raise BadInput(f"--{name}-judge {path} is a judge of {DOMAINS[judge.domain]}")
         judges.append(judge)
@@ -241,17 +241,17 @@ def run_grading(settings: Grade) -> None:
     """Prints accuracies, confusion and quality, and writes the record."""
     if settings.record.resolve().is_relative_to(settings.folder.resolve()):
         raise BadInput(f"--record {settings.record} lies inside the graded folder: name another place")
-    require_place(settings.record, "--record")
+    check_writable_file(settings.record, "--record")
     machine = detect(settings.device)
     record = Record(settings, machine)
     judges = chosen_judges(settings, machine.device)
     known = all(judge.reference for judge in judges)
-    critics = judges if known else shipped_judges(machine.device)  # the course's judges know no real pictures
+    critics = judges if known else shipped_classifiers(machine.device)  # the course's judges know no real pictures
     with record.timed("grading"):
         result = record.metrics = grade_folder(settings.folder, judges, critics)
     record.save(settings.record)
     print(report(result))
-    note(f"record: {settings.record}")
+    log(f"record: {settings.record}")
 
 
 def report(result: dict[str, Any]) -> str:

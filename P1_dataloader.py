@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
-from runtime.cli import BadInput, note, progress
+from runtime.cli import BadInput, log, progress
 from runtime.files import load_safetensors, save_safetensors
-from runtime.images import open_picture, to_float
+from runtime.images import open_image, to_float
 
 Split = Literal["train", "val"]
 HELD_OUT = 0.05  # of train.csv, where there is no val.csv
@@ -81,7 +81,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
     """[3,28,28] uint8; grey and palette are converted, another size is resized and told to `resized`. Raises BadInput on a broken file."""
-    pixels = open_picture(path).permute(1, 2, 0).numpy()
+    pixels = open_image(path).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     if (height, width) != (SIZE, SIZE):
         pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -176,7 +176,7 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
         tensors[f"{split}_digits"] = torch.tensor(table.label.to_numpy(), dtype=torch.uint8)
     if resized:
         more = f" (and {len(resized) - 1:,} more pictures of other sizes)" if len(resized) > 1 else ""
-        note(f"warning: {min(resized)}: resized to {SIZE}x{SIZE}{more}")
+        log(f"warning: {min(resized)}: resized to {SIZE}x{SIZE}{more}")
     _store(tensors, key, cache)
     return tensors
 
@@ -185,7 +185,7 @@ def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
     try:
         save_safetensors(cache, tensors, {"key": key, "crc32": checksum(tensors)})
     except OSError as error:  # a read-only data folder is fine, only slower the next time
-        note(f"warning: no cache of the decoded pictures, {error}")
+        log(f"warning: no cache of the decoded pictures, {error}")
 
 
 def load_digits(root: Path, split: Split) -> Digits:

@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 
 from diffusion.steps import Rule, step_rule
-from digits.classifier import Judge, shipped_judges
+from digits.classifier import DigitClassifier, shipped_classifiers
 from digits.sampling import (
     CHECKPOINT,
-    Picture,
-    Sampler,
+    DigitRequest,
+    DigitSamplerConfig,
     expected_seconds,
-    graded_pictures,
+    graded_requests,
     redraw,
     sample_all,
     steps_of,
 )
 from P1_model import DOMAINS, Network, load_network
-from runtime.cli import BadInput, note, require_shares, run_script
+from runtime.cli import BadInput, check_fractions, log, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.distributed import Shard, sharing
-from runtime.files import ROOT, output_folder, require_folder_place, require_place, require_room
-from runtime.images import picture_grid, save_picture, to_uint8
+from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder
+from runtime.images import image_grid, save_image, to_uint8
 from runtime.record import Record
 
 # ---------------------------------------------------------------- the command
@@ -82,12 +82,12 @@ class Settings:
     """Check checkpoint, judges, disk and time, then stop."""
 
 
-def resolve_sampler(settings: Settings, network: Network) -> Sampler:
+def resolve_sampler(settings: Settings, network: Network) -> DigitSamplerConfig:
     """The checkpoint's sampler with the flags that were given; raises BadInput for impossible numbers."""
-    names = {f.name: f.name for f in fields(Sampler)} | {"name": "sampler"}
+    names = {f.name: f.name for f in fields(DigitSamplerConfig)} | {"name": "sampler"}
     given = {k: v for k, flag in names.items() if (v := getattr(settings, flag)) is not None}
-    sampler = replace(Sampler.from_dict(network.sampler), **given)
-    require_shares(sampler, "eta", "rescale")
+    sampler = replace(DigitSamplerConfig.from_dict(network.sampler), **given)
+    check_fractions(sampler, "eta", "rescale")
     if not math.isfinite(sampler.guidance):
         raise BadInput(f"--guidance {sampler.guidance}: must be a finite number")
     low, high = sampler.interval
@@ -115,13 +115,13 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--retries {settings.retries}: must be 0 or more")
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
-    require_place(settings.record, "--record")
+    check_writable_file(settings.record, "--record")
     if settings.grid:
-        require_place(settings.grid, "--grid")
+        check_writable_file(settings.grid, "--grid")
 
 
 def file_names(settings: Settings) -> list[Path]:
-    """Where each picture goes, in the order of `graded_pictures`: {domain}/{digit}_{001..}.png."""
+    """Where each picture goes, in the order of `graded_requests`: {domain}/{digit}_{001..}.png."""
     return [
         settings.output / domain / f"{digit}_{index:03d}.png"
         for domain in settings.domains
@@ -130,20 +130,20 @@ def file_names(settings: Settings) -> list[Path]:
     ]
 
 
-def tell_foreign_files(names: Sequence[Path]) -> None:
+def warn_extra_files(names: Sequence[Path]) -> None:
     """One line if the folders hold anything that this run doesn't write."""
     ours = set(names)
     folders = sorted({name.parent for name in names})
     foreign = sorted(p for f in folders if f.is_dir() for p in f.iterdir() if p not in ours)
     if foreign:
-        note(f"warning: {len(foreign)} other file(s) in the output are left alone, such as {foreign[0]}")
+        log(f"warning: {len(foreign)} other file(s) in the output are left alone, such as {foreign[0]}")
 
 
-def dry_run(settings: Settings, network: Network, sampler: Sampler, count: int, batch: int) -> None:
+def dry_run(settings: Settings, network: Network, sampler: DigitSamplerConfig, count: int, batch: int) -> None:
     """Prints what would happen; raises BadInput where the disk is too small or the judges are missing."""
-    shipped_judges(next(network.unet.parameters()).device)
-    require_folder_place(settings.output)
-    free = require_room(settings.output, needed := count * 4096)
+    shipped_classifiers(next(network.unet.parameters()).device)
+    check_writable_folder(settings.output)
+    free = check_disk_space(settings.output, needed := count * 4096)
     print(f"checkpoint {settings.checkpoint}: ok, {network.origin.get('preset')} preset")
     print(f"judges: ok; disk: {free / 1e9:.1f} GB free, {needed / 1e6:.1f} MB needed")
     print(f"sampler: {sampler.name}, {steps_of(network, sampler)} steps, guidance {sampler.guidance}")
@@ -158,22 +158,22 @@ def main(settings: Settings) -> None:
     network = load_network(settings.checkpoint, machine.device)
     sampler = resolve_sampler(settings, network)
     domains = [DOMAINS.index(domain) for domain in settings.domains]
-    pictures = graded_pictures(settings.seed, settings.count, settings.digits, domains)
+    pictures = graded_requests(settings.seed, settings.count, settings.digits, domains)
     most = 1000 if machine.device.type == "cuda" else 100
     if settings.dry_run:
         return dry_run(settings, network, sampler, len(pictures), settings.batch or min(most, len(pictures)))
     names = file_names(settings)
     for folder in (settings.output, *(settings.output / domain for domain in settings.domains)):
         output_folder(folder)
-    tell_foreign_files(names)
-    judges = shipped_judges(machine.device) if settings.retries else []  # a missing one is told before the work
+    warn_extra_files(names)
+    judges = shipped_classifiers(machine.device) if settings.retries else []  # a missing one is told before the work
     record = Record(settings, machine)
     with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
         batch = settings.batch or shard.largest(len(pictures), most)
         images = draw_share(settings, network, pictures, judges, sampler, batch, record, shard)
         with record.timed("writing"):
             for row, image in images.items():
-                save_picture(names[row], image)
+                save_image(names[row], image)
         finish(settings, images, record, shard)
     return None
 
@@ -181,9 +181,9 @@ def main(settings: Settings) -> None:
 def draw_share(
     settings: Settings,
     network: Network,
-    pictures: Sequence[Picture],
-    judges: Sequence[Judge],
-    sampler: Sampler,
+    pictures: Sequence[DigitRequest],
+    judges: Sequence[DigitClassifier],
+    sampler: DigitSamplerConfig,
     batch: int,
     record: Record,
     shard: Shard,
@@ -206,7 +206,7 @@ def finish(settings: Settings, images: dict[int, Tensor], record: Record, shard:
         return
     if settings.grid:
         whole = torch.stack([everything[row] for row in sorted(everything)])
-        save_picture(settings.grid, picture_grid(whole, settings.count, scale=2))
+        save_image(settings.grid, image_grid(whole, settings.count, scale=2))
     record.save(settings.record)
     print(f"{record.metrics['pictures']} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
 

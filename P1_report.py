@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from digits.classifier import Judge, accuracy, quality, shipped_judges
-from digits.sampling import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample, sample_all
+from digits.classifier import DigitClassifier, accuracy, quality, shipped_classifiers
+from digits.sampling import CHECKPOINT, DigitRequest, DigitSamplerConfig, graded_requests, labels_of, sample, sample_all
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
-from runtime.cli import BadInput, note, require_positive, run_script
+from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect
 from runtime.files import output_folder
 from runtime.images import labelled_grid, line_figure, to_uint8
@@ -53,8 +53,8 @@ class Settings:
 def grid_figure(network: Network, domain: int, settings: Settings) -> Path:
     """10x10 digits of one domain: a row per digit, one noise for each whole column."""
     seeds = [derived_seed(settings.seed, column) for column in range(10)]
-    pictures = [Picture(digit, domain, seed) for digit in range(DIGITS) for seed in seeds]
-    sampler = Sampler.from_dict(network.sampler)
+    pictures = [DigitRequest(digit, domain, seed) for digit in range(DIGITS) for seed in seeds]
+    sampler = DigitSamplerConfig.from_dict(network.sampler)
     images = to_uint8(sample_all(network, pictures, sampler, settings.batch, f"grid {TITLES[domain]}"))
     path = settings.output / f"grid_{DOMAINS[domain]}.png"
     columns = [f"noise {column}" for column in range(10)]
@@ -62,7 +62,7 @@ def grid_figure(network: Network, domain: int, settings: Settings) -> Path:
     return path
 
 
-def reverse_process(network: Network, pictures: Sequence[Picture]) -> dict[int, Tensor]:
+def reverse_process(network: Network, pictures: Sequence[DigitRequest]) -> dict[int, Tensor]:
     """x_t of every picture [B,3,28,28] at the report's moments, scaled to this T, by ancestral sampling (DDPM)."""
     total = len(network.schedule)
     wanted = [max(1, round(moment * total / MOMENTS[0])) for moment in MOMENTS]
@@ -73,14 +73,14 @@ def reverse_process(network: Network, pictures: Sequence[Picture]) -> dict[int, 
         if t in wanted:
             seen[t] = x.cpu()
 
-    sample(network, pictures, replace(Sampler.from_dict(network.sampler), name="ddpm"), watch)
+    sample(network, pictures, replace(DigitSamplerConfig.from_dict(network.sampler), name="ddpm"), watch)
     return {t: seen[t] for t in wanted}
 
 
 def reverse_figure(network: Network, settings: Settings) -> Path:
     """The first "0" of both domains from noise to picture."""
-    pictures = [graded_pictures(settings.seed, 1, [0], [domain])[0] for domain in range(len(DOMAINS))]
-    note("reverse process: all steps of DDPM")
+    pictures = [graded_requests(settings.seed, 1, [0], [domain])[0] for domain in range(len(DOMAINS))]
+    log("reverse process: all steps of DDPM")
     states = reverse_process(network, pictures)
     images = torch.stack(list(states.values()), dim=1).flatten(0, 1)  # a row per domain
     path = settings.output / "reverse_process.png"
@@ -90,13 +90,13 @@ def reverse_figure(network: Network, settings: Settings) -> Path:
     return path
 
 
-def sweep(network: Network, judges: list[Judge], settings: Settings) -> list[dict[str, float]]:
+def sweep(network: Network, judges: list[DigitClassifier], settings: Settings) -> list[dict[str, float]]:
     """Accuracy, Frechet distance and recall per domain for every guidance scale."""
     rows = []
-    pictures = graded_pictures(settings.seed, settings.sweep_count)
+    pictures = graded_requests(settings.seed, settings.sweep_count)
     digits, domains = labels_of(pictures)
     for scale in settings.scales:
-        sampler = replace(Sampler.from_dict(network.sampler), guidance=scale)
+        sampler = replace(DigitSamplerConfig.from_dict(network.sampler), guidance=scale)
         images = to_uint8(sample_all(network, pictures, sampler, settings.batch, f"guidance {scale}"))
         row = {"scale": scale}
         for domain, score in enumerate(accuracy(judges, images, digits, domains)):
@@ -124,7 +124,7 @@ def sweep_figure(rows: list[dict[str, float]], settings: Settings) -> Path:
 
 def main(settings: Settings) -> None:
     """Draws the figures that were asked for."""
-    require_positive(settings, "sweep_count", "batch")
+    check_positive(settings, "sweep_count", "batch")
     if not settings.figures:
         raise BadInput("--figures names none: nothing to draw")
     if not settings.scales or not all(map(math.isfinite, settings.scales)):
@@ -141,7 +141,7 @@ def main(settings: Settings) -> None:
             made.append(reverse_figure(network, settings))
     if "sweep" in settings.figures:
         with record.timed("sweep"):
-            rows = sweep(network, shipped_judges(machine.device), settings)
+            rows = sweep(network, shipped_classifiers(machine.device), settings)
         made.append(sweep_figure(rows, settings))
         record.metrics["sweep"] = rows
     record.metrics["figures"] = [path.name for path in made]

@@ -20,22 +20,22 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion.schedule import Schedule, add_noise, make_schedule, min_snr_weight, target
-from digits.classifier import Judge, accuracy, shipped_judges
-from digits.recipes import RECIPES, Recipe
-from digits.sampling import Sampler, graded_pictures, labels_of, sample_all
+from digits.classifier import DigitClassifier, accuracy, shipped_classifiers
+from digits.recipes import RECIPES, TrainingRecipe
+from digits.sampling import DigitSamplerConfig, graded_requests, labels_of, sample_all
 from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
-from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
-from runtime.device import Choice, Device, Precision, detect, set_up, should_compile
+from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, output_folder
-from runtime.images import picture_grid, save_picture, to_float, to_uint8
+from runtime.images import image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from training.best import BestCandidates
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals
 
 KIND = "P1 training"
@@ -80,7 +80,7 @@ class Settings:
     device: Device = "auto"
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp32."""
-    compile: Choice = "auto"
+    compile: AutoOnOff = "auto"
     """torch.compile; auto: where it pays (CUDA, or a CPU with bf16) and a compiler exists."""
     eval_every: int = 1000
     """Steps between two gradings; 0: only at the end."""
@@ -100,15 +100,15 @@ class Settings:
     """auto: go on from the run folder's checkpoint where it has one; never: start anew."""
 
 
-def resolve_recipe(settings: Settings, preset: str) -> Recipe:
+def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
     """The preset's recipe with the flags that were given; raises BadInput for numbers that make no sense."""
-    given = {f.name: value for f in fields(Recipe) if (value := getattr(settings, f.name, None)) is not None}
+    given = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
-    require_positive(recipe, "steps", "batch", "lr")
-    require_not_negative(recipe, "min_snr")
-    require_positive(settings, "eval_count", "candidates", "final_count")
-    require_not_negative(settings, "warmup", "eval_every", "save_every", "log_every")
-    require_shares(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
+    check_positive(recipe, "steps", "batch", "lr")
+    check_not_negative(recipe, "min_snr")
+    check_positive(settings, "eval_count", "candidates", "final_count")
+    check_not_negative(settings, "warmup", "eval_every", "save_every", "log_every")
+    check_fractions(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
     if not settings.clip > 0:  # inf is fine
         raise BadInput(f"--clip {settings.clip}: must be above zero")
     return recipe
@@ -175,7 +175,7 @@ class Trainer:
         self.folder = output_folder(settings.output)
         self.problem = self._problem()
         self._build_networks()
-        self.judges = shipped_judges(self.device) if self.main else []
+        self.judges = shipped_classifiers(self.device) if self.main else []
         self.best = BestCandidates(self.folder / "candidates", settings.candidates)
         self.step = 0
         self.history: list[dict[str, Any]] = []  # one entry per grading; seconds: since the start of this process's run
@@ -226,7 +226,7 @@ class Trainer:
         if not self.main:
             return
         size = sum(p.numel() for p in self.unet.parameters()) / 1e6
-        note(
+        log(
             f"preset {self.preset} ({size:.1f} M parameters), {precision}, "
             f"{'compiled' if self.compiled else 'eager'}, on {self.machine.name}"
             f"{f', {self.accelerator.num_processes} processes' if self.accelerator.num_processes > 1 else ''}\n"
@@ -277,48 +277,48 @@ class Trainer:
     def train(self) -> None:
         """Steps until the end or a signal; a checkpoint is left either way."""
         recipe, settings = self.recipe, self.settings
-        log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
+        training_log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
         with StopSignals() as stop, self.record.timed("training"):
             if self.compiled and self.step < recipe.steps:
-                self._compile_apart(log)
+                self._compile_apart(training_log)
             while self.step < recipe.steps and not stop.asked:
-                log.add(self.one_step(), recipe.batch)
+                training_log.add(self.one_step(), recipe.batch)
                 if self._due(settings.log_every) or self._due(settings.save_every):
-                    self._report(log)  # before saving: a checkpoint must not hold a broken network
+                    self._report(training_log)  # before saving: a checkpoint must not hold a broken network
                 if self._due(settings.save_every):
                     self.save()
                 if self._due(settings.eval_every):
-                    log.pause(self.grade(log))
-            if log.count:
-                self._report(log)
-        log.close()
+                    training_log.pause(self.grade(training_log))
+            if training_log.count:
+                self._report(training_log)
+        training_log.close()
         self.save()
 
-    def _compile_apart(self, log: TrainingLog) -> None:
+    def _compile_apart(self, training_log: TrainingLog) -> None:
         """The first step compiles for about a minute: its time is told and kept out of the speed."""
         with self.record.timed("first_step"):
             loss = float(self.one_step().detach())
         seconds = self.record.timings["first_step"]
-        log.bar.update()
-        log.pause(seconds)
-        note(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
+        training_log.bar.update()
+        training_log.pause(seconds)
+        log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or bool(every) and self.step % every == 0
 
-    def _report(self, log: TrainingLog) -> None:
-        loss, speed = log.read()
+    def _report(self, training_log: TrainingLog) -> None:
+        loss, speed = training_log.read()
         require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
         if self.main and "loss" not in self.record.metrics:  # the first reading of this run
             minutes = (self.recipe.steps - self.step) * self.recipe.batch / speed / 60
-            note(f"about {minutes:.0f} minutes to go, grading apart")
+            log(f"about {minutes:.0f} minutes to go, grading apart")
         self.record.metrics |= {"loss": loss, "images_per_s": speed}
-        log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
+        training_log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
 
     def rate(self) -> float:
         """The learning rate of the step in hand."""
         s, r = self.settings, self.recipe
-        return r.lr * rate_factor(self.step, r.steps, s.warmup, s.decay, s.decay_shape)
+        return r.lr * lr_factor(self.step, r.steps, s.warmup, s.decay, s.decay_shape)
 
     def one_step(self) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
@@ -348,15 +348,15 @@ class Trainer:
             origin | {"settings": {k: v for k, v in asdict(self.settings).items() if not isinstance(v, Path)}},
         )
 
-    def grade(self, log: TrainingLog) -> float:
+    def grade(self, training_log: TrainingLog) -> float:
         """Draws and judges 10 pictures per digit and domain, keeps the best; returns the seconds it took."""
         start = time.perf_counter()
         if self.main:
             network = self.network()
             scores, images = graded(network, self.judges, self.settings.eval_count, self.settings.seed)
             entry = {"mnistm": scores[0], "svhn": scores[1], "accuracy": sum(scores) / len(scores)}
-            save_picture(self.folder / f"step-{self.step:06d}.png", digit_sheet(images))
-            log.show(self.step, **entry)
+            save_image(self.folder / f"step-{self.step:06d}.png", digit_sheet(images))
+            training_log.show(self.step, **entry)
             self.history.append({"step": self.step, "seconds": round(start - self.started, 1), **entry})
             if self.best.offer(self.step, entry["accuracy"], partial(save_network, network=network)):
                 save_network(self.folder / "best.safetensors", network, torch.float16)
@@ -371,21 +371,21 @@ class Trainer:
             network = load_network(path, self.device)
             scores, images = graded(network, self.judges, self.settings.final_count, self.settings.seed + 1)
             results.append((sum(scores) / len(scores), scores, network, images))
-            note(f"step {path.stem}, {len(images):,} pictures: mnistm {scores[0]:.4f}, svhn {scores[1]:.4f}")
+            log(f"step {path.stem}, {len(images):,} pictures: mnistm {scores[0]:.4f}, svhn {scores[1]:.4f}")
         mean, scores, network, images = max(results, key=lambda r: r[0])
         self.record.metrics |= {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
         origin = network.origin | {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
         save_network(self.folder / "best.safetensors", replace(network, origin=origin), torch.float16)
-        save_picture(self.folder / "best.png", digit_sheet(images))
+        save_image(self.folder / "best.png", digit_sheet(images))
         step = network.origin["step"]
-        note(f"best: step {step:,}, accuracy {mean:.4f}: {self.folder / 'best.safetensors'}")
+        log(f"best: step {step:,}, accuracy {mean:.4f}: {self.folder / 'best.safetensors'}")
 
 
-def graded(network: Network, judges: list[Judge], count: int, seed: int) -> tuple[list[float], Tensor]:
+def graded(network: Network, judges: list[DigitClassifier], count: int, seed: int) -> tuple[list[float], Tensor]:
     """Accuracy per domain of `count` pictures per digit and domain, and the pictures [N,3,28,28] uint8."""
-    pictures = graded_pictures(seed, count)
+    pictures = graded_requests(seed, count)
     images = to_uint8(
-        sample_all(network, pictures, Sampler.from_dict(network.sampler), min(100, len(pictures)), "grading")
+        sample_all(network, pictures, DigitSamplerConfig.from_dict(network.sampler), min(100, len(pictures)), "grading")
     )
     return accuracy(judges, images, *labels_of(pictures)), images
 
@@ -394,7 +394,7 @@ def digit_sheet(images: Tensor) -> Tensor:
     """[2*10*count,3,28,28] -> at most ten pictures per digit: rows are digits, MNIST-M left and SVHN right."""
     sets = images.view(2, DIGITS, -1, *images.shape[1:])[:, :, :10]
     columns = 2 * sets.shape[2]
-    return picture_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns, scale=2)
+    return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns, scale=2)
 
 
 def main(settings: Settings) -> None:
@@ -408,7 +408,7 @@ def main(settings: Settings) -> None:
             trainer.finish()
     else:
         without = " without --resume never" if settings.resume == "never" else ""
-        note(f"stopped at step {trainer.step:,}; the same command{without} goes on from {trainer.checkpoint}")
+        log(f"stopped at step {trainer.step:,}; the same command{without} goes on from {trainer.checkpoint}")
     processes = trainer.accelerator.num_processes
     trainer.record.metrics |= {"step": trainer.step, "processes": processes, "history": trainer.history}
     trainer.record.save(trainer.folder / "record.json")

@@ -26,25 +26,25 @@ from faces.noises import save_noises
 from faces.noises import seeded_noises as seeded_noises
 from faces.sampling import (
     PASS_BELOW,
-    Drawing,
-    Recipe,
+    DdimConfig,
+    SamplingArgs,
     compare,
     open_model,
     open_noises,
     resolve_recipe,
     sample_all,
-    to_picture,
+    to_image,
 )
-from runtime.cli import BadInput, leads, run_script
+from runtime.cli import BadInput, is_main_process, run_script
 from runtime.device import Machine, detect
 from runtime.distributed import Shard, sharing
 from runtime.files import ROOT, output_folder, require_file
-from runtime.images import open_picture, save_picture
+from runtime.images import open_image, save_image
 from runtime.record import Record
 
 
 @dataclass(frozen=True)
-class Settings(Drawing):
+class Settings(SamplingArgs):
     """Flags."""
 
     output: Path = Path("runs/p2_ddim/pictures")
@@ -71,7 +71,7 @@ def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
     found = {}
     for noise in noises:
         path = folder / f"{noise.stem}.png"
-        found[noise.stem] = open_picture(require_file(path, "--reference needs a picture for every noise"))
+        found[noise.stem] = open_image(require_file(path, "--reference needs a picture for every noise"))
         if found[noise.stem].shape != noise.x.shape:
             size, ours = found[noise.stem].shape, noise.x.shape
             raise BadInput(f"{path}: {size[2]}x{size[1]}, the noise makes {ours[2]}x{ours[1]}")
@@ -107,7 +107,7 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     model = open_model(settings, machine)
     if settings.export:
-        if not leads():
+        if not is_main_process():
             return None
         export(model, settings.export)
         return print(f"{settings.export}: a diffusers folder; use it as --model")
@@ -115,7 +115,7 @@ def main(settings: Settings) -> None:
     noises = open_noises(settings, model)
     references = read_references(settings.reference, noises) if settings.reference else {}
     output_folder(settings.output)
-    if settings.save_noise and leads():
+    if settings.save_noise and is_main_process():
         save_noises(settings.save_noise, noises)
     with sharing() as shard:
         draw_share(settings, machine, model, recipe, noises, references, shard)
@@ -126,7 +126,7 @@ def draw_share(
     settings: Settings,
     machine: Machine,
     model: Model,
-    recipe: Recipe,
+    recipe: DdimConfig,
     noises: Sequence[Noise],
     references: dict[str, Tensor],
     shard: Shard,
@@ -135,8 +135,8 @@ def draw_share(
     record, table, stems = Record(settings, machine), {}, []
     with record.timed("drawing"):
         for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing", shard):
-            picture = to_picture(image, settings.rescale)
-            save_picture(settings.output / f"{noise.stem}.png", picture)
+            picture = to_image(image, settings.rescale)
+            save_image(settings.output / f"{noise.stem}.png", picture)
             stems.append(noise.stem)
             if references:
                 table[noise.stem] = compare(picture, references[noise.stem])

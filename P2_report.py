@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion.noise import linear, slerp
 from faces.models import Model
 from faces.noises import Noise
-from faces.sampling import Drawing, compare, open_model, open_noises, resolve_recipe, sample_all, to_picture
+from faces.sampling import SamplingArgs, compare, open_model, open_noises, resolve_recipe, sample_all, to_image
 from runtime.cli import BadInput, run_script
 from runtime.device import detect
 from runtime.files import output_folder
@@ -34,7 +34,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"slerp": slerp, "l
 
 
 @dataclass(frozen=True)
-class Settings(Drawing):
+class Settings(SamplingArgs):
     """Flags."""
 
     output: Path = Path("runs/p2_report")
@@ -51,7 +51,7 @@ def draw(model: Model, noises: Sequence[Noise], settings: Settings, eta: float, 
     """[N,C,H,W] uint8."""
     recipe = resolve_recipe(settings, model, eta)
     images = [image for _, image in sample_all(model, noises, recipe, settings.batch, title)]
-    return torch.stack([to_picture(image, settings.rescale) for image in images])
+    return torch.stack([to_image(image, settings.rescale) for image in images])
 
 
 def eta_figures(model: Model, noises: Sequence[Noise], settings: Settings) -> dict[str, list[float]]:

@@ -21,13 +21,13 @@ from typing import Any
 
 import pandas as pd
 
-from runtime.cli import note, run_script
+from runtime.cli import log, run_script
 from runtime.device import detect
 from runtime.distributed import sharing
-from runtime.files import ROOT, output_folder, read_json, require_folder_place
+from runtime.files import ROOT, check_writable_folder, output_folder, read_json
 from runtime.record import Record
 from zeroshot.dataset import list_pictures
-from zeroshot.features import Bench, FeatureFile, key_of, logits_of
+from zeroshot.features import FeatureExtractor, FeatureFile, key_of, logits_of
 from zeroshot.prompts import templates_of
 from zeroshot.results import (
     COLUMNS,
@@ -46,14 +46,14 @@ from zeroshot.results import (
     summary,
     write_csv,
 )
-from zeroshot.settings import Choice, Settings, base_choice, check, parse_choice, precision_of
+from zeroshot.settings import Settings, ZeroShotConfig, base_config, check, parse_config, precision_of
 from zeroshot.weights import Source, resolve
 
 PAIR = ("truth", "predicted", "times", "pictures")
 RUNS = ROOT / "runs" / "p3_clip"
 
 
-def folder_name(source: Source, choice: Choice) -> str:
+def folder_name(source: Source, choice: ZeroShotConfig) -> str:
     """A folder for the results of a setting: letters, digits and a few signs."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"{source.label}_{choice.prompts}_{choice.names}").strip("-")
 
@@ -65,13 +65,13 @@ def measured_before(folder: Path, key: str) -> dict[str, Any] | None:
     return metrics if metrics.get("key") == key else None
 
 
-def measure(bench: Bench, source: Source, choice: Choice, folder: Path) -> dict[str, Any]:
+def measure(bench: FeatureExtractor, source: Source, choice: ZeroShotConfig, folder: Path) -> dict[str, Any]:
     """Runs one setting, writes its folder, prints its results; returns its metrics. Several processes share the pictures, and the first
     does the rest."""
     templates = templates_of(choice.prompts)
     key = key_of(bench.model_key(source), bench.pictures.fingerprint, bench.pictures.classes, choice.names, templates)
     if bench.settings.skip_existing and (before := measured_before(folder, key)):
-        note(f"skipped: {folder / 'record.json'} has it, top-1 {100 * before['top1']:.2f}%")
+        log(f"skipped: {folder / 'record.json'} has it, top-1 {100 * before['top1']:.2f}%")
         return before
     record = Record(replace(bench.settings, **vars(choice)), bench.machine)
     features = bench.features(source, record)
@@ -86,7 +86,9 @@ def measure(bench: Bench, source: Source, choice: Choice, folder: Path) -> dict[
     return record.metrics
 
 
-def describe(bench: Bench, source: Source, choice: Choice, templates: Sequence[str]) -> dict[str, Any]:
+def describe(
+    bench: FeatureExtractor, source: Source, choice: ZeroShotConfig, templates: Sequence[str]
+) -> dict[str, Any]:
     """All that is needed to do it again."""
     return {
         "model": source.label,
@@ -103,7 +105,7 @@ def describe(bench: Bench, source: Source, choice: Choice, templates: Sequence[s
 
 
 def write_results(
-    result: Result, folder: Path, source: Source, choice: Choice, settings: Settings, record: Record
+    result: Result, folder: Path, source: Source, choice: ZeroShotConfig, settings: Settings, record: Record
 ) -> None:
     """Tables, figures and record into the folder, results to stdout."""
     output_folder(folder)
@@ -121,10 +123,10 @@ def write_results(
     print("\n".join([*summary(record.metrics), *lines]))
     for truth, predicted, times, pictures in pairs:
         print(f"confused: {truth} taken for {predicted}, {times} of {pictures}")
-    note(f"tables, figures and record.json in {folder}")
+    log(f"tables, figures and record.json in {folder}")
 
 
-def sources_of(settings: Settings, base: Choice, choices: Sequence[Choice]) -> list[Source]:
+def sources_of(settings: Settings, base: ZeroShotConfig, choices: Sequence[ZeroShotConfig]) -> list[Source]:
     """The files of every setting, so that what is absent is told before any work; what nobody named is not downloaded."""
     named = bool(settings.preset or settings.model or settings.weights)
     default = (base.model, base.weights)
@@ -134,12 +136,12 @@ def sources_of(settings: Settings, base: Choice, choices: Sequence[Choice]) -> l
     ]
 
 
-def output_folders(settings: Settings, sources: Sequence[Source], choices: Sequence[Choice]) -> list[Path]:
+def output_folders(settings: Settings, sources: Sequence[Source], choices: Sequence[ZeroShotConfig]) -> list[Path]:
     """Where each setting's results go; raises BadInput where a file is in the way, before the work."""
     root, own = settings.output or RUNS, bool(settings.compare) or settings.output is None
     folders = [root / folder_name(*one) if own else root for one in zip(sources, choices, strict=True)]
     for folder in (root, *folders):
-        require_folder_place(folder)
+        check_writable_folder(folder)
     return folders
 
 
@@ -150,15 +152,17 @@ def main(settings: Settings) -> None:
         return print_table(collect(settings.collect))
     machine = detect(settings.device)
     precision = precision_of(settings, machine)
-    base = base_choice(settings)
-    choices = [parse_choice(text, base) for text in settings.compare] or [base]
+    base = base_config(settings)
+    choices = [parse_config(text, base) for text in settings.compare] or [base]
     for choice in choices:
         templates_of(choice.prompts)  # a bad one is told before the work
     pictures = list_pictures(settings.images, settings.labels)
     sources = sources_of(settings, base, choices)
     folders = output_folders(settings, sources, choices)
     with sharing() as shard:
-        bench = Bench(settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures), shard)
+        bench = FeatureExtractor(
+            settings, machine, precision, pictures, FeatureFile(settings.embeddings, pictures), shard
+        )
         rows = [measure(bench, *one) for one in zip(sources, choices, folders, strict=True)]
     if settings.compare and shard.main:
         table = pd.DataFrame(rows)[list(COLUMNS)]

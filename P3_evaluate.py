@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from concepts.clip_scores import Resizing, Scorer, open_pictures, rank
-from concepts.course_format import PICTURES, Concept, find_pictures, picture_path, read_input
-from runtime.cli import BadInput, note, run_script
+from concepts.course_format import IMAGES_PER_PROMPT, CourseConcept, find_images, image_path, read_input
+from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect, set_up
 from runtime.files import ROOT, atomic, output_folder
 from runtime.record import Record
@@ -54,10 +54,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Case:
+class GradedPrompt:
     """One prompt with its 25 pictures."""
 
-    concept: Concept
+    concept: CourseConcept
     prompt: int
     paths: list[Path]
 
@@ -81,7 +81,7 @@ class Case:
 class Graded:
     """A case's scores [25], and its best pictures [3,H,W] uint8, small."""
 
-    case: Case
+    case: GradedPrompt
     image: Tensor
     text: Tensor
     pictures: list[Tensor]
@@ -111,13 +111,13 @@ class Graded:
 # ---------------------------------------------------------------- files
 
 
-def find_case(images: Path, concept: Concept, prompt: int) -> Case:
+def find_case(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt:
     """The 25 pictures of a prompt; raises BadInput where one is missing or anything else is there."""
-    paths = [picture_path(images, concept.key, prompt, n) for n in range(PICTURES)]
+    paths = [image_path(images, concept.key, prompt, n) for n in range(IMAGES_PER_PROMPT)]
     folder = paths[0].parent
     if not folder.is_dir():
         raise BadInput(
-            f"{folder} is not a folder; prompt {prompt} of concept {concept.key!r} needs its {PICTURES} pictures there"
+            f"{folder} is not a folder; prompt {prompt} of concept {concept.key!r} needs its {IMAGES_PER_PROMPT} pictures there"
         )
     found = {path.name for path in folder.iterdir()}
     wanted = [path.name for path in paths]
@@ -126,8 +126,8 @@ def find_case(images: Path, concept: Concept, prompt: int) -> Case:
         parts = [
             f"{what} {listed(names)}" for what, names in (("missing:", missing), ("not wanted:", strange)) if names
         ]
-        raise BadInput(f"{folder} holds {len(found)} files, wanted exactly {PICTURES} pictures; {', '.join(parts)}")
-    return Case(concept, prompt, paths)
+        raise BadInput(f"{folder} holds {len(found)} files, wanted exactly {IMAGES_PER_PROMPT} pictures; {', '.join(parts)}")
+    return GradedPrompt(concept, prompt, paths)
 
 
 def listed(names: list[str]) -> str:
@@ -138,7 +138,7 @@ def listed(names: list[str]) -> str:
 # ---------------------------------------------------------------- grading
 
 
-def grade(scorer: Scorer, case: Case, references: Tensor, batch: int) -> Graded:
+def grade(scorer: Scorer, case: GradedPrompt, references: Tensor, batch: int) -> Graded:
     """Every picture is decoded and encoded once, for both scores."""
     pictures = open_pictures(case.paths)
     features = scorer.encode(pictures, batch)
@@ -148,7 +148,7 @@ def grade(scorer: Scorer, case: Case, references: Tensor, batch: int) -> Graded:
 
 
 def grade_all(
-    scorer: Scorer, cases: list[Case], references: dict[str, tuple[Path, ...]], batch: int
+    scorer: Scorer, cases: list[GradedPrompt], references: dict[str, tuple[Path, ...]], batch: int
 ) -> Iterator[Graded]:
     """Case by case, each concept's references encoded once."""
     known = {key: scorer.encode(open_pictures(paths), batch) for key, paths in references.items()}
@@ -237,7 +237,7 @@ def main(settings: Settings) -> None:
     check(settings)
     concepts = read_input(settings.input, graded=True)
     cases = [find_case(settings.images, one, prompt) for one in concepts for prompt in range(len(one.prompts))]
-    references = {one.key: find_pictures(settings.references / one.key) for one in concepts}
+    references = {one.key: find_images(settings.references / one.key) for one in concepts}
     machine = detect(settings.device)
     set_up("fp32", machine)
     record, results = Record(settings, machine), []
@@ -245,7 +245,7 @@ def main(settings: Settings) -> None:
         scorer = Scorer.load(settings.clip, machine.device, settings.resizing)
     output_folder(settings.output)
     if abs(scorer.scale - 100) > 0.5:
-        note(f"text scores are logits_per_image: {scorer.scale:.2f} x cosine with this CLIP, 100 with the course's")
+        log(f"text scores are logits_per_image: {scorer.scale:.2f} x cosine with this CLIP, 100 with the course's")
     with record.timed("grading"):
         for result in grade_all(scorer, cases, references, settings.batch):
             print_scores(result)
@@ -268,7 +268,7 @@ def write_results(
     }
     best_figure(settings.output / "best.png", results, f"{settings.clip}: {lines[-1]}; image / text score")
     record.save(settings.output / "record.json")
-    note(f"best.png and record.json in {settings.output}")
+    log(f"best.png and record.json in {settings.output}")
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ from torch import Tensor
 
 from concepts.clip_scores import Scorer, open_pictures, rank
 from concepts.composition.layout import Layout
-from concepts.composition.multipath import Composed, Level, compose, passes
+from concepts.composition.multipath import LayoutRequest, Level, compose, passes
 from concepts.composition.scores import MOST, layout_picture, levels_figure, means_of, scores_inside
 from concepts.course_format import remove, stale_files
 from concepts.embeddings import Vectors, install, require_width
 from concepts.jobs import Job, Settings, check, jobs_of, vectors_of
-from concepts.sampling import Manner, Order, Painter, in_turn
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler, generate_batches
 from concepts.stable_diffusion import check_model, load_pipeline
 from diffusion.guidance import Guidance
 from runtime.cli import BadInput, run_script
 from runtime.device import Machine, detect, set_up, should_compile
 from runtime.distributed import Shard, sharing
-from runtime.files import output_folder, read_json, require_place, require_room
-from runtime.images import open_picture, save_picture
+from runtime.files import check_disk_space, check_writable_file, output_folder, read_json
+from runtime.images import open_image, save_image
 from runtime.record import Record
 
 SIDE = 512  # of Stable Diffusion v1's pictures
@@ -50,21 +50,21 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     vectors = vectors_of(settings, jobs)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
-    require_room(settings.output, bytes_needed(settings, jobs))
+    check_disk_space(settings.output, bytes_needed(settings, jobs))
     check_figures(settings)
     if settings.dry_run:
         check_outline(settings, jobs, vectors)
         if settings.needs_clip:
             Scorer.load(settings.clip, torch.device("cpu"))
-        tell(settings, machine, jobs, vectors)
+        print_plan(settings, machine, jobs, vectors)
         if settings.draw_layout and jobs[0].layout:
-            save_picture(settings.draw_layout, layout_picture(jobs[0].layout))
+            save_image(settings.draw_layout, layout_picture(jobs[0].layout))
         return
     record = Record(settings, machine)
     with record.timed("loading"):
         painter, scorer = prepare(settings, machine, vectors, sum(len(job.seeds) for job in jobs))
     if jobs[0].layout:
-        jobs[0].layout.require_room(*painter.shape[1:])
+        jobs[0].layout.check_resolution(*painter.shape[1:])
     with sharing() as shard:
         if shard.main:
             remove(stale, settings.output)
@@ -78,11 +78,16 @@ def check_figures(settings: Settings) -> None:
     """Raises BadInput where a figure can't be written."""
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path:
-            require_place(path, flag)
+            check_writable_file(path, flag)
 
 
 def finish(
-    settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], record: Record, shares: list[int]
+    settings: Settings,
+    painter: StableDiffusionSampler,
+    scorer: Scorer | None,
+    jobs: Sequence[Job],
+    record: Record,
+    shares: list[int],
 ) -> None:
     """What the first process tells when all pictures are there."""
     drawn, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
@@ -115,10 +120,10 @@ def check_outline(settings: Settings, jobs: Sequence[Job], vectors: Vectors) -> 
         require_width(vectors, outline.width)
         shape = outline.shape(settings.size)
         if jobs[0].layout:
-            jobs[0].layout.require_room(*shape[1:])
+            jobs[0].layout.check_resolution(*shape[1:])
 
 
-def tell(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vectors) -> None:
+def print_plan(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vectors) -> None:
     """What a dry run found."""
     drawn = sum(len(job.seeds) for job in jobs)
     print(f"{len(jobs)} prompts, {drawn} pictures to draw, {sum(len(job.files) for job in jobs)} to keep")
@@ -157,18 +162,20 @@ def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
 # ---------------------------------------------------------------- drawing
 
 
-def manner_of(settings: Settings) -> Manner:
+def manner_of(settings: Settings) -> SamplerConfig:
     """How the flags want it."""
     guidance = Guidance(settings.guidance, settings.interval, settings.rescale)
-    return Manner(settings.solver, settings.steps, guidance, settings.negative, settings.size)
+    return SamplerConfig(settings.solver, settings.steps, guidance, settings.negative, settings.size)
 
 
-def prepare(settings: Settings, machine: Machine, vectors: Vectors, drawn: int) -> tuple[Painter, Scorer | None]:
+def prepare(
+    settings: Settings, machine: Machine, vectors: Vectors, drawn: int
+) -> tuple[StableDiffusionSampler, Scorer | None]:
     """The model with its tokens, and the CLIP that chooses among candidates."""
     half = set_up(settings.precision, machine) == "bf16"
     pipe = load_pipeline(settings.model, machine.device, torch.bfloat16 if half else torch.float32)
     install(pipe, vectors)
-    painter = Painter(pipe, manner_of(settings))
+    painter = StableDiffusionSampler(pipe, manner_of(settings))
     assert painter.shape  # a size that the model can't draw shows here
     pipe.unet.to(memory_format=torch.channels_last)
     worth = settings.compile == "on" or machine.device.type == "cuda" and drawn >= 50 and not settings.layout
@@ -177,46 +184,50 @@ def prepare(settings: Settings, machine: Machine, vectors: Vectors, drawn: int) 
     return painter, Scorer.load(settings.clip, machine.device) if settings.needs_clip else None
 
 
-def draw_share(settings: Settings, painter: Painter, scorer: Scorer | None, jobs: Sequence[Job], shard: Shard) -> int:
+def draw_share(
+    settings: Settings, painter: StableDiffusionSampler, scorer: Scorer | None, jobs: Sequence[Job], shard: Shard
+) -> int:
     """Draws and saves this process's pictures; returns how many it drew. Where there are candidates it has whole prompts."""
     output_folder(settings.output)
     on_gpu = painter.pipe.unet.device.type == "cuda"
     layout = jobs[0].layout
-    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.paint
+    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.sample_images
     if not scorer or not settings.candidates:
-        orders = [Order(job.prompt, seed) for job in jobs for seed in job.seeds]
+        orders = [Request(job.prompt, seed) for job in jobs for seed in job.seeds]
         files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
         drawn = 0
-        for order, image in in_turn(paint, orders, settings.batch, on_gpu, shard):
-            save_picture(files[order], image)
+        for order, image in generate_batches(paint, orders, settings.batch, on_gpu, shard):
+            save_image(files[order], image)
             drawn += 1
         return drawn
     mine = jobs[shard.rank :: shard.world]
     for job in mine:
-        orders = [Order(job.prompt, seed) for seed in job.seeds]
-        images = torch.stack([image for _, image in in_turn(paint, orders, settings.batch, on_gpu)])
+        orders = [Request(job.prompt, seed) for seed in job.seeds]
+        images = torch.stack([image for _, image in generate_batches(paint, orders, settings.batch, on_gpu)])
         for path, row in zip(job.files, best(scorer, job, images), strict=False):
-            save_picture(path, images[row])
+            save_image(path, images[row])
     return sum(len(job.seeds) for job in mine)
 
 
-def composed_pictures(painter: Painter, layout: Layout, settings: Settings, orders: Sequence[Order]) -> Tensor:
+def composed_pictures(
+    painter: StableDiffusionSampler, layout: Layout, settings: Settings, orders: Sequence[Request]
+) -> Tensor:
     """[N,3,H,W] uint8 of these seeds, concepts in their places."""
-    composed = [Composed(layout, order.seed) for order in orders]
+    composed = [LayoutRequest(layout, order.seed) for order in orders]
     return compose(painter, composed, settings.level, settings.means)
 
 
 def about_layout(
-    settings: Settings, painter: Painter, scorer: Scorer | None, job: Job, layout: Layout
+    settings: Settings, painter: StableDiffusionSampler, scorer: Scorer | None, job: Job, layout: Layout
 ) -> dict[str, object]:
     """Plan and figure as files, where asked for; scores per picture and concept."""
     if settings.draw_layout:
-        save_picture(settings.draw_layout, layout_picture(layout))
+        save_image(settings.draw_layout, layout_picture(layout))
     if settings.figure:
         levels_figure(settings.figure, painter, layout, job.seeds, settings.means)
     if not scorer or not settings.scores:
         return {}
-    found = scores_inside(scorer, layout, torch.stack([open_picture(path) for path in job.files]))
+    found = scores_inside(scorer, layout, torch.stack([open_image(path) for path in job.files]))
     for token, values in means_of(found).items():
         print(f"{token}: " + ", ".join(f"{kind} score {value:.2f}" for kind, value in values.items()))
     return {"concepts": {path.name: row for path, row in zip(job.files, found, strict=True)}}

@@ -16,15 +16,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from concepts.dataset import Concept, Kind, read_concepts
+from concepts.dataset import ConceptSet, Kind, read_concepts
 from concepts.embeddings import FOLDER, file_of, save_vectors
-from concepts.training import Recipe, Run
-from runtime.cli import BadInput, note, require_not_negative, require_positive, require_shares, run_script
+from concepts.training import InversionArgs, Run
+from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.files import output_folder
 
 
 @dataclass(frozen=True)
-class Settings(Recipe):
+class Settings(InversionArgs):
     """Flags."""
 
     images: Path | None = None
@@ -58,14 +58,14 @@ def main(settings: Settings) -> None:
         save_vectors(path, token, rows, f"{settings.model}, {run.step} steps, seed {settings.seed}")
         print(f"{token}: {path}")
     run.save_record({"concepts": [asdict(concept) for concept in concepts]})
-    note(f"progress and record: {run.folder}")
+    log(f"progress and record: {run.folder}")
 
 
 def check(settings: Settings) -> None:
     """Raises BadInput for numbers that can't work."""
-    require_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
-    require_not_negative(settings, "seed", "keep_norm", "blur", "validate_every")
-    require_shares(settings, "zoom_out")
+    check_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
+    check_not_negative(settings, "seed", "keep_norm", "blur", "validate_every")
+    check_fractions(settings, "zoom_out")
     if settings.batch % settings.accumulate:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
     if settings.most_weight < 1:
@@ -74,7 +74,7 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--zoom-out {settings.zoom_out}: goes with --crop center, random cuts anew at every step")
 
 
-def concepts_of(settings: Settings) -> list[Concept]:
+def concepts_of(settings: Settings) -> list[ConceptSet]:
     """From the file, or the one that the flags name."""
     if settings.concepts:
         if settings.images:
@@ -82,7 +82,7 @@ def concepts_of(settings: Settings) -> list[Concept]:
         return read_concepts(settings.concepts)
     if not settings.images or not settings.init:
         raise BadInput("name the pictures and a word for what they show: --images DIR --init WORD (or --concepts FILE)")
-    return [Concept(settings.token, settings.images, settings.init, settings.kind, settings.vectors)]
+    return [ConceptSet(settings.token, settings.images, settings.init, settings.kind, settings.vectors)]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pages import p1, p2, words, zeroshot
 from pages.content import Part
 from pages.page import View, view_of, write_page
 from pages.sources import DIGITS, Sources
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect
 from runtime.files import ROOT, output_folder
 from runtime.steps import Runner, short
@@ -129,7 +129,7 @@ def main(settings: Settings) -> None:
     views = run_parts(parts, sources, settings.fresh)
     page = settings.output.resolve() / "index.html"
     write_page(page, views, shlex.join(["python", "report.py", *sys.argv[1:]]))
-    note("")
+    log("")
     print_scores(views, short(page), time.perf_counter() - start)
     if any(view.reason for view in views):
         raise SystemExit(1)

@@ -17,8 +17,8 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from digits.classifier import Judge, accuracy, load_judge, quality, shipped_judges
-from digits.sampling import CHECKPOINT, Sampler, graded_pictures, labels_of, redraw, sample_all
+from digits.classifier import DigitClassifier, accuracy, load_classifier, quality, shipped_classifiers
+from digits.sampling import CHECKPOINT, DigitSamplerConfig, graded_requests, labels_of, redraw, sample_all
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
 from runtime.device import Device, detect
@@ -27,7 +27,7 @@ from runtime.record import Record
 
 
 @dataclass(frozen=True)
-class Bench:
+class Settings:
     """Flags."""
 
     checkpoint: Path = CHECKPOINT
@@ -43,7 +43,7 @@ class Bench:
 
 
 def measure(
-    images: Tensor, digits: Tensor, domains: Tensor, judges: list[Judge], course: Judge | None
+    images: Tensor, digits: Tensor, domains: Tensor, judges: list[DigitClassifier], course: DigitClassifier | None
 ) -> dict[str, float]:
     """Every number of the table for one set of pictures [N,3,28,28] uint8."""
     scores = accuracy(judges, images, digits, domains)
@@ -56,15 +56,15 @@ def measure(
     return found
 
 
-def main(bench: Bench) -> None:
+def main(bench: Settings) -> None:
     """Prints one line per number: mean and spread over the seeds, without and with retries."""
     machine = detect(bench.device)
-    network, judges = load_network(bench.checkpoint, machine.device), shipped_judges(machine.device)
-    course = load_judge(bench.mnistm_judge, machine.device) if bench.mnistm_judge else None
-    sampler = Sampler.from_dict(network.sampler)
+    network, judges = load_network(bench.checkpoint, machine.device), shipped_classifiers(machine.device)
+    course = load_classifier(bench.mnistm_judge, machine.device) if bench.mnistm_judge else None
+    sampler = DigitSamplerConfig.from_dict(network.sampler)
     rows: dict[str, list[dict[str, float]]] = {"as drawn": [], "with retries": []}
     for seed in bench.seeds:
-        pictures = graded_pictures(seed, bench.count)
+        pictures = graded_requests(seed, bench.count)
         digits, domains = labels_of(pictures)
         start = time.perf_counter()
         images = to_uint8(sample_all(network, pictures, sampler, bench.batch, f"seed {seed}"))
@@ -87,4 +87,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Settings, __doc__)

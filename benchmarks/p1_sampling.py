@@ -21,8 +21,8 @@ from torch import Tensor
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
-from digits.classifier import accuracy, shipped_judges
-from digits.sampling import CHECKPOINT, Picture, Sampler, graded_pictures, labels_of, sample_all
+from digits.classifier import accuracy, shipped_classifiers
+from digits.sampling import CHECKPOINT, DigitRequest, DigitSamplerConfig, graded_requests, labels_of, sample_all
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress, run_script
 from runtime.device import Device, allow_tf32, detect
@@ -31,7 +31,7 @@ from runtime.record import Record
 
 
 @dataclass(frozen=True)
-class Bench:
+class Settings:
     """Flags."""
 
     checkpoint: Path = CHECKPOINT
@@ -47,7 +47,7 @@ class Bench:
 
 
 @torch.inference_mode()
-def two_pass_ddpm(network: Network, pictures: Sequence[Picture], scale: float, steps: int) -> Tensor:
+def two_pass_ddpm(network: Network, pictures: Sequence[DigitRequest], scale: float, steps: int) -> Tensor:
     """[B,3,28,28]: every step runs the network with the digit, then without."""
     device = next(network.unet.parameters()).device
     digit, domain = labels_of(pictures, device)
@@ -66,13 +66,13 @@ def two_pass_ddpm(network: Network, pictures: Sequence[Picture], scale: float, s
         return ddim(denoise, x, network.schedule, grid, streams, eta=1.0)
 
 
-def main(bench: Bench) -> None:
+def main(bench: Settings) -> None:
     """Prints seconds and accuracy of both, and the ratio."""
     machine = detect(bench.device)
     allow_tf32(False)
-    network, judges = load_network(bench.checkpoint, machine.device), shipped_judges(machine.device)
-    sampler = Sampler.from_dict(network.sampler)
-    pictures = graded_pictures(bench.seed, bench.count)
+    network, judges = load_network(bench.checkpoint, machine.device), shipped_classifiers(machine.device)
+    sampler = DigitSamplerConfig.from_dict(network.sampler)
+    pictures = graded_requests(bench.seed, bench.count)
     digits, domains = labels_of(pictures)
     sample_all(network, pictures[:2], replace(sampler, steps=2), len(pictures), "warming up")
     ours: list[float] = []
@@ -100,4 +100,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Settings, __doc__)

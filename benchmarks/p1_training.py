@@ -28,14 +28,14 @@ from diffusion.schedule import add_noise, target
 from P1_dataloader import DigitFolder, split_tables
 from P1_model import DOMAINS, PRESETS, UNet
 from P1_training import Settings, Trainer
-from runtime.cli import note, progress, run_script
+from runtime.cli import log, progress, run_script
 from runtime.device import Device, keep_freed_memory, set_up
 from runtime.files import ROOT
 from runtime.record import Record
 
 
 @dataclass(frozen=True)
-class Bench:
+class Args:
     """Flags."""
 
     data: Path = ROOT / "hw2_data" / "digits"
@@ -89,7 +89,7 @@ def seconds(step: Callable[[], object], count: int, device: torch.device) -> flo
     return time.perf_counter() - start
 
 
-def main(bench: Bench) -> None:
+def main(bench: Args) -> None:
     """Prints images per second of both, mean and spread, and the ratio."""
     settings = Settings(
         data=bench.data, output=ROOT / "runs" / "bench" / "p1", preset=bench.preset, device=bench.device, resume="never"
@@ -98,7 +98,7 @@ def main(bench: Bench) -> None:
     steps = {"plain": plain_step(trainer), "ours": trainer.one_step}
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
-        note(f"{name}: first two steps took {seconds(step, 2, trainer.device):.1f} s")
+        log(f"{name}: first two steps took {seconds(step, 2, trainer.device):.1f} s")
     for _ in progress(range(bench.rounds), "rounds"):
         for name, step in steps.items():
             set_up("fp32" if name == "plain" else settings.precision, trainer.machine, name == "ours")
@@ -115,4 +115,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Args, __doc__)

@@ -24,8 +24,8 @@ from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditi
 from diffusion.steps import step_rule
 from faces.models import Model, load_model
 from faces.noises import Noise, seeded_noises
-from faces.sampling import Recipe, compare, sample_all, to_picture
-from runtime.cli import note, run_script
+from faces.sampling import DdimConfig, compare, sample_all, to_image
+from runtime.cli import log, run_script
 from runtime.device import Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
 from runtime.files import ROOT, load_tensors
 from runtime.record import Record
@@ -35,7 +35,7 @@ Kind = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Bench:
+class Settings:
     """Flags."""
 
     unet: Path | None = None
@@ -60,7 +60,7 @@ def one_at_a_time(network: PlainFaceUNet, noises: Sequence[Noise], steps: int, d
 
 def ours(model: Model, noises: Sequence[Noise], steps: int) -> Tensor:
     """The same by P2_ddim.py's own loop, all at once."""
-    recipe = Recipe(step_rule("homework", len(model.schedule), steps), 0.0, 0)
+    recipe = DdimConfig(step_rule("homework", len(model.schedule), steps), 0.0, 0)
     return torch.stack([image for _, image in sample_all(model, noises, recipe, len(noises), "ours")])
 
 
@@ -102,7 +102,7 @@ def matmul_ceiling(device: torch.device) -> float:
 
 def grey(images: Tensor) -> list[Tensor]:
     """8-bit pictures by min-max, as they are graded."""
-    return [to_picture(image, "minmax") for image in images]
+    return [to_image(image, "minmax") for image in images]
 
 
 def difference(images: Tensor, reference: Tensor) -> dict[str, float]:
@@ -118,7 +118,7 @@ def available(machine: Machine) -> tuple[Kind, ...]:
     return ("fp32", "bf16") if machine.native_bf16 else ("fp32",)
 
 
-def run(bench: Bench, machine: Machine, source: Path, kind: Kind, noises: list[Noise], steps: int) -> dict[str, Any]:
+def run(bench: Settings, machine: Machine, source: Path, kind: Kind, noises: list[Noise], steps: int) -> dict[str, Any]:
     """Baseline and ours in turn, `repeats` times after a warm-up of one step each."""
     plain = PlainFaceUNet().to(machine.device).eval()
     plain.load_state_dict(load_tensors(source))
@@ -137,7 +137,7 @@ def run(bench: Bench, machine: Machine, source: Path, kind: Kind, noises: list[N
     ours(model, noises, 1)
     rows = []
     for repeat in range(bench.repeats):
-        note(f"{kind}: repeat {repeat + 1} of {bench.repeats}")
+        log(f"{kind}: repeat {repeat + 1} of {bench.repeats}")
         slow, baseline_s, baseline_gb = measured(baseline, machine.device)
         fast, ours_s, ours_gb = measured(quick, machine.device)
         rows.append({"baseline_s": baseline_s, "ours_s": ours_s, "baseline_gb": baseline_gb, "ours_gb": ours_gb})
@@ -162,7 +162,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} +- {statistics.pstdev(values):.2f} (n = {len(values)})"
 
 
-def main(bench: Bench) -> None:
+def main(bench: Settings) -> None:
     """Prints the table, writes the record."""
     machine = detect(bench.device)
     on_gpu = machine.device.type == "cuda"
@@ -186,4 +186,4 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Settings, __doc__)

@@ -32,7 +32,7 @@ from runtime.cli import run_script
 from runtime.device import Device, Machine, allow_tf32, detect, len_cores
 from runtime.files import ROOT, save_safetensors
 from runtime.record import Record
-from zeroshot.dataset import Pictures, list_pictures
+from zeroshot.dataset import LabelledImages, list_pictures
 from zeroshot.features import encode_all, logits_of
 from zeroshot.model import Clip, load
 from zeroshot.prompts import REPORT, fillers
@@ -87,7 +87,7 @@ def make_inputs(folder: Path, benchmark: Benchmark) -> Settings:
 
 
 @torch.inference_mode()
-def pair_loop(model: Any, preprocess: Any, pictures: Pictures, texts: torch.Tensor, count: int) -> list[int]:
+def pair_loop(model: Any, preprocess: Any, pictures: LabelledImages, texts: torch.Tensor, count: int) -> list[int]:
     """model(image, texts) for one picture at a time."""
     predicted = []
     for path in pictures.paths[:count]:
@@ -98,7 +98,7 @@ def pair_loop(model: Any, preprocess: Any, pictures: Pictures, texts: torch.Tens
 
 
 @torch.inference_mode()
-def image_loop(model: Any, preprocess: Any, pictures: Pictures, heads: torch.Tensor, count: int) -> list[int]:
+def image_loop(model: Any, preprocess: Any, pictures: LabelledImages, heads: torch.Tensor, count: int) -> list[int]:
     """encode_image for one picture at a time, text features [D,C] given."""
     predicted = []
     for path in pictures.paths[:count]:
@@ -107,9 +107,9 @@ def image_loop(model: Any, preprocess: Any, pictures: Pictures, heads: torch.Ten
     return predicted
 
 
-def batched(clip: Clip, paths: list[Path], like: Pictures, heads: torch.Tensor, batch: int) -> list[int]:
+def batched(clip: Clip, paths: list[Path], like: LabelledImages, heads: torch.Tensor, batch: int) -> list[int]:
     """Our way: decoding, transform, features and logits of all pictures."""
-    pictures = Pictures(paths, like.truth, like.classes)  # nothing decoded yet
+    pictures = LabelledImages(paths, like.truth, like.classes)  # nothing decoded yet
     pictures.decode(len_cores())
     features = encode_all(clip, pictures, batch, len_cores())
     return logits_of(features, heads, clip.scale, clip.bias).argmax(1).tolist()

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from benchmarks.p3_composition_cases import (
     CASES,
-    Case,
     CaseName,
+    LayoutCase,
     case_of,
     possible,
     question,
@@ -42,17 +42,17 @@ from benchmarks.p3_composition_cases import (
 )
 from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
-from concepts.composition.multipath import Composed, Level, Means, compose
-from concepts.dataset import Concept, Kind
+from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
+from concepts.dataset import ConceptSet, Kind
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
-from concepts.sampling import Manner, Order, Painter
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import Recipe, Run
+from concepts.training import InversionArgs, Run
 from diffusion.guidance import Guidance
-from miniature.judge_model import Judge, load_judge
+from miniature.judge_model import SceneClassifier, load_scene_classifier
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
 from runtime.batches import in_batches
-from runtime.cli import BadInput, note, progress, require_positive, run_script
+from runtime.cli import BadInput, check_positive, log, progress, run_script
 from runtime.device import Device, detect, set_up
 from runtime.files import ROOT
 from runtime.images import labelled_grid
@@ -66,25 +66,25 @@ LEARN: dict[Kind, int] = STEPS | {"style": 400}  # and one vector: a style learn
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
 Table = dict[str, dict[str, float]]
-VARIANTS: dict[str, Means] = {
-    "all": Means(),
-    "without attention": Means(("features", "noise")),
-    "without features": Means(("attention", "noise")),
-    "without noise": Means(("attention", "features")),
-    "attention only": Means(("attention",)),
-    "features only": Means(("features",)),
-    "noise only": Means(("noise",)),
-    "without focus": Means(focus=False),
-    "without sketch": Means(sketch=0),
-    "without containment": Means(contain=0),
-    "without collage": Means(collage=0),
-    "with refinement": Means(refine=True),
-    "with alignment": Means(),  # to a picture with ordinary objects in the boxes
+VARIANTS: dict[str, ConductorConfig] = {
+    "all": ConductorConfig(),
+    "without attention": ConductorConfig(("features", "noise")),
+    "without features": ConductorConfig(("attention", "noise")),
+    "without noise": ConductorConfig(("attention", "features")),
+    "attention only": ConductorConfig(("attention",)),
+    "features only": ConductorConfig(("features",)),
+    "noise only": ConductorConfig(("noise",)),
+    "without focus": ConductorConfig(focus=False),
+    "without sketch": ConductorConfig(sketch=0),
+    "without containment": ConductorConfig(contain=0),
+    "without collage": ConductorConfig(collage=0),
+    "with refinement": ConductorConfig(refine=True),
+    "with alignment": ConductorConfig(),  # to a picture with ordinary objects in the boxes
 }
 
 
 @dataclass(frozen=True)
-class Bench:
+class Settings:
     """Flags."""
 
     model: str = MODEL
@@ -100,7 +100,7 @@ class Bench:
     """Instead of levels: conductor with its parts on and off."""
     ordinary: bool = False
     """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: Means = Means()
+    means: ConductorConfig = ConductorConfig()
     learn: int = 0
     """Steps of textual inversion; 0: 200 for the objects, 400 for the styles."""
     steps: int = 25
@@ -111,21 +111,21 @@ class Bench:
     output: Path = ROOT / "runs" / "bench" / "p3_composition.json"
 
 
-def main(bench: Bench) -> None:
+def main(bench: Settings) -> None:
     """Learns what isn't there, draws, judges, prints the table, writes the record."""
-    require_positive(bench, "count", "alone", "steps")
+    check_positive(bench, "count", "alone", "steps")
     if min(bench.seed, bench.learn) < 0:
         raise BadInput("--seed, --learn: give zero or more")
     if not bench.cases or not bench.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != Means():
+    if bench.ablation and bench.means != ConductorConfig():
         raise BadInput(
             "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --collage, --align, --refine out"
         )
     bench.means.check()
     machine = detect(bench.device)
     set_up("fp32", machine)
-    record, judge = Record(bench, machine), load_judge(machine.device)
+    record, judge = Record(bench, machine), load_scene_classifier(machine.device)
     painter = painter_of(bench, machine.device)
     record.metrics["alone"] = {}
     for name in bench.cases:
@@ -140,13 +140,13 @@ def main(bench: Bench) -> None:
         record.metrics["time"] = times(painter, bench)
     record.save(bench.output)
     print("\n".join(table(record.metrics)))
-    note(f"record: {bench.output}")
+    log(f"record: {bench.output}")
 
 
 # ---------------------------------------------------------------- the model and its vectors
 
 
-def painter_of(bench: Bench, device: torch.device) -> Painter:
+def painter_of(bench: Settings, device: torch.device) -> StableDiffusionSampler:
     """With all vectors in place."""
     if not bench.ordinary:
         folder = bench.embeddings or KEPT / learned_name(bench)
@@ -157,10 +157,10 @@ def painter_of(bench: Bench, device: torch.device) -> Painter:
     for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
         install(pipe, read_vectors(file_of(folder, f"<{name}>")))
     pipe.unet.to(memory_format=torch.channels_last)
-    return Painter(pipe, Manner("dpm", bench.steps, Guidance(bench.guidance)))
+    return StableDiffusionSampler(pipe, SamplerConfig("dpm", bench.steps, Guidance(bench.guidance)))
 
 
-def learned_name(bench: Bench) -> str:
+def learned_name(bench: Settings) -> str:
     """Of the weights that vectors are learned for, since those of another model say nothing to it, and of the steps of learning."""
     parts = [Path(bench.model) / part for part in ("text_encoder", "unet")]
     files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
@@ -172,7 +172,7 @@ def learned_name(bench: Bench) -> str:
     return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
 
 
-def learn(bench: Bench, folder: Path) -> None:
+def learn(bench: Settings, folder: Path) -> None:
     """All concepts that have no file yet: the objects in one run, the styles in another."""
     for kind, names in NAMES.items():
         absent = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
@@ -180,14 +180,14 @@ def learn(bench: Bench, folder: Path) -> None:
             learn_together(bench, folder, kind, absent)
 
 
-def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str]) -> None:
+def learn_together(bench: Settings, folder: Path, kind: Kind, names: Sequence[str]) -> None:
     """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
-        concepts = [Concept(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
+        concepts = [ConceptSet(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
         how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
         how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
         steps = bench.learn or LEARN[kind]
-        run = Run(Recipe(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
+        run = Run(InversionArgs(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
         for _ in progress(range(steps), f"learning {', '.join(names)}"):
             run.one_step()
         for token, rows in run.learner.learned().items():
@@ -197,15 +197,21 @@ def learn_together(bench: Bench, folder: Path, kind: Kind, names: Sequence[str])
 # ---------------------------------------------------------------- drawing and judging
 
 
-def alone(bench: Bench, judge: Judge, painter: Painter, cases: Sequence[Case], known: dict[str, float]) -> None:
+def alone(
+    bench: Settings,
+    judge: SceneClassifier,
+    painter: StableDiffusionSampler,
+    cases: Sequence[LayoutCase],
+    known: dict[str, float],
+) -> None:
     """Adds the rates of all parts of these cases that aren't known yet."""
     parts = {part for case in cases for part in case.parts}
     sorts = Counter(part.split()[0] for part in parts)
     for part in sorted(parts - known.keys()):
         random, count = Random(bench.seed), max(5, bench.alone // sorts[part.split()[0]])
         asked = [question(part, random, bench.ordinary) for _ in range(count)]
-        orders = [Order(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
-        images = drawn(painter.paint, orders, part)
+        orders = [Request(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
+        images = drawn(painter.sample_images, orders, part)
         wanted = {name: [answers[name] for _, answers in asked] for name in asked[0][1]}
         known[part] = float(judge.agrees(images, **wanted).float().mean())
 
@@ -216,13 +222,20 @@ def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: st
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
-def composed(bench: Bench, cases: Sequence[Case], painter: Painter, level: Level, means: Means, title: str) -> Tensor:
+def composed(
+    bench: Settings,
+    cases: Sequence[LayoutCase],
+    painter: StableDiffusionSampler,
+    level: Level,
+    means: ConductorConfig,
+    title: str,
+) -> Tensor:
     """A picture of each case, with a seed of its own."""
-    orders = [Composed(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
+    orders = [LayoutRequest(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
     return drawn(partial(compose, painter, level=level, means=means), orders, title)
 
 
-def right(judge: Judge, case: Case, image: Tensor) -> bool:
+def right(judge: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
     """Whether everything is as the case wants it; image [3,64,64] uint8."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
         where = torch.tensor([box]) * SIDE
@@ -232,7 +245,7 @@ def right(judge: Judge, case: Case, image: Tensor) -> bool:
     return not wanted or bool(judge.agrees(image[None], **wanted).all())
 
 
-def leaks(judge: Judge, case: Case, image: Tensor) -> bool:
+def leaks(judge: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
     """Whether any object's kind or colour is seen outside its box."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
         where = torch.tensor([box]) * SIDE
@@ -241,13 +254,19 @@ def leaks(judge: Judge, case: Case, image: Tensor) -> bool:
     return False
 
 
-def share(judge: Judge, name: CaseName, cases: Sequence[Case], images: Tensor) -> float:
+def share(judge: SceneClassifier, name: CaseName, cases: Sequence[LayoutCase], images: Tensor) -> float:
     """Of pictures that are right, or that leak."""
     ask = leaks if name == "leak" else right
     return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
 
 
-def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+def levels(
+    bench: Settings,
+    name: CaseName,
+    cases: Sequence[LayoutCase],
+    judge: SceneClassifier,
+    painter: StableDiffusionSampler,
+) -> Table:
     """{case: {level: rate}}, and a sheet of the first pictures."""
     rates: dict[str, float] = {}
     sheet = []
@@ -255,7 +274,7 @@ def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, pa
         images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
         rates[level] = share(judge, name, cases, images)
         sheet.append(images[:12])
-        note(f"{name}, {level}: {rates[level]:.3f}")
+        log(f"{name}, {level}: {rates[level]:.3f}")
     columns = [f"{index}" for index in range(len(sheet[0]))]
     labelled_grid(
         bench.output.with_name(f"{bench.output.stem}_{name}.png"), torch.cat(sheet), bench.levels, columns, name, 1.0
@@ -263,27 +282,33 @@ def levels(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, pa
     return {name: rates}
 
 
-def ablated(bench: Bench, name: CaseName, cases: Sequence[Case], judge: Judge, painter: Painter) -> Table:
+def ablated(
+    bench: Settings,
+    name: CaseName,
+    cases: Sequence[LayoutCase],
+    judge: SceneClassifier,
+    painter: StableDiffusionSampler,
+) -> Table:
     """{case: {variant: rate}} of conductor."""
     rates = {}
     for variant, means in VARIANTS.items():
         led = variant == "with alignment"
         plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
         rates[variant] = share(judge, name, cases, composed(bench, plans, painter, "conductor", means, variant))
-        note(f"{name}, {variant}: {rates[variant]:.3f}")
+        log(f"{name}, {variant}: {rates[variant]:.3f}")
     return {name: rates}
 
 
-def times(painter: Painter, bench: Bench, repeats: int = 3) -> dict[str, float]:
+def times(painter: StableDiffusionSampler, bench: Settings, repeats: int = 3) -> dict[str, float]:
     """Of single pictures of two objects, the least of some runs, over those of plain ones."""
     layout = case_of("two", 0, bench.ordinary).layout
 
     def seconds(level: Level | None) -> float:
         start = time.perf_counter()
         if level:
-            compose(painter, [Composed(layout, 0)], level, bench.means)
+            compose(painter, [LayoutRequest(layout, 0)], level, bench.means)
         else:
-            painter.paint([Order("a photo of a red star", 0)])
+            painter.sample_images([Request("a photo of a red star", 0)])
         return time.perf_counter() - start
 
     plain = min(seconds(None) for _ in range(repeats + 1))
@@ -305,4 +330,4 @@ def table(metrics: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Settings, __doc__)

@@ -19,7 +19,7 @@ from miniature.scenery.scenes import (
     KINDS,
     SIDE,
     STYLES,
-    Wish,
+    SceneSpec,
     allowed,
     fits,
     sample_scene,
@@ -38,7 +38,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """A layout, and what the judge should find: kinds (and colours) in boxes, of the whole the rest."""
 
     layout: Layout
@@ -54,7 +54,7 @@ class Case:
 # ---------------------------------------------------------------- layouts
 
 
-def case_of(name: CaseName, seed: int, ordinary: bool = False) -> Case:
+def case_of(name: CaseName, seed: int, ordinary: bool = False) -> LayoutCase:
     """One of many of its kind; with ordinary objects and styles in the place of learned ones."""
     random = Random(seed)
     objects, styles = (KINDS, STYLES) if ordinary else (HELD_OUT_KINDS, HELD_OUT_STYLES)
@@ -70,10 +70,10 @@ def case_of(name: CaseName, seed: int, ordinary: bool = False) -> Case:
     bases = [phrase("object", colour) for colour in colours]
     layout = planned(bases, phrases, tokens, boxes, column)
     parts = tuple(f"kind {kind}" for kind in kinds)
-    return Case(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
+    return LayoutCase(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
 
 
-def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> Case:
+def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> LayoutCase:
     """The report's failing kind of prompt."""
     other = random.choice([word for word in KINDS if word != kind])
     pairs = [(c, g) for g in BACKGROUNDS for c in COLOURS if fits(c, g) and allowed(c, other, "trained")]
@@ -84,7 +84,7 @@ def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Ran
     bases, phrases, kinds, colours = zip(*both, strict=True)
     layout = planned(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(look)])
     parts = (f"kind {kind}", f"thing {colour} {other}", f"background {ground}", f"style {style}")
-    return Case(layout, tuple(boxes), kinds, colours, {"style": style, "background": ground}, column, parts)
+    return LayoutCase(layout, tuple(boxes), kinds, colours, {"style": style, "background": ground}, column, parts)
 
 
 def planned(
@@ -123,13 +123,13 @@ def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
     return found
 
 
-def with_reference(case: Case, seed: int) -> Case:
+def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
     """The same with a picture of other, ordinary objects in the boxes to follow."""
     random = Random(seed)
     kinds = tuple(random.sample([kind for kind in KINDS if kind not in case.kinds], len(case.boxes)))
     corners = [[round(x * SIDE) for x in box] for box in case.boxes]
     boxes = tuple((left, top, right, bottom) for left, top, right, bottom in corners)
-    made = sample_scene(random.getrandbits(32), Wish(kinds=kinds, boxes=boxes, style="flat"))
+    made = sample_scene(random.getrandbits(32), SceneSpec(kinds=kinds, boxes=boxes, style="flat"))
     names = [phrase(thing.kind, thing.colour) for thing in made.things]
     prompt = f"a photo of {WORDS[len(kinds), case.column].format(*names)} on a {made.background.colour} background"
     picture = as_tensor(render(made)[None])[0]
@@ -155,6 +155,6 @@ def question(part: str, random: Random, ordinary: bool) -> tuple[str, dict[str, 
     return f"a photo of {phrase(kind, None)} on a {words} background", {"background": words}
 
 
-def possible(cases: Sequence[Case], rates: dict[str, float]) -> float:
+def possible(cases: Sequence[LayoutCase], rates: dict[str, float]) -> float:
     """The mean over cases of the product of their parts' rates."""
     return sum(prod(rates[part] for part in case.parts) for case in cases) / len(cases)

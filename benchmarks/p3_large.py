@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.plain_p3 import save_random_v1
 from concepts.composition.layout import Region, box_mask, make_layout
-from concepts.composition.multipath import Composed, compose
-from concepts.sampling import Manner, Order, Painter
+from concepts.composition.multipath import LayoutRequest, compose
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
-from runtime.cli import require_positive, run_script
+from runtime.cli import check_positive, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.files import ROOT
 from runtime.record import Record
@@ -43,7 +43,7 @@ LAYOUT = make_layout(
 
 
 @dataclass(frozen=True)
-class Bench:
+class Settings:
     """Flags."""
 
     model: str = "random-v1"
@@ -55,20 +55,20 @@ class Bench:
     output: Path = ROOT / "runs" / "bench" / "p3_large.json"
 
 
-def main(bench: Bench) -> None:
+def main(bench: Settings) -> None:
     """Prints a line for each way and writes the record."""
-    require_positive(bench, "steps", "repeats")
+    check_positive(bench, "steps", "repeats")
     machine = detect(bench.device)
     half = set_up(bench.precision, machine) == "bf16"
     with tempfile.TemporaryDirectory() as temporary:
         model = save_random_v1(Path(temporary)) if bench.model == "random-v1" else bench.model
         pipe = load_pipeline(model, machine.device, torch.bfloat16 if half else torch.float32)
     pipe.unet.to(memory_format=torch.channels_last)
-    painter = Painter(pipe, Manner("dpm", bench.steps, Guidance(7.5)))
+    painter = StableDiffusionSampler(pipe, SamplerConfig("dpm", bench.steps, Guidance(7.5)))
     ways: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: painter.paint([Order(LAYOUT.joint, 0)]),
-        "regional": lambda: compose(painter, [Composed(LAYOUT, 0)], "regional"),
-        "conductor": lambda: compose(painter, [Composed(LAYOUT, 0)], "conductor"),
+        "plain": lambda: painter.sample_images([Request(LAYOUT.joint, 0)]),
+        "regional": lambda: compose(painter, [LayoutRequest(LAYOUT, 0)], "regional"),
+        "conductor": lambda: compose(painter, [LayoutRequest(LAYOUT, 0)], "conductor"),
     }
     record = Record(bench, machine)
     record.metrics = {name: measured(way, bench.repeats, machine.device) for name, way in ways.items()}
@@ -93,4 +93,4 @@ def measured(way: Callable[[], Tensor], repeats: int, device: torch.device) -> d
 
 
 if __name__ == "__main__":
-    run_script(main, Bench, __doc__)
+    run_script(main, Settings, __doc__)

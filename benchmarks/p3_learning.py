@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from concepts.dataset import Concept, Kind
+from concepts.dataset import ConceptSet, Kind
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
-from concepts.sampling import Manner, Order, Painter
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import Recipe, Run
+from concepts.training import InversionArgs, Run
 from diffusion.guidance import Guidance
-from miniature.judge_model import Judge
+from miniature.judge_model import SceneClassifier
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
-from runtime.cli import note
+from runtime.cli import log
 from runtime.device import detect
 from runtime.files import read_json, write_json
 from runtime.seeds import derived_seed
@@ -35,7 +35,7 @@ ZOOM_OUT = 0.5  # of an object's samples, so that it can be as small as it is am
 STEPS: dict[Kind, int] = {"object": 200, "style": 800}
 VECTORS: dict[Kind, int] = {"object": 1, "style": 2}
 BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step
-MANNER = Manner("dpm", 25, Guidance(5.0))
+MANNER = SamplerConfig("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 
 
@@ -91,12 +91,12 @@ def questions_of(name: str, count: int, seed: int) -> list[Question]:
     ]
 
 
-def rate(painter: Painter, judge: Judge, question: Question, word: str, seed: int) -> float:
+def rate(painter: StableDiffusionSampler, judge: SceneClassifier, question: Question, word: str, seed: int) -> float:
     """Share of pictures that are as wanted, with `word` in the token's place."""
     orders = [
-        Order(text.replace("TOKEN", word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)
+        Request(text.replace("TOKEN", word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)
     ]
-    images = torch.cat([painter.paint(orders[start : start + 20]) for start in range(0, len(orders), 20)])
+    images = torch.cat([painter.sample_images(orders[start : start + 20]) for start in range(0, len(orders), 20)])
     return float(judge.agrees(images, **question.wanted).float().mean())
 
 
@@ -109,7 +109,7 @@ class Trial:
 
     name: str
     vectors: int
-    recipe: Recipe
+    recipe: InversionArgs
     count: int
     told: bool
     """Learns from sentences about what else the pictures show."""
@@ -135,23 +135,23 @@ class Trial:
         return asked | {"recipe": {key: str(value) for key, value in how.items()}, "weights": weights}
 
 
-def outcome(trial: Trial, judge: Judge, folder: Path) -> dict[str, Any]:
+def outcome(trial: Trial, judge: SceneClassifier, folder: Path) -> dict[str, Any]:
     """Of `folder`, if this trial was made there before; else learns, asks, and leaves it there: vectors and outcome.json."""
     place = folder / f"{trial.name}-{trial.vectors}-{trial.recipe.seed}"
     file, facts = place / "outcome.json", trial.facts()
     if file.is_file() and (kept := read_json(file))["facts"] == facts:
-        note(f"{place}: as before")
+        log(f"{place}: as before")
         return dict(kept)
     seconds = learn(trial, place)
     pipe = load_pipeline(trial.recipe.model, detect(trial.recipe.device).device, torch.float32)
     install(pipe, read_vectors(file_of(place, TOKEN)))
-    painter, rates = Painter(pipe, MANNER), {}
+    painter, rates = StableDiffusionSampler(pipe, MANNER), {}
     for question in questions_of(trial.name, trial.count, trial.recipe.seed):
         words = {"learned": TOKEN} | ({"initial": INITIAL[trial.name]} if trial.initial else {})
         rates[question.name] = {
             how: rate(painter, judge, question, word, trial.recipe.seed) for how, word in words.items()
         }
-        note(f"{place.name}, {question.name}: {rates[question.name]}")
+        log(f"{place.name}, {question.name}: {rates[question.name]}")
     made = {"facts": facts, "seconds": round(seconds, 1), "rates": rates}
     write_json(file, made)
     return made
@@ -160,7 +160,7 @@ def outcome(trial: Trial, judge: Judge, folder: Path) -> dict[str, Any]:
 def learn(trial: Trial, place: Path) -> float:
     """Leaves the vectors in `place`; returns the seconds of the training alone."""
     images = pictures_of(trial.name, place, trial.told)
-    concept = Concept(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)
+    concept = ConceptSet(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)
     run = Run(trial.recipe, [concept])
     with run.record.timed("learning"):
         while not run.done:

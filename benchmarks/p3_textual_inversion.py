@@ -43,15 +43,15 @@ from benchmarks.p3_learning import (
     pictures_of,
 )
 from benchmarks.plain_p3 import Plain, save_random_v1
-from concepts.dataset import Concept
+from concepts.dataset import ConceptSet
 from concepts.embeddings import file_of, read_vectors, save_vectors
-from concepts.inversion import Learner, Sample
+from concepts.inversion import InversionBatch, TextualInversion
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import Recipe, Run
-from miniature.judge_model import load_judge
+from concepts.training import InversionArgs, Run
+from miniature.judge_model import load_scene_classifier
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
-from runtime.cli import BadInput, note, require_not_negative, require_positive, run_script
-from runtime.device import Choice, Device, Precision, detect, set_up
+from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
+from runtime.device import AutoOnOff, Device, Precision, detect, set_up
 from runtime.files import ROOT, atomic
 from runtime.record import Record
 
@@ -80,7 +80,7 @@ class Speed:
     device: Device = "auto"
     precision: Precision = "auto"
     """Of our way."""
-    compile: Choice = "auto"
+    compile: AutoOnOff = "auto"
     """Of our way; the first step, which compiles, is timed apart."""
     seed: int = 0
     output: Path = BENCH / "p3_textual_inversion_speed.json"
@@ -139,7 +139,7 @@ class Graded:
 def main(settings: Speed | Concepts | Graded) -> None:
     """What was asked for."""
     if isinstance(settings, Speed):
-        require_positive(settings, "steps", "batch", "repeats")
+        check_positive(settings, "steps", "batch", "repeats")
         compare_speed(settings)
         return
     if unknown := set(settings.names) - set(INITIAL):
@@ -157,8 +157,8 @@ def compare_speed(settings: Speed) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_random_v1(folder / "v1") if settings.model == "random-v1" else settings.model
-        concept = Concept("<bench>", pictures_of("fish", folder, False), settings.init)
-        recipe = Recipe(
+        concept = ConceptSet("<bench>", pictures_of("fish", folder, False), settings.init)
+        recipe = InversionArgs(
             model,
             batch=settings.batch,
             device=settings.device,
@@ -185,10 +185,10 @@ def compare_speed(settings: Speed) -> None:
             print(f"{title:<12}{statistics.mean(values):6.2f} +- {statistics.pstdev(values):.2f}")
     print(f"gradient in fp32 differs by {record.metrics['gradient_difference']:.1e}")
     print(f"our first step took {found['first_s']:.1f} s")
-    note(f"record: {settings.output}")
+    log(f"record: {settings.output}")
 
 
-def side_by_side(settings: Speed, recipe: Recipe, concept: Concept, device: torch.device) -> dict[str, Any]:
+def side_by_side(settings: Speed, recipe: InversionArgs, concept: ConceptSet, device: torch.device) -> dict[str, Any]:
     """Seconds per step in turn, so that a busy machine disturbs both alike; on a GPU the peak memory of each alone."""
     samples = samples_of(settings, recipe, concept)
 
@@ -215,7 +215,7 @@ def side_by_side(settings: Speed, recipe: Recipe, concept: Concept, device: torc
     return found
 
 
-def samples_of(settings: Speed, recipe: Recipe, concept: Concept) -> list[Sample]:
+def samples_of(settings: Speed, recipe: InversionArgs, concept: ConceptSet) -> list[InversionBatch]:
     """What both learn from: noise, timesteps, sentences."""
     learner, whole = Run(recipe, [concept]).learner, slice(settings.batch)
     return [learner.batch(step, whole, settings.batch) for step in range(settings.steps)]
@@ -247,9 +247,9 @@ def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.devic
     return torch.cuda.max_memory_allocated(device)
 
 
-def gradient_difference(recipe: Recipe, concept: Concept, device: torch.device) -> float:
+def gradient_difference(recipe: InversionArgs, concept: ConceptSet, device: torch.device) -> float:
     """Relative, of the new row's gradient in fp32 on the same sample."""
-    learner = Learner(load_pipeline(recipe.model, device, torch.float32), [concept], recipe.seed, False, True)
+    learner = TextualInversion(load_pipeline(recipe.model, device, torch.float32), [concept], recipe.seed, False, True)
     sample = learner.batch(0, slice(recipe.batch), recipe.batch)
     learner.backward(Accelerator(cpu=device.type == "cpu"), learner.parameter, sample, 1)
     theirs = Plain(recipe.model, concept, device, 1e-3).gradient(sample)
@@ -262,13 +262,13 @@ def gradient_difference(recipe: Recipe, concept: Concept, device: torch.device) 
 
 def measure_concepts(settings: Concepts) -> None:
     """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
-    require_positive(settings, "seeds", "count")
-    require_not_negative(settings, "steps", "batch")
+    check_positive(settings, "seeds", "count")
+    check_not_negative(settings, "steps", "batch")
     if not settings.names:
         raise BadInput("--names: give at least one")
     machine = detect(settings.device)
     set_up("fp32", machine)
-    record, judge = Record(settings, machine), load_judge(machine.device)
+    record, judge = Record(settings, machine), load_scene_classifier(machine.device)
     with record.timed("learning and drawing"):
         outcomes = [outcome(trial, judge, settings.folder) for trial in trials_of(settings)]
     seconds = [made["seconds"] for made in outcomes]
@@ -282,7 +282,7 @@ def measure_concepts(settings: Concepts) -> None:
     with atomic(settings.output.with_suffix(".txt")) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    note(f"record: {settings.output}; the table: {settings.output.with_suffix('.txt')}")
+    log(f"record: {settings.output}; the table: {settings.output.with_suffix('.txt')}")
 
 
 def trials_of(settings: Concepts) -> list[Trial]:
@@ -302,9 +302,9 @@ def trials_of(settings: Concepts) -> list[Trial]:
     ]
 
 
-def recipe_of(settings: Concepts, name: str, seed: int) -> Recipe:
+def recipe_of(settings: Concepts, name: str, seed: int) -> InversionArgs:
     """As P3_textual_inversion.py has it, but for what the flags say."""
-    return Recipe(
+    return InversionArgs(
         settings.model,
         steps=settings.steps or STEPS[kind_of(name)],
         batch=settings.batch or BATCHES[kind_of(name)],
@@ -353,7 +353,7 @@ def grade_course(settings: Graded) -> None:
     print(
         f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margins {record.metrics['margins']}"
     )
-    note(f"record: {settings.output}; input.json, pictures and grades: {settings.folder}")
+    log(f"record: {settings.output}; input.json, pictures and grades: {settings.folder}")
 
 
 if __name__ == "__main__":

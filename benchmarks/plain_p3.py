@@ -11,9 +11,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from concepts.dataset import Concept, read_pictures, square
+from concepts.dataset import ConceptSet, read_pictures, square
 from concepts.embeddings import install
-from concepts.inversion import Sample
+from concepts.inversion import InversionBatch
 from concepts.single_file import make_parts, make_scheduler, make_tokenizer
 from concepts.stable_diffusion import WITHOUT, load_pipeline
 
@@ -21,7 +21,7 @@ from concepts.stable_diffusion import WITHOUT, load_pipeline
 class Plain:
     """The model with a token, and its steps."""
 
-    def __init__(self, model: str, concept: Concept, device: torch.device, lr: float):
+    def __init__(self, model: str, concept: ConceptSet, device: torch.device, lr: float):
         self.pipe = load_pipeline(model, device, torch.float32)
         word = self.pipe.tokenizer(concept.init, add_special_tokens=False).input_ids[0]
         table = self.pipe.text_encoder.get_input_embeddings().weight
@@ -32,7 +32,7 @@ class Plain:
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         self.x = square(read_pictures(concept.images), side).to(device)
 
-    def step(self, sample: Sample) -> None:
+    def step(self, sample: InversionBatch) -> None:
         """One step on this sample's noise, timesteps and sentences; the pictures are encoded anew."""
         rows = torch.arange(len(sample.t), device=self.x.device) % len(self.x)
         with torch.no_grad():
@@ -42,7 +42,7 @@ class Plain:
         with torch.no_grad():
             self.table[:-1] = self.before[:-1]
 
-    def gradient(self, sample: Sample) -> Tensor:
+    def gradient(self, sample: InversionBatch) -> Tensor:
         """Of the new row."""
         self.optimizer.zero_grad()
         text = self.pipe.text_encoder(sample.tokens)[0]

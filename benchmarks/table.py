@@ -21,7 +21,7 @@ from typing import Any
 
 import repository_root  # noqa: F401  # isort: split
 
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, log, run_script
 from runtime.files import ROOT, output_folder, read_json, write_json
 from runtime.steps import Outcome, Runner, Step, shown, write_text
 
@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Benchmark:
     """A benchmark: its command without --output, what comes before, and the numbers in its record's metrics."""
 
     name: str
@@ -149,18 +149,18 @@ def composition_values(metrics: dict[str, Any]) -> Values:
 
 INVERSION = "benchmarks/p3_textual_inversion.py"
 BENCHES = (
-    Bench("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2", accuracy_values),
-    Bench("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", sampling_values),
-    Bench("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2", training_values),
-    Bench("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2", ddim_values),
-    Bench(
+    Benchmark("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2", accuracy_values),
+    Benchmark("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", sampling_values),
+    Benchmark("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2", training_values),
+    Benchmark("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2", ddim_values),
+    Benchmark(
         "p3_clip",
         ("benchmarks/p3_clip.py",),
         "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1",
         clip_values,
     ),
-    Bench("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", inversion_values, ASSEMBLE),
-    Bench(
+    Benchmark("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", inversion_values, ASSEMBLE),
+    Benchmark(
         "p3_concepts",
         (INVERSION, "concepts"),
         "--seeds 1 --more-vectors 2 --steps 20 --batch 4 --count 4",
@@ -168,7 +168,7 @@ BENCHES = (
         ASSEMBLE,
         vectors="--folder",
     ),
-    Bench(
+    Benchmark(
         "p3_course",
         (INVERSION, "graded"),
         "--names fish relief --repeats 2",
@@ -177,7 +177,7 @@ BENCHES = (
         ("p3_concepts",),
         "--concepts",
     ),
-    Bench(
+    Benchmark(
         "p3_composition",
         ("benchmarks/p3_composition.py",),
         "--count 3 --alone 5 --learn 20",
@@ -190,7 +190,7 @@ BENCHES = (
 # ---------------------------------------------------------------- measuring
 
 
-def with_data(bench: Bench, output: Path) -> Bench:
+def with_data(bench: Benchmark, output: Path) -> Benchmark:
     """Training needs digits: those in hw2_data, else digits drawn by code."""
     if bench.name != "p1_training" or (ROOT / "hw2_data" / "digits").is_dir():
         return bench
@@ -199,7 +199,7 @@ def with_data(bench: Bench, output: Path) -> Bench:
     return replace(bench, command=(*bench.command, "--data", f"{digits}"), before=(make,))
 
 
-def step_of(bench: Bench, output: Path) -> Step:
+def step_of(bench: Benchmark, output: Path) -> Step:
     """All of its commands. It reads any of the code and the weights that ship."""
     places = (bench.vectors, f"{output / 'p3_concepts' / 'vectors'}") if bench.vectors else ()
     measure = (*bench.command, *places, "--output", f"{record_of(bench, output)}")
@@ -207,12 +207,12 @@ def step_of(bench: Bench, output: Path) -> Step:
     return Step(bench.name, f"benchmark {bench.name}", (*bench.before, measure), reads, after=bench.after)
 
 
-def record_of(bench: Bench, output: Path) -> Path:
+def record_of(bench: Benchmark, output: Path) -> Path:
     """Where its record lies."""
     return output / bench.name / "record.json"
 
 
-def measure(benches: Sequence[Bench], output: Path, fresh: bool) -> dict[str, Outcome]:
+def measure(benches: Sequence[Benchmark], output: Path, fresh: bool) -> dict[str, Outcome]:
     """Runs them in turn."""
     runner = Runner(output, len(benches), fresh)
     for bench in benches:
@@ -224,7 +224,7 @@ def measure(benches: Sequence[Bench], output: Path, fresh: bool) -> dict[str, Ou
 # ---------------------------------------------------------------- the table
 
 
-def rows_of(bench: Bench, record: dict[str, Any]) -> list[Row]:
+def rows_of(bench: Benchmark, record: dict[str, Any]) -> list[Row]:
     """A row per number; the spread is the standard deviation over the repeats."""
     about = {name: str(record.get(name)) for name in ("machine", "started", "revision")}
     return [
@@ -286,7 +286,7 @@ def main(settings: Settings) -> None:
     write_json(output / "table.json", {"rows": [asdict(row) for row in rows], "failed": failed})
     write_text(output / "table.md", markdown(rows, failed))
     print(markdown(rows, failed))
-    note(f"table: {output / 'table.md'} and table.json")
+    log(f"table: {output / 'table.md'} and table.json")
     if failed:
         raise SystemExit(1)
 

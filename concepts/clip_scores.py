@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from runtime.batches import even_batch, in_batches
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 from runtime.device import len_cores
 from runtime.files import read_json, require_file
 from runtime.hub import first_line, hub, hub_answers, quiet_libraries
-from runtime.images import open_picture
+from runtime.images import open_image
 
 Resizing = Literal["torchvision", "pillow"]
 TEXT_WEIGHT = 2.5
@@ -71,7 +71,7 @@ class Scorer:
         most = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(text, return_tensors="pt", truncation=True, max_length=most)
         if (length := len(self.processor.tokenizer(text).input_ids)) > most:
-            note(f"{length} tokens, CLIP reads the first {most - 1} and the end: {text!r}")
+            log(f"{length} tokens, CLIP reads the first {most - 1} and the end: {text!r}")
         return unit(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
 
     def image_scores(self, features: Tensor, references: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def rank(image_scores: Tensor, text_scores: Tensor) -> Tensor:
 def open_pictures(paths: Sequence[Path]) -> list[Tensor]:
     """[3,H,W] uint8 each, in order, read in parallel; raises BadInput for the first that isn't a picture."""
     with ThreadPoolExecutor(len_cores()) as pool:
-        return list(pool.map(open_picture, paths))
+        return list(pool.map(open_image, paths))
 
 
 # ---------------------------------------------------------------- loading

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.cli import BadInput
-from runtime.files import read_json, require_folder_place
+from runtime.files import check_writable_folder, read_json
 from runtime.images import SUFFIXES
 
-PICTURES = 25  # of each prompt, no more and no fewer
+IMAGES_PER_PROMPT = 25  # of each prompt, no more and no fewer
 
 
 @dataclass(frozen=True)
-class Concept:
+class CourseConcept:
     """One entry of the file; `clip_prompts` and `baselines` (image score, text score) have one item per prompt, or none at all."""
 
     key: str
@@ -34,12 +34,12 @@ class Concept:
     baselines: tuple[tuple[float, float], ...] = ()
 
 
-def picture_path(output: Path, key: str, prompt: int, n: int) -> Path:
+def image_path(output: Path, key: str, prompt: int, n: int) -> Path:
     """Where picture n (0 .. 24) of a prompt lies, as the course names it."""
     return output / key / str(prompt) / f"source{key}_prompt{prompt}_{n}.png"
 
 
-def find_pictures(folder: Path) -> tuple[Path, ...]:
+def find_images(folder: Path) -> tuple[Path, ...]:
     """A concept's reference pictures, by name; raises BadInput where there is none."""
     if not folder.is_dir():
         raise BadInput(
@@ -53,7 +53,7 @@ def find_pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def read_input(path: Path, graded: bool = False) -> list[Concept]:
+def read_input(path: Path, graded: bool = False) -> list[CourseConcept]:
     """The concepts in the file's order; `graded` requires what grading needs. Raises BadInput with the file, key, field and value."""
     content = read_json(path)
     if not isinstance(content, dict) or not content:
@@ -75,13 +75,13 @@ class Entry:
     key: str
     fields: Any
 
-    def concept(self, graded: bool) -> Concept:
+    def concept(self, graded: bool) -> CourseConcept:
         """The entry, checked."""
         if self.key in ("", ".", "..") or set(self.key) & set("/\\\0"):
             raise BadInput(f"{self.path}: key {self.key!r} can't name a folder; take letters and digits")
         if not isinstance(self.fields, dict):
             raise BadInput(f"{self.path}, {self.key!r}: wanted an object, it is {shown(self.fields)}")
-        found = Concept(self.key, self.text("src_image"), self.token(), self.prompts(), *self.grading(graded))
+        found = CourseConcept(self.key, self.text("src_image"), self.token(), self.prompts(), *self.grading(graded))
         for name, items in (("prompt_4_clip_eval", found.clip_prompts), ("baseline", found.baselines)):
             if (graded or name in self.fields) and len(items) != len(found.prompts):
                 self.refuse(
@@ -163,7 +163,7 @@ GRADED = re.compile(r"([^/]+)/(\d+)/source\1_prompt\2_\d+\.png")
 def stale_files(output: Path, files: Sequence[Path], graded: bool) -> list[Path]:
     """Pictures of an earlier run: those of `files` that are there; in a graded folder all that have such names, and BadInput for any
     other file, since the grader takes none."""
-    require_folder_place(output)
+    check_writable_folder(output)
     if not graded or not output.is_dir():
         return [path for path in files if path.is_file()]
     found = sorted(path for path in output.rglob("*") if not path.is_dir())

@@ -17,12 +17,12 @@ from torchvision.transforms.functional import center_crop, pad, pil_to_tensor, r
 
 from concepts.embeddings import require_token
 from concepts.templates import OBJECT, STYLE
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 from runtime.files import read_json
 
 Kind = Literal["object", "style"]
 TEMPLATES: dict[str, tuple[str, ...]] = {"object": OBJECT, "style": STYLE}
-SEEN = {  # what looks at the progress ask for, unless told otherwise: likeness, and whether other words are still heard
+VALIDATION_PROMPTS = {  # what looks at the progress ask for, unless told otherwise: likeness, and whether other words are still heard
     "object": ("a photo of a {}", "a {} on a blue background"),
     "style": ("a picture in the style of {}", "a red house in the style of {}"),
 }
@@ -31,7 +31,7 @@ SENTENCES = ".txt"
 
 
 @dataclass(frozen=True)
-class Concept:
+class ConceptSet:
     """One thing to learn."""
 
     token: str
@@ -62,7 +62,7 @@ class Concept:
         return [template.format(self.token) for template in TEMPLATES[self.kind]]
 
 
-def read_concepts(path: Path) -> list[Concept]:
+def read_concepts(path: Path) -> list[ConceptSet]:
     """A json list of objects with token, images, init and, where not object and 1, kind and vectors; folders may be relative to the
     file. Raises BadInput."""
     content = read_json(path)
@@ -75,14 +75,14 @@ def read_concepts(path: Path) -> list[Concept]:
     return concepts
 
 
-def _concept(path: Path, number: int, entry: Any) -> Concept:
+def _concept(path: Path, number: int, entry: Any) -> ConceptSet:
     types = {"token": str, "images": str, "init": str, "kind": str, "vectors": int}
     if not isinstance(entry, dict) or not {"token", "images", "init"} <= set(entry):
         raise BadInput(f"{path}, entry {number}: wants token, images and init")
     for name, value in entry.items():
         if name not in types or not isinstance(value, types[name]):
             raise BadInput(f"{path}, entry {number}: {name} {value!r} is not known there, or not of its type")
-    return Concept(**entry | {"images": path.parent / entry["images"]})
+    return ConceptSet(**entry | {"images": path.parent / entry["images"]})
 
 
 # ---------------------------------------------------------------- pictures
@@ -99,11 +99,11 @@ def picture_files(folder: Path) -> list[Path]:
     beside = {path.with_suffix(SENTENCES) for path in found}
     for path in files:
         if path not in found and path not in beside:
-            note(f"{path} is no picture: skipped")
+            log(f"{path} is no picture: skipped")
     if not found:
         raise BadInput(f"--images {folder} holds no picture")
     if len(found) == 1:
-        note(f"--images {folder} holds one picture only: what is learned may be that picture rather than its subject")
+        log(f"--images {folder} holds one picture only: what is learned may be that picture rather than its subject")
     return found
 
 

@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
 
 FOLDER = ROOT / "checkpoints" / "p3"  # where training puts them and generation looks for them
@@ -170,7 +170,7 @@ def tokenize(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     texts = [pipe.maybe_convert_prompt(prompt, pipe.tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, pipe.tokenizer(texts).input_ids, strict=True):
         if len(ids) > limit:
-            note(f"prompt of {len(ids)} tokens is cut at {limit}: {prompt}")
+            log(f"prompt of {len(ids)} tokens is cut at {limit}: {prompt}")
     return pipe.tokenizer(texts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt").input_ids
 
 

@@ -14,7 +14,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 from torch import Tensor, nn
 
-from concepts.dataset import Concept, picture_files, posteriors, scaled, sentences_beside, square, upright, zoomed_out
+from concepts.dataset import (
+    ConceptSet,
+    picture_files,
+    posteriors,
+    scaled,
+    sentences_beside,
+    square,
+    upright,
+    zoomed_out,
+)
 from concepts.embeddings import ExtendedTable, add_names, names_of, tokenize
 from diffusion.schedule import add_noise
 from runtime.cli import BadInput
@@ -25,7 +34,7 @@ from training.draws import Draws
 ZOOMED = 8  # smaller views of every picture, where there are any
 
 
-class Rows(nn.Module):
+class TokenEmbeddings(nn.Module):
     """The one parameter, [all vectors of all tokens, width] float32; a module, so that accelerate averages its gradient."""
 
     def __init__(self, start: Tensor):
@@ -41,12 +50,12 @@ class Rows(nn.Module):
 
 
 @dataclass
-class Lesson:
+class ConceptData:
     """A concept made ready: [N,S,77] token ids of each picture's sentences, of which the first `counts` [N] are different; either the
     posteriors of its pictures [N,V,2,4,h,w] (views: both flips of the whole picture, then those of smaller ones; mean and standard
     deviation) or, for random crops, the pictures themselves."""
 
-    concept: Concept
+    concept: ConceptSet
     rows: slice  # of the parameter
     tokens: Tensor
     counts: Tensor
@@ -62,7 +71,7 @@ class Lesson:
 
 
 @dataclass
-class Sample:
+class InversionBatch:
     """A part of a batch: clean latents [B,4,h,w], noise like it, t [B], token ids [B,77], and what their rows are blurred by:
     [B,77,width], or [B,0,width] where they are not."""
 
@@ -72,25 +81,25 @@ class Sample:
     tokens: Tensor
     blur: Tensor
 
-    def __getitem__(self, rows: slice) -> Sample:
-        return Sample(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: slice) -> InversionBatch:
+        return InversionBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def joined(samples: Sequence[Sample]) -> Sample:
+def concatenated(samples: Sequence[InversionBatch]) -> InversionBatch:
     """One behind the other."""
-    return Sample(*(torch.cat([getattr(s, field.name) for s in samples]) for field in fields(Sample)))
+    return InversionBatch(*(torch.cat([getattr(s, field.name) for s in samples]) for field in fields(InversionBatch)))
 
 
 # ---------------------------------------------------------------- all of them
 
 
-class Learner:
+class TextualInversion:
     """The frozen model with new tokens, their rows, and the loss. `pipe` holds all parts on one device in one dtype."""
 
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
-        concepts: Sequence[Concept],
+        concepts: Sequence[ConceptSet],
         seed: int,
         crops: bool,
         flips: bool,
@@ -112,12 +121,12 @@ class Learner:
             add_names(pipe.tokenizer, concept.token, concept.vectors)
         self.table = ExtendedTable(table, self.first)
         pipe.text_encoder.set_input_embeddings(self.table)
-        self.parameter = Rows(start.to(self.device))
+        self.parameter = TokenEmbeddings(start.to(self.device))
         self.table.rows = self.parameter.rows
         self.lessons = [self._lesson(concept) for concept in concepts]
         self._rest()
 
-    def _word(self, concept: Concept, weight: Tensor) -> Tensor:
+    def _word(self, concept: ConceptSet, weight: Tensor) -> Tensor:
         """[width]: the initial word's row; raises BadInput where it is no single word."""
         ids = self.pipe.tokenizer(concept.init, add_special_tokens=False).input_ids
         if len(ids) != 1:
@@ -126,14 +135,14 @@ class Learner:
             )
         return weight[ids[0]].float().cpu()
 
-    def _start(self, concept: Concept, word: Tensor) -> Tensor:
+    def _start(self, concept: ConceptSet, word: Tensor) -> Tensor:
         """[vectors,width]: the initial word's row; further vectors a little off, since equal ones would stay so."""
         stream = torch.Generator().manual_seed(derived_seed(self.seed, concept.key))
         off = torch.randn(concept.vectors, len(word), generator=stream) * word.norm() / len(word) ** 0.5
         off[0] = 0
         return word + 0.1 * off
 
-    def _lesson(self, concept: Concept) -> Lesson:
+    def _lesson(self, concept: ConceptSet) -> ConceptData:
         files = picture_files(concept.images)
         pictures = [upright(file) for file in files]
         ids = self.pipe.tokenizer.convert_tokens_to_ids(names_of(concept.token, concept.vectors))
@@ -143,9 +152,9 @@ class Learner:
         most = max(map(len, sentences))
         tokens = torch.stack([tokenize(self.pipe, (own * most)[:most]) for own in sentences])
         counts = torch.tensor([len(own) for own in sentences])
-        return Lesson(concept, rows, tokens.to(self.device), counts.to(self.device), moments, pictures)
+        return ConceptData(concept, rows, tokens.to(self.device), counts.to(self.device), moments, pictures)
 
-    def _moments(self, concept: Concept, x: Tensor) -> Tensor:
+    def _moments(self, concept: ConceptSet, x: Tensor) -> Tensor:
         """[N,V,2,4,h,w] of pictures [N,3,S,S]; a style, which smaller strokes would change, is seen whole only."""
         views = [x]
         if self.zoom_out and concept.kind == "object":
@@ -169,11 +178,11 @@ class Learner:
 
     # ------------------------------------------------ batches
 
-    def batch(self, step: int, rows: slice, total: int) -> Sample:
+    def batch(self, step: int, rows: slice, total: int) -> InversionBatch:
         """Samples `rows` of `total` of every concept at this step, concept by concept."""
-        return joined([self._sample(lesson, step, rows, total) for lesson in self.lessons])
+        return concatenated([self._sample(lesson, step, rows, total) for lesson in self.lessons])
 
-    def _sample(self, lesson: Lesson, step: int, rows: slice, total: int) -> Sample:
+    def _sample(self, lesson: ConceptData, step: int, rows: slice, total: int) -> InversionBatch:
         draws = Draws(derived_seed(self.seed, lesson.concept.key), step, rows, total, self.device)
         which, flip, sentence = draws.uniform(), draws.uniform(), draws.uniform()
         t = (draws.stratified() * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
@@ -189,7 +198,7 @@ class Learner:
         said = lesson.tokens[which, (sentence * lesson.counts[which]).long()]
         width = self.parameter.rows.shape[1]
         blur = draws.normal(said.shape[1] if self.blur else 0, width) * (self.blur / width**0.5)
-        return Sample(mean + std * noise, eps, t, said, blur)
+        return InversionBatch(mean + std * noise, eps, t, said, blur)
 
     def _view(self, moments: Tensor, flip: Tensor, draws: Draws) -> Tensor:
         """[B] int64: the flips of the whole pictures or, by the share `zoom_out`, of one of the smaller views."""
@@ -198,7 +207,7 @@ class Learner:
         zoom = draws.uniform() / self.zoom_out
         return flip + 2 * torch.where(zoom < 1, 1 + (zoom * ZOOMED).long(), 0)
 
-    def _cropped(self, lesson: Lesson, which: Tensor, draws: Draws) -> Tensor:
+    def _cropped(self, lesson: ConceptData, which: Tensor, draws: Draws) -> Tensor:
         """Posteriors [B,2,2,4,h,w] of squares cut at random, of at least seven tenths of the shorter side."""
         size, right, down = draws.uniform(), draws.uniform(), draws.uniform()
         cut = []
@@ -212,7 +221,7 @@ class Learner:
 
     # ------------------------------------------------ the loss
 
-    def loss(self, sample: Sample, concepts: int) -> Tensor:
+    def loss(self, sample: InversionBatch, concepts: int) -> Tensor:
         """Mean of weight(t) |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts. The weight is
         1 + 1/SNR up to `most_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022). The rows are
         read with noise about `blur` times as long as they are (as Jain et al. 2023, arXiv 2310.05914, blur all words of a prompt):
@@ -226,7 +235,7 @@ class Learner:
         error = self.pipe.unet(x, sample.t, encoder_hidden_states=text).sample.float() - sample.eps
         return ((1 / alpha).clamp(max=self.most_weight) * error.square()).mean() * concepts
 
-    def backward(self, accelerator: Accelerator, rows: nn.Module, sample: Sample, parts: int) -> Tensor:
+    def backward(self, accelerator: Accelerator, rows: nn.Module, sample: InversionBatch, parts: int) -> Tensor:
         """Leaves the gradient on the rows, of the samples in `parts` pieces; returns the loss, which stays on the device."""
         size, total = -(-len(sample.t) // parts), torch.zeros((), device=self.device)
         for start in range(0, len(sample.t), size):

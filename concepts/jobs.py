@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concepts.composition.layout import Layout, auto_layout, read_layout
-from concepts.composition.multipath import Level, Means
-from concepts.course_format import PICTURES, Concept, find_pictures, picture_path, read_input
+from concepts.composition.multipath import ConductorConfig, Level
+from concepts.course_format import IMAGES_PER_PROMPT, CourseConcept, find_images, image_path, read_input
 from concepts.embeddings import FOLDER, Vectors, find_vectors, require_token, tokens_in
 from concepts.sampling import Solver
-from runtime.cli import BadInput, require_positive
-from runtime.device import Choice, Device, Precision
+from runtime.cli import BadInput, check_positive
+from runtime.device import AutoOnOff, Device, Precision
 from runtime.files import ROOT
 from runtime.seeds import derived_seed
 
@@ -42,7 +42,7 @@ class Settings:
     """With --layout auto: ordinary words for the prompt's tokens, in their order; none given: object."""
     draw_layout: Path | None = None
     """Also writes the layout as a picture."""
-    means: Means = Means()
+    means: ConductorConfig = ConductorConfig()
     figure: Path | None = None
     """Also writes a figure: layout, joint, regional, conductor side by side, masks shown."""
     scores: bool = False
@@ -74,7 +74,7 @@ class Settings:
     device: Device = "auto"
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it."""
-    compile: Choice = "auto"
+    compile: AutoOnOff = "auto"
     """torch.compile of the U-Net; auto: on CUDA, for fifty pictures or more."""
     dry_run: bool = False
     """Checks file, tokens, model, disk; draws nothing but --draw-layout."""
@@ -108,7 +108,7 @@ class Job:
 
 def check(settings: Settings) -> None:
     """Raises BadInput for flags that can't work, alone or together."""
-    require_positive(settings, "count", "steps")
+    check_positive(settings, "count", "steps")
     if settings.layout == "auto" and not settings.prompt:
         raise BadInput("--layout auto needs a --prompt that holds the concepts' tokens")
     from_file = settings.layout not in (None, "auto")
@@ -125,7 +125,7 @@ def check(settings: Settings) -> None:
     if settings.words and settings.layout != "auto":
         raise BadInput("--words go with --layout auto")
     settings.means.check()
-    if not settings.layout and settings.means != Means():
+    if not settings.layout and settings.means != ConductorConfig():
         raise BadInput("--inject, --focus, --sketch, --contain, --collage, --align and --refine need a --layout")
     if not math.isfinite(settings.guidance):
         raise BadInput(f"--guidance {settings.guidance}: give a number")
@@ -133,7 +133,7 @@ def check(settings: Settings) -> None:
         raise BadInput("--seed, --batch and --candidates: give zero or more")
     if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:
         raise BadInput(f"--interval {settings.interval}, --rescale {settings.rescale}: give shares from 0 to 1, rising")
-    wanted = PICTURES if settings.input else settings.count
+    wanted = IMAGES_PER_PROMPT if settings.input else settings.count
     if 0 < settings.candidates < wanted:
         raise BadInput(f"--candidates {settings.candidates}: {wanted} are kept, so give more than that")
 
@@ -152,15 +152,15 @@ def jobs_of(settings: Settings) -> list[Job]:
     return [Job(text, files[k], _seeds(settings, (k,), drawn), text) for k, text in enumerate(settings.prompt)]
 
 
-def _graded_job(settings: Settings, concept: Concept, k: int) -> Job:
+def _graded_job(settings: Settings, concept: CourseConcept, k: int) -> Job:
     require_token(concept.token, f"{settings.input}, {concept.key!r}: token_name")
-    files = tuple(picture_path(settings.output, concept.key, k, n) for n in range(PICTURES))
-    seeds = _seeds(settings, (zlib.crc32(concept.key.encode()), k), max(settings.candidates, PICTURES))
+    files = tuple(image_path(settings.output, concept.key, k, n) for n in range(IMAGES_PER_PROMPT))
+    seeds = _seeds(settings, (zlib.crc32(concept.key.encode()), k), max(settings.candidates, IMAGES_PER_PROMPT))
     words = (
         concept.clip_prompts[k] if concept.clip_prompts else concept.prompts[k].replace(concept.token, concept.source)
     )
     pictures = settings.references / concept.key if settings.candidates else None
-    return Job(concept.prompts[k], files, seeds, words, find_pictures(pictures) if pictures else ())
+    return Job(concept.prompts[k], files, seeds, words, find_images(pictures) if pictures else ())
 
 
 def _layout_job(settings: Settings) -> Job:

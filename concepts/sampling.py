@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor
 
 from concepts.embeddings import encode
-from concepts.stable_diffusion import Outline
+from concepts.stable_diffusion import ModelDims
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
@@ -28,7 +28,7 @@ CPU_BATCH, GPU_BATCH = 8, 64  # pictures at once; a GPU's is halved until it fit
 
 
 @dataclass(frozen=True)
-class Order:
+class Request:
     """One picture to draw: its prompt and the seed of its noise."""
 
     prompt: str
@@ -36,7 +36,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Manner:
+class SamplerConfig:
     """How pictures are drawn: ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k, dpm is DPM-Solver++ (2M)."""
 
     solver: Solver = "dpm"
@@ -52,11 +52,11 @@ class Manner:
 
 
 @dataclass
-class Painter:
+class StableDiffusionSampler:
     """A pipeline's parts at work; all on one device, in one dtype."""
 
     pipe: StableDiffusionPipeline
-    manner: Manner
+    manner: SamplerConfig
     _texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Painter:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Of a latent; raises BadInput for a size that the model can't draw."""
-        return Outline.of(self.pipe.unet.config, self.pipe.vae.config).shape(self.manner.size)
+        return ModelDims.of(self.pipe.unet.config, self.pipe.vae.config).shape(self.manner.size)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """[N,77,width]; each prompt is read once."""
@@ -81,7 +81,7 @@ class Painter:
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
     @torch.inference_mode()
-    def latents(self, orders: Sequence[Order]) -> Tensor:
+    def latents(self, orders: Sequence[Request]) -> Tensor:
         """[N,4,h,w] float32 at the end of the sampler."""
         x = draw(generators([order.seed for order in orders]), self.shape, self.pipe.unet.device)
         cond = self.text([order.prompt for order in orders])
@@ -121,12 +121,12 @@ class Painter:
         images = torch.cat([vae.decode(piece).sample.float() for piece in pieces])
         return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
-    def paint(self, orders: Sequence[Order]) -> Tensor:
+    def sample_images(self, orders: Sequence[Request]) -> Tensor:
         """[N,3,H,W] uint8."""
         return self.decode(self.latents(orders))
 
 
-def in_turn(
+def generate_batches(
     paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], batch: int, on_gpu: bool, shard: Shard = ALONE
 ) -> Iterator[tuple[Any, Tensor]]:
     """(order, its picture) of this process's batches, with a progress bar; `batch` 0: 64 on a GPU, halved when memory runs out, eight

@@ -36,7 +36,7 @@ WANTED = "give a diffusers folder, a hub name (owner/name) or a single file such
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelDims:
     """What configurations tell of a model."""
 
     width: int
@@ -51,7 +51,7 @@ class Outline:
     """Latents along each side, of which a picture must have a multiple: the U-Net halves them so often."""
 
     @classmethod
-    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Outline:
+    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> ModelDims:
         """From the configurations of both; what they lack is as in Stable Diffusion v1."""
         unet, vae = {**UNET, **unet}, {**VAE, **vae}
         return cls(
@@ -93,13 +93,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
     return pipe
 
 
-def check_model(model: str) -> Outline | None:
+def check_model(model: str) -> ModelDims | None:
     """What `load_pipeline` would refuse, as far as it shows without reading weights; raises the same BadInput. Takes seconds.
     A hub's index alone has no outline."""
     path = Path(model)
     if path.is_file():
         open_checkpoint(path)
-        return Outline.of(UNET, VAE)
+        return ModelDims.of(UNET, VAE)
     if path.is_dir():
         return _check_folder(path)
     _check_index(model, read_json(_index_from_hub(model)))
@@ -177,7 +177,7 @@ def _load_part(folder: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
     return part
 
 
-def _check_folder(folder: Path) -> Outline:
+def _check_folder(folder: Path) -> ModelDims:
     """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
     if not (folder / INDEX).is_file():
         raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline; {WANTED}")
@@ -197,7 +197,7 @@ def _check_folder(folder: Path) -> Outline:
     predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise BadInput(f"--model {folder}: predicts {predicts!r}, only epsilon is known; name another model")
-    return Outline.of(unet, vae)
+    return ModelDims.of(unet, vae)
 
 
 def _check_index(model: str, index: Any) -> None:

@@ -13,20 +13,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from concepts.clip_scores import Scorer
-from concepts.dataset import Concept
-from concepts.inversion import Learner
+from concepts.dataset import ConceptSet
+from concepts.inversion import TextualInversion
 from concepts.stable_diffusion import load_pipeline, suit_training
-from concepts.validation import Looks
+from concepts.validation import Validator
 from runtime.batches import is_out_of_memory
-from runtime.cli import BadInput, note
-from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
+from runtime.cli import BadInput, log
+from runtime.device import AutoOnOff, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.files import ROOT, output_folder
 from runtime.images import line_figure
 from runtime.record import Record
 from training.checkpoint import load_state, require_finite, save_state
 from training.draws import process_rows
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals, leave_stopped
 
 KIND = "textual inversion"
@@ -34,7 +34,7 @@ RUNS = ROOT / "runs" / "p3_textual_inversion"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class InversionArgs:
     """What does not depend on the concepts."""
 
     model: str
@@ -70,7 +70,7 @@ class Recipe:
     device: Device = "auto"
     precision: Precision = "auto"
     """Of the frozen model; auto takes bf16 where the hardware has it. The rows are float32."""
-    compile: Choice = "auto"
+    compile: AutoOnOff = "auto"
     """torch.compile of the U-Net; auto: on CUDA, for a hundred steps or more."""
     low_memory: bool = False
     """Gradient checkpointing in the U-Net: less memory, a third slower."""
@@ -84,7 +84,7 @@ class Recipe:
 class Run:
     """What is set up once, and the loop."""
 
-    def __init__(self, settings: Recipe, concepts: Sequence[Concept]):
+    def __init__(self, settings: InversionArgs, concepts: Sequence[ConceptSet]):
         self.settings, self.machine = settings, detect(settings.device)
         self.precision = set_up(settings.precision, self.machine)
         self.accelerator = Accelerator(cpu=self.machine.device.type == "cpu")
@@ -97,9 +97,9 @@ class Run:
             pipe = load_pipeline(settings.model, self.device, dtype)
             scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
             crops = settings.crop == "random"
-            self.learner = Learner(pipe, concepts, settings.seed, crops, settings.flip, settings.zoom_out)
+            self.learner = TextualInversion(pipe, concepts, settings.seed, crops, settings.flip, settings.zoom_out)
         self.learner.most_weight, self.learner.blur = settings.most_weight, settings.blur
-        self.looks = Looks(self.learner, settings.validate, scorer, self.folder)
+        self.looks = Validator(self.learner, settings.validate, scorer, self.folder)
         self._ready(pipe)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
@@ -172,7 +172,7 @@ class Run:
         self.looks.restore(state)
         self.record.timings.update(state["timings"])
         if self.main:
-            note(f"going on at step {self.step:,} from {self.checkpoint}")
+            log(f"going on at step {self.step:,} from {self.checkpoint}")
 
     # ------------------------------------------------ the loop
 
@@ -198,7 +198,7 @@ class Run:
         """One optimizer step; returns the loss, which stays on the device."""
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * rate_factor(self.step, s.steps, max(1, s.steps // 20), 0.5)
+            group["lr"] = s.lr * lr_factor(self.step, s.steps, max(1, s.steps // 20), 0.5)
         sample = self.learner.batch(self.step, self.rows, s.batch)
         try:
             loss = self.learner.backward(self.accelerator, self.parameter, sample, s.accumulate)

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from concepts.clip_scores import TEXT_WEIGHT, Scorer
-from concepts.dataset import SEEN
-from concepts.inversion import Learner, Lesson
-from concepts.sampling import Manner, Order, Painter
+from concepts.dataset import VALIDATION_PROMPTS
+from concepts.inversion import ConceptData, TextualInversion
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from diffusion.guidance import Guidance
 from runtime.batches import in_batches
 from runtime.images import labelled_grid, line_figure
 from runtime.seeds import derived_seed
 
-SHOWN = 4  # pictures of every look
-MANNER = Manner(solver="dpm", steps=15, guidance=Guidance(5.0))
+IMAGES = 4  # pictures of every look
+SAMPLER = SamplerConfig(solver="dpm", steps=15, guidance=Guidance(5.0))
 
 
 @dataclass
-class Look:
+class Validation:
     """One look: per token the pictures [SHOWN,3,H,W] uint8, and a score where a CLIP is at hand."""
 
     step: int
@@ -33,24 +33,26 @@ class Look:
 
 
 @dataclass
-class Looks:
+class Validator:
     """All looks of a run, and per token the vectors that scored best. `prompts` have {} for the token; none: those of the kind."""
 
-    learner: Learner
+    learner: TextualInversion
     prompts: Sequence[str]
     scorer: Scorer | None
     folder: Path
-    taken: list[Look] = field(default_factory=list)
+    taken: list[Validation] = field(default_factory=list)
     best: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
-    def take(self, step: int) -> Look:
+    def take(self, step: int) -> Validation:
         """Draws every concept, scores it, keeps the best rows."""
-        look, rows = Look(step, {}, {}), self.learner.learned()
+        look, rows = Validation(step, {}, {}), self.learner.learned()
         with self.learner.decoder(), torch.compiler.set_stance("force_eager"):  # a few pictures don't pay for compiling
-            painter = Painter(self.learner.pipe, MANNER)
+            painter = StableDiffusionSampler(self.learner.pipe, SAMPLER)
             for lesson in self.learner.lessons:
                 orders = self._orders(lesson)
-                images = torch.cat([made[: len(chunk)] for chunk, made in in_batches(painter.paint, orders, SHOWN)])
+                images = torch.cat(
+                    [made[: len(chunk)] for chunk, made in in_batches(painter.sample_images, orders, IMAGES)]
+                )
                 look.images[lesson.concept.token] = images
                 if self.scorer:
                     self._keep(look, lesson, self._score(self.scorer, lesson, orders, images), rows)
@@ -58,20 +60,22 @@ class Looks:
         self.draw()
         return look
 
-    def _prompts(self, lesson: Lesson) -> list[str]:
-        return [text.replace("{}", lesson.concept.token) for text in self.prompts or SEEN[lesson.concept.kind]]
+    def _prompts(self, lesson: ConceptData) -> list[str]:
+        return [
+            text.replace("{}", lesson.concept.token) for text in self.prompts or VALIDATION_PROMPTS[lesson.concept.kind]
+        ]
 
-    def _orders(self, lesson: Lesson) -> list[Order]:
+    def _orders(self, lesson: ConceptData) -> list[Request]:
         prompts, seed = self._prompts(lesson), self.learner.seed
-        return [Order(prompts[k % len(prompts)], derived_seed(seed, lesson.concept.key, k)) for k in range(SHOWN)]
+        return [Request(prompts[k % len(prompts)], derived_seed(seed, lesson.concept.key, k)) for k in range(IMAGES)]
 
-    def _keep(self, look: Look, lesson: Lesson, score: float, rows: dict[str, Tensor]) -> None:
+    def _keep(self, look: Validation, lesson: ConceptData, score: float, rows: dict[str, Tensor]) -> None:
         token = lesson.concept.token
         look.scores[token] = score
         if token not in self.best or score > self.best[token][0]:
             self.best[token] = (score, rows[token])
 
-    def _score(self, scorer: Scorer, lesson: Lesson, orders: Sequence[Order], images: Tensor) -> float:
+    def _score(self, scorer: Scorer, lesson: ConceptData, orders: Sequence[Request], images: Tensor) -> float:
         """Mean of image + 2.5 x text, the text being the prompt with the initial word in the token's place."""
         features, references = scorer.encode(images), scorer.encode(lesson.pictures)
         likeness = scorer.image_scores(features, references)
@@ -95,7 +99,7 @@ class Looks:
         """The figures of the progress, one per token."""
         return [self._figure(lesson) for lesson in self.learner.lessons]
 
-    def _figure(self, lesson: Lesson) -> Path:
+    def _figure(self, lesson: ConceptData) -> Path:
         return self.folder / f"progress_{lesson.concept.token.strip('<>')}.png"
 
     def draw(self) -> None:
@@ -104,7 +108,7 @@ class Looks:
             token = lesson.concept.token
             names = [f"{x.step:,}" + (f"\n{x.scores[token]:.1f}" if token in x.scores else "") for x in self.taken]
             images = torch.cat([look.images[token] for look in self.taken])
-            columns, told = [f"{k + 1}" for k in range(SHOWN)], " / ".join(self._prompts(lesson))
+            columns, told = [f"{k + 1}" for k in range(IMAGES)], " / ".join(self._prompts(lesson))
             labelled_grid(self._figure(lesson), images, names, columns, f"{told}, by step", inch=1.2)
         steps = [look.step for look in self.taken if look.scores]
         if len(steps) > 1:
@@ -117,4 +121,4 @@ class Looks:
 
     def restore(self, state: dict[str, Any]) -> None:
         """What `state` gave."""
-        self.taken, self.best = [Look(*look) for look in state["looks"]], state["best"]
+        self.taken, self.best = [Validation(*look) for look in state["looks"]], state["best"]

@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class ClassifierConfig:
     """Layout of our own judge; where patches of 2x2 pixels are folded into channels first, it is three times as fast."""
 
     channels: tuple[int, ...] = (32, 64, 128)
@@ -54,7 +54,7 @@ class JudgeConfig:
     fold: int = 2
 
 
-def make_resnet(config: JudgeConfig) -> nn.Sequential:
+def make_resnet(config: ClassifierConfig) -> nn.Sequential:
     """A small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7; its last layer is the head."""
     width, fold = config.channels[0], config.fold
     layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, width, 3, padding=1), nn.ReLU()]
@@ -91,7 +91,7 @@ def make_resnet34() -> nn.Sequential:
 # ---------------------------------------------------------------- the judge
 
 
-class Judge(nn.Module):
+class DigitClassifier(nn.Module):
     """Tells the digits of one domain (0 = mnistm, 1 = svhn), given pictures as uint8; some carry a reference of real pictures."""
 
     def __init__(self, network: nn.Sequential, domain: int, reference: Reference | None = None):
@@ -121,7 +121,7 @@ def round_weights(network: nn.Module) -> dict[str, Tensor]:
     return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
 
 
-def save_judge(path: Path, judge: Judge, config: JudgeConfig, origin: dict[str, Any]) -> None:
+def save_classifier(path: Path, judge: DigitClassifier, config: ClassifierConfig, origin: dict[str, Any]) -> None:
     """One safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
     assert judge.reference
     header = {"kind": KIND, "domain": judge.domain, "model": asdict(config), "origin": origin}
@@ -132,33 +132,33 @@ def save_judge(path: Path, judge: Judge, config: JudgeConfig, origin: dict[str, 
     save_safetensors(path, tensors, {"judge": json.dumps(header)})
 
 
-def load_judge(path: Path, device: torch.device) -> Judge:
+def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     """One of our judge files, the course's Classifier.pth, or weights of timm's resnet34_svhn. Raises BadInput for anything else."""
     if path.suffix != ".safetensors":
-        return foreign_judge(load_tensors(path), path, device)
+        return course_classifier(load_tensors(path), path, device)
     tensors, metadata = load_safetensors(path)
     if "judge" not in metadata:
-        return foreign_judge(tensors, path, device)
+        return course_classifier(tensors, path, device)
     header = json.loads(metadata["judge"])
-    network = fill(make_resnet(JudgeConfig(**header["model"])), part(tensors, "network"), path)
-    reference = Reference.from_tensors(part(tensors, "reference"), device)
-    return Judge(place(network, device), header["domain"], reference)
+    network = load_weights(make_resnet(ClassifierConfig(**header["model"])), strip_prefix(tensors, "network"), path)
+    reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
+    return DigitClassifier(to_device(network, device), header["domain"], reference)
 
 
-def foreign_judge(state: Any, path: Path, device: torch.device) -> Judge:
+def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
     """The course's judges, told apart by the names of their weights: LeNet for mnistm, resnet34 for svhn."""
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if "fc3.weight" in weights:
-        return Judge(place(fill(make_lenet(), weights, path), device), 0)
+        return DigitClassifier(to_device(load_weights(make_lenet(), weights, path), device), 0)
     if "layer1.0.conv1.weight" in weights:
-        return Judge(place(fill(make_resnet34(), weights, path), device), 1)
+        return DigitClassifier(to_device(load_weights(make_resnet34(), weights, path), device), 1)
     raise BadInput(
         f"{path} is no judge: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
         "nor timm's resnet34_svhn (conv1, layer1 .. fc)"
     )
 
 
-def hub_judge(device: torch.device) -> Judge:
+def hub_classifier(device: torch.device) -> DigitClassifier:
     """The course's SVHN judge from the Hugging Face hub; raises BadInput where that can't be reached."""
     from timm.models import load_state_dict_from_hf  # slow to import, and only this judge needs it
 
@@ -169,15 +169,15 @@ def hub_judge(device: torch.device) -> Judge:
         raise BadInput(
             f"--svhn-judge hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
         ) from None
-    return foreign_judge(weights, Path(HUB), device)
+    return course_classifier(weights, Path(HUB), device)
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under `prefix.`, without it."""
     return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
 
-def fill(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
+def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
     """The network with these weights; raises BadInput that names the first missing, unexpected or misshapen one."""
     try:
         network.load_state_dict(weights)
@@ -187,20 +187,20 @@ def fill(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.S
     return network
 
 
-def place(network: nn.Sequential, device: torch.device) -> nn.Sequential:
+def to_device(network: nn.Sequential, device: torch.device) -> nn.Sequential:
     """On the device, in the memory format that is fastest for convolutions."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def shipped_judges(device: torch.device) -> list[Judge]:
+def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:
     """The judges in checkpoints/, one per domain; raises BadInput where one is missing."""
-    return [load_judge(SHIPPED / f"judge_{name}.safetensors", device) for name in DOMAINS]
+    return [load_classifier(SHIPPED / f"judge_{name}.safetensors", device) for name in DOMAINS]
 
 
 # ---------------------------------------------------------------- what judges say
 
 
-def misread(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
+def misclassified(judges: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
     """Row numbers [M], rising, of the pictures [N,3,28,28] uint8 in which their domain's judge doesn't see the digit [N]."""
     wrong = torch.zeros(len(digits), dtype=torch.bool)
     for domain, judge in enumerate(judges):
@@ -210,15 +210,15 @@ def misread(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Te
     return wrong.nonzero().squeeze(1)
 
 
-def accuracy(judges: Sequence[Judge], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
+def accuracy(judges: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
     """Per domain the share (0..1) of pictures [N,3,28,28] uint8 in which its judge sees the digit [N]; nan where there are none."""
     domains = domains.cpu().long()
     total = torch.bincount(domains, minlength=len(judges))
-    wrong = torch.bincount(domains[misread(judges, images, digits, domains)], minlength=len(judges))
+    wrong = torch.bincount(domains[misclassified(judges, images, digits, domains)], minlength=len(judges))
     return (1 - wrong[: len(judges)] / total[: len(judges)]).tolist()
 
 
-def quality(judge: Judge, images: Tensor) -> dict[str, float]:
+def quality(judge: DigitClassifier, images: Tensor) -> dict[str, float]:
     """frechet, precision, recall and memorised of pictures [N,3,28,28] uint8, by a judge that carries a reference."""
     if judge.reference is None:
         raise ValueError("this judge carries no reference of real pictures")
@@ -246,7 +246,9 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images)), torch.tensor(digits)
 
 
-def grade_folder(folder: Path, judges: Sequence[Judge], critics: Sequence[Judge] | None = None) -> dict[str, Any]:
+def grade_folder(
+    folder: Path, judges: Sequence[DigitClassifier], critics: Sequence[DigitClassifier] | None = None
+) -> dict[str, Any]:
     """Per domain its accuracy, number of pictures, confusion [10][10] (rows: label) and quality (by the judges, or by other
     critics: they need a reference); under "mean" the mean accuracy. Raises BadInput for a folder that can't be graded."""
     result: dict[str, Any] = {}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffusion.schedule import Prediction
-from digits.sampling import Sampler
+from digits.sampling import DigitSamplerConfig
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """What goes with a preset of the network."""
 
     schedule: Literal["linear", "cosine"] = "cosine"
@@ -20,12 +20,12 @@ class Recipe:
     lr: float = 1e-3
     min_snr: float = 0.0
     ema: float = 0.999
-    sampler: Sampler = Sampler()
+    sampler: DigitSamplerConfig = DigitSamplerConfig()
 
 
 RECIPES = {
-    "report": Recipe("linear", "eps", 30_000, 256, 1e-3, 0.0, sampler=Sampler("dpm", 20)),
-    "tiny": Recipe(steps=2_000),
-    "cpu": Recipe(sampler=Sampler(steps=10, guidance=5.0)),
-    "gpu": Recipe(steps=20_000, batch=512, ema=0.9995),
+    "report": TrainingRecipe("linear", "eps", 30_000, 256, 1e-3, 0.0, sampler=DigitSamplerConfig("dpm", 20)),
+    "tiny": TrainingRecipe(steps=2_000),
+    "cpu": TrainingRecipe(sampler=DigitSamplerConfig(steps=10, guidance=5.0)),
+    "gpu": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
 }

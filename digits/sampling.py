@@ -14,7 +14,7 @@ from diffusion import samplers
 from diffusion.guidance import Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.steps import Rule, step_rule
-from digits.classifier import Judge, misread
+from digits.classifier import DigitClassifier, misclassified
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
 from runtime.batches import in_batches
 from runtime.cli import progress
@@ -27,7 +27,7 @@ CHECKPOINT = ROOT / "checkpoints" / "p1_digits.safetensors"
 
 
 @dataclass(frozen=True)
-class Sampler:
+class DigitSamplerConfig:
     """How to get from noise to a digit."""
 
     name: Literal["dpm", "ddim", "ddpm"] = "dpm"
@@ -43,15 +43,15 @@ class Sampler:
     rule: Rule = "trailing"
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> Sampler:
+    def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:
         """The settings a checkpoint carries; names that this version doesn't know are ignored."""
-        known = {f.name for f in fields(Sampler)}
+        known = {f.name for f in fields(DigitSamplerConfig)}
         kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return Sampler(**kept)
+        return DigitSamplerConfig(**kept)
 
 
 @dataclass(frozen=True)
-class Picture:
+class DigitRequest:
     """One picture to draw: digit 0..9 (10: any), domain 0 or 1 (2: any), and the seed of its noise (63 bits)."""
 
     digit: int
@@ -59,19 +59,19 @@ class Picture:
     seed: int
 
 
-def graded_pictures(
+def graded_requests(
     seed: int, count: int, digits: Sequence[int] = range(10), domains: Sequence[int] = (0, 1)
-) -> list[Picture]:
+) -> list[DigitRequest]:
     """`count` pictures per domain and digit; each seed follows from (seed, domain, digit, index) alone."""
     return [
-        Picture(digit, domain, derived_seed(seed, domain, digit, index))
+        DigitRequest(digit, domain, derived_seed(seed, domain, digit, index))
         for domain in domains
         for digit in digits
         for index in range(count)
     ]
 
 
-def labels_of(pictures: Sequence[Picture], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def labels_of(pictures: Sequence[DigitRequest], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Digits [N] and domains [N] of the pictures."""
     digits = torch.tensor([p.digit for p in pictures], device=device)
     return digits, torch.tensor([p.domain for p in pictures], device=device)
@@ -80,8 +80,8 @@ def labels_of(pictures: Sequence[Picture], device: torch.device | str = "cpu") -
 @torch.inference_mode()
 def sample(
     network: Network,
-    pictures: Sequence[Picture],
-    sampler: Sampler,
+    pictures: Sequence[DigitRequest],
+    sampler: DigitSamplerConfig,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """One batch: [B,3,28,28] float in -1..1 on the network's device."""
@@ -103,7 +103,9 @@ def sample(
     return samplers.ddim(denoise, x, schedule, steps, streams, sampler.eta, **seen)
 
 
-def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, batch: int, title: str) -> Tensor:
+def sample_all(
+    network: Network, pictures: Sequence[DigitRequest], sampler: DigitSamplerConfig, batch: int, title: str
+) -> Tensor:
     """All pictures in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
     drawn = []
     with progress(None, title, total=len(pictures), unit="img", leave=False) as bar:  # type: ignore[arg-type]
@@ -113,10 +115,10 @@ def sample_all(network: Network, pictures: Sequence[Picture], sampler: Sampler, 
     return torch.cat(drawn) if drawn else torch.empty(0, *IMAGE_SHAPE)
 
 
-def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int) -> float:
+def expected_seconds(network: Network, sampler: DigitSamplerConfig, count: int, batch: int) -> float:
     """Measured: one batch with two steps, scaled up."""
     few = replace(sampler, name="dpm", steps=2)
-    pictures = [Picture(0, 0, seed) for seed in range(batch)]
+    pictures = [DigitRequest(0, 0, seed) for seed in range(batch)]
     sample(network, pictures, few)
     start = time.perf_counter()
     sample(network, pictures, few)
@@ -124,17 +126,17 @@ def expected_seconds(network: Network, sampler: Sampler, count: int, batch: int)
     return per_step * steps_of(network, sampler) * -(-count // batch)
 
 
-def steps_of(network: Network, sampler: Sampler) -> int:
+def steps_of(network: Network, sampler: DigitSamplerConfig) -> int:
     """Passes of the sampler: ancestral sampling takes all T."""
     return len(network.schedule) if sampler.name == "ddpm" else sampler.steps
 
 
 def redraw(
     network: Network,
-    pictures: Sequence[Picture],
+    pictures: Sequence[DigitRequest],
     images: dict[int, Tensor],
-    judges: Sequence[Judge],
-    sampler: Sampler,
+    judges: Sequence[DigitClassifier],
+    sampler: DigitSamplerConfig,
     batch: int,
     retries: int,
     shard: Shard = ALONE,
@@ -148,7 +150,9 @@ def redraw(
         """Judged in the same company too, batch by batch."""
         parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
         shown = [torch.stack([images[row] for row in part]) for part in parts]
-        found = [misread(judges, some, digits[part], domains[part]) for some, part in zip(shown, parts, strict=True)]
+        found = [
+            misclassified(judges, some, digits[part], domains[part]) for some, part in zip(shown, parts, strict=True)
+        ]
         mine = [part[index] for part, indices in zip(parts, found, strict=True) for index in indices.tolist()]
         return sorted(shard.gather(mine))
 

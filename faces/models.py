@@ -50,7 +50,7 @@ class Model:
     shape: tuple[int, int, int]  # what is drawn when no noise is given
     stride: int  # height and width must be multiples of it; 0: exactly `shape`
 
-    def refuses(self, shape: tuple[int, ...]) -> str:
+    def shape_error(self, shape: tuple[int, ...]) -> str:
         """Why noise [C,H,W] of this shape doesn't fit, or an empty string."""
         if not self.stride:
             return "" if shape == self.shape else f"the model takes {list(self.shape)}"

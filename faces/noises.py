@@ -58,7 +58,7 @@ def read_noise(path: Path, model: Model) -> Tensor:
         found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise BadInput(f"{path}: holds {found}, not a tensor of floating-point noise")
     shape = tuple(x.shape[1:]) if x.dim() == 4 and len(x) == 1 else tuple(x.shape)
-    if reason := model.refuses(shape):
+    if reason := model.shape_error(shape):
         raise BadInput(f"{path}: {list(x.shape)}, {reason}")
     if not x.isfinite().all():
         raise BadInput(f"{path}: holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
@@ -68,7 +68,7 @@ def read_noise(path: Path, model: Model) -> Tensor:
 def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[Noise]:
     """The noise of each seed, whatever else is drawn; stems are the seeds with at least two digits."""
     shape = model.shape if size is None else (model.shape[0], size, size)
-    if reason := model.refuses(shape):
+    if reason := model.shape_error(shape):
         raise BadInput(f"--size {size}: {reason}")
     x = draw(generators(seeds), shape, torch.device("cpu"))
     return [Noise(f"{seed:02d}", one) for seed, one in zip(seeds, x, strict=True)]

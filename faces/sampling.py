@@ -20,18 +20,18 @@ from faces.noises import parse_seeds, read_noises
 from faces.noises import seeded_noises as seeded_noises
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, progress
-from runtime.device import Choice, Device, Machine, set_up, should_compile
+from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
 from runtime.distributed import ALONE, Shard
 from runtime.seeds import derived_seed
 
-Rescale = Literal["minmax", "clamp"]
+ToUint8 = Literal["minmax", "clamp"]
 
 
 PASS_BELOW = 20.0  # the grader's bar: mean squared error on 0..255
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DdimConfig:
     """How every picture of a run is drawn."""
 
     steps: Steps
@@ -40,7 +40,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingArgs:
     """The flags that P2_ddim.py and P2_report.py share."""
 
     model: str = str(SHIPPED_FACES)
@@ -54,7 +54,7 @@ class Drawing:
     steps: int = 50
     rule: Rule = "homework"
     """Which timesteps are visited and how the last one ends (see above)."""
-    rescale: Rescale = "minmax"
+    rescale: ToUint8 = "minmax"
     """How a picture gets to 0..255: by its own least and largest value (the course), or from -1..1."""
     seed: int = 0
     """Of the noise that eta > 0 adds."""
@@ -68,14 +68,14 @@ class Drawing:
     """Pictures at once; 0: all on a GPU, halved when memory runs out; four of 256x256, or as many pixels, on a CPU."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """fp32 is what grading needs."""
-    compile: Choice = "off"
+    compile: AutoOnOff = "off"
     """torch.compile; a minute at the start, and in fp32 on a CPU no gain at all (measured)."""
     device: Device = "auto"
 
 
 @torch.inference_mode()
 def sample(
-    noises: Sequence[Noise], model: Model, recipe: Recipe, watch: Callable[[int, Tensor], None] | None = None
+    noises: Sequence[Noise], model: Model, recipe: DdimConfig, watch: Callable[[int, Tensor], None] | None = None
 ) -> Tensor:
     """One batch: [B,C,H,W] float32 on the CPU, not yet scaled to a picture."""
     device = next(model.network.parameters()).device
@@ -86,7 +86,7 @@ def sample(
 
 
 def sample_all(
-    model: Model, noises: Sequence[Noise], recipe: Recipe, batch: int, title: str, shard: Shard = ALONE
+    model: Model, noises: Sequence[Noise], recipe: DdimConfig, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
     """(noise, [C,H,W] float32) one by one, as batches of one shape finish; 0 sizes them to the machine. Of several processes each gets
     its share of the batches."""
@@ -105,7 +105,7 @@ def largest_batch(model: Model, x: Tensor) -> int:
     return max(1, 4 * 256**2 // (x.shape[1] * x.shape[2])) if on_cpu else 10**9
 
 
-def to_picture(image: Tensor, rescale: Rescale) -> Tensor:
+def to_image(image: Tensor, rescale: ToUint8) -> Tensor:
     """[C,H,W] float -> uint8: to 0..1 by the picture's own least and largest value, or from -1..1; x 255 + 0.5, floor."""
     low, high = (image.min(), image.max()) if rescale == "minmax" else (image.new_tensor(-1.0), image.new_tensor(1.0))
     unit = (image.clamp(low, high) - low) / (high - low).clamp(min=1e-5)
@@ -119,19 +119,19 @@ def compare(image: Tensor, reference: Tensor) -> dict[str, float | bool]:
     return {"mse": mse, "largest": float(difference.abs().max()), "pass": mse < PASS_BELOW}
 
 
-def resolve_recipe(drawing: Drawing, model: Model, eta: float) -> Recipe:
+def resolve_recipe(drawing: SamplingArgs, model: Model, eta: float) -> DdimConfig:
     """Steps, eta and seed; raises BadInput for those that make no sense."""
     if not 0 <= eta <= 1:
         raise BadInput(f"--eta {eta}: must lie in 0 .. 1")
     if drawing.batch < 0:
         raise BadInput(f"--batch {drawing.batch}: must be above zero, or 0 for automatic")
     try:
-        return Recipe(step_rule(drawing.rule, len(model.schedule), drawing.steps), eta, drawing.seed)
+        return DdimConfig(step_rule(drawing.rule, len(model.schedule), drawing.steps), eta, drawing.seed)
     except ValueError as error:
         raise BadInput(f"--steps: {error}") from None
 
 
-def open_model(drawing: Drawing, machine: Machine) -> Model:
+def open_model(drawing: SamplingArgs, machine: Machine) -> Model:
     """The model that the flags name, in their precision."""
     precision = set_up(drawing.precision, machine)
     labels = Labels(drawing.digit, drawing.domain, drawing.guidance)
@@ -142,7 +142,7 @@ def open_model(drawing: Drawing, machine: Machine) -> Model:
     return model
 
 
-def open_noises(drawing: Drawing, model: Model) -> list[Noise]:
+def open_noises(drawing: SamplingArgs, model: Model) -> list[Noise]:
     """Those of --noise, else those of --seeds."""
     if drawing.noise:
         return read_noises(drawing.noise, model)

@@ -26,7 +26,7 @@ from torch import Tensor
 from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
 from P1_dataloader import read_csv, read_picture
-from runtime.cli import BadInput, note, progress, run_script
+from runtime.cli import BadInput, log, progress, run_script
 from runtime.files import load_tensors, output_folder, read_json, require_file
 
 HERE = Path(__file__).resolve().parent
@@ -184,7 +184,7 @@ def write_domain(target: Path, makers: Makers, overwrite: bool) -> None:
             (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
             first += maker.count
         check_target(target, overwrite)  # again: it may have appeared meanwhile
-    note(f"{target}: " + ", ".join(f"{maker.count} {split}" for split, maker in makers.items()))
+    log(f"{target}: " + ", ".join(f"{maker.count} {split}" for split, maker in makers.items()))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from miniature.scenery.scenes import (
     PLACES,
     SIDE,
     Scene,
-    Wish,
+    SceneSpec,
     allowed,
     sample_scene,
 )
@@ -105,7 +105,7 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
     moved = colours[1:] + colours[:1]
     swap = member == 1 and len(kinds) > 1
     swap = swap and all(allowed(c, k, "trained") for c, k in zip(moved, kinds, strict=True))
-    wish = Wish(
+    wish = SceneSpec(
         kinds=kinds if swap else None,
         colours=moved if swap else colours,
         background=head.background.colour,

@@ -12,7 +12,7 @@ from miniature.clip_model import SmallClip
 from miniature.judge_model import to_float
 from miniature.scenery.captions import ALONE
 from miniature.scenery.render import as_tensor, batch, dataset
-from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene, Wish
+from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene, SceneSpec
 from miniature.scenery.vocabulary import LENGTH
 from runtime.seeds import derived_seed
 
@@ -46,7 +46,7 @@ def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
 
 def graded(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
     """Question -> share of right answers, on `count` pictures each."""
-    singles = dataset(count, seed, Wish(count=1, among=KINDS))
+    singles = dataset(count, seed, SceneSpec(count=1, among=KINDS))
     features = encode_pictures(clip, as_tensor(singles.images))
     rates = {"object, held-out pairs": held_out_pairs(clip, count, seed)}
     for question in ANSWERS:
@@ -58,7 +58,7 @@ def graded(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
 def held_out_pairs(clip: SmallClip, count: int, seed: int) -> float:
     """Share of right objects on the pictures of `world.py zeroshot` with this count and seed, by the prompt of `--prompts single`."""
     made = [
-        batch([derived_seed(seed, index)], Wish(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
+        batch([derived_seed(seed, index)], SceneSpec(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
         for index in range(count)
     ]
     images = torch.cat([as_tensor(each.images) for each in made])

@@ -28,7 +28,7 @@ from transformers import (
 
 from miniature.scenery.scenes import SIDE
 from miniature.scenery.vocabulary import LENGTH, save_tokenizer
-from runtime.cli import BadInput, require_positive
+from runtime.cli import BadInput, check_positive
 from runtime.files import ROOT, load_safetensors, output_folder, read_json, require_file, save_safetensors, write_json
 
 SHIPPED = ROOT / "checkpoints" / "miniature" / "clip"
@@ -55,7 +55,7 @@ class Size:
 
     def __post_init__(self) -> None:
         """Raises BadInput for sizes that can't be built."""
-        require_positive(self, *vars(self))
+        check_positive(self, *vars(self))
         if SIDE % self.patch:
             raise BadInput(f"--patch {self.patch}: must divide {SIDE}")
         for name in ("vision_width", "text_width"):

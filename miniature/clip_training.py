@@ -28,13 +28,13 @@ from miniature.judge_model import to_float
 from miniature.scenery.render import as_tensor
 from miniature.scenery.scenes import ALL_STYLES
 from miniature.scenery.vocabulary import LENGTH, make_tokenizer
-from runtime.cli import BadInput, note, require_not_negative, require_positive
+from runtime.cli import BadInput, check_not_negative, check_positive, log
 from runtime.device import Device, Precision, detect, len_cores, set_up
-from runtime.files import require_folder_place
+from runtime.files import check_writable_folder
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals
 
 KIND = "miniature clip"
@@ -177,13 +177,13 @@ def quiet_worker(_: int) -> None:
 
 def check(settings: Train) -> None:
     """Raises BadInput for numbers that can't work."""
-    require_positive(settings, "steps", "batch", "save_every", "grade")
+    check_positive(settings, "steps", "batch", "save_every", "grade")
     if settings.batch % FAMILY:
         raise BadInput(f"--batch {settings.batch}: must be a multiple of {FAMILY}, the pictures of a family")
-    require_not_negative(settings, "seed")
+    check_not_negative(settings, "seed")
     if settings.lock_text and not settings.init:
         raise BadInput("--lock-text: name the model with that tower by --init")
-    require_folder_place(settings.output)
+    check_writable_folder(settings.output)
 
 
 class Training:
@@ -238,7 +238,7 @@ class Training:
         self.parts.load_state_dict(state["parts"])
         self.styles.load_state_dict(state["styles"])
         self.step, self.seconds = state["step"], state["seconds"]
-        note(f"going on at step {self.step:,} from {self.checkpoint}")
+        log(f"going on at step {self.step:,} from {self.checkpoint}")
 
     def batches(self) -> Iterator[Batch]:
         """Those of the steps that are left, rendered ahead by other processes."""
@@ -292,7 +292,7 @@ class Training:
         encoded = self.tokenizer(batch.texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
         x = to_float(as_tensor(batch.images).to(self.device))
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * rate_factor(self.step, s.steps, max(1, s.steps // 20), 0.9, "cosine")
+            group["lr"] = s.lr * lr_factor(self.step, s.steps, max(1, s.steps // 20), 0.9, "cosine")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             pictures, texts, scale = forward(self.model, x, encoded["input_ids"].to(self.device))
         loss = self.loss(pictures.float(), texts.float(), scale, negatives_only(batch.also.to(self.device)))

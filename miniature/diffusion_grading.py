@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor
 
 from miniature.diffusion_parts import CLIP, PARTS, draw
-from miniature.judge_model import SHIPPED, WHOLE, Judge
+from miniature.judge_model import SHIPPED, WHOLE, SceneClassifier
 from miniature.scenery.captions import an
 from miniature.scenery.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, STYLES, allowed, fits
 from runtime.device import Device
@@ -51,7 +51,7 @@ class Grade:
 
 
 @dataclass(frozen=True)
-class Case:
+class PromptCase:
     """A prompt and what its picture must hold: answers to the judge's questions."""
 
     group: str
@@ -62,7 +62,7 @@ class Case:
 # ---------------------------------------------------------------- prompts
 
 
-def cases_of(settings: Grade) -> list[Case]:
+def cases_of(settings: Grade) -> list[PromptCase]:
     """All prompts, group by group; the same for the same seed. Pairs come in turn, so that none is missed."""
     random = Random(settings.seed)
     trained = [(c, k) for c in COLOURS for k in KINDS if allowed(c, k, "trained")]
@@ -79,36 +79,36 @@ def named(pair: Pair) -> str:
     return an(" ".join(pair))
 
 
-def _single(group: str, pair: Pair) -> Case:
-    return Case(group, f"a photo of {named(pair)}", {"kind": pair[1:], "colour": pair[:1]})
+def _single(group: str, pair: Pair) -> PromptCase:
+    return PromptCase(group, f"a photo of {named(pair)}", {"kind": pair[1:], "colour": pair[:1]})
 
 
-def _scene(pair: Pair, random: Random) -> Case:
+def _scene(pair: Pair, random: Random) -> PromptCase:
     background = random.choice([b for b in BACKGROUNDS if fits(pair[0], b)])
     style = random.choice(STYLES)
     prompt = f"a photo of {named(pair)} on a {background} background in the style of {style}"
     wanted = {"kind": pair[1:], "colour": pair[:1], "background": (background,), "style": (style,)}
-    return Case("whole scenes", prompt, wanted)
+    return PromptCase("whole scenes", prompt, wanted)
 
 
-def _couple(pairs: Sequence[Pair], random: Random) -> Case:
+def _couple(pairs: Sequence[Pair], random: Random) -> PromptCase:
     first = random.choice(pairs)
     second = random.choice([p for p in pairs if p[0] != first[0] and p[1] != first[1]])
     wanted = {"present": (first[1], second[1]), "paints": (first[0], second[0])}
-    return Case("two objects", f"a photo of {named(first)} next to {named(second)}", wanted)
+    return PromptCase("two objects", f"a photo of {named(first)} next to {named(second)}", wanted)
 
 
 # ---------------------------------------------------------------- pictures and answers
 
 
-def pictures_of(pipe: StableDiffusionPipeline, cases: Sequence[Case], settings: Grade) -> Tensor:
+def pictures_of(pipe: StableDiffusionPipeline, cases: Sequence[PromptCase], settings: Grade) -> Tensor:
     """[N,3,64,64] uint8; every picture has a seed of its own."""
     seeds = [derived_seed(settings.seed, index) for index in range(len(cases))]
     prompts = [case.prompt for case in cases]
     return draw(pipe, prompts, seeds, settings.steps, settings.guidance, settings.batch)
 
 
-def rates_of(judge: Judge, images: Tensor, cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+def rates_of(judge: SceneClassifier, images: Tensor, cases: Sequence[PromptCase]) -> dict[str, dict[str, float]]:
     """{group: {question: share of pictures with the wanted answers, .., "all": with all of them}}."""
     seen = judge.whole(images)
     groups: dict[str, dict[str, list[bool]]] = {}
@@ -138,7 +138,7 @@ def table(rates: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def shown(cases: Sequence[Case], each: int = 12) -> torch.Tensor:
+def shown(cases: Sequence[PromptCase], each: int = 12) -> torch.Tensor:
     """Indices of the first few cases of every group."""
     groups = list(dict.fromkeys(case.group for case in cases))
     return torch.tensor([i for g in groups for i in [k for k, case in enumerate(cases) if case.group == g][:each]])

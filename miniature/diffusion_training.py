@@ -29,9 +29,9 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.latents import cached_latents
-from miniature.scenery.scenes import SIZES, Wish
+from miniature.scenery.scenes import SIZES, SceneSpec
 from miniature.trainer import Loop, Trainer, check_numbers
-from runtime.cli import BadInput, note, require_shares
+from runtime.cli import BadInput, check_fractions, log
 from runtime.device import memory_format
 from training.draws import Draws
 
@@ -102,7 +102,12 @@ class DiffusionTrainer(Trainer):
         self.vae.to(self.device)
         with self.accelerator.main_process_first():  # the first encodes, the others read its cache
             self.data = cached_latents(
-                s.run / "latents", self.vae, self.tokenizer, s.pictures, s.seed, Wish(shares=s.shares, least=s.least)
+                s.run / "latents",
+                self.vae,
+                self.tokenizer,
+                s.pictures,
+                s.seed,
+                SceneSpec(shares=s.shares, least=s.least),
             ).to(self.device)
         self.tower.to(self.device)
         self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
@@ -117,7 +122,7 @@ class DiffusionTrainer(Trainer):
             )
         if not 12 <= s.least <= SIZES[1][1]:
             raise BadInput(f"--least {s.least}: give 12 to {SIZES[1][1]} pixels")
-        require_shares(s, "drop_text")
+        check_fractions(s, "drop_text")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):
             raise BadInput(f"--channels {s.channels}: give multiples of 16, one per resolution")
 
@@ -128,7 +133,7 @@ class DiffusionTrainer(Trainer):
             start_from(unet, self.settings.init)
         if self.main:
             size = sum(p.numel() for p in unet.parameters()) / 1e6
-            note(f"U-Net of {size:.2f} M parameters, {self.precision}, on {self.machine.name}")
+            log(f"U-Net of {size:.2f} M parameters, {self.precision}, on {self.machine.name}")
         return unet
 
     def loss(self, draws: Draws) -> Tensor:

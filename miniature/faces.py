@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from runtime.cli import BadInput, progress
-from runtime.images import open_picture
+from runtime.images import open_image
 from training.draws import Draws
 
 SIDE = 64  # what the model draws
@@ -69,7 +69,7 @@ def _from_folder(folder: Path, source: Path) -> Faces:
     top = Path(os.path.commonpath([path.parent for path in paths]))
     apart = any(path.parent != top for path in paths)
     names = [(path.parent if apart else path).relative_to(top).as_posix() for path in paths]
-    images = [squared(open_picture(path)) for path in progress(paths, "reading faces", leave=False)]
+    images = [squared(open_image(path)) for path in progress(paths, "reading faces", leave=False)]
     return Faces(torch.stack(images), names)
 
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from diffusion.schedule import add_noise, linear, min_snr_weight
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
 from miniature.faces_model import ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
-from runtime.cli import BadInput, note, require_positive
+from runtime.cli import BadInput, check_positive, log
 from runtime.device import Device, detect, memory_format, set_up
 from runtime.files import ROOT, output_folder, read_json
-from runtime.images import picture_grid, save_picture
+from runtime.images import image_grid, save_image
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals
 
 FACES = ROOT / "hw2_data" / "faces_orl.tar.gz"
@@ -85,7 +85,7 @@ class Training:
     """One run: what is set up once, and the loop."""
 
     def __init__(self, settings: Train):
-        require_positive(settings, "steps", "batch", "save_every")
+        check_positive(settings, "steps", "batch", "save_every")
         self.settings, self.machine = settings, detect(settings.device)
         self.device = self.machine.device
         set_up("fp32", self.machine)
@@ -122,7 +122,7 @@ class Training:
 
     def _say(self) -> None:
         size = sum(p.numel() for p in self.network.parameters()) / 1e6
-        note(
+        log(
             f"{size:.1f} M parameters on {self.machine.name}; {len(self.images)} pictures, without those of "
             f"{', '.join(self.held_out)}; {self.settings.steps:,} steps of {self.settings.batch}; run folder {self.settings.run}"
             + (f"; going on at step {self.step:,}" if self.step else "")
@@ -158,36 +158,36 @@ class Training:
     def train(self) -> UNet2DModel:
         """Steps until the end or a signal; a checkpoint is left either way. Returns the averaged network."""
         settings, start = self.settings, time.perf_counter() - self.seconds
-        log = TrainingLog(settings.run / "tensorboard", "faces", self.step, settings.steps, True)
+        training_log = TrainingLog(settings.run / "tensorboard", "faces", self.step, settings.steps, True)
         with StopSignals() as stop:
             while self.step < settings.steps and not stop.asked:
-                log.add(self.one_step(), settings.batch)
+                training_log.add(self.one_step(), settings.batch)
                 self.seconds = time.perf_counter() - start
                 if self._due(50) or self._due(settings.save_every):
-                    self._report(log)  # before saving: a checkpoint must not hold a broken network
+                    self._report(training_log)  # before saving: a checkpoint must not hold a broken network
                 if self._due(settings.save_every):
                     self.save()
                 if self._due(settings.draw_every):
-                    log.pause(self._show(log))
-        log.close()
+                    training_log.pause(self._show(training_log))
+        training_log.close()
         self.save()
         return cast(UNet2DModel, self.ema.module.eval())
 
-    def _report(self, log: TrainingLog) -> None:
-        loss, speed = log.read()
+    def _report(self, training_log: TrainingLog) -> None:
+        loss, speed = training_log.read()
         require_finite(loss, self.step, self.checkpoint)
         if not self.told:
             minutes = (self.settings.steps - self.step) * self.settings.batch / speed / 60
-            note(f"{speed:.1f} pictures/s: about {minutes:.0f} minutes to go")
+            log(f"{speed:.1f} pictures/s: about {minutes:.0f} minutes to go")
             self.told = True
-        log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
+        training_log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
 
-    def _show(self, log: TrainingLog) -> float:
+    def _show(self, training_log: TrainingLog) -> float:
         """A sheet of faces as they come out now; returns the seconds it took."""
         start = time.perf_counter()
-        sheet = picture_grid(draw_faces(cast(UNet2DModel, self.ema.module.eval()), self.schedule, range(16)), 8, 2)
-        save_picture(self.settings.run / f"step-{self.step:06d}.png", sheet)
-        log.picture(self.step, "faces", sheet)
+        sheet = image_grid(draw_faces(cast(UNet2DModel, self.ema.module.eval()), self.schedule, range(16)), 8, 2)
+        save_image(self.settings.run / f"step-{self.step:06d}.png", sheet)
+        training_log.picture(self.step, "faces", sheet)
         return time.perf_counter() - start
 
     def _due(self, every: int) -> bool:
@@ -196,7 +196,7 @@ class Training:
     def rate(self) -> float:
         """The learning rate of the step in hand."""
         s = self.settings
-        return s.lr * rate_factor(self.step, s.steps, max(1, min(200, s.steps // 10)), 0.7)
+        return s.lr * lr_factor(self.step, s.steps, max(1, min(200, s.steps // 10)), 0.7)
 
     def one_step(self) -> Tensor:
         """One optimizer step; returns the loss."""

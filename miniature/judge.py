@@ -17,12 +17,20 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from miniature.judge_model import NONE, SHIPPED, Judge, load_judge, rounded, save_judge, to_float
+from miniature.judge_model import (
+    NONE,
+    SHIPPED,
+    SceneClassifier,
+    load_scene_classifier,
+    rounded,
+    save_scene_classifier,
+    to_float,
+)
 from miniature.judge_training import ANY, Train, Training, worsen
 from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenery.render import Batch, as_tensor, dataset
 from miniature.scenery.scenes import KINDS
-from runtime.cli import BadInput, note, require_not_negative, run_script
+from runtime.cli import BadInput, check_not_negative, log, run_script
 from runtime.device import Device, detect
 from runtime.record import Record
 from runtime.seeds import derived_seed
@@ -62,7 +70,7 @@ def run_training(settings: Train) -> None:
     if training.step < settings.steps:
         leave_stopped(training.step, training.checkpoint)
     network.load_state_dict(rounded(network))  # graded as the file will hold it
-    rates = graded(Judge(network), settings.grade, settings.seed + 1)
+    rates = graded(SceneClassifier(network), settings.grade, settings.seed + 1)
     origin = {
         "steps": settings.steps,
         "batch": settings.batch,
@@ -70,34 +78,34 @@ def run_training(settings: Train) -> None:
         "seed": settings.seed,
         "rates": rates,
     }
-    save_judge(settings.output, network, origin)
+    save_scene_classifier(settings.output, network, origin)
     record.timings["training"] = training.seconds
     record.metrics = {"rates": rates, "parameters": sum(p.numel() for p in network.parameters())}
     record.save(settings.run / "record.json")
     print(table(rates))
-    note(f"judge: {settings.output}, record: {settings.run / 'record.json'}")
+    log(f"judge: {settings.output}, record: {settings.run / 'record.json'}")
 
 
 def run_grading(settings: Grade) -> None:
     """Prints how often the judge is right, and writes the record."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
-    require_not_negative(settings, "seed")
+    check_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)
-    judge = load_judge(machine.device, settings.judge)
+    judge = load_scene_classifier(machine.device, settings.judge)
     with record.timed("grading"):
         rates = graded(judge, settings.count, settings.seed)
     record.metrics = {"rates": rates}
     record.save(settings.record)
     print(table(rates))
-    note(f"record: {settings.record}")
+    log(f"record: {settings.record}")
 
 
 # ---------------------------------------------------------------- grading
 
 
-def graded(judge: Judge, count: int, seed: int) -> dict[str, Rates]:
+def graded(judge: SceneClassifier, count: int, seed: int) -> dict[str, Rates]:
     """Shares of right answers on `count` fresh pictures: {"clean": .., "worsened": ..} -> {question: share}."""
     made = dataset(count, seed, ANY)
     images = as_tensor(made.images)
@@ -116,12 +124,12 @@ def as_generated(images: Tensor, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-def rates_of(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
+def rates_of(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
     """{question: share of right answers}."""
     return _in_boxes(judge, images, made, seed) | _of_wholes(judge, images, made, seed) | _leaks(judge, images, made)
 
 
-def _in_boxes(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
+def _in_boxes(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
     """Boxes a little off, as a user would give them, and some without an object."""
     truth = truth_of(made.scenes, [None] * len(images), Random(derived_seed(seed, 2)))
     seen = {question: x.cpu() for question, x in judge.boxed(images[truth.rows], truth.boxes).items()}
@@ -135,7 +143,7 @@ def _in_boxes(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
     }
 
 
-def _of_wholes(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
+def _of_wholes(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
     """Whole pictures: object, colour and place where there is one object, the rest of all."""
     truth = truth_of(made.scenes, [None] * len(images), Random(seed)).whole
     seen = {question: x.cpu() for question, x in judge.whole(images).items()}
@@ -150,7 +158,7 @@ def _of_wholes(judge: Judge, images: Tensor, made: Batch, seed: int) -> Rates:
     }
 
 
-def _leaks(judge: Judge, images: Tensor, made: Batch) -> Rates:
+def _leaks(judge: SceneClassifier, images: Tensor, made: Batch) -> Rates:
     """Pictures of several objects: nothing of the first is outside its box, but the second is."""
     rows = [row for row, scene in enumerate(made.scenes) if len(scene.things) > 1]
     things = [made.scenes[row].things for row in rows]

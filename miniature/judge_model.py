@@ -48,7 +48,7 @@ Logits = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class SceneClassifierConfig:
     """Layout of the network."""
 
     stem: int = 16
@@ -59,11 +59,11 @@ class JudgeConfig:
     crop: int = 5  # positions along each side of a box
 
 
-class JudgeNetwork(nn.Module):
+class SceneNetwork(nn.Module):
     """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks"); one head looks at all
     of it, one at each of its cells, one at boxes cut out of it."""
 
-    def __init__(self, config: JudgeConfig = JudgeConfig()):
+    def __init__(self, config: SceneClassifierConfig = SceneClassifierConfig()):
         super().__init__()
         self.config, width = config, config.stem
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, width, 3, padding=1), nn.ReLU())
@@ -113,10 +113,10 @@ def _split(logits: Tensor, questions: dict[str, tuple[str, ...]]) -> Logits:
 # ---------------------------------------------------------------- the judge
 
 
-class Judge(nn.Module):
+class SceneClassifier(nn.Module):
     """Answers in probabilities; pictures are [N,3,64,64] uint8, boxes [.,4] in pixels: left, top, right, bottom."""
 
-    def __init__(self, network: JudgeNetwork):
+    def __init__(self, network: SceneNetwork):
         super().__init__()
         self.network = network
         self.eval().requires_grad_(False)
@@ -275,19 +275,19 @@ def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def rounded(network: JudgeNetwork) -> dict[str, Tensor]:
+def rounded(network: SceneNetwork) -> dict[str, Tensor]:
     """What the file stores: matrices and kernels in half precision, vectors (norms, biases) as they are; on the CPU."""
     state = network.state_dict()
     return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
 
 
-def save_judge(path: Path, network: JudgeNetwork, origin: dict[str, Any]) -> None:
+def save_scene_classifier(path: Path, network: SceneNetwork, origin: dict[str, Any]) -> None:
     """One safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
     header = {"kind": KIND, "model": asdict(network.config), "whole": WHOLE, "boxed": BOXED, "origin": origin}
     save_safetensors(path, rounded(network), {"judge": json.dumps(header)})
 
 
-def load_judge(device: torch.device | str = "cpu", path: Path = SHIPPED) -> Judge:
+def load_scene_classifier(device: torch.device | str = "cpu", path: Path = SHIPPED) -> SceneClassifier:
     """The shipped judge, or another file of its kind; raises BadInput for anything else and for one of another vocabulary."""
     tensors, metadata = load_safetensors(path)
     header = json.loads(metadata.get("judge", "{}"))
@@ -296,9 +296,9 @@ def load_judge(device: torch.device | str = "cpu", path: Path = SHIPPED) -> Judg
     if [header["whole"], header["boxed"]] != json.loads(json.dumps([WHOLE, BOXED])):
         raise BadInput(f"{path} was trained on another vocabulary: python miniature/judge.py train makes a new one")
     layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()}
-    network = JudgeNetwork(JudgeConfig(**layout))
+    network = SceneNetwork(SceneClassifierConfig(**layout))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
-    return Judge(network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return SceneClassifier(network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]

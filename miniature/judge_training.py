@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniature.judge_model import KIND, NONE, SHIPPED, JudgeNetwork, Logits, erase, to_float
+from miniature.judge_model import KIND, NONE, SHIPPED, Logits, SceneNetwork, erase, to_float
 from miniature.judge_truth import IGNORED, Truth, truth_of
 from miniature.scenery.render import as_tensor, batch
-from miniature.scenery.scenes import SIDE, Wish
-from runtime.cli import BadInput, note, require_positive
+from miniature.scenery.scenes import SIDE, SceneSpec
+from runtime.cli import BadInput, check_positive, log
 from runtime.device import Device, detect
 from runtime.files import load_safetensors
 from runtime.seeds import derived_seed
@@ -23,10 +23,10 @@ from training.checkpoint import load_state, require_finite, restore_weights, sav
 from training.draws import Draws
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals
 
-ANY = Wish(pairs="any")  # a meter must know the held-out pairs as well as the others
+ANY = SceneSpec(pairs="any")  # a meter must know the held-out pairs as well as the others
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _bent(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
     return F.grid_sample(x, grid + shift, padding_mode="border", align_corners=False)
 
 
-def loss_of(network: JudgeNetwork, x: Tensor, truth: Truth) -> Tensor:
+def loss_of(network: SceneNetwork, x: Tensor, truth: Truth) -> Tensor:
     """The sum of all questions' mean losses; cells with and without an object count equally, as the former are few."""
     features = network.features(x)
     whole, cells = network.look(features)
@@ -114,11 +114,11 @@ class Training:
     """One run: what is set up once, and the loop."""
 
     def __init__(self, settings: Train):
-        require_positive(settings, "steps", "batch", "save_every", "grade")
+        check_positive(settings, "steps", "batch", "save_every", "grade")
         self.settings, self.machine = settings, detect(settings.device)
         self.device = self.machine.device
         torch.manual_seed(settings.seed)
-        self.network = JudgeNetwork()
+        self.network = SceneNetwork()
         if settings.init:
             self._start(settings.init)
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -134,7 +134,7 @@ class Training:
         if not fitting:
             raise BadInput(f"--init {path} has no layer of a judge")
         self.network.load_state_dict(fitting, strict=False)
-        note(f"{len(fitting)} of {len(ours)} tensors from {path}")
+        log(f"{len(fitting)} of {len(ours)} tensors from {path}")
 
     @property
     def checkpoint(self) -> Path:
@@ -156,9 +156,9 @@ class Training:
         state = load_state(self.checkpoint, KIND)
         self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema, self.checkpoint)
         self.step, self.seconds = state["step"], state["seconds"]
-        note(f"going on at step {self.step:,} from {self.checkpoint}")
+        log(f"going on at step {self.step:,} from {self.checkpoint}")
 
-    def train(self) -> JudgeNetwork:
+    def train(self) -> SceneNetwork:
         """Steps until the end or a signal; a checkpoint is left either way. Returns the averaged network."""
         settings, start = self.settings, time.perf_counter() - self.seconds
         log = TrainingLog(settings.run / "tensorboard", "judge", self.step, settings.steps, True)
@@ -182,7 +182,7 @@ class Training:
         x, truth = make_batch(s.seed, self.step, s.batch, s.erased, self.device)
         x = worsen(x, draws).contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * rate_factor(self.step, s.steps, max(1, s.steps // 10), 0.8)
+            group["lr"] = s.lr * lr_factor(self.step, s.steps, max(1, s.steps // 10), 0.8)
         loss = loss_of(self.network, x, truth)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)

@@ -17,8 +17,8 @@ from transformers import CLIPTokenizer
 from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
 from miniature.scenery.render import as_tensor, batch, stream
-from miniature.scenery.scenes import FREE, SIDE, Wish
-from runtime.cli import note, progress
+from miniature.scenery.scenes import FREE, SIDE, SceneSpec
+from runtime.cli import log, progress
 from runtime.files import atomic, output_folder, read_json, write_json
 from runtime.seeds import derived_seed
 
@@ -46,21 +46,21 @@ class Latents:
 
 
 def cached_latents(
-    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int, wish: Wish = FREE
+    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int, wish: SceneSpec = FREE
 ) -> Latents:
     """Posteriors from `folder`, where they are of the same pictures and autoencoder; else made now: on a CPU some hundreds a second."""
     facts = {"count": count, "seed": seed, "wish": str(wish), "vae": _fingerprint(vae), "world": _look(wish)}
     done = output_folder(folder) / "facts.json"
     if not done.is_file() or read_json(done) != facts:
         done.unlink(missing_ok=True)
-        note(f"encoding {count:,} pictures once, into {folder}")
+        log(f"encoding {count:,} pictures once, into {folder}")
         _write(folder, vae, [derived_seed(seed, index) for index in range(count)], wish)
         write_json(done, facts)
     moments = np.load(folder / "moments.npy", mmap_mode="c")  # never written to, but torch takes no read-only arrays
     return Latents(torch.from_numpy(moments), tokenize(tokenizer, read_json(folder / "captions.json")).int())
 
 
-def _write(folder: Path, vae: AutoencoderKL, seeds: Sequence[int], wish: Wish) -> None:
+def _write(folder: Path, vae: AutoencoderKL, seeds: Sequence[int], wish: SceneSpec) -> None:
     channels, side = vae.config["latent_channels"], SIDE // 2 ** (len(vae.config["block_out_channels"]) - 1)
     with atomic(folder / "moments.npy") as temporary:
         moments = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(seeds), 2, channels, side, side))
@@ -85,7 +85,7 @@ def _encoded(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
     return torch.cat(parts).half().cpu().numpy()
 
 
-def _look(wish: Wish) -> str:
+def _look(wish: SceneSpec) -> str:
     """Tells another way of rendering or of captioning, by a few pictures."""
     made = batch(range(8), wish)
     digest = hashlib.blake2b(made.images.tobytes(), digest_size=8)

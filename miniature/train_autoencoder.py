@@ -22,9 +22,9 @@ from miniature.judge_model import to_float
 from miniature.judge_training import ANY
 from miniature.scenery.render import as_tensor, batch, dataset
 from miniature.trainer import Loop, Trainer, check_numbers
-from runtime.cli import BadInput, note, progress, run_script
+from runtime.cli import BadInput, log, progress, run_script
 from runtime.device import Device, detect, memory_format, set_up
-from runtime.images import picture_grid, save_picture
+from runtime.images import image_grid, save_image
 from runtime.record import Record
 from runtime.seeds import derived_seed
 from training.draws import Draws
@@ -145,7 +145,7 @@ def rebuilt(vae: AutoencoderKL, x: Tensor) -> Tensor:
 
 def before_and_after(vae: AutoencoderKL, x: Tensor) -> Tensor:
     """One picture: the first row as it was, the second as it came back."""
-    return picture_grid(torch.cat([to_uint8(x), rebuilt(vae, x)]).cpu(), len(x), scale=2)
+    return image_grid(torch.cat([to_uint8(x), rebuilt(vae, x)]).cpu(), len(x), scale=2)
 
 
 def measured(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
@@ -190,7 +190,7 @@ def run_training(settings: Train) -> None:
     trainer.record.metrics |= rates | {"scaling_factor": vae.config["scaling_factor"]}
     trainer.save_record()
     print(told(rates, vae))
-    note(f"autoencoder: {settings.output / 'vae'}, record: {settings.run / 'record.json'}")
+    log(f"autoencoder: {settings.output / 'vae'}, record: {settings.run / 'record.json'}")
 
 
 def run_grading(settings: Grade) -> None:
@@ -204,10 +204,10 @@ def run_grading(settings: Grade) -> None:
         rates = measured(vae, settings.count, settings.seed)
     record.metrics = rates | {"scaling_factor": vae.config["scaling_factor"]}
     shown = [derived_seed(settings.seed, SHOWN, index) for index in range(8)]
-    save_picture(settings.output / "sheet.png", before_and_after(vae, pictures(shown, machine.device)))
+    save_image(settings.output / "sheet.png", before_and_after(vae, pictures(shown, machine.device)))
     record.save(settings.output / "record.json")
     print(told(rates, vae))
-    note(f"sheet and record: {settings.output}")
+    log(f"sheet and record: {settings.output}")
 
 
 def told(rates: dict[str, float], vae: AutoencoderKL) -> str:

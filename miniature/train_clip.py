@@ -19,7 +19,7 @@ import repository_root  # noqa: F401  # isort: split
 from miniature.clip_grading import graded, table
 from miniature.clip_model import SHIPPED, convert, load_clip, rounded, save_clip
 from miniature.clip_training import Train, Training
-from runtime.cli import BadInput, note, require_not_negative, run_script
+from runtime.cli import BadInput, check_not_negative, log, run_script
 from runtime.device import Device, detect
 from runtime.record import Record
 from training.signals import leave_stopped
@@ -76,14 +76,14 @@ def run_training(settings: Train) -> None:
     record.metrics = {"rates": rates, "parameters": sum(p.numel() for p in clip.model.parameters())}
     record.save(settings.run / "record.json")
     print(table(rates))
-    note(f"model: {settings.output}, record: {settings.run / 'record.json'}")
+    log(f"model: {settings.output}, record: {settings.run / 'record.json'}")
 
 
 def run_grading(settings: Grade) -> None:
     """Prints how often the model is right, and writes the record."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
-    require_not_negative(settings, "seed")
+    check_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)
     clip = load_clip(settings.model)
@@ -92,7 +92,7 @@ def run_grading(settings: Grade) -> None:
         record.metrics = {"rates": graded(clip, settings.count, settings.seed)}
     record.save(settings.record)
     print(table(record.metrics["rates"]))
-    note(f"record: {settings.record}")
+    log(f"record: {settings.record}")
 
 
 if __name__ == "__main__":

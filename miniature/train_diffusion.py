@@ -28,11 +28,11 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.diffusion_training import DiffusionTrainer, Train
-from miniature.judge_model import load_judge
+from miniature.judge_model import load_scene_classifier
 from miniature.trainer import check_numbers
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, log, run_script
 from runtime.device import detect, set_up
-from runtime.images import save_picture
+from runtime.images import save_image
 from runtime.record import Record
 
 
@@ -71,7 +71,7 @@ def run_training(settings: Train) -> None:
     trainer.save_record()
     loss, speed = (trainer.record.metrics.get(name, float("nan")) for name in ("loss", "images_per_s"))
     print(f"{trainer.step:,} steps, loss {loss:.4f}, {speed:.0f} pictures/s")
-    note(f"U-Net: {settings.parts / 'unet'}, pipeline: {settings.output}, record: {settings.run / 'record.json'}")
+    log(f"U-Net: {settings.parts / 'unet'}, pipeline: {settings.output}, record: {settings.run / 'record.json'}")
 
 
 def run_grading(settings: Grade) -> None:
@@ -81,7 +81,7 @@ def run_grading(settings: Grade) -> None:
         raise BadInput("--held-out, --scenes and --couples: give zero or more")
     machine = detect(settings.device)
     set_up("fp32", machine)
-    judge = load_judge(machine.device, settings.judge)
+    judge = load_scene_classifier(machine.device, settings.judge)
     pipe = with_solver(load_pipeline(settings.parts, settings.clip)).to(machine.device)
     cases, record = cases_of(settings), Record(settings, machine)
     with record.timed("drawing"):
@@ -90,10 +90,10 @@ def run_grading(settings: Grade) -> None:
     seconds = record.timings["drawing"] / len(cases)
     record.metrics = {"rates": rates, "seconds_per_picture": round(seconds, 4)}
     rows = shown(cases)
-    save_picture(settings.output / "sheet.png", prompt_sheet(images[rows], [cases[row].prompt for row in rows]))
+    save_image(settings.output / "sheet.png", prompt_sheet(images[rows], [cases[row].prompt for row in rows]))
     record.save(settings.output / "record.json")
     print(f"{table(rates)}\n{'seconds per picture':<40}{seconds:>8.3f}")
-    note(f"sheet and record: {settings.output}")
+    log(f"sheet and record: {settings.output}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from torch import Tensor
 from diffusion.steps import step_rule
 from faces.models import Model, load_model
 from faces.noises import Noise, seeded_noises
-from faces.sampling import Recipe, sample_all, to_picture
+from faces.sampling import DdimConfig, sample_all, to_image
 from miniature.faces import LEAST, cut, load_faces, middle_cuts, to_float
 from miniature.faces_model import ORIGIN, SHIPPED, save_folder
 from miniature.faces_training import FACES, Train, Training
-from runtime.cli import BadInput, note, run_script
+from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect, set_up
 from runtime.files import output_folder, read_json, require_file
-from runtime.images import picture_grid, save_picture
+from runtime.images import image_grid, save_image
 from runtime.record import Record
 from training.signals import leave_stopped
 
@@ -86,11 +86,11 @@ def run_grading(settings: Grade) -> None:
     nearest, rows = nearest_views(drawn, train)
     others, _ = nearest_views(held_out, train)
     record.metrics = figures(nearest, others)
-    save_picture(settings.output / "faces.png", picture_grid(pictures(drawn), 16 if len(drawn) > 16 else len(drawn)))
-    save_picture(settings.output / "memorisation.png", beside(drawn, train[rows]))
+    save_image(settings.output / "faces.png", image_grid(pictures(drawn), 16 if len(drawn) > 16 else len(drawn)))
+    save_image(settings.output / "memorisation.png", beside(drawn, train[rows]))
     record.save(settings.output / "record.json")
     print("\n".join(f"{name:<58}{value:8.3f}" for name, value in record.metrics.items()))
-    note(f"sheets and record: {settings.output}")
+    log(f"sheets and record: {settings.output}")
 
 
 # ---------------------------------------------------------------- memorisation
@@ -123,7 +123,7 @@ def views(images: Tensor) -> Tensor:
 def faces_of(model: Model, count: int, seed: int) -> Tensor:
     """[count,3,64,64] in -1..1, at eta 0 in 50 steps of the homework's rule."""
     noises: list[Noise] = seeded_noises(list(range(seed, seed + count)), model, None)
-    recipe = Recipe(step_rule("homework", len(model.schedule), 50), 0.0, 0)
+    recipe = DdimConfig(step_rule("homework", len(model.schedule), 50), 0.0, 0)
     return torch.stack([image for _, image in sample_all(model, noises, recipe, 0, "drawing")]).clamp(-1, 1)
 
 
@@ -152,13 +152,13 @@ def figures(nearest: Tensor, others: Tensor) -> dict[str, float]:
 
 def pictures(x: Tensor) -> Tensor:
     """[N,3,64,64] in -1..1 -> uint8."""
-    return torch.stack([to_picture(image, "clamp") for image in x])
+    return torch.stack([to_image(image, "clamp") for image in x])
 
 
 def beside(drawn: Tensor, nearest: Tensor, columns: int = 16) -> Tensor:
     """A sheet: rows of drawn faces, below each its nearest training picture."""
     above, below = (pictures(x).split(columns) for x in (drawn, nearest))
-    rows = [picture_grid(torch.cat(pair), len(pair[0])) for pair in zip(above, below, strict=True)]
+    rows = [image_grid(torch.cat(pair), len(pair[0])) for pair in zip(above, below, strict=True)]
     width = max(row.shape[2] for row in rows)
     return torch.cat([F.pad(row, (0, width - row.shape[2], 0, 6), value=255) for row in rows], 1)
 

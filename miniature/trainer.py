@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from runtime.cli import note, require_not_negative, require_positive
-from runtime.device import Choice, Device, Precision, detect, memory_format, set_up, should_compile
+from runtime.cli import check_not_negative, check_positive, log
+from runtime.device import AutoOnOff, Device, Precision, detect, memory_format, set_up, should_compile
 from runtime.files import output_folder
-from runtime.images import save_picture
+from runtime.images import save_image
 from runtime.record import Record
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals, leave_stopped
 
 
@@ -47,7 +47,7 @@ class Loop:
     device: Device = "auto"
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it."""
-    compile: Choice = "auto"
+    compile: AutoOnOff = "auto"
     """torch.compile."""
 
 
@@ -142,7 +142,7 @@ class Trainer(ABC):
         self.step = state["step"]
         self.record.timings.update(state["timings"])
         if self.main:
-            note(f"going on at step {self.step:,} from {self.checkpoint}")
+            log(f"going on at step {self.step:,} from {self.checkpoint}")
 
     # ------------------------------------------------ the loop
 
@@ -150,26 +150,26 @@ class Trainer(ABC):
         """Steps until the end or a signal; a checkpoint is left either way."""
         settings = self.settings
         output_folder(settings.run)
-        log = TrainingLog(settings.run / "tensorboard", self.kind, self.step, settings.steps, self.main)
+        training_log = TrainingLog(settings.run / "tensorboard", self.kind, self.step, settings.steps, self.main)
         with StopSignals() as stop, self.record.timed("training"):
             while not self.done and not stop.asked:
-                log.add(self.one_step(), settings.batch)
+                training_log.add(self.one_step(), settings.batch)
                 if self._due(settings.log_every) or self._due(settings.save_every):
-                    self._report(log)  # before saving: a checkpoint must not hold a broken network
+                    self._report(training_log)  # before saving: a checkpoint must not hold a broken network
                 if self._due(settings.save_every):
                     self.save()
                 if settings.show_every and self._due(settings.show_every):
-                    self._show(log)
-            if log.count:
-                self._report(log)
-        log.close()
+                    self._show(training_log)
+            if training_log.count:
+                self._report(training_log)
+        training_log.close()
         self.save()
 
     def one_step(self) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
         s = self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * rate_factor(self.step, s.steps, min(200, s.steps // 10), 0.6)
+            group["lr"] = s.lr * lr_factor(self.step, s.steps, min(200, s.steps // 10), 0.6)
         draws = Draws(s.seed, self.step, self.rows, s.batch, self.device)
         with self.accelerator.autocast():
             loss = self.loss(draws)
@@ -184,23 +184,23 @@ class Trainer(ABC):
     def _due(self, every: int) -> bool:
         return self.done or self.step % every == 0
 
-    def _report(self, log: TrainingLog) -> None:
-        loss, speed = log.read()
+    def _report(self, training_log: TrainingLog) -> None:
+        loss, speed = training_log.read()
         require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
         if self.main and "loss" not in self.record.metrics:  # the first reading of this run
             minutes = (self.settings.steps - self.step) * self.settings.batch / speed / 60
-            note(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} pictures/s, about {minutes:.0f} minutes to go")
+            log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} pictures/s, about {minutes:.0f} minutes to go")
         self.record.metrics |= {"loss": loss, "images_per_s": speed}
-        log.show(self.step, loss=loss, images_s=speed)
+        training_log.show(self.step, loss=loss, images_s=speed)
 
-    def _show(self, log: TrainingLog) -> None:
+    def _show(self, training_log: TrainingLog) -> None:
         if not self.main:
             return
         start = time.perf_counter()
         picture = self.sheet()
-        save_picture(self.settings.run / f"step-{self.step:06d}.png", picture)
-        log.picture(self.step, "sheet", picture)
-        log.pause(time.perf_counter() - start)
+        save_image(self.settings.run / f"step-{self.step:06d}.png", picture)
+        training_log.picture(self.step, "sheet", picture)
+        training_log.pause(time.perf_counter() - start)
 
     def leave_if_stopped(self) -> None:
         """After a signal: the record, one line, and exit code 130."""
@@ -220,5 +220,5 @@ class Trainer(ABC):
 
 def check_numbers(settings: Any, *positive: str) -> None:
     """Raises BadInput for counts that are not above zero, and for a seed below zero."""
-    require_positive(settings, *positive)
-    require_not_negative(settings, "seed")
+    check_positive(settings, *positive)
+    check_not_negative(settings, "seed")

@@ -31,11 +31,11 @@ from miniature.scenery.scenes import (
     HELD_OUT_STYLES,
     KINDS,
     STYLES,
-    Wish,
+    SceneSpec,
     sample_scene,
 )
-from runtime.cli import BadInput, note, require_not_negative, run_script
-from runtime.files import ROOT, output_folder, require_place, write_json
+from runtime.cli import BadInput, check_not_negative, log, run_script
+from runtime.files import ROOT, check_writable_file, output_folder, write_json
 from runtime.images import labelled_grid
 from runtime.seeds import derived_seed
 
@@ -120,15 +120,16 @@ def write_concept(command: Concept) -> None:
 
 def draw_sheet(command: Sheet) -> None:
     """Every object in every style."""
-    require_place(command.output, "--output")
+    check_writable_file(command.output, "--output")
     cells = [(style, kind) for style in ALL_STYLES for kind in ALL_KINDS]
     seeds = [derived_seed(command.seed, index) for index in range(len(cells))]
     scenes = [
-        sample_scene(seed, Wish(kinds=(kind,), style=style)) for seed, (style, kind) in zip(seeds, cells, strict=True)
+        sample_scene(seed, SceneSpec(kinds=(kind,), style=style))
+        for seed, (style, kind) in zip(seeds, cells, strict=True)
     ]
     images = as_tensor(np.stack([render(scene) for scene in scenes]))
     labelled_grid(command.output, images, ALL_STYLES, ALL_KINDS, "The miniature world", inch=0.75)
-    note(f"sheet: {command.output}")
+    log(f"sheet: {command.output}")
 
 
 def write_zeroshot(command: Zeroshot) -> None:
@@ -136,7 +137,7 @@ def write_zeroshot(command: Zeroshot) -> None:
     check_numbers(command)
     classes = [index % len(KINDS) for index in range(command.count)]
     scenes = [
-        sample_scene(derived_seed(command.seed, index), Wish(kinds=(KINDS[label],), pairs="held_out"))
+        sample_scene(derived_seed(command.seed, index), SceneSpec(kinds=(KINDS[label],), pairs="held_out"))
         for index, label in enumerate(classes)
     ]
     folder = output_folder(command.output)
@@ -149,7 +150,7 @@ def check_numbers(command: Concept | Zeroshot) -> None:
     """Raises BadInput for counts that ask for nothing and seeds below zero."""
     if command.count < 1:
         raise BadInput(f"--count {command.count}: no pictures asked for")
-    require_not_negative(command, "seed")
+    check_not_negative(command, "seed")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concepts.course_format import Concept, read_input
+from concepts.course_format import CourseConcept, read_input
 from pages.sources import CLIP, DIFFUSION, Sources
 from runtime.cli import BadInput
 from runtime.files import read_json, write_json
@@ -79,7 +79,7 @@ def course_case(sources: Sources) -> Case:
     )
 
 
-def course_concept(folder: Path, entry: Concept) -> dict[str, str]:
+def course_concept(folder: Path, entry: CourseConcept) -> dict[str, str]:
     """A style is told by its prompts; an object starts from the last word of its name."""
     style = any(f"style of {entry.token}" in prompt for prompt in entry.prompts)
     init = "painting" if style else entry.source.split()[-1].lower()

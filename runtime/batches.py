@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ def in_batches(
         if batch == 1:
             raise BadInput("out of memory with one picture at a time: take a smaller picture, or --device cpu")
         batch //= 2
-        note(f"out of memory: going on with batches of {batch}")
+        log(f"out of memory: going on with batches of {batch}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -19,17 +19,17 @@ class BadInput(Exception):
     """Something the user can put right: the message names the file, row or flag, the value, and what to do."""
 
 
-def require_positive(settings: object, *names: str) -> None:
+def check_positive(settings: object, *names: str) -> None:
     """Raises BadInput for the first of these settings that is no finite number above zero."""
     _require(settings, names, lambda value: 0 < value < math.inf, "must be above zero")
 
 
-def require_not_negative(settings: object, *names: str) -> None:
+def check_not_negative(settings: object, *names: str) -> None:
     """Raises BadInput for the first of these settings that is no finite number from zero on."""
     _require(settings, names, lambda value: 0 <= value < math.inf, "give zero or more")
 
 
-def require_shares(settings: object, *names: str) -> None:
+def check_fractions(settings: object, *names: str) -> None:
     """Raises BadInput for the first of these settings that lies outside of 0 .. 1; None is fine."""
     _require(settings, names, lambda value: value is None or 0 <= value <= 1, "must lie in 0 .. 1")
 
@@ -64,18 +64,18 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     return "", 0
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that torchrun or accelerate launch started: it speaks for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def note(message: str) -> None:
+def log(message: str) -> None:
     """One line for the reader, on stderr beside the progress bars, so that stdout holds results only."""
-    if leads():
+    if is_main_process():
         print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Item], title: str, **options: object) -> tqdm[Item]:
     """A progress bar on stderr, drawn rarely where nobody watches (a log file)."""
     interval = 0.1 if sys.stderr.isatty() else 20.0
-    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, disable=not leads(), **options)
+    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, disable=not is_main_process(), **options)

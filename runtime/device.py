@@ -17,7 +17,7 @@ import tyro
 from runtime.cli import BadInput
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
-Choice = Literal["auto", "on", "off"]
+AutoOnOff = Literal["auto", "on", "off"]
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
@@ -111,7 +111,7 @@ def keep_freed_memory(kept: bool) -> None:
         library.mallopt(mmap_max, 0 if kept else 65536)
 
 
-def should_compile(asked: Choice, machine: Machine) -> bool:
+def should_compile(asked: AutoOnOff, machine: Machine) -> bool:
     """auto compiles on CUDA and on CPUs with bf16; in fp32 on a CPU no clear gain pays for the minute that compiling takes."""
     if asked == "on" and not machine.compiler:
         raise BadInput("--compile on: no C++ compiler with Python's headers found")

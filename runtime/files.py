@@ -86,14 +86,14 @@ def output_folder(path: Path) -> Path:
     return Path(path)
 
 
-def require_folder_place(path: Path) -> None:
+def check_writable_folder(path: Path) -> None:
     """`output_folder` without making it: raises BadInput where a file is in the way or source code lies there."""
     refuse_source_folder(path)
     if not _existing(path).is_dir():
         raise BadInput(f"output {path}: a file is in the way, name a folder")
 
 
-def require_place(path: Path, flag: str) -> None:
+def check_writable_file(path: Path, flag: str) -> None:
     """Raises BadInput where no file can be written: `path` is a folder, or a folder above it is a file. Writes nothing."""
     if path.is_dir():
         raise BadInput(f"{flag} {path} is a folder: name a file")
@@ -101,7 +101,7 @@ def require_place(path: Path, flag: str) -> None:
         raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
 
 
-def require_room(output: Path, needed: int) -> int:
+def check_disk_space(output: Path, needed: int) -> int:
     """The free bytes where the folder `output` lies or will lie; raises BadInput where `needed` bytes would not fit."""
     free = shutil.disk_usage(_existing(output)).free
     if free < needed:

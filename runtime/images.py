@@ -16,7 +16,7 @@ from runtime.cli import BadInput
 from runtime.files import atomic
 
 
-def open_picture(path: Path) -> Tensor:
+def open_image(path: Path) -> Tensor:
     """[3,H,W] uint8 RGB, whatever the file's own mode; raises BadInput when it can't be read."""
     try:
         with Image.open(path) as file:
@@ -28,14 +28,14 @@ def open_picture(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def save_picture(path: Path, image: Tensor) -> None:
+def save_image(path: Path, image: Tensor) -> None:
     """[3,H,W] uint8 -> PNG, atomically; the same pixels give the same bytes."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     with atomic(path) as temporary:
         picture.save(temporary, "PNG")
 
 
-def picture_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
+def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
     """[N,3,H,W] uint8, row by row -> one [3,H',W'] uint8 picture on white; `scale` enlarges without smoothing."""
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(images, nrow=columns, padding=gap, pad_value=255).to(torch.uint8)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.cli import note
+from runtime.cli import log
 from runtime.files import ROOT, atomic, output_folder, write_json
 
 State = Literal["done", "kept", "failed", "lacking"]
@@ -65,11 +65,11 @@ class Runner:
     def run(self, step: Step) -> Outcome:
         """Runs it, or finds it done, or says what it lacks; never raises for a step that fails."""
         start = time.perf_counter()
-        note(f"== {len(self.outcomes) + 1}/{self.total} {step.title}")
+        log(f"== {len(self.outcomes) + 1}/{self.total} {step.title}")
         outcome = self.outcomes[step.name] = self._outcome(step)
         seconds = time.perf_counter() - start
         how = {"kept": "kept from before", "done": f"{seconds:.0f} s"}.get(outcome.state, outcome.state)
-        note(f"   {how}" + (f": {outcome.reason}" if outcome.reason else ""))
+        log(f"   {how}" + (f": {outcome.reason}" if outcome.reason else ""))
         return outcome
 
     def _outcome(self, step: Step) -> Outcome:
@@ -100,12 +100,12 @@ class Runner:
         before = [self.outcomes[name].key for name in step.after]
         return digest([code_of(step.commands), step.commands, str(step.files), before, facts(step.reads)])
 
-    def _commands(self, step: Step, log: Path) -> str:
+    def _commands(self, step: Step, log_file: Path) -> str:
         """Runs them in turn; why the first of them failed, or nothing."""
         for command in step.commands:
-            note(f"   {shown(command)}")
+            log(f"   {shown(command)}")
             code, output = tee([sys.executable, *map(short, command)])
-            with log.open("a") as file:
+            with log_file.open("a") as file:
                 file.write(f"$ {shown(command)}\n{output}\n")
             if code < 0:
                 return f"ended by {signal.Signals(-code).name}"

@@ -21,7 +21,7 @@ from torchvision import transforms
 
 import P1_classifier
 from digits import classifier, metrics
-from digits.classifier import Judge, accuracy, grade_folder, load_judge, quality, shipped_judges
+from digits.classifier import DigitClassifier, accuracy, grade_folder, load_classifier, quality, shipped_classifiers
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
 from P1_classifier import Grade, Train, run_training
 from P1_dataloader import read_picture
@@ -55,9 +55,9 @@ def real_pictures() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> list[Judge]:
+def shipped() -> list[DigitClassifier]:
     """The judges in checkpoints/."""
-    return shipped_judges(CPU)
+    return shipped_classifiers(CPU)
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def patches(count: int, size: int = 28, seed: int = 0) -> Tensor:
     return torch.nn.functional.interpolate(coarse.float(), size=(size, size)).to(torch.uint8)
 
 
-def random_judge(domain: int) -> Judge:
+def random_judge(domain: int) -> DigitClassifier:
     """The course's LeNet with random weights, centred so that it sees every digit somewhere, and a reference of patches."""
     torch.manual_seed(domain)
-    judge = Judge(classifier.make_lenet(), domain)
+    judge = DigitClassifier(classifier.make_lenet(), domain)
     judge.network[-1].bias -= judge(patches(200)).mean(0)
     features = judge.features(patches(200))
     judge.reference = make_reference(features[:100], features[100:], 100, 100)
@@ -100,7 +100,7 @@ def course_file(path: Path) -> Path:
 # ---------------------------------------------------------------- the rule
 
 
-def course_confusion(folder: Path, judge: Judge) -> list[list[int]]:
+def course_confusion(folder: Path, judge: DigitClassifier) -> list[list[int]]:
     """The course's grading, written a second time with torchvision's transforms, picture by picture."""
     prepare = transforms.Compose(
         [transforms.Resize((28, 28)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
@@ -139,7 +139,7 @@ def test_accuracy_asks_each_domains_own_judge() -> None:
 
 
 def test_accuracy_of_no_pictures_is_nan() -> None:
-    judges = [Judge(classifier.make_resnet(classifier.JudgeConfig()), domain) for domain in (0, 1)]
+    judges = [DigitClassifier(classifier.make_resnet(classifier.ClassifierConfig()), domain) for domain in (0, 1)]
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     shares = accuracy(judges, images, torch.zeros(2), torch.zeros(2))
     assert shares[1] != shares[1]
@@ -153,7 +153,7 @@ def test_the_courses_mnistm_judge_reads_real_digits(real_pictures: dict[str, tup
     if not path.is_file():
         pytest.skip("the course's Classifier.pth is not on this machine")
     images, digits = real_pictures["mnistm"]
-    assert accuracy([load_judge(path, CPU)], images, digits, torch.zeros(len(images)))[0] >= 0.93
+    assert accuracy([load_classifier(path, CPU)], images, digits, torch.zeros(len(images)))[0] >= 0.93
 
 
 def test_timms_resnet34_is_the_svhn_judge(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_timms_resnet34_is_the_svhn_judge(tmp_path: Path) -> None:
     network = timm.create_model("resnet34", num_classes=10).eval()
     network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
     save_file(network.state_dict(), tmp_path / "resnet34.safetensors")
-    judge = load_judge(tmp_path / "resnet34.safetensors", CPU)
+    judge = load_classifier(tmp_path / "resnet34.safetensors", CPU)
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         expected = network(images / 127.5 - 1)
@@ -177,7 +177,7 @@ def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(models, "load_state_dict_from_hf", unreachable)
     with pytest.raises(BadInput, match=r"edadaltocg/resnet34_svhn can't be loaded \(no route"):
-        classifier.hub_judge(CPU)
+        classifier.hub_classifier(CPU)
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
@@ -185,14 +185,14 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
     state["fc1.weight"] = state["fc1.weight"][:, :200].clone()
     torch.save({"state_dict": state, "optimizer": {}}, tmp_path / "odd.pth")
     with pytest.raises(BadInput, match=r"odd\.pth.*fc1\.weight"):
-        load_judge(tmp_path / "odd.pth", CPU)
+        load_classifier(tmp_path / "odd.pth", CPU)
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3)])
 def test_a_file_that_holds_no_judge_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(BadInput, match=r"other\.pth is no judge"):
-        load_judge(tmp_path / "other.pth", CPU)
+        load_classifier(tmp_path / "other.pth", CPU)
 
 
 # ---------------------------------------------------------------- our judges
@@ -200,7 +200,7 @@ def test_a_file_that_holds_no_judge_is_refused(tmp_path: Path, content: object) 
 
 @pytest.mark.parametrize("domain", [0, 1])
 def test_a_shipped_judge_reaches_its_bar_on_real_pictures(
-    shipped: list[Judge], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+    shipped: list[DigitClassifier], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
 ) -> None:
     images, digits = real_pictures[DOMAINS[domain]]
     assert accuracy([shipped[domain]], images, digits, torch.zeros(len(images)))[0] >= BARS[DOMAINS[domain]]
@@ -208,7 +208,7 @@ def test_a_shipped_judge_reaches_its_bar_on_real_pictures(
 
 @pytest.mark.parametrize("domain", [0, 1])
 def test_a_shipped_judge_tells_real_pictures_from_noise_and_from_five_pictures_repeated(
-    shipped: list[Judge], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+    shipped: list[DigitClassifier], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
 ) -> None:
     images, _ = real_pictures[DOMAINS[domain]]
     noise = torch.randint(0, 256, (300, 3, 28, 28), dtype=torch.uint8)
@@ -220,7 +220,7 @@ def test_a_shipped_judge_tells_real_pictures_from_noise_and_from_five_pictures_r
     assert repeated["recall"] < 0.05
 
 
-def test_a_shipped_judge_knows_its_training_pictures(shipped: list[Judge]) -> None:
+def test_a_shipped_judge_knows_its_training_pictures(shipped: list[DigitClassifier]) -> None:
     for judge in shipped:
         assert judge.reference
         assert memorised(judge.reference.train[:200], judge.reference) == 1
@@ -236,7 +236,7 @@ def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_fil
         P1_classifier.run_training(
             Train(name_of, data=digits_folder, output=path, epochs=2, batch=10, fold=fold, device="cpu", run=run)
         )
-    first, second = (load_judge(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
+    first, second = (load_classifier(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
     assert f"{name_of} validation accuracy: " in capsys.readouterr().out
     assert json.loads((run / name_of / "record.json").read_text())["seed"] == 0
     assert first.domain == domain

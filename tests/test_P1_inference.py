@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from digits.classifier import grade_folder, misread, shipped_judges
+from digits.classifier import grade_folder, misclassified, shipped_classifiers
 from P1_inference import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -47,7 +47,7 @@ def test_the_grading_script_writes_the_contract_from_any_folder(tmp_path: Path) 
     for path in (caller / "my out").rglob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, picture.mode, picture.format) == ((28, 28), "RGB", "PNG")
-    grades = grade_folder(caller / "my out", shipped_judges(torch.device("cpu")))
+    grades = grade_folder(caller / "my out", shipped_classifiers(torch.device("cpu")))
     assert grades["mean"] > 0.9
 
 
@@ -92,7 +92,7 @@ def test_retries_replace_misread_pictures_and_no_other(tmp_path: Path) -> None:
     images = torch.from_numpy(np.stack(list(plain.values()))).permute(0, 3, 1, 2).to(torch.uint8)
     digits = torch.tensor([int(Path(name).name[0]) for name in plain])
     domains = torch.tensor([int(name.startswith("svhn")) for name in plain])
-    rows = misread(shipped_judges(torch.device("cpu")), images, digits, domains).tolist()
+    rows = misclassified(shipped_classifiers(torch.device("cpu")), images, digits, domains).tolist()
     assert {n for n in plain if (plain[n] != again[n]).any()} == {list(plain)[row] for row in rows}
     assert 0 <= left < len(rows)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from digits.sampling import Picture, Sampler, graded_pictures, sample, sample_all
+from digits.sampling import DigitRequest, DigitSamplerConfig, graded_requests, sample, sample_all
 from P1_model import (
     NO_DIGIT,
     NO_DOMAIN,
@@ -293,17 +293,19 @@ def test_wrong_weights_are_named(
 # ---------------------------------------------------------------- sampling
 
 SAMPLERS = {
-    "dpm": Sampler("dpm", 4),
-    "ddim": Sampler("ddim", 4),
-    "ddim eta 1": Sampler("ddim", 4, eta=1.0),
-    "ddpm": Sampler("ddpm"),
+    "dpm": DigitSamplerConfig("dpm", 4),
+    "ddim": DigitSamplerConfig("ddim", 4),
+    "ddim eta 1": DigitSamplerConfig("ddim", 4, eta=1.0),
+    "ddpm": DigitSamplerConfig("ddpm"),
 }
-WANTED = Picture(7, 1, seed=123)
-OTHERS = [Picture(digit, 0, seed=digit) for digit in range(4)]
+WANTED = DigitRequest(7, 1, seed=123)
+OTHERS = [DigitRequest(digit, 0, seed=digit) for digit in range(4)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_a_picture_is_the_same_alone_and_anywhere_in_a_batch(tiny_network: Network, sampler: Sampler) -> None:
+def test_a_picture_is_the_same_alone_and_anywhere_in_a_batch(
+    tiny_network: Network, sampler: DigitSamplerConfig
+) -> None:
     alone = sample(tiny_network, [WANTED], sampler)[0]
     second_of_five = sample(tiny_network, [OTHERS[0], WANTED, *OTHERS[1:]], sampler)[1]
     last_of_three = sample(tiny_network, [*OTHERS[:2], WANTED], sampler)[2]
@@ -332,13 +334,13 @@ def test_eta_adds_noise_to_the_same_start(tiny_network: Network) -> None:
 
 
 def test_without_a_digit_guidance_changes_nothing(tiny_network: Network) -> None:
-    unknown = Picture(NO_DIGIT, 1, seed=5)
-    plain, strong = (sample(tiny_network, [unknown], Sampler("ddim", 4, guidance=g)) for g in (1.0, 7.5))
+    unknown = DigitRequest(NO_DIGIT, 1, seed=5)
+    plain, strong = (sample(tiny_network, [unknown], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
     torch.testing.assert_close(plain, strong, rtol=0, atol=1e-4)
 
 
 def test_guidance_pushes_towards_the_digit(tiny_network: Network) -> None:
-    plain, strong = (sample(tiny_network, [WANTED], Sampler("ddim", 4, guidance=g)) for g in (1.0, 7.5))
+    plain, strong = (sample(tiny_network, [WANTED], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
     assert float((plain - strong).abs().max()) > 1e-3
 
 
@@ -356,16 +358,16 @@ def test_a_run_of_one_batch_shape_gives_the_same_bytes_however_many_pictures_fol
 
 
 def test_graded_pictures_come_by_domain_digit_and_index() -> None:
-    found = [(p.domain, p.digit) for p in graded_pictures(0, 2, digits=(3, 7))]
+    found = [(p.domain, p.digit) for p in graded_requests(0, 2, digits=(3, 7))]
     assert found == [(0, 3), (0, 3), (0, 7), (0, 7), (1, 3), (1, 3), (1, 7), (1, 7)]
 
 
 def test_a_graded_pictures_seed_does_not_depend_on_what_else_is_asked_for() -> None:
-    whole = graded_pictures(0, 50)
+    whole = graded_requests(0, 50)
     assert len({p.seed for p in whole}) == 1000
-    assert set(graded_pictures(0, 5, digits=(7,), domains=(1,))) < set(whole)
+    assert set(graded_requests(0, 5, digits=(7,), domains=(1,))) < set(whole)
 
 
 def test_sampler_settings_survive_a_checkpoint_and_ignore_unknown_names() -> None:
     values = {"name": "ddim", "steps": 9, "interval": [0.1, 0.9], "from_the_future": 1}
-    assert Sampler.from_dict(values) == Sampler("ddim", 9, interval=(0.1, 0.9))
+    assert DigitSamplerConfig.from_dict(values) == DigitSamplerConfig("ddim", 9, interval=(0.1, 0.9))

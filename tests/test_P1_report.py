@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusion.noise import draw, generators
-from digits.sampling import Picture
+from digits.sampling import DigitRequest
 from P1_model import Network
 from P1_report import Settings, main, reverse_process
 from runtime.cli import BadInput
@@ -20,7 +20,7 @@ from runtime.cli import BadInput
 
 def test_the_reverse_process_goes_from_the_seeds_noise_to_the_picture(tiny_network: Network) -> None:
     total = len(tiny_network.schedule)
-    states = reverse_process(tiny_network, [Picture(0, 0, 5), Picture(0, 1, 6)])
+    states = reverse_process(tiny_network, [DigitRequest(0, 0, 5), DigitRequest(0, 1, 6)])
     assert list(states)[0] == total
     assert list(states) == sorted(states, reverse=True)
     assert torch.equal(states[total], draw(generators([5, 6]), (3, 28, 28), torch.device("cpu")))

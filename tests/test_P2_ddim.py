@@ -17,11 +17,11 @@ from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
 from faces.noises import Noise, parse_seeds, save_noises
-from faces.sampling import compare, to_picture
+from faces.sampling import compare, to_image
 from P2_ddim import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
-from runtime.images import save_picture
+from runtime.images import save_image
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -154,11 +154,11 @@ def test_noise_may_have_any_float_type_and_no_batch_dimension(run: Any, tmp_path
 
 def test_minmax_spans_0_to_255_and_rounds_to_the_nearest() -> None:
     image = torch.tensor([-3.0, -3 + 4 * 0.4 / 255, -3 + 4 * 0.6 / 255, 1.0]).view(1, 2, 2)
-    assert to_picture(image, "minmax").flatten().tolist() == [0, 0, 1, 255]
+    assert to_image(image, "minmax").flatten().tolist() == [0, 0, 1, 255]
 
 
 def test_clamp_maps_minus_1_to_0_and_1_to_255() -> None:
-    assert to_picture(torch.tensor([[[-2.0, -1.0, 0.0, 1.0, 2.0]]]), "clamp").flatten().tolist() == [
+    assert to_image(torch.tensor([[[-2.0, -1.0, 0.0, 1.0, 2.0]]]), "clamp").flatten().tolist() == [
         0,
         0,
         128,
@@ -168,7 +168,7 @@ def test_clamp_maps_minus_1_to_0_and_1_to_255() -> None:
 
 
 def test_a_picture_of_one_value_is_black_not_nan() -> None:
-    assert to_picture(torch.full((3, 2, 2), 0.3), "minmax").unique().tolist() == [0]
+    assert to_image(torch.full((3, 2, 2), 0.3), "minmax").unique().tolist() == [0]
 
 
 @pytest.mark.parametrize(("off", "passes"), [(4, True), (5, False)])
@@ -297,7 +297,7 @@ def test_pictures_that_are_finished_stay_when_a_later_one_fails(
     def stop_at_the_third(path: Path, image: Tensor) -> None:
         if path.stem == "02":
             raise KeyboardInterrupt
-        save_picture(path, image)
+        save_image(path, image)
 
     monkeypatch.setattr("P2_ddim.save_picture", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -16,17 +16,17 @@ from small_pipeline import WIDTH, save_clip, save_pipeline
 
 from concepts import jobs
 from concepts.clip_scores import Scorer
-from concepts.composition.multipath import Means
+from concepts.composition.multipath import ConductorConfig
 from concepts.embeddings import file_of, save_vectors
 from concepts.jobs import Settings
-from concepts.sampling import Manner, Order, Painter
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
 from P3_inference import main
 from runtime.cli import BadInput
 from runtime.files import ROOT
-from runtime.images import open_picture
+from runtime.images import open_image
 
 CPU = torch.device("cpu")
 CASES = {
@@ -102,11 +102,11 @@ def test_a_file_that_does_not_belong_is_named_and_kept(given: Path, model: str) 
 
 
 def test_a_picture_is_the_same_in_any_batch_and_company(given: Path, model: str) -> None:
-    painter = Painter(load_pipeline(model, CPU, torch.float32), Manner("dpm", 3, Guidance(3.0)))
-    orders = [Order(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
-    together = painter.paint(orders).int()
+    painter = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
+    orders = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
+    together = painter.sample_images(orders).int()
     for order, image in zip(orders, together, strict=True):
-        assert (painter.paint([order])[0].int() - image).abs().max() <= 1
+        assert (painter.sample_images([order])[0].int() - image).abs().max() <= 1
     assert (together[0] - together[1]).abs().max() > 20
 
 
@@ -120,11 +120,11 @@ def test_the_best_of_many_are_kept(given: Path, model: str) -> None:
     flags: dict[str, Any] = {"input": None, "prompt": (prompt,), "clip": clip}
     main(settings(given, model, **flags, count=2, candidates=5))
     main(settings(given, model, **flags, count=5, output=given / "all"))
-    every = [open_picture(given / "all" / f"0_{n}.png") for n in range(5)]
+    every = [open_image(given / "all" / f"0_{n}.png") for n in range(5)]
     scorer = Scorer.load(clip, CPU)
     order = scorer.text_scores(scorer.encode(every), prompt).argsort(descending=True).tolist()
     for n in range(2):
-        assert torch.equal(open_picture(given / "out" / f"0_{n}.png"), every[order[n]])
+        assert torch.equal(open_image(given / "out" / f"0_{n}.png"), every[order[n]])
 
 
 # ---------------------------------------------------------------- solvers
@@ -134,7 +134,7 @@ def test_the_best_of_many_are_kept(given: Path, model: str) -> None:
 def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
     """The pipeline's own call, on the same noise."""
     pipe = load_pipeline(model, CPU, torch.float32)
-    ours = Painter(pipe, Manner(solver, 5, Guidance(3.0))).latents([Order("a red star", 4)])
+    ours = StableDiffusionSampler(pipe, SamplerConfig(solver, 5, Guidance(3.0))).latents([Request("a red star", 4)])
     if solver == "ddim":
         made = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
     else:
@@ -171,12 +171,12 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"candidates": 3}, "--candidates 3"),
         ({"interval": (0.5, 0.5)}, "--interval"),
         ({"size": 65}, "--size 65"),
-        ({"means": Means(sketch=-1.0)}, "--sketch -1"),
-        ({"means": Means(align=float("inf"))}, "--align inf"),
-        ({"means": Means(contain=1.5)}, "--contain 1.5"),
-        ({"means": Means(collage=-0.1)}, "--collage -0.1"),
-        ({"means": Means(inject=())}, "--inject"),
-        ({"means": Means(refine=True)}, "need a --layout"),
+        ({"means": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
+        ({"means": ConductorConfig(align=float("inf"))}, "--align inf"),
+        ({"means": ConductorConfig(contain=1.5)}, "--contain 1.5"),
+        ({"means": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
+        ({"means": ConductorConfig(inject=())}, "--inject"),
+        ({"means": ConductorConfig(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"model": "/nowhere"}, "/nowhere"),

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
-from concepts.dataset import Concept, read_concepts, read_pictures, square, zoomed_out
+from concepts.dataset import ConceptSet, read_concepts, read_pictures, square, zoomed_out
 from concepts.embeddings import install
-from concepts.inversion import Learner
+from concepts.inversion import TextualInversion
 from concepts.stable_diffusion import load_pipeline, suit_training
-from concepts.training import Recipe, Run
+from concepts.training import InversionArgs, Run
 from P3_textual_inversion import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -58,11 +58,11 @@ def settings(tmp_path: Path, model: str, images: Path | None, /, **changes: Any)
     return Settings(**given | changes)
 
 
-def learner(model: str, concepts: list[Concept], crops: bool = False) -> Learner:
-    return Learner(load_pipeline(model, CPU, torch.float32), concepts, 0, crops, True)
+def learner(model: str, concepts: list[ConceptSet], crops: bool = False) -> TextualInversion:
+    return TextualInversion(load_pipeline(model, CPU, torch.float32), concepts, 0, crops, True)
 
 
-def gradient(model: str, concepts: list[Concept], parts: int = 1) -> Any:
+def gradient(model: str, concepts: list[ConceptSet], parts: int = 1) -> Any:
     one = learner(model, concepts)
     sample = one.batch(3, slice(4), 4)
     one.backward(Accelerator(cpu=True), one.parameter, sample, parts)
@@ -75,7 +75,7 @@ def gradient(model: str, concepts: list[Concept], parts: int = 1) -> Any:
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_the_gradient_is_that_of_the_plain_method(model: str, images: Path, vectors: int) -> None:
     """Plain: the whole table is the parameter, and pictures go through the autoencoder."""
-    one, sample, ours = gradient(model, [Concept(TOKEN, images, "star", vectors=vectors)])
+    one, sample, ours = gradient(model, [ConceptSet(TOKEN, images, "star", vectors=vectors)])
     pipe = load_pipeline(model, CPU, torch.float32)
     install(pipe, {TOKEN: one.parameter.rows.detach()})
     table = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_plain_method(model: str, images: Path, vect
 
 
 def test_the_cached_posterior_is_the_autoencoders(model: str, images: Path) -> None:
-    one = learner(model, [Concept(TOKEN, images, "star")])
+    one = learner(model, [ConceptSet(TOKEN, images, "star")])
     pipe = load_pipeline(model, CPU, torch.float32)
     x = square(read_pictures(images), 64)
     moments = one.lessons[0].moments
@@ -102,13 +102,13 @@ def test_the_cached_posterior_is_the_autoencoders(model: str, images: Path) -> N
 
 
 def test_parts_of_a_batch_add_up(model: str, images: Path) -> None:
-    concepts = [Concept(TOKEN, images, "star")]
+    concepts = [ConceptSet(TOKEN, images, "star")]
     whole, parts = gradient(model, concepts)[2], gradient(model, concepts, 2)[2]
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
 
 
 def test_a_concept_learns_among_others_as_it_does_alone(model: str, images: Path) -> None:
-    first, second = Concept(TOKEN, images, "star"), Concept("<new2>", images, "moon", "style", 2)
+    first, second = ConceptSet(TOKEN, images, "star"), ConceptSet("<new2>", images, "moon", "style", 2)
     alone = gradient(model, [second])[2]
     together = gradient(model, [first, second])[2]
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-7)
@@ -128,9 +128,11 @@ def test_smaller_views_hold_the_whole_picture_on_its_own_edges() -> None:
 def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(model: str, images: Path) -> None:
     """The same noise, so that samples differ where the view does; and half of them, by 400 draws."""
     for kind, low, high in (("object", 0.4, 0.6), ("style", 0.0, 0.0)):
-        concepts = [Concept(TOKEN, images, "star", kind)]  # type: ignore[arg-type]
+        concepts = [ConceptSet(TOKEN, images, "star", kind)]  # type: ignore[arg-type]
         pipes = [load_pipeline(model, CPU, torch.float32) for _ in range(2)]
-        whole, some = (Learner(p, concepts, 0, False, True, share) for p, share in zip(pipes, (0.0, 0.5), strict=True))
+        whole, some = (
+            TextualInversion(p, concepts, 0, False, True, share) for p, share in zip(pipes, (0.0, 0.5), strict=True)
+        )
         first, second = (each.batch(0, slice(400), 400) for each in (whole, some))
         assert torch.equal(first.tokens, second.tokens)
         assert torch.equal(first.eps, second.eps)
@@ -140,7 +142,7 @@ def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(model: st
 
 def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Path) -> None:
     """By noise as long as asked, of each sample's own, whatever share of a batch is asked for."""
-    one = learner(model, [Concept(TOKEN, images, "star", vectors=2)])
+    one = learner(model, [ConceptSet(TOKEN, images, "star", vectors=2)])
     plain = one.batch(0, slice(6), 6)
     one.blur = 0.5
     sample, part = one.batch(0, slice(6), 6), one.batch(0, slice(2, 4), 6)
@@ -162,14 +164,14 @@ def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Pa
 
 
 def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None:
-    one = learner(model, [Concept(TOKEN, images, "star")], crops=True)
+    one = learner(model, [ConceptSet(TOKEN, images, "star")], crops=True)
     sample = one.batch(0, slice(4), 4)
     assert sample.x0.shape == (4, 4, 16, 16)
     assert one.lessons[0].moments is None
 
 
 def test_strong_noise_weighs_more_where_asked(model: str, images: Path) -> None:
-    one = learner(model, [Concept(TOKEN, images, "star")])
+    one = learner(model, [ConceptSet(TOKEN, images, "star")])
     sample = one.batch(3, slice(4), 4)
     one.most_weight = 10.0
     noisy = one.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
@@ -183,7 +185,7 @@ def test_strong_noise_weighs_more_where_asked(model: str, images: Path) -> None:
 def test_low_memory_keeps_less_and_gives_the_same_gradient(tmp_path: Path, model: str, images: Path) -> None:
     kept, gradients = [], []
     for low in (False, True):
-        run = Run(settings(tmp_path, model, images, low_memory=low), [Concept(TOKEN, images, "star")])
+        run = Run(settings(tmp_path, model, images, low_memory=low), [ConceptSet(TOKEN, images, "star")])
         sample, sizes = run.learner.batch(0, slice(2), 2), []
 
         def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -201,7 +203,7 @@ def test_low_memory_keeps_less_and_gives_the_same_gradient(tmp_path: Path, model
 
 
 def test_attention_that_trains_quickly_says_the_same(model: str, images: Path) -> None:
-    one = learner(model, [Concept(TOKEN, images, "star")])
+    one = learner(model, [ConceptSet(TOKEN, images, "star")])
     sample, losses = one.batch(3, slice(4), 4), []
     for plain in (False, True):
         for network in (one.pipe.unet, one.pipe.text_encoder) if plain else ():
@@ -215,7 +217,7 @@ def test_attention_that_trains_quickly_says_the_same(model: str, images: Path) -
 
 
 def test_only_the_new_rows_change(tmp_path: Path, model: str, images: Path) -> None:
-    run = Run(settings(tmp_path, model, images), [Concept(TOKEN, images, "star", vectors=2)])
+    run = Run(settings(tmp_path, model, images), [ConceptSet(TOKEN, images, "star", vectors=2)])
     before, fresh = run.learner.learned()[TOKEN], load_pipeline(model, CPU, torch.float32)
     run.train()
     assert not torch.equal(run.learner.learned()[TOKEN], before)
@@ -241,7 +243,7 @@ def test_it_leaves_vectors_pictures_and_a_record(tmp_path: Path, model: str, ima
 
 def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path) -> None:
     clip = save_clip(tmp_path / "clip")
-    run = Run(settings(tmp_path, model, images, clip=str(clip)), [Concept(TOKEN, images, "star")])
+    run = Run(settings(tmp_path, model, images, clip=str(clip)), [ConceptSet(TOKEN, images, "star")])
     run.train()
     scores = [look.scores[TOKEN] for look in run.looks.taken]
     assert len(scores) == 2
@@ -250,7 +252,7 @@ def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path
 
 
 def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
-    run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [Concept(TOKEN, images, "star")])
+    run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [ConceptSet(TOKEN, images, "star")])
     run.train()
     assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norms[0] * 1.0001
 
@@ -258,8 +260,8 @@ def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) ->
 def test_every_token_has_a_run_folder_of_its_own(model: str, images: Path) -> None:
     names = []
     for tokens in (("<a>",), ("<b>",), ("<a>", "<b>")):
-        concepts = [Concept(token, images, "star") for token in tokens]
-        run = Run(Recipe(model, device="cpu", precision="fp32", clip=None), concepts)
+        concepts = [ConceptSet(token, images, "star") for token in tokens]
+        run = Run(InversionArgs(model, device="cpu", precision="fp32", clip=None), concepts)
         names.append(run.folder.relative_to(ROOT).as_posix())
     assert names == [f"runs/p3_textual_inversion/{name}" for name in ("a", "b", "a+b")]
 
@@ -268,15 +270,15 @@ def test_an_end_of_memory_names_what_helps_and_keeps_the_checkpoint(
     tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = settings(tmp_path, model, images, batch=6, accumulate=2, validate_every=0)
-    original, calls = Learner.backward, []
+    original, calls = TextualInversion.backward, []
 
-    def backward(self: Learner, *arguments: Any) -> torch.Tensor:
+    def backward(self: TextualInversion, *arguments: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, *arguments)
 
-    monkeypatch.setattr(Learner, "backward", backward)
+    monkeypatch.setattr(TextualInversion, "backward", backward)
     with pytest.raises(BadInput, match="at step 4 with --batch 6 in 2 parts: try --accumulate 3 or --low-memory"):
         main(given)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
@@ -425,7 +427,7 @@ def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pyt
 def test_sentences_beside_a_picture_are_that_pictures_own(tmp_path: Path, model: str) -> None:
     folder = save_pictures(tmp_path / "images", 2)
     (folder / "0.txt").write_text("a red {} on a bench\n\n{} at night\n")
-    one = learner(model, [Concept(TOKEN, folder, "star")])
+    one = learner(model, [ConceptSet(TOKEN, folder, "star")])
     lesson = one.lessons[0]
     assert lesson.counts.tolist() == [2, len(lesson.concept.sentences)]
     words = [one.pipe.tokenizer.decode(ids, skip_special_tokens=True) for ids in lesson.tokens[0, :3]]
@@ -437,7 +439,7 @@ def test_sentences_beside_a_picture_are_that_pictures_own(tmp_path: Path, model:
     assert 12 < own.sum() < 36
     (folder / "1.txt").write_text("no place for it\n")
     with pytest.raises(BadInput, match=r"1\.txt, line 1: 'no place for it' wants \{\} where <new1> stands"):
-        learner(model, [Concept(TOKEN, folder, "star")])
+        learner(model, [ConceptSet(TOKEN, folder, "star")])
 
 
 def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images: Path) -> None:

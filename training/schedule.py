@@ -8,7 +8,7 @@ from typing import Literal
 Decay = Literal["linear", "cosine"]
 
 
-def rate_factor(step: int, total: int, warmup: int, decay: float, shape: Decay = "linear") -> float:
+def lr_factor(step: int, total: int, warmup: int, decay: float, shape: Decay = "linear") -> float:
     """0..1: rises over `warmup` steps, stays, and falls to 0 over the last `decay` (0..1) of `total` steps."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     if decay <= 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from runtime.cli import note
+from runtime.cli import log
 
 
 class StopSignals:
@@ -34,5 +34,5 @@ class StopSignals:
 
 def leave_stopped(step: int, checkpoint: Path) -> NoReturn:
     """Says from where a stopped training goes on, and ends with exit code 130."""
-    note(f"stopped at step {step:,}; the same command goes on from {checkpoint}")
+    log(f"stopped at step {step:,}; the same command goes on from {checkpoint}")
     raise SystemExit(130)

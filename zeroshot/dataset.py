@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime.cli import BadInput, note, progress
+from runtime.cli import BadInput, log, progress
 from runtime.files import read_json
 from runtime.images import SUFFIXES
 
@@ -68,7 +68,7 @@ def find_labels(images: Path) -> Path:
 
 
 @dataclass
-class Pictures:
+class LabelledImages:
     """The pictures of a folder, by class and name; `truth` [N] int64 is the row of each one's class in `classes`."""
 
     paths: list[Path]
@@ -107,7 +107,7 @@ class Pictures:
                 if mode != "RGB":
                     modes.setdefault(mode, path)
         for mode, path in modes.items():
-            note(f"pictures of mode {mode}, such as {path}, are converted to RGB")
+            log(f"pictures of mode {mode}, such as {path}, are converted to RGB")
 
     def open(self, index: int) -> Image.Image:
         """One decoded picture, RGB."""
@@ -127,7 +127,7 @@ def read_picture(path: Path) -> tuple[Image.Image, str]:
     return picture, mode
 
 
-def list_pictures(folder: Path, labels: Path | None = None) -> Pictures:
+def list_pictures(folder: Path, labels: Path | None = None) -> LabelledImages:
     """All pictures of the folder, none decoded yet; without `labels` the file is looked for.
     Raises BadInput for no picture, a name without a class id, an id without a name."""
     if not folder.is_dir():
@@ -152,7 +152,7 @@ def list_pictures(folder: Path, labels: Path | None = None) -> Pictures:
     if not found:
         raise BadInput(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     found.sort()
-    return Pictures([path for *_, path in found], torch.tensor([index for index, *_ in found]), classes)
+    return LabelledImages([path for *_, path in found], torch.tensor([index for index, *_ in found]), classes)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

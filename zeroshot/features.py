@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from runtime.cli import BadInput, leads, note, progress
+from runtime.cli import BadInput, is_main_process, log, progress
 from runtime.device import Machine, len_cores
 from runtime.distributed import ALONE, Shard
 from runtime.files import load_safetensors, save_safetensors
 from runtime.record import Record
-from zeroshot.dataset import Pictures
+from zeroshot.dataset import LabelledImages
 from zeroshot.model import Clip, load
 from zeroshot.prompts import fillers
-from zeroshot.settings import Choice, Settings
+from zeroshot.settings import Settings, ZeroShotConfig
 from zeroshot.weights import Source
 
 AHEAD = 3  # batches prepared while the model computes
@@ -35,7 +35,7 @@ def key_of(*parts: Any) -> str:
 
 
 def prepared(
-    clip: Clip, pictures: Pictures, rows: Sequence[int], batch: int, workers: int
+    clip: Clip, pictures: LabelledImages, rows: Sequence[int], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, int]]:
     """([B,3,H,W] uint8 resized and cropped, how many count) of these pictures, a few batches ahead of the model, in order."""
 
@@ -58,7 +58,7 @@ def _stacked(futures: Sequence[Future[Tensor]], batch: int) -> tuple[Tensor, int
     return torch.stack(ready + ready[-1:] * (batch - len(ready))), len(ready)
 
 
-def encode_all(clip: Clip, pictures: Pictures, batch: int, workers: int, shard: Shard = ALONE) -> Tensor:
+def encode_all(clip: Clip, pictures: LabelledImages, batch: int, workers: int, shard: Shard = ALONE) -> Tensor:
     """[N,D] float32 of length 1, on the CPU; nothing waits for the device before the end. Several processes share the batches, and each
     gets all features. Raises BadInput for overflow."""
     found = []
@@ -78,7 +78,7 @@ def encode_all(clip: Clip, pictures: Pictures, batch: int, workers: int, shard: 
 class FeatureFile:
     """Image features of one set of pictures, by model, in memory and (with a path) in a safetensors file."""
 
-    def __init__(self, path: Path | None, pictures: Pictures):
+    def __init__(self, path: Path | None, pictures: LabelledImages):
         self.path, self.pictures = path, pictures
         self.tensors: dict[str, Tensor] = {}
         self.labels: dict[str, str] = {}
@@ -94,7 +94,7 @@ class FeatureFile:
     def get(self, key: str, label: str) -> Tensor | None:
         """The features of a model, if they are there."""
         if key not in self.tensors and self.labels and self.path:
-            note(
+            log(
                 f"{self.path} has features of {', '.join(self.labels.values())}, none of {label} as set: computed and added"
             )
         return self.tensors.get(key)
@@ -102,18 +102,18 @@ class FeatureFile:
     def add(self, key: str, label: str, features: Tensor) -> None:
         """Keeps them; the file is replaced as a whole."""
         self.tensors[key], self.labels[key] = features, label
-        if self.path and leads():
+        if self.path and is_main_process():
             save_safetensors(self.path, self.tensors, {"pictures": self.pictures.fingerprint, **self.labels})
 
 
 @dataclass
-class Bench:
+class FeatureExtractor:
     """Everything that several settings share: pictures, features, and the model in use, which is loaded only if needed."""
 
     settings: Settings
     machine: Machine
     precision: str
-    pictures: Pictures
+    pictures: LabelledImages
     store: FeatureFile
     shard: Shard = ALONE
     loaded: tuple[str, Clip] | None = None
@@ -154,7 +154,7 @@ class Bench:
         return features
 
     def classifier(
-        self, source: Source, choice: Choice, templates: Sequence[str], record: Record
+        self, source: Source, choice: ZeroShotConfig, templates: Sequence[str], record: Record
     ) -> tuple[Tensor, float, float]:
         """([D,C] float32, scale, bias) from the cache, or built."""
         key = key_of(self.model_key(source), self.pictures.names, choice.names, templates)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runtime.cli import BadInput
 from runtime.files import atomic, read_json
-from zeroshot.dataset import Pictures
+from zeroshot.dataset import LabelledImages
 
 CASES = 5
 Choosing = Literal["seed", "confidence"]
@@ -54,7 +54,7 @@ def published(label: str) -> float | None:
 class Result:
     """probabilities [N,C] float32 of the pictures, rows in their order, summing to 1 over the classes."""
 
-    pictures: Pictures
+    pictures: LabelledImages
     probabilities: Tensor
 
     @cached_property

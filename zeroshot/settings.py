@@ -15,7 +15,7 @@ from zeroshot.weights import HUB, LOCAL, Activation
 
 
 @dataclass(frozen=True)
-class Choice:
+class ZeroShotConfig:
     """One setting to measure."""
 
     model: str
@@ -26,9 +26,9 @@ class Choice:
 
 # CIFAR-100, published: 64.2, 80.3 and 90.7. "fast" costs what the report's model costs, "best" 12 times as much.
 PRESETS = {
-    "report": Choice("ViT-B-32", "openai", "report", "raw"),
-    "fast": Choice("ViT-B-32", "datacomp_xl_s13b_b90k", "cifar", "clean"),
-    "best": Choice("EVA02-L-14", "merged2b_s4b_b131k", "cifar", "clean"),
+    "report": ZeroShotConfig("ViT-B-32", "openai", "report", "raw"),
+    "fast": ZeroShotConfig("ViT-B-32", "datacomp_xl_s13b_b90k", "cifar", "clean"),
+    "best": ZeroShotConfig("EVA02-L-14", "merged2b_s4b_b131k", "cifar", "clean"),
 }
 
 
@@ -77,16 +77,16 @@ class Settings:
     """Write FOLDER/runs.csv from every record.json below this folder, print it, and do nothing else."""
 
 
-def base_choice(settings: Settings) -> Choice:
+def base_config(settings: Settings) -> ZeroShotConfig:
     """The preset with the flags that were given; another model doesn't keep the preset's weights."""
     choice = PRESETS[settings.preset or "report"]
     if settings.model and settings.model != choice.model:
         choice = replace(choice, model=settings.model, weights=None)
-    given = {f.name: v for f in fields(Choice) if (v := getattr(settings, f.name)) is not None}
+    given = {f.name: v for f in fields(ZeroShotConfig) if (v := getattr(settings, f.name)) is not None}
     return replace(choice, **given)
 
 
-def parse_choice(text: str, base: Choice) -> Choice:
+def parse_config(text: str, base: ZeroShotConfig) -> ZeroShotConfig:
     """One argument of --compare on top of `base`; raises BadInput for a word that is none of its kinds."""
     choice = base
     for word in text.split(","):

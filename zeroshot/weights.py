@@ -17,7 +17,7 @@ import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 from runtime.files import ROOT, read_json, write_json
 from runtime.hub import first_line, hub, hub_answers
 
@@ -184,7 +184,7 @@ def _download(model: str, tag: str, known: dict[str, Any], allowed: bool) -> Pat
         reason = "the network doesn't answer"
         try:
             if not repository or hub_answers():
-                note(f"downloading {url}")
+                log(f"downloading {url}")
                 return Path(download_pretrained(known))
         except (OSError, RuntimeError, ValueError) as error:
             reason = f"the download failed ({first_line(error)})"
@@ -233,7 +233,7 @@ def matching_activation(model: str, tag: str | None, path: Path, keep: bool = Fa
         _tell_mismatch(model, "QuickGELU", str(tag), "GELU", keep)
         return model if keep else _plain(model), False
     if not known and not wanted and (has or _plain(model) + TWIN in open_clip.list_models()):
-        note(
+        log(
             f"warning: nothing tells whether {path} was trained with {'QuickGELU' if has else 'GELU'}, which {model} has;"
             f" weights by OpenAI, MetaCLIP and DFN want {_plain(model)}{TWIN}, the wrong one costs some points"
         )
@@ -244,7 +244,7 @@ def _tell_mismatch(model: str, has: str, weights: str, wanted: str, keep: bool) 
     done = (
         f"{has} is kept, as --activation named says" if keep else f"{wanted} is used (--activation named keeps {has})"
     )
-    note(f"warning: {model} has {has} but {weights} was trained with {wanted}: {done}")
+    log(f"warning: {model} has {has} but {weights} was trained with {wanted}: {done}")
 
 
 def is_openai_archive(path: Path) -> bool:

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from concepts.composition.layout import Layout
-from concepts.sampling import Painter
+from concepts.sampling import StableDiffusionSampler
 
 
 @dataclass(frozen=True)
 class Alignment:
     """References at every timestep, and the branches' prompts."""
 
-    painter: Painter
+    painter: StableDiffusionSampler
     references: dict[int, Tensor]
     """Timestep -> [B,4,h,w]."""
     prompts: Tensor
@@ -35,7 +35,9 @@ class Alignment:
     weight: float
 
     @classmethod
-    def of(cls, painter: Painter, layouts: Sequence[Layout], texts: Tensor, weight: float) -> Alignment | None:
+    def of(
+        cls, painter: StableDiffusionSampler, layouts: Sequence[Layout], texts: Tensor, weight: float
+    ) -> Alignment | None:
         """None where the layouts name no reference; each reference is inverted once."""
         different = list({id(layout): layout for layout in layouts}.values())
         pictures = [layout.reference for layout in different]
@@ -86,7 +88,7 @@ def keys(unet: Any, call: Callable[[], object]) -> Tensor:
     return found[0].float()
 
 
-def inverted(painter: Painter, x: Tensor, prompts: Tensor) -> dict[int, Tensor]:
+def inverted(painter: StableDiffusionSampler, x: Tensor, prompts: Tensor) -> dict[int, Tensor]:
     """{t: latent} for every timestep of the sampler's grid, from clean latents x [B,4,h,w] and their prompts [B,77,width], without
     guidance."""
     schedule, alpha = painter.schedule, 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from concepts.composition.layout import key_of
-from concepts.sampling import Painter
+from concepts.sampling import StableDiffusionSampler
 from diffusion.noise import generators
 from runtime.seeds import derived_seed
 
@@ -27,7 +27,12 @@ FLAT = 8  # latents along each side of the one-coloured pictures that are encode
 
 @torch.no_grad()
 def with_sketch(
-    noise: Tensor, painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor, strength: float
+    noise: Tensor,
+    painter: StableDiffusionSampler,
+    shares: Tensor,
+    seeds: Sequence[int],
+    ground: Tensor,
+    strength: float,
 ) -> Tensor:
     """noise [B,4,h,w] with `strength` times a sketch in the place of its low frequencies; shares [N,B,h,w]: how much of each position
     belongs to a region, ground [B,4]: the latent of what is around them. A picture whose regions are empty or cover all of it keeps its
@@ -47,7 +52,7 @@ def without_low(noise: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(noise) * high).real
 
 
-def sketches(painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
+def sketches(painter: StableDiffusionSampler, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
     """[B,4,h,w] of mean 0, so that the picture as a whole gets no tint, in the amplitude that training leaves at its last step. Colours
     follow from each picture's seed and each region's shape."""
     spots = _spots(shares)[:, :, None] * apart(painter, shares, seeds, ground)[..., None, None]
@@ -56,7 +61,7 @@ def sketches(painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Ten
     return left * (drawn - drawn.mean((2, 3), keepdim=True))
 
 
-def apart(painter: Painter, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
+def apart(painter: StableDiffusionSampler, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
     """[N,B,4], by what each region's colour differs from the ground's: of some random ones the farthest away."""
     colours = torch.stack([_colours(shares[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 2)
     away = _latents(painter, colours).to(shares) - ground  # [N,CHOICE,B,4]
@@ -89,7 +94,7 @@ def _colours(shares: Tensor, seed: int) -> Tensor:
     return torch.stack([torch.rand(CHOICE, 3, generator=stream) for stream in generators(keys)])
 
 
-def _latents(painter: Painter, colours: Tensor) -> Tensor:
+def _latents(painter: StableDiffusionSampler, colours: Tensor) -> Tensor:
     """[..,3] -> [..,4], in the U-Net's scale: the mean of what the encoder makes of a picture of that colour."""
     side = FLAT * painter.pipe.vae_scale_factor
     flat = (colours.flatten(0, -2) * 2 - 1)[..., None, None].expand(-1, -1, side, side)

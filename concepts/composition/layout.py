@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from concepts.embeddings import TOKEN, tokens_in
-from runtime.cli import BadInput, note
+from runtime.cli import BadInput, log
 from runtime.files import read_json
-from runtime.images import open_picture
+from runtime.images import open_image
 
 Box = tuple[float, float, float, float]
 FINEST = 512  # positions along each side in which masks are kept
@@ -99,7 +99,7 @@ class Layout:
         """The same with those regions alone that are things, or are not."""
         return replace(self, regions=tuple(region for region in self.regions if region.thing == things))
 
-    def require_room(self, height: int, width: int) -> None:
+    def check_resolution(self, height: int, width: int) -> None:
         """Raises BadInput for a region in which no latent of this size lies."""
         for region, mask in zip(self.regions, self.masks(height, width), strict=True):
             if not mask.any():
@@ -146,7 +146,7 @@ def without_overlap(regions: Sequence[Region]) -> list[Region]:
         if not free.any():
             raise BadInput(f"{region.token}: its region is empty, or lies within those before it")
         if free.sum() < region.mask.sum():
-            note(
+            log(
                 f"{region.token}: {1 - float(free.sum() / region.mask.sum()):.0%} of its region belongs to concepts before it"
             )
         taken, found = taken + free, [*found, replace(region, mask=free)]
@@ -210,7 +210,7 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     if not objects:
         raise BadInput(f"--layout auto: {prompt!r} names no object's token")
     if words and (silent := [token for token in objects if token not in words]):
-        note(f"--words has none for {', '.join(silent)}, an object to the base prompt")
+        log(f"--words has none for {', '.join(silent)}, an object to the base prompt")
     plain = prompt
     for style in styles:
         plain = plain.replace(f" in the style of {style}", "")
@@ -247,7 +247,7 @@ def read_layout(path: Path) -> Layout:
         _check_entry(path, number, entry)
     for entry in entries:
         if "word" in entry and slots(content["prompt"], [entry["word"]], "") == content["prompt"]:
-            note(f"{path}, {entry['token']}: the prompt doesn't hold its word {entry['word']!r}")
+            log(f"{path}, {entry['token']}: the prompt doesn't hold its word {entry['word']!r}")
     regions = [_region(path, entry) for entry in entries if not entry.get("style")]
     styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
     reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}
@@ -291,7 +291,7 @@ def _region(path: Path, entry: dict[str, Any]) -> Region:
 
 def _mask(path: Path, entry: dict[str, Any]) -> Tensor | None:
     if "mask" in entry:
-        picture = open_picture(path.parent / entry["mask"]).float().mean(0) / 255
+        picture = open_image(path.parent / entry["mask"]).float().mean(0) / 255
         return (F.interpolate(picture[None, None], size=(FINEST, FINEST), mode="area")[0, 0] > 0.5).float()
     if "box" not in entry:
         return None
@@ -305,7 +305,7 @@ def _mask(path: Path, entry: dict[str, Any]) -> Tensor | None:
 
 
 def _reference(path: Path, file: str) -> Tensor:
-    picture = open_picture(path.parent / file)
+    picture = open_image(path.parent / file)
     height, width = picture.shape[1:]
     if height != width:
         raise BadInput(f"{path}: reference {file} has {width}x{height} pixels, but pictures are square: crop it")

@@ -30,10 +30,10 @@ from concepts.composition.collage import MIDDLE, pasted
 from concepts.composition.first_noise import placed, with_sketch
 from concepts.composition.layout import Layout, Region, inside, key_of
 from concepts.composition.refinement import fitted, watched
-from concepts.sampling import Order, Painter
+from concepts.sampling import Request, StableDiffusionSampler
 from diffusion.noise import draw, generators
 from diffusion.schedule import Schedule, add_noise
-from runtime.cli import BadInput, require_not_negative, require_shares
+from runtime.cli import BadInput, check_fractions, check_not_negative
 from runtime.seeds import derived_seed
 
 Level = Literal["joint", "regional", "conductor"]
@@ -42,7 +42,7 @@ COARSE = 3  # means along each side that are left of what is outside the regions
 
 
 @dataclass(frozen=True)
-class Means:
+class ConductorConfig:
     """What the level `conductor` does; the defaults are what did best on the miniature (README)."""
 
     inject: tuple[Piece, ...] = ("attention", "features", "noise")
@@ -73,14 +73,14 @@ class Means:
 
     def check(self) -> None:
         """Raises BadInput for strengths that make no sense, and where nothing is injected."""
-        require_not_negative(self, "sketch", "align")
-        require_shares(self, "contain", "collage")
+        check_not_negative(self, "sketch", "align")
+        check_fractions(self, "contain", "collage")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 
 
 @dataclass(frozen=True)
-class Composed:
+class LayoutRequest:
     """One picture to draw: where what is, and the seed of its noise."""
 
     layout: Layout
@@ -88,7 +88,7 @@ class Composed:
 
 
 @dataclass
-class Composition:
+class BranchRouting:
     """What processors and hooks go by during one call of the U-Net on rows [base B, concept 1 B, .., concept N B, unconditional B];
     without branches on [base B, unconditional B]."""
 
@@ -137,10 +137,10 @@ class Composition:
         return torch.cat([self.blended(base, concepts), rows[self.count :]])
 
 
-class ComposedAttention:
+class RoutedAttention:
     """A layer's own attention, then what the composition asks for; `up`: the layer is in an up block."""
 
-    def __init__(self, composition: Composition, up: bool, plain: Any):
+    def __init__(self, composition: BranchRouting, up: bool, plain: Any):
         self.composition, self.up, self.plain = composition, up, plain
 
     def __call__(
@@ -174,10 +174,10 @@ class ComposedAttention:
 
 
 @contextmanager
-def composed(unet: Any, composition: Composition) -> Iterator[None]:
+def routed(unet: Any, composition: BranchRouting) -> Iterator[None]:
     """The U-Net with these processors, and hooks on the residual blocks of its up blocks; as it was afterwards."""
     before = dict(unet.attn_processors)
-    made = {name: ComposedAttention(composition, name.startswith("up_blocks"), own) for name, own in before.items()}
+    made = {name: RoutedAttention(composition, name.startswith("up_blocks"), own) for name, own in before.items()}
     with ExitStack() as stack:
         stack.callback(unet.set_attn_processor, before)
         unet.set_attn_processor(dict(made))
@@ -193,20 +193,25 @@ def composed(unet: Any, composition: Composition) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compose(painter: Painter, orders: Sequence[Composed], level: Level, means: Means = Means()) -> Tensor:
+def compose(
+    painter: StableDiffusionSampler,
+    orders: Sequence[LayoutRequest],
+    level: Level,
+    means: ConductorConfig = ConductorConfig(),
+) -> Tensor:
     """[B,3,H,W] uint8; the layouts may differ, but all have as many regions."""
     layouts, seeds = [order.layout for order in orders], [order.seed for order in orders]
     if level == "joint" or not layouts[0].regions:
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
-        return painter.paint([Order(text, seed) for text, seed in zip(prompts, seeds, strict=True)])
+        return painter.sample_images([Request(text, seed) for text, seed in zip(prompts, seeds, strict=True)])
     x, steps = draw(generators(seeds), painter.shape, painter.pipe.unet.device), painter.manner.steps
     start = collage_step(layouts, steps, means) if level == "conductor" else 0
-    together = Ensemble(painter, layouts, level, means, range(start, steps))
+    together = MultipathDenoiser(painter, layouts, level, means, range(start, steps))
     x = collage(painter, layouts, seeds, means, x, start) if start else together.sketched(x, seeds)
     return painter.decode(together.solve(x))
 
 
-def collage_step(layouts: Sequence[Layout], steps: int, means: Means) -> int:
+def collage_step(layouts: Sequence[Layout], steps: int, means: ConductorConfig) -> int:
     """The step before which the collage is made; 0 where there is none, as with a region that is all of the picture, or with a reference,
     which says itself how things lie."""
     if means.align and any(layout.reference is not None for layout in layouts):
@@ -217,11 +222,16 @@ def collage_step(layouts: Sequence[Layout], steps: int, means: Means) -> int:
 
 
 def collage(
-    painter: Painter, layouts: Sequence[Layout], seeds: Sequence[int], means: Means, noise: Tensor, start: int
+    painter: StableDiffusionSampler,
+    layouts: Sequence[Layout],
+    seeds: Sequence[int],
+    means: ConductorConfig,
+    noise: Tensor,
+    start: int,
 ) -> Tensor:
     """[B,4,h,w] at step `start`: around the things as the base prompts want it, in their regions what was drawn of them alone."""
     things, rest = ([layout.only(thing) for layout in layouts] for thing in (True, False))
-    around = Ensemble(painter, rest, "conductor", means, range(start), shares_of(painter, things))
+    around = MultipathDenoiser(painter, rest, "conductor", means, range(start), soft_masks_of(painter, things))
     x, t = around.solve(around.sketched(noise, seeds)), painter.grid.pairs[start][0]
     clean, _ = painter.schedule.clean_and_noise(around.denoise(x, t), x, t)
     backdrops, free = painter.decode(clean) / 127.5 - 1, outside(around.held)
@@ -242,26 +252,32 @@ def collage(
     return torch.where(around.held.amax(0)[:, None] > 0, noised, x)
 
 
-def drawn_alone(painter: Painter, prompts: Sequence[str], seeds: Sequence[int], means: Means, ground: Tensor) -> Tensor:
+def drawn_alone(
+    painter: StableDiffusionSampler,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    means: ConductorConfig,
+    ground: Tensor,
+) -> Tensor:
     """[B,3,H,W] in -1..1: each prompt's thing in the middle, in a few steps, on the ground [B,4] that it will lie on, so that it stands out
     from that."""
     steps = min(means.ALONE, painter.manner.steps)
     quick = replace(painter, manner=replace(painter.manner, steps=steps))
-    middle = shares_of(painter, [Layout(prompt, (Region("", prompt, MIDDLE),)) for prompt in prompts])
-    alone = Ensemble(
+    middle = soft_masks_of(painter, [Layout(prompt, (Region("", prompt, MIDDLE),)) for prompt in prompts])
+    alone = MultipathDenoiser(
         quick, [Layout(prompt, ()) for prompt in prompts], "conductor", means, range(steps), middle, ground
     )
     x = alone.sketched(draw(generators(seeds), painter.shape, painter.pipe.unet.device), seeds)
     return painter.decode(alone.solve(x)) / 127.5 - 1
 
 
-def shares_of(painter: Painter, layouts: Sequence[Layout]) -> Tensor:
+def soft_masks_of(painter: StableDiffusionSampler, layouts: Sequence[Layout]) -> Tensor:
     """[N,B,h,w], how much of each latent belongs to each region."""
     shares = torch.stack([layout.shares(*painter.shape[1:]) for layout in layouts], 1)
     return shares.to(painter.pipe.unet.device)
 
 
-def passes(layout: Layout, level: Level, steps: int, means: Means) -> int:
+def passes(layout: Layout, level: Level, steps: int, means: ConductorConfig) -> int:
     """Rows that a picture takes of the U-Net, all steps together."""
     branches = len(layout.regions) if level == "conductor" else 0
     start, rest = collage_step([layout], steps, means) if branches else 0, len(layout.only(False).regions)
@@ -269,27 +285,29 @@ def passes(layout: Layout, level: Level, steps: int, means: Means) -> int:
     return before + (steps - start) * (2 + branches)
 
 
-class Ensemble:
+class MultipathDenoiser:
     """The branches of a batch of pictures on their way from noise to latents, or on these steps of it. `held` [N,B,h,w]: outside of these
     regions nothing forms; none given: the layouts' own. `ground` [B,4]: what is to be there; none given: a blur of what would be."""
 
     def __init__(
         self,
-        painter: Painter,
+        painter: StableDiffusionSampler,
         layouts: Sequence[Layout],
         level: Level,
-        means: Means,
+        means: ConductorConfig,
         steps: range,
         held: Tensor | None = None,
         ground: Tensor | None = None,
     ):
         self.painter, self.means, count = painter, means, len(layouts)
         prompts = [prompt for same in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in same]
-        texts, shares = painter.text(prompts).unflatten(0, (-1, count)), shares_of(painter, layouts)
+        texts, shares = painter.text(prompts).unflatten(0, (-1, count)), soft_masks_of(painter, layouts)
         self.conducts, regions = level == "conductor", bool(layouts[0].regions)
         branches = self.conducts and regions
         base = texts[0] if branches and means.focus else None
-        self.now = Composition(shares, branches, means.inject if branches else (), base, texts[1:] if regions else None)
+        self.now = BranchRouting(
+            shares, branches, means.inject if branches else (), base, texts[1:] if regions else None
+        )
         self.held, self.ground = shares if held is None else held, ground
         rows = texts if branches else texts[:1]
         self.text = torch.cat([rows.flatten(0, 1), painter.text([painter.manner.negative]).repeat(count, 1, 1)])
@@ -331,7 +349,7 @@ class Ensemble:
         rows = x.repeat(len(self.text) // len(x), 1, 1, 1)
         with ExitStack() as stack:
             seen = stack.enter_context(watched(unet)) if self.step in self.fitted else None
-            stack.enter_context(composed(unet, now))
+            stack.enter_context(routed(unet, now))
             out = self.painter.network(rows, t, self.text)
         if seen:
             base, concepts, _ = now.parts(seen.probabilities())
@@ -341,12 +359,12 @@ class Ensemble:
             base = now.blended(base, concepts)
         eps = plain + self.painter.manner.guidance.scale * (base - plain)
         if self.step in self.contained:
-            eps = contained(x, eps, t, self.painter.schedule, self.held, self.ground)
+            eps = keep_inside_regions(x, eps, t, self.painter.schedule, self.held, self.ground)
         self.step += 1
         return eps
 
 
-def contained(
+def keep_inside_regions(
     x: Tensor, eps: Tensor, t: int, schedule: Schedule, shares: Tensor, ground: Tensor | None = None
 ) -> Tensor:
     """eps [B,4,h,w] at step t, changed so that outside the regions, shares [N,B,h,w], it predicts the ground [B,4]; none given: a blur of

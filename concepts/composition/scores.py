@@ -14,9 +14,9 @@ from torch import Tensor
 
 from concepts.clip_scores import Scorer
 from concepts.composition.layout import Layout, bounds
-from concepts.composition.multipath import Composed, Level, Means, compose
+from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import read_pictures
-from concepts.sampling import Painter
+from concepts.sampling import StableDiffusionSampler
 from runtime.images import labelled_grid
 
 Scores = dict[str, float]
@@ -90,10 +90,12 @@ def with_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
     return large
 
 
-def levels_figure(path: Path, painter: Painter, layout: Layout, seeds: Sequence[int], means: Means) -> None:
+def levels_figure(
+    path: Path, painter: StableDiffusionSampler, layout: Layout, seeds: Sequence[int], means: ConductorConfig
+) -> None:
     """A row per seed, of the first four: layout, joint, regional, conductor."""
     seeds, levels = seeds[:MOST], get_args(Level)
-    orders = [Composed(layout, seed) for seed in seeds]
+    orders = [LayoutRequest(layout, seed) for seed in seeds]
     drawn = [with_outlines(compose(painter, orders, level, means), layout) for level in levels]
     plan = layout_picture(layout, drawn[0].shape[2])
     cells = torch.stack([image for row in zip(*drawn, strict=True) for image in (plan, *row)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from miniature.scenery.scenes import HELD_OUT_STYLES, KINDS, Dice, Scene, Thing
+from miniature.scenery.scenes import HELD_OUT_STYLES, KINDS, Scene, StableRandom, Thing
 from zeroshot.prompts import article
 
 OPENINGS = (
@@ -81,7 +81,7 @@ class Caption:
 
 def caption(scene: Scene, seed: int) -> Caption:
     """One wording of many for this scene."""
-    dice = Dice(seed)
+    dice = StableRandom(seed)
     named: set[str] = set()
     names = [_name(thing, index, dice, named) for index, thing in enumerate(scene.things)]
     text = _arranged(scene, names, dice, named)
@@ -90,7 +90,7 @@ def caption(scene: Scene, seed: int) -> Caption:
     return Caption(_styled(scene, text, dice, named), frozenset(named))
 
 
-def _name(thing: Thing, index: int, dice: Dice, named: set[str]) -> str:
+def _name(thing: Thing, index: int, dice: StableRandom, named: set[str]) -> str:
     """ "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object."""
     noun = thing.kind
     nameless = noun not in KINDS or dice.chance(0.12)
@@ -109,14 +109,14 @@ def _name(thing: Thing, index: int, dice: Dice, named: set[str]) -> str:
     return " ".join([*_article(words[0], dice), *words])
 
 
-def _traits(of: Mapping[str, Sequence[str]], name: str, dice: Dice) -> list[str]:
+def _traits(of: Mapping[str, Sequence[str]], name: str, dice: StableRandom) -> list[str]:
     """One to three words that are true of `name`, in any order; fewer where it has no more."""
     words = [word for word, holders in of.items() if name in holders]
     wanted = min(1 + dice.below(3), len(words))
     return [words.pop(dice.below(len(words))) for _ in range(wanted)]
 
 
-def _article(word: str, dice: Dice) -> list[str]:
+def _article(word: str, dice: StableRandom) -> list[str]:
     which = dice.weighted((0.75, 0.15, 0.1))
     return [[article(word)], ["the"], []][which]
 
@@ -126,7 +126,7 @@ def an(words: str) -> str:
     return f"{article(words)} {words}"
 
 
-def _arranged(scene: Scene, names: Sequence[str], dice: Dice, named: set[str]) -> str:
+def _arranged(scene: Scene, names: Sequence[str], dice: StableRandom, named: set[str]) -> str:
     """The objects in one phrase, half of the time with where they are."""
     told = dice.chance(0.5)
     if told:
@@ -150,7 +150,7 @@ def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
     return sorted(range(len(things)), key=starts.__getitem__), column
 
 
-def _background(scene: Scene, dice: Dice, named: set[str]) -> str:
+def _background(scene: Scene, dice: StableRandom, named: set[str]) -> str:
     """ " on a blue background", " on a textured red background", or nothing."""
     if not dice.chance(0.7):
         return ""
@@ -163,7 +163,7 @@ def _background(scene: Scene, dice: Dice, named: set[str]) -> str:
     return f" on {an(' '.join(words))}"
 
 
-def _styled(scene: Scene, text: str, dice: Dice, named: set[str]) -> str:
+def _styled(scene: Scene, text: str, dice: StableRandom, named: set[str]) -> str:
     """With the style's name, most often, or some words about it; flat pictures are mostly left as they are."""
     if not dice.chance(0.4 if scene.style == "flat" else 0.8):
         return text

@@ -17,14 +17,14 @@ from miniature.scenery.scenes import (
     KINDS,
     PLACES,
     Scene,
-    Wish,
+    SceneSpec,
     allowed,
     fits,
     sample_scene,
 )
 from runtime.cli import BadInput, progress
 from runtime.files import atomic, output_folder
-from runtime.images import save_picture
+from runtime.images import save_image
 from runtime.seeds import derived_seed
 
 
@@ -41,7 +41,7 @@ def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
         background = grounds[index % len(grounds)]
         colour = next(c for c in colours if fits(c, background) and allowed(c, kind, "trained"))
         colours.append(colours.pop(colours.index(colour)))  # the others are due first
-        wish = Wish(kinds=(kind,), colours=(colour,), background=background, place=places[index % len(places)])
+        wish = SceneSpec(kinds=(kind,), colours=(colour,), background=background, place=places[index % len(places)])
         wish = replace(wish, style=name if name in ALL_STYLES else "flat")
         scenes.append(sample_scene(derived_seed(seed, index), wish))
     return scenes
@@ -79,4 +79,4 @@ def write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene], 
     if foreign:
         raise BadInput(f"{folder} holds other files, such as {foreign[0]}: name another --output")
     for name, scene in progress(list(zip(names, scenes, strict=True)), "rendering", leave=False):
-        save_picture(folder / name, as_tensor(render(scene)[None])[0])
+        save_image(folder / name, as_tensor(render(scene)[None])[0])

@@ -19,7 +19,7 @@ from miniature.scenery.scenes import (
     FREE,
     SIDE,
     Scene,
-    Wish,
+    SceneSpec,
     sample_scene,
 )
 from miniature.scenery.styles import paint
@@ -46,7 +46,7 @@ def render(scene: Scene) -> Images:
     return paint(scene)
 
 
-def batch(seeds: Sequence[int], wish: Wish = FREE) -> Batch:
+def batch(seeds: Sequence[int], wish: SceneSpec = FREE) -> Batch:
     """One picture per seed (0 or more), with what `wish` fixes; raises ValueError where that can't be had."""
     scenes = [sample_scene(seed, wish) for seed in seeds]
     captions = [caption(scene, derived_seed(seed)) for seed, scene in zip(seeds, scenes, strict=True)]
@@ -56,7 +56,9 @@ def batch(seeds: Sequence[int], wish: Wish = FREE) -> Batch:
     return Batch(images, captions, scenes)
 
 
-def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, processes: int | None = None) -> Batch:
+def dataset(
+    count: int, seed: int, wish: SceneSpec = FREE, file: Path | None = None, processes: int | None = None
+) -> Batch:
     """`count` pictures, rendered by all cores: picture k depends on (seed, k) alone. 12 KiB each: in memory, or as a .npy
     `file` that the returned array maps."""
     shape = (count, SIDE, SIDE, 3)
@@ -73,7 +75,7 @@ def dataset(count: int, seed: int, wish: Wish = FREE, file: Path | None = None, 
     return Batch(images, captions, scenes)
 
 
-def stream(seeds: Sequence[int], wish: Wish = FREE, processes: int | None = None) -> Iterator[Batch]:
+def stream(seeds: Sequence[int], wish: SceneSpec = FREE, processes: int | None = None) -> Iterator[Batch]:
     """One picture per seed, in order, at most CHUNK at a time, rendered by all cores. Forked processes start at once; where CUDA is in
     use, and off Linux, they have to be fresh ones."""
     parts = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]

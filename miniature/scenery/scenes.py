@@ -125,7 +125,7 @@ def fits(colour: str, background: str) -> bool:
 # ---------------------------------------------------------------- drawing a scene
 
 
-class Dice:
+class StableRandom:
     """Choices from one seed (0 or more), all made of `Random.random`: the one sequence that Python promises never to change."""
 
     def __init__(self, seed: int):
@@ -158,7 +158,7 @@ class Dice:
 
 
 @dataclass(frozen=True)
-class Wish:
+class SceneSpec:
     """What a scene must hold; what is None is drawn. `kinds`, `colours` and `boxes` have one entry per object, in one order."""
 
     count: int | None = None
@@ -200,14 +200,14 @@ class Wish:
         single = [(self.style, ALL_STYLES), (self.background, tuple(BACKGROUNDS)), (self.ground, GROUNDS)]
         return [*many, *single, (self.place, PLACES)]
 
-    def how_many(self, dice: Dice) -> int:
+    def how_many(self, dice: StableRandom) -> int:
         """As given, or as the shares say."""
         given = self.kinds or self.colours or self.boxes or ((self.place,) if self.place else ())
         drawn = dice.weighted(self.shares) + 1
         return self.count or len(given) or drawn
 
 
-FREE = Wish()
+FREE = SceneSpec()
 
 
 def min_side(box: Box) -> int:
@@ -215,11 +215,11 @@ def min_side(box: Box) -> int:
     return min(box[2] - box[0], box[3] - box[1])
 
 
-def sample_scene(seed: int, wish: Wish = FREE) -> Scene:
+def sample_scene(seed: int, wish: SceneSpec = FREE) -> Scene:
     """The scene of this seed (0 or more), with what `wish` fixes; raises ValueError where it can't be had.
 
     Objects of one picture differ in kind and colour; background and objects always contrast."""
-    dice = Dice(seed)
+    dice = StableRandom(seed)
     count = wish.how_many(dice)
     kinds = wish.kinds or _kinds(dice, wish, count)
     background, colours = _colours(dice, wish, kinds)
@@ -233,7 +233,7 @@ def sample_scene(seed: int, wish: Wish = FREE) -> Scene:
     return Scene(things, laid, wish.style or style, dice.below(2**31))
 
 
-def _kinds(dice: Dice, wish: Wish, count: int) -> tuple[str, ...]:
+def _kinds(dice: StableRandom, wish: SceneSpec, count: int) -> tuple[str, ...]:
     """Different ones; where colours are given, such as may have them."""
     kinds: list[str] = []
     for index in range(count):
@@ -246,11 +246,11 @@ def _kinds(dice: Dice, wish: Wish, count: int) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _tint(dice: Dice) -> Tint:
+def _tint(dice: StableRandom) -> Tint:
     return dice.between(-TINT, TINT), dice.between(-TINT, TINT), dice.between(-TINT, TINT)
 
 
-def _colours(dice: Dice, wish: Wish, kinds: Sequence[str]) -> tuple[str, list[str]]:
+def _colours(dice: StableRandom, wish: SceneSpec, kinds: Sequence[str]) -> tuple[str, list[str]]:
     """A background and one colour per kind that stand out from it; where colours are given, the background follows."""
     if wish.colours:
         contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in wish.colours)]
@@ -285,7 +285,7 @@ def _square(box: Box) -> Box:
 # ---------------------------------------------------------------- places
 
 
-def _boxes(dice: Dice, count: int, wish: Wish) -> list[Box]:
+def _boxes(dice: StableRandom, count: int, wish: SceneSpec) -> list[Box]:
     """Boxes that don't overlap: one anywhere that has a name, or a row or column of several."""
     least, most = (wish.least if count == 1 else SIZES[count][0]), SIZES[count][1]
     sizes = [2 * dice.between(least // 2, most // 2) for _ in range(count)]
@@ -294,7 +294,7 @@ def _boxes(dice: Dice, count: int, wish: Wish) -> list[Box]:
     return _line(dice, sizes, column=dice.chance(0.5))
 
 
-def _single(dice: Dice, size: int, place: str) -> Box:
+def _single(dice: StableRandom, size: int, place: str) -> Box:
     """Plainly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
     along, across = dice.between(8, (SIDE - size) // 2 - 2), dice.between(-4, 4)
     right, down = {
@@ -308,7 +308,7 @@ def _single(dice: Dice, size: int, place: str) -> Box:
     return left, top, left + size, top + size
 
 
-def _line(dice: Dice, sizes: Sequence[int], column: bool) -> list[Box]:
+def _line(dice: StableRandom, sizes: Sequence[int], column: bool) -> list[Box]:
     """One behind the other, in slots of equal width; in the middle of the other axis, up to 5 pixels off."""
     slot, boxes = SIDE / len(sizes), []
     for index, size in enumerate(sizes):

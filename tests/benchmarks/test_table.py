@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import p3_composition
-from benchmarks.table import BENCHES, Bench, Settings, main, markdown, rows_of, step_of
-from concepts.composition.multipath import Means
+from benchmarks.table import BENCHES, Benchmark, Settings, main, markdown, rows_of, step_of
+from concepts.composition.multipath import ConductorConfig
 from runtime.cli import BadInput
 from runtime.files import ROOT
 
@@ -30,7 +30,7 @@ INVERSION = {
 }
 
 
-def bench(name: str) -> Bench:
+def bench(name: str) -> Benchmark:
     return next(one for one in BENCHES if one.name == name)
 
 
@@ -133,12 +133,12 @@ def test_a_change_of_the_code_measured_counts() -> None:
     [
         ({"cases": ()}, "--cases"),
         ({"levels": ()}, "--levels"),
-        ({"ablation": True, "means": Means(sketch=1)}, "--ablation"),
-        ({"means": Means(sketch=-1)}, "--sketch -1"),
+        ({"ablation": True, "means": ConductorConfig(sketch=1)}, "--ablation"),
+        ({"means": ConductorConfig(sketch=-1)}, "--sketch -1"),
         ({"model": "nowhere"}, "--model nowhere"),
     ],
 )
 def test_bad_flags_of_composition_are_named(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
-        p3_composition.main(p3_composition.Bench(device="cpu", output=tmp_path / "record.json", **flags))
+        p3_composition.main(p3_composition.Settings(device="cpu", output=tmp_path / "record.json", **flags))
     assert not list(tmp_path.iterdir())

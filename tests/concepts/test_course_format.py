@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from concepts.course_format import Concept, picture_path, read_input
+from concepts.course_format import CourseConcept, image_path, read_input
 from runtime.cli import BadInput
 
 DOG: dict[str, Any] = {
@@ -30,15 +30,15 @@ def test_every_field_of_every_concept_is_read_in_order(tmp_path: Path) -> None:
     style = {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["Paris in the style of <new2>."]}
     found = read_input(write(tmp_path / "input.json", {"style": style, "0": DOG}))
     assert found == [
-        Concept("style", "David Revoy", "<new2>", ("Paris in the style of <new2>.",)),
-        Concept(
+        CourseConcept("style", "David Revoy", "<new2>", ("Paris in the style of <new2>.",)),
+        CourseConcept(
             "0", "dog", "<new1>", tuple(DOG["prompt"]), tuple(DOG["prompt_4_clip_eval"]), ((79.0, 34.5), (74.0, 35.0))
         ),
     ]
 
 
 def test_pictures_are_named_as_the_course_names_them() -> None:
-    assert picture_path(Path("out"), "0", 1, 24) == Path("out/0/1/source0_prompt1_24.png")
+    assert image_path(Path("out"), "0", 1, 24) == Path("out/0/1/source0_prompt1_24.png")
 
 
 @pytest.mark.parametrize("name", ["prompt_4_clip_eval", "baseline"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from P3_clip_zeroshot import main
-from zeroshot.dataset import Pictures, list_pictures
+from zeroshot.dataset import LabelledImages, list_pictures
 from zeroshot.settings import Settings
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def run(tmp_path: Path, images: Path, clip: str, **more: Any) -> dict[str, Any]:
     return json.loads(record.read_text()) if record.is_file() else {}
 
 
-def pictures_of(images: Path) -> Pictures:
+def pictures_of(images: Path) -> LabelledImages:
     return list_pictures(images, images.parent / "id2label.json")
 
 

@@ -38,10 +38,16 @@ from miniature.diffusion_parts import (
     with_solver,
 )
 from miniature.diffusion_training import DiffusionTrainer, Train, start_from
-from miniature.judge_model import WHOLE, JudgeConfig, JudgeNetwork, load_judge, save_judge
+from miniature.judge_model import (
+    WHOLE,
+    SceneClassifierConfig,
+    SceneNetwork,
+    load_scene_classifier,
+    save_scene_classifier,
+)
 from miniature.latents import Latents, cached_latents
 from miniature.scenery.render import dataset
-from miniature.scenery.scenes import FREE, HELD_OUT_PAIRS, Wish
+from miniature.scenery.scenes import FREE, HELD_OUT_PAIRS, SceneSpec
 from miniature.trainer import Trainer
 from runtime.cli import BadInput
 from runtime.seeds import derived_seed
@@ -201,7 +207,7 @@ def test_latents_are_the_scaled_posteriors_of_the_rendered_pictures(vae: Path, c
 
 def test_latents_may_be_of_fuller_pictures(vae: Path, clip: Path, tmp_path: Path) -> None:
     network, tokenizer = load_part(AutoencoderKL, vae / "vae", ""), load_text_tower(clip)[1]
-    full = Wish(shares=(0, 0, 1))
+    full = SceneSpec(shares=(0, 0, 1))
     made = dataset(4, 0, full)
     assert {len(scene.things) for scene in made.scenes} == {3}
     for wish in (FREE, full):  # the second is not taken for the first
@@ -339,7 +345,9 @@ def test_an_answer_holds_where_it_beats_all_others_or_one_half() -> None:
 def any_judge(tmp_path: Path) -> Path:
     """Random weights: its answers mean nothing, but they are answers."""
     torch.manual_seed(0)
-    save_judge(tmp_path / "judge.safetensors", JudgeNetwork(JudgeConfig(channels=(16, 16, 16), hidden=32)), {})
+    save_scene_classifier(
+        tmp_path / "judge.safetensors", SceneNetwork(SceneClassifierConfig(channels=(16, 16, 16), hidden=32)), {}
+    )
     return tmp_path / "judge.safetensors"
 
 
@@ -358,7 +366,7 @@ def test_grading_leaves_record_sheet_and_table(
 
 
 def test_rates_are_the_shares_of_what_the_judge_sees(any_judge: Path) -> None:
-    judge, cases = load_judge(CPU, any_judge), cases_of(Grade(count=12, held_out=0, scenes=0, couples=0))
+    judge, cases = load_scene_classifier(CPU, any_judge), cases_of(Grade(count=12, held_out=0, scenes=0, couples=0))
     images = torch.from_numpy(dataset(12, 0).images).permute(0, 3, 1, 2).contiguous()
     kinds = [WHOLE["kind"][int(row)] for row in judge.whole(images)["kind"].argmax(1)]
     told = [replace(case, wanted={"kind": (kind,)}) for case, kind in zip(cases, kinds, strict=True)]
@@ -484,6 +492,6 @@ def test_the_shipped_model_draws_what_it_is_told(tmp_path: Path) -> None:
     pipe = with_solver(load_pipeline(PARTS, tmp_path / "clip"))
     settings = Grade(count=40, held_out=24, scenes=0, couples=0, batch=16, seed=5)
     cases = cases_of(settings)
-    rates = rates_of(load_judge(CPU), pictures_of(pipe, cases, settings), cases)
+    rates = rates_of(load_scene_classifier(CPU), pictures_of(pipe, cases, settings), cases)
     assert rates["trained pairs"]["all"] >= 0.92
     assert rates["held-out pairs"]["all"] >= 0.85

@@ -20,7 +20,16 @@ from torch import Tensor
 
 import miniature.judge_training as judge_training
 from miniature.judge import Grade, Judge, as_generated, graded, main, table
-from miniature.judge_model import NONE, WHOLE, JudgeConfig, JudgeNetwork, erase, load_judge, save_judge, to_float
+from miniature.judge_model import (
+    NONE,
+    WHOLE,
+    SceneClassifierConfig,
+    SceneNetwork,
+    erase,
+    load_scene_classifier,
+    save_scene_classifier,
+    to_float,
+)
 from miniature.judge_training import Train, Training, make_batch, worsen
 from miniature.judge_truth import IGNORED, truth_of
 from miniature.scenery.render import as_tensor, batch, render
@@ -31,7 +40,7 @@ from miniature.scenery.scenes import (
     HELD_OUT_PAIRS,
     HELD_OUT_STYLES,
     Scene,
-    Wish,
+    SceneSpec,
     sample_scene,
 )
 from runtime.cli import BadInput
@@ -50,13 +59,13 @@ def drawn(scenes: list[Scene]) -> Tensor:
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     """The shipped one."""
-    return load_judge()
+    return load_scene_classifier()
 
 
 @pytest.fixture(scope="module")
 def pairs() -> tuple[Tensor, list[Scene]]:
     """Pictures with a first object on the left and a second one on the right."""
-    scenes = [sample_scene(seed, Wish(boxes=(LEFT, RIGHT), pairs="any")) for seed in range(100)]
+    scenes = [sample_scene(seed, SceneSpec(boxes=(LEFT, RIGHT), pairs="any")) for seed in range(100)]
     return drawn(scenes), scenes
 
 
@@ -75,8 +84,8 @@ def test_the_shipped_judge_is_right(judge: Judge) -> None:
 
 def test_held_out_objects_styles_and_pairs_are_known(judge: Judge) -> None:
     wishes = [
-        Wish(kinds=(kind,), style=style, place="centre") for kind in HELD_OUT_KINDS for style in HELD_OUT_STYLES
-    ] + [Wish(kinds=(kind,), colours=(colour,), place="centre") for colour, kind in HELD_OUT_PAIRS]
+        SceneSpec(kinds=(kind,), style=style, place="centre") for kind in HELD_OUT_KINDS for style in HELD_OUT_STYLES
+    ] + [SceneSpec(kinds=(kind,), colours=(colour,), place="centre") for colour, kind in HELD_OUT_PAIRS]
     scenes = [sample_scene(seed, wish) for seed in range(5) for wish in wishes]
     things = [scene.things[0] for scene in scenes]
     right = judge.agrees(
@@ -142,7 +151,7 @@ def test_other_pictures_are_refused(judge: Judge, images: Tensor) -> None:
 
 
 def test_an_erased_box_has_the_colour_of_its_surroundings() -> None:
-    scene = sample_scene(3, Wish(boxes=(LEFT, RIGHT), ground="plain", style="flat"))
+    scene = sample_scene(3, SceneSpec(boxes=(LEFT, RIGHT), ground="plain", style="flat"))
     x = drawn([scene, scene]).float()
     gone = erase(x, torch.tensor([LEFT, RIGHT]).float(), torch.tensor([True, False]))
     alone = drawn([replace(scene, things=scene.things[1:])]).float()
@@ -151,7 +160,9 @@ def test_an_erased_box_has_the_colour_of_its_surroundings() -> None:
 
 
 def test_labels_tell_what_is_left_of_a_scene() -> None:
-    scene = sample_scene(1, Wish(kinds=("key", "star"), colours=("red", "blue"), boxes=(LEFT, RIGHT), style="ripple"))
+    scene = sample_scene(
+        1, SceneSpec(kinds=("key", "star"), colours=("red", "blue"), boxes=(LEFT, RIGHT), style="ripple")
+    )
     both, one = (truth_of([scene], [missing], Random(0)) for missing in (None, 0))
     kinds = [ALL_KINDS.index(kind) for kind in ("key", "star")]
     assert both.boxed["kind"].tolist()[:2] == kinds
@@ -227,7 +238,7 @@ def test_a_resumed_training_ends_with_the_very_same_weights(tmp_path: Path) -> N
 
 def test_training_can_start_from_another_judge(tmp_path: Path) -> None:
     first = Training(small(tmp_path / "a"))
-    save_judge(tmp_path / "first.safetensors", first.network, {})
+    save_scene_classifier(tmp_path / "first.safetensors", first.network, {})
     second = Training(small(tmp_path / "b", init=tmp_path / "first.safetensors", seed=9))
     assert (second.network.boxed[0].weight == first.network.boxed[0].weight.half().float()).all()
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -262,10 +273,13 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
 
 def test_a_judge_file_gives_its_answers_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = JudgeNetwork(JudgeConfig(channels=(16, 16, 16), hidden=32)).half().float().eval()
-    save_judge(tmp_path / "judge.safetensors", network, {})
+    network = SceneNetwork(SceneClassifierConfig(channels=(16, 16, 16), hidden=32)).half().float().eval()
+    save_scene_classifier(tmp_path / "judge.safetensors", network, {})
     images = as_tensor(batch(range(3)).images)
-    before, after = Judge(network).whole(images), load_judge(CPU, tmp_path / "judge.safetensors").whole(images)
+    before, after = (
+        Judge(network).whole(images),
+        load_scene_classifier(CPU, tmp_path / "judge.safetensors").whole(images),
+    )
     assert all((before[question] - after[question]).abs().max() < 1e-5 for question in WHOLE)
 
 
@@ -287,7 +301,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("none", "does not exist"),
     ):
         with pytest.raises(BadInput, match=named):
-            load_judge(CPU, tmp_path / f"{name}.safetensors")
+            load_scene_classifier(CPU, tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +328,7 @@ def test_a_full_disk_keeps_the_old_judge(
 ) -> None:
     (tmp_path / "judge.safetensors").write_text("old")
     with full_disk(10_000), pytest.raises(OSError, match="judge"):
-        save_judge(tmp_path / "judge.safetensors", JudgeNetwork(), {})
+        save_scene_classifier(tmp_path / "judge.safetensors", SceneNetwork(), {})
     assert (tmp_path / "judge.safetensors").read_text() == "old"
 
 

@@ -31,7 +31,7 @@ from miniature.scenery.scenes import (
     STYLES,
     Background,
     Scene,
-    Wish,
+    SceneSpec,
     place_of,
     sample_scene,
 )
@@ -84,9 +84,9 @@ def test_every_word_occurs_and_all_objects_equally_often(scenes: list[Scene]) ->
 
 def test_held_out_pairs_never_occur_unless_asked_for(scenes: list[Scene]) -> None:
     assert not {(thing.colour, thing.kind) for scene in scenes for thing in scene.things} & set(HELD_OUT_PAIRS)
-    drawn = [sample_scene(seed, Wish(count=1, pairs="held_out", among=KINDS)) for seed in range(300)]
+    drawn = [sample_scene(seed, SceneSpec(count=1, pairs="held_out", among=KINDS)) for seed in range(300)]
     assert {(thing.colour, thing.kind) for scene in drawn for thing in scene.things} == set(HELD_OUT_PAIRS)
-    red = [sample_scene(seed, Wish(colours=("red",))).things[0].kind for seed in range(300)]
+    red = [sample_scene(seed, SceneSpec(colours=("red",))).things[0].kind for seed in range(300)]
     assert set(red) == set(ALL_KINDS) - {kind for colour, kind in HELD_OUT_PAIRS if colour == "red"}
 
 
@@ -117,14 +117,14 @@ def test_objects_never_have_the_colour_of_the_background(scenes: list[Scene]) ->
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_was_asked_for_is_where_the_object_lies(place: str) -> None:
     for seed in range(100):
-        box = sample_scene(seed, Wish(place=place)).things[0].box
+        box = sample_scene(seed, SceneSpec(place=place)).things[0].box
         assert place_of(box) == place
         right, down = (box[0] + box[2]) / 2 - 32, (box[1] + box[3]) / 2 - 32
         assert {"left": -right, "right": right, "above": -down, "below": down, "centre": 8}[place] >= 8
 
 
 def test_what_is_fixed_is_kept_and_the_rest_varies() -> None:
-    wish = Wish(
+    wish = SceneSpec(
         kinds=("fish", "star"), colours=("red", "blue"), boxes=((2, 4, 30, 40), (34, 20, 62, 50)),
         style="ripple", background="white", ground="gradient",
     )  # fmt: skip
@@ -154,12 +154,12 @@ def test_what_is_fixed_is_kept_and_the_rest_varies() -> None:
 )
 def test_impossible_wishes_are_refused(wish: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Wish(**wish)
+        SceneSpec(**wish)
 
 
 def test_a_wish_without_any_colour_left_is_refused() -> None:
     with pytest.raises(ValueError, match="no held_out colours are left for fish"):
-        sample_scene(0, Wish(kinds=("fish",), pairs="held_out"))
+        sample_scene(0, SceneSpec(kinds=("fish",), pairs="held_out"))
 
 
 # ---------------------------------------------------------------- pictures
@@ -184,7 +184,7 @@ def test_a_picture_is_as_it_always_was() -> None:
 def test_an_object_is_painted_in_its_box_and_nowhere_else(style: str) -> None:
     """Contours, shadows and waves reach a few pixels beyond."""
     for seed in range(40):
-        scene = sample_scene(seed, Wish(style=style))
+        scene = sample_scene(seed, SceneSpec(style=style))
         changed = (render(scene).astype(int) - render(replace(scene, things=()))).any(2)
         allowed = np.zeros((64, 64), bool)
         for left, top, right, bottom in (thing.box for thing in scene.things):
@@ -197,7 +197,7 @@ def test_an_object_is_painted_in_its_box_and_nowhere_else(style: str) -> None:
 def test_an_object_keeps_its_colour_in_every_style(style: str) -> None:
     """Of all colour names, the object's own is nearest to the mean of its pixels, by direction from grey (white: by lightness)."""
     for seed in range(60):
-        scene = sample_scene(seed, Wish(kinds=("square",), style=style, pairs="any"))
+        scene = sample_scene(seed, SceneSpec(kinds=("square",), style=style, pairs="any"))
         left, top, right, bottom = scene.things[0].box
         seen = render(scene)[top + 6 : bottom - 6, left + 6 : right - 6].reshape(-1, 3).mean(0)
         shades = {name: np.outer(np.linspace(0.55, 1, 10), rgb) for name, rgb in COLOURS.items()}
@@ -224,7 +224,7 @@ def test_an_outline_fills_its_box(kind: str) -> None:
 
 
 def test_styles_differ_on_one_scene() -> None:
-    scene = sample_scene(5, Wish(count=2, ground="plain"))
+    scene = sample_scene(5, SceneSpec(count=2, ground="plain"))
     images = [render(replace(scene, style=style)).astype(int) for style in ALL_STYLES]
     assert all(abs(a - b).mean() > 1.5 for a, b in itertools.combinations(images, 2))
 
@@ -280,12 +280,12 @@ def test_captions_say_what_they_claim_to_name(scenes: list[Scene]) -> None:
 
 
 def test_one_scene_has_many_wordings() -> None:
-    scene = sample_scene(1, Wish(count=2))
+    scene = sample_scene(1, SceneSpec(count=2))
     assert len({caption(scene, seed).text for seed in range(200)}) > 100
 
 
 def test_placed_pairs_are_told_the_right_way_round() -> None:
-    wish = Wish(kinds=("star", "ring"), boxes=((2, 20, 26, 44), (36, 20, 60, 44)))
+    wish = SceneSpec(kinds=("star", "ring"), boxes=((2, 20, 26, 44), (36, 20, 60, 44)))
     seen = 0
     for seed in range(300):
         text = caption(sample_scene(seed, wish), seed).text
@@ -356,7 +356,7 @@ def test_zeroshot_pictures_are_of_held_out_pairs_in_the_course_layout(tmp_path: 
     found = pictures(tmp_path / "val")
     assert len(found) == 30
     assert {name.split("_")[0] for name in found} == set(labels)
-    again = batch([derived_seed(4, 0)], Wish(kinds=(labels["0"],), pairs="held_out"))
+    again = batch([derived_seed(4, 0)], SceneSpec(kinds=(labels["0"],), pairs="held_out"))
     assert (found["0_0.png"] == again.images[0]).all()
     assert (again.scenes[0].things[0].colour, labels["0"]) in HELD_OUT_PAIRS
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from runtime.batches import even_batch, in_batches
-from runtime.cli import BadInput, note, progress
+from runtime.cli import BadInput, log, progress
 from runtime.device import Machine, Precision, allow_tf32, detect, resolve_precision, set_up
 from runtime.distributed import sharing
 from runtime.files import (
@@ -33,7 +33,7 @@ from runtime.files import (
     require_file,
     write_json,
 )
-from runtime.images import picture_grid, save_picture
+from runtime.images import image_grid, save_image
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
@@ -377,7 +377,7 @@ def some_pictures(count: int, size: int = 28) -> torch.Tensor:
 
 def test_saved_picture_has_its_pixels(tmp_path: Path) -> None:
     picture = some_pictures(1)[0]
-    save_picture(tmp_path / "a.png", picture)
+    save_image(tmp_path / "a.png", picture)
     with Image.open(tmp_path / "a.png") as file:
         assert file.mode == "RGB"
         assert np.array_equal(np.asarray(file), picture.permute(1, 2, 0).numpy())
@@ -385,24 +385,24 @@ def test_saved_picture_has_its_pixels(tmp_path: Path) -> None:
 
 def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        save_picture(tmp_path / name, some_pictures(1)[0])
+        save_image(tmp_path / name, some_pictures(1)[0])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_grid_has_room_for_pictures_and_gaps() -> None:
-    grid = picture_grid(some_pictures(6, size=4), columns=3, scale=2, gap=1)
+    grid = image_grid(some_pictures(6, size=4), columns=3, scale=2, gap=1)
     assert (grid.dtype, tuple(grid.shape)) == (torch.uint8, (3, 2 * (8 + 1) + 1, 3 * (8 + 1) + 1))
 
 
 def test_grid_is_filled_row_by_row_and_enlarged_without_smoothing() -> None:
     images = some_pictures(6, size=4)
-    grid = picture_grid(images, columns=3, scale=2, gap=1)
+    grid = image_grid(images, columns=3, scale=2, gap=1)
     fourth = grid[:, 10:18, 1:9]
     assert torch.equal(fourth, images[3].repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
 def test_grid_is_white_between_the_pictures() -> None:
-    grid = picture_grid(some_pictures(6, size=4), columns=3, gap=1)
+    grid = image_grid(some_pictures(6, size=4), columns=3, gap=1)
     assert bool((grid[:, :, [0, 5, 10, 15]] == 255).all())
 
 
@@ -501,7 +501,7 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyP
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        note(f"from {rank}")
+        log(f"from {rank}")
         list(progress([1], f"bar {rank}"))
     said = capsys.readouterr().err
     assert "from 0" in said

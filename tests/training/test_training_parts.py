@@ -20,7 +20,7 @@ from training.checkpoint import load_state, save_state
 from training.draws import Draws, process_rows
 from training.ema import make_ema
 from training.log import TrainingLog
-from training.schedule import rate_factor
+from training.schedule import lr_factor
 from training.signals import StopSignals
 
 CPU = torch.device("cpu")
@@ -88,38 +88,38 @@ def test_process_rows_refuse_a_batch_that_does_not_divide() -> None:
 
 
 def test_rate_rises_linearly_over_the_warmup() -> None:
-    assert [rate_factor(step, 100, 4, 0.5) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [lr_factor(step, 100, 4, 0.5) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
 
 
 def test_rate_stays_until_the_decay_begins() -> None:
-    assert {rate_factor(step, 100, 4, 0.5) for step in range(3, 51)} == {1.0}
+    assert {lr_factor(step, 100, 4, 0.5) for step in range(3, 51)} == {1.0}
 
 
 @pytest.mark.parametrize(("shape", "expected"), [("linear", 0.8), ("cosine", 0.5 - 0.5 * math.cos(0.8 * math.pi))])
 def test_rate_falls_in_the_chosen_shape(shape: Any, expected: float) -> None:
-    assert rate_factor(60, 100, 4, 0.5, shape) == pytest.approx(expected)
+    assert lr_factor(60, 100, 4, 0.5, shape) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_rate_ends_at_zero(shape: Any) -> None:
-    assert rate_factor(100, 100, 4, 0.5, shape) == pytest.approx(0, abs=1e-12)
+    assert lr_factor(100, 100, 4, 0.5, shape) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_rate_is_above_zero_at_the_last_step_that_is_taken(shape: Any) -> None:
-    assert 0 < rate_factor(99, 100, 4, 0.5, shape) < 0.05
+    assert 0 < lr_factor(99, 100, 4, 0.5, shape) < 0.05
 
 
 def test_rate_without_decay_stays_to_the_end() -> None:
-    assert rate_factor(99, 100, 4, 0.0) == 1.0
+    assert lr_factor(99, 100, 4, 0.0) == 1.0
 
 
 def test_rate_without_warmup_starts_at_one() -> None:
-    assert rate_factor(0, 100, 0, 0.5) == 1.0
+    assert lr_factor(0, 100, 0, 0.5) == 1.0
 
 
 def test_rate_of_a_decay_inside_the_warmup_takes_both() -> None:
-    assert rate_factor(50, 100, 100, 1.0) == pytest.approx(0.51 * 0.5)
+    assert lr_factor(50, 100, 100, 1.0) == pytest.approx(0.51 * 0.5)
 
 
 # ---------------------------------------------------------------- averaged weights

@@ -8,21 +8,21 @@ import open_clip
 import pytest
 import torch
 
-from zeroshot.dataset import Pictures
+from zeroshot.dataset import LabelledImages
 from zeroshot.results import PUBLISHED, Result, accuracies, cases, confused_pairs, per_class, published
-from zeroshot.settings import PRESETS, Choice, parse_choice
+from zeroshot.settings import PRESETS, ZeroShotConfig, parse_config
 
 
 def test_what_compare_understands(tmp_path: Path) -> None:
-    base = Choice("ViT-B-32", "openai", "report", "raw")
+    base = ZeroShotConfig("ViT-B-32", "openai", "report", "raw")
     mine = tmp_path / "p.txt"
     mine.write_text("{}")
-    assert parse_choice("cifar,clean", base) == Choice("ViT-B-32", "openai", "cifar", "clean")
-    assert parse_choice("ViT-B-16:openai", base) == Choice("ViT-B-16", "openai", "report", "raw")
-    assert parse_choice("report", PRESETS["best"]).prompts == "report"
-    assert parse_choice("preset=report", PRESETS["best"]) == PRESETS["report"]
-    assert parse_choice("best,single", base) == Choice("EVA02-L-14", PRESETS["best"].weights, "single", "clean")
-    assert parse_choice(f"local-dir:x,{mine}", base) == Choice("local-dir:x", None, str(mine), "raw")
+    assert parse_config("cifar,clean", base) == ZeroShotConfig("ViT-B-32", "openai", "cifar", "clean")
+    assert parse_config("ViT-B-16:openai", base) == ZeroShotConfig("ViT-B-16", "openai", "report", "raw")
+    assert parse_config("report", PRESETS["best"]).prompts == "report"
+    assert parse_config("preset=report", PRESETS["best"]) == PRESETS["report"]
+    assert parse_config("best,single", base) == ZeroShotConfig("EVA02-L-14", PRESETS["best"].weights, "single", "clean")
+    assert parse_config(f"local-dir:x,{mine}", base) == ZeroShotConfig("local-dir:x", None, str(mine), "raw")
 
 
 def test_presets_and_published_figures_are_tags_that_open_clip_knows() -> None:
@@ -37,7 +37,7 @@ def test_presets_and_published_figures_are_tags_that_open_clip_knows() -> None:
 def result_of(rows: list[list[float]], truth: list[int]) -> Result:
     classes = dict(enumerate(["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]))
     paths = [Path(f"{t}_{n}.png") for n, t in enumerate(truth)]
-    return Result(Pictures(paths, torch.tensor(truth), classes), torch.tensor(rows))
+    return Result(LabelledImages(paths, torch.tensor(truth), classes), torch.tensor(rows))
 
 
 def test_accuracies_recall_and_pairs_of_a_known_case() -> None:
@@ -59,7 +59,7 @@ def test_accuracies_recall_and_pairs_of_a_known_case() -> None:
 
 
 def test_fewer_than_five_classes_have_a_top_five() -> None:
-    pictures = Pictures([Path("0_1.png")], torch.tensor([1]), {0: "cat", 1: "dog"})
+    pictures = LabelledImages([Path("0_1.png")], torch.tensor([1]), {0: "cat", 1: "dog"})
     assert accuracies(Result(pictures, torch.tensor([[0.9, 0.1]])))["top5"] == 1
 
 

@@ -241,4 +241,4 @@ def test_bad_layouts_are_named(tmp_path: Path, more: dict[str, Any], message: st
 def test_a_region_too_small_for_the_latents_is_named() -> None:
     plan = make_layout("x", [Region("<a>", "a <a>", box_mask((0, 0, 0.02, 0.02)))])
     with pytest.raises(BadInput, match="<a>: its region is smaller than the 16x16 latents"):
-        plan.require_room(16, 16)
+        plan.check_resolution(16, 16)

@@ -18,20 +18,20 @@ from concepts.composition.alignment import Alignment, inverted, keys
 from concepts.composition.first_noise import apart, sketches, with_sketch, without_low
 from concepts.composition.layout import FINEST, Layout, Region, box_mask
 from concepts.composition.multipath import (
-    Composed,
-    Composition,
+    BranchRouting,
+    ConductorConfig,
+    LayoutRequest,
     Level,
-    Means,
     collage,
     collage_step,
     compose,
-    composed,
-    contained,
+    keep_inside_regions,
     passes,
+    routed,
 )
 from concepts.composition.refinement import bounding_box, fitted, kmeans, watched
 from concepts.embeddings import install
-from concepts.sampling import Manner, Order, Painter
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.schedule import Schedule
@@ -41,19 +41,19 @@ NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "features", "noise")]
 ATTENTION = ("attn1", "attn2")
-DEFAULT, PLAIN = Means(), Means(sketch=0, contain=0, collage=0)
+DEFAULT, PLAIN = ConductorConfig(), ConductorConfig(sketch=0, contain=0, collage=0)
 GREY = torch.zeros(2, 4)  # a ground
 SCHEDULE = Schedule(torch.tensor([0.3], dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")
-def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
+def painter(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionSampler:
     pipe = load_pipeline(str(save_pipeline(tmp_path_factory.mktemp("model"))), CPU, torch.float32)
     install(pipe, {"<new1>": torch.randn(1, WIDTH), "<new2>": torch.randn(2, WIDTH)})
-    return Painter(pipe, Manner("dpm", 3, Guidance(3.0)))
+    return StableDiffusionSampler(pipe, SamplerConfig("dpm", 3, Guidance(3.0)))
 
 
-def times(painter: Painter) -> list[int]:
+def times(painter: StableDiffusionSampler) -> list[int]:
     return [t for t, _ in painter.grid.pairs]
 
 
@@ -62,9 +62,11 @@ def layout(*masks: Tensor, **more: Any) -> Layout:
     return Layout("a red star", tuple(regions), "a red star", **more)
 
 
-def drawn(painter: Painter, plan: Layout, seeds: list[int], level: Level, means: Means = DEFAULT) -> Tensor:
+def drawn(
+    painter: StableDiffusionSampler, plan: Layout, seeds: list[int], level: Level, means: ConductorConfig = DEFAULT
+) -> Tensor:
     """Whole numbers, so that differences have a sign."""
-    return compose(painter, [Composed(plan, seed) for seed in seeds], level, means).int()
+    return compose(painter, [LayoutRequest(plan, seed) for seed in seeds], level, means).int()
 
 
 def same(first: Tensor, second: Tensor) -> None:
@@ -99,29 +101,31 @@ def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("level", ["regional", "conductor"])
-def test_an_empty_mask_is_the_base_model(painter: Painter, level: Any) -> None:
+def test_an_empty_mask_is_the_base_model(painter: StableDiffusionSampler, level: Any) -> None:
     same(drawn(painter, layout(NOWHERE), [1, 2], level), drawn(painter, layout(), [1, 2], "joint"))
 
 
 @pytest.mark.parametrize("pieces", PIECES)
-def test_an_empty_mask_changes_no_bit_of_a_call(painter: Painter, pieces: Any) -> None:
+def test_an_empty_mask_changes_no_bit_of_a_call(painter: StableDiffusionSampler, pieces: Any) -> None:
     """Base and unconditional rows; the concept's hear the base prompt wherever their mask isn't."""
     unet, x = painter.pipe.unet, torch.randn(3, 4, 16, 16)
     texts = painter.text(["a red star", "a photo of a <new1>", ""])
     plain = painter.network(x, 500, texts)
-    now = Composition(shares(NOWHERE), True, pieces, texts[:1], texts[1:2, None])
-    with torch.no_grad(), composed(unet, now):
+    now = BranchRouting(shares(NOWHERE), True, pieces, texts[:1], texts[1:2, None])
+    with torch.no_grad(), routed(unet, now):
         made = painter.network(x, 500, texts)
     assert torch.equal(made[[0, 2]], plain[[0, 2]])
     assert torch.equal(painter.network(x, 500, texts), plain)  # processors and hooks are gone again
 
 
 @pytest.mark.parametrize(("pieces", "kinds"), [(("attention",), ATTENTION), (("features",), ("resnets",))])
-def test_a_full_mask_gives_every_injected_layer_the_concepts_output(painter: Painter, pieces: Any, kinds: Any) -> None:
+def test_a_full_mask_gives_every_injected_layer_the_concepts_output(
+    painter: StableDiffusionSampler, pieces: Any, kinds: Any
+) -> None:
     unet, x = painter.pipe.unet, torch.randn(1, 4, 16, 16).repeat(3, 1, 1, 1)
     texts = painter.text(["a red star", "a photo of a <new1>", ""])
-    now = Composition(shares(EVERYWHERE), True, pieces)
-    with torch.no_grad(), composed(unet, now), recorded(unet) as outputs:
+    now = BranchRouting(shares(EVERYWHERE), True, pieces)
+    with torch.no_grad(), routed(unet, now), recorded(unet) as outputs:
         painter.network(x, 500, texts)
     equal = {name: torch.equal(out[0], out[1]) for name, out in outputs.items()}
     injected = {name for name in outputs if name.startswith("up_blocks") and any(kind in name for kind in kinds)}
@@ -130,43 +134,43 @@ def test_a_full_mask_gives_every_injected_layer_the_concepts_output(painter: Pai
     assert not any(equal[name] for name in outputs if name.startswith("mid_block"))
 
 
-def test_a_full_mask_gives_the_concepts_noise(painter: Painter) -> None:
+def test_a_full_mask_gives_the_concepts_noise(painter: StableDiffusionSampler) -> None:
     alone = drawn(painter, Layout("a photo of a <new1>", ()), [1], "conductor")
     same(drawn(painter, layout(EVERYWHERE), [1], "conductor"), alone)
 
 
-def test_every_level_draws_something_else(painter: Painter) -> None:
+def test_every_level_draws_something_else(painter: StableDiffusionSampler) -> None:
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
-    made = [drawn(painter, layout(LEFT, RIGHT), [1, 2, 3], level, Means(focus=False)) for level in levels]
+    made = [drawn(painter, layout(LEFT, RIGHT), [1, 2, 3], level, ConductorConfig(focus=False)) for level in levels]
     assert len({images.numpy().tobytes() for images in made}) == 3
 
 
-def test_a_single_focused_concept_is_heard_as_by_region(painter: Painter) -> None:
+def test_a_single_focused_concept_is_heard_as_by_region(painter: StableDiffusionSampler) -> None:
     """Its branch hears its prompt inside the mask and the base prompt outside, which is what the base branch hears by regions."""
     same(drawn(painter, layout(LEFT), [1], "conductor", PLAIN), drawn(painter, layout(LEFT), [1], "regional", PLAIN))
 
 
-def test_joint_is_the_plain_picture(painter: Painter) -> None:
-    same(drawn(painter, layout(LEFT), [3], "joint"), painter.paint([Order("a red star", 3)]).int())
+def test_joint_is_the_plain_picture(painter: StableDiffusionSampler) -> None:
+    same(drawn(painter, layout(LEFT), [3], "joint"), painter.sample_images([Request("a red star", 3)]).int())
 
 
-def test_a_layout_of_styles_only_is_the_plain_picture(painter: Painter) -> None:
-    same(drawn(painter, layout(), [3], "conductor"), painter.paint([Order("a red star", 3)]).int())
+def test_a_layout_of_styles_only_is_the_plain_picture(painter: StableDiffusionSampler) -> None:
+    same(drawn(painter, layout(), [3], "conductor"), painter.sample_images([Request("a red star", 3)]).int())
 
 
 # ---------------------------------------------------------------- batches
 
 
-def test_a_batch_is_what_single_pictures_are(painter: Painter) -> None:
+def test_a_batch_is_what_single_pictures_are(painter: StableDiffusionSampler) -> None:
     """Of different layouts, too."""
     plans = [layout(LEFT, RIGHT), layout(RIGHT, LEFT)]
-    together = compose(painter, [Composed(plan, seed) for seed, plan in enumerate(plans)], "conductor").int()
+    together = compose(painter, [LayoutRequest(plan, seed) for seed, plan in enumerate(plans)], "conductor").int()
     for seed, plan in enumerate(plans):
         same(drawn(painter, plan, [seed], "conductor")[0], together[seed])
 
 
 @pytest.mark.parametrize("pieces", PIECES)
-def test_the_batch_is_what_calls_one_after_the_other_are(painter: Painter, pieces: Any) -> None:
+def test_the_batch_is_what_calls_one_after_the_other_are(painter: StableDiffusionSampler, pieces: Any) -> None:
     """The method as it is told: first each concept's branch on its own, then the base with what those had inside their masks."""
     unet, x = painter.pipe.unet, torch.randn(1, 4, 16, 16)
     texts = painter.text(["a red star", "a photo of a <new1>", "a <new2>", ""])
@@ -181,8 +185,8 @@ def test_the_batch_is_what_calls_one_after_the_other_are(painter: Painter, piece
             base = painter.network(x, 500, texts[:1])
         if "noise" in pieces:
             base = mixed(base, [outputs["noise"] for outputs in alone])
-        now = Composition(shares(LEFT, RIGHT), True, pieces)
-        with composed(unet, now):
+        now = BranchRouting(shares(LEFT, RIGHT), True, pieces)
+        with routed(unet, now):
             rows = painter.network(x.repeat(4, 1, 1, 1), 500, texts)
     mine = now.blended(*now.parts(rows)[:2]) if "noise" in pieces else rows[:1]
     torch.testing.assert_close(mine, base, rtol=1e-4, atol=1e-4)
@@ -213,7 +217,7 @@ def replaced(unet: nn.Module, alone: list[dict[str, Tensor]], pieces: Any) -> It
         hook.remove()
 
 
-def test_the_order_of_concepts_does_not_matter(painter: Painter) -> None:
+def test_the_order_of_concepts_does_not_matter(painter: StableDiffusionSampler) -> None:
     one, two = layout(LEFT, RIGHT).regions
     there, back = (drawn(painter, Layout("a red star", r), [1], "conductor") for r in ((one, two), (two, one)))
     same(there, back)
@@ -226,25 +230,25 @@ def picture(seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def test_no_weight_is_no_alignment(painter: Painter) -> None:
+def test_no_weight_is_no_alignment(painter: StableDiffusionSampler) -> None:
     plain = drawn(painter, layout(LEFT), [1], "conductor")
-    none = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", Means(align=0))
+    none = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", ConductorConfig(align=0))
     assert torch.equal(none, plain)
 
 
-def alignment(painter: Painter, plans: list[Layout], weight: float) -> Alignment:
+def alignment(painter: StableDiffusionSampler, plans: list[Layout], weight: float) -> Alignment:
     texts = painter.text([plans[0].prompt, "a photo of a <new1>"])[:, None].repeat(1, len(plans), 1, 1)
     found = Alignment.of(painter, plans, texts, weight)
     assert found
     return found
 
 
-def test_alignment_of_weight_zero_changes_no_bit(painter: Painter) -> None:
+def test_alignment_of_weight_zero_changes_no_bit(painter: StableDiffusionSampler) -> None:
     x, plans = torch.randn(1, 4, 16, 16), [layout(LEFT, reference=picture())]
     assert torch.equal(alignment(painter, plans, 0.0).aligned(x, times(painter)[0]), x)
 
 
-def test_a_step_of_alignment_brings_keys_nearer_to_the_references(painter: Painter) -> None:
+def test_a_step_of_alignment_brings_keys_nearer_to_the_references(painter: StableDiffusionSampler) -> None:
     x, t = torch.randn(1, 4, 16, 16), times(painter)[1]
     one = alignment(painter, [layout(LEFT, reference=picture())], 1e-2)
 
@@ -258,7 +262,7 @@ def test_a_step_of_alignment_brings_keys_nearer_to_the_references(painter: Paint
     assert distance(moved) < distance(x)
 
 
-def test_every_picture_follows_its_own_reference(painter: Painter) -> None:
+def test_every_picture_follows_its_own_reference(painter: StableDiffusionSampler) -> None:
     plans = [layout(LEFT, reference=picture(seed)) for seed in (1, 2)]
     x = torch.randn(2, 4, 16, 16)
     together = alignment(painter, plans, 10.0).aligned(x, times(painter)[0])
@@ -268,21 +272,21 @@ def test_every_picture_follows_its_own_reference(painter: Painter) -> None:
 
 
 @pytest.mark.parametrize("solver", ["dpm", "ddim"])
-def test_the_reference_is_known_at_every_step_of_the_sampler(painter: Painter, solver: Any) -> None:
+def test_the_reference_is_known_at_every_step_of_the_sampler(painter: StableDiffusionSampler, solver: Any) -> None:
     asked: list[int] = []
 
     def denoise(x: Tensor, t: int) -> Tensor:
         asked.append(t)
         return x
 
-    other = Painter(painter.pipe, Manner(solver, 7))
+    other = StableDiffusionSampler(painter.pipe, SamplerConfig(solver, 7))
     other.solve(denoise, torch.randn(1, 4, 16, 16))
     assert times(other) == asked
 
 
-def test_an_inverted_picture_comes_back(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inverted_picture_comes_back(painter: StableDiffusionSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDIM there and back with the exact noise of pictures that are normal with standard deviation 0.5 around 1."""
-    fine = Painter(painter.pipe, Manner("ddim", 200))
+    fine = StableDiffusionSampler(painter.pipe, SamplerConfig("ddim", 200))
 
     def exact(x: Tensor, t: int, text: Tensor) -> Tensor:
         alpha = fine.schedule.alpha(t)
@@ -298,16 +302,18 @@ def test_an_inverted_picture_comes_back(painter: Painter, monkeypatch: pytest.Mo
     assert (back - x).abs().max() < 0.05
 
 
-def test_a_reference_changes_the_picture(painter: Painter) -> None:
+def test_a_reference_changes_the_picture(painter: StableDiffusionSampler) -> None:
     plain = drawn(painter, layout(LEFT), [1], "conductor")
-    led = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", Means(align=100))
+    led = drawn(painter, layout(LEFT, reference=picture()), [1], "conductor", ConductorConfig(align=100))
     assert not torch.equal(led, plain)
 
 
 # ---------------------------------------------------------------- a sketch in the first noise
 
 
-def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(painter: Painter) -> None:
+def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(
+    painter: StableDiffusionSampler,
+) -> None:
     shares = layout(LEFT, RIGHT).shares(*painter.shape[1:])[:, None].expand(-1, 2, -1, -1)
     vae = painter.pipe.vae
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)[..., None, None].expand(
@@ -326,7 +332,7 @@ def test_a_sketch_has_the_amplitude_that_training_leaves_and_sets_regions_apart(
     assert not torch.equal(found[0], found[1])
 
 
-def test_a_sketch_of_nothing_is_nothing_and_of_a_seed_always_the_same(painter: Painter) -> None:
+def test_a_sketch_of_nothing_is_nothing_and_of_a_seed_always_the_same(painter: StableDiffusionSampler) -> None:
     nothing = torch.zeros(1, 1, *painter.shape[1:])
     assert not sketches(painter, nothing, [1], GREY[:1]).any()
     one = layout(LEFT).shares(*painter.shape[1:])[:, None]
@@ -335,7 +341,7 @@ def test_a_sketch_of_nothing_is_nothing_and_of_a_seed_always_the_same(painter: P
     assert torch.allclose(alone[0], both[1], atol=1e-6)
 
 
-def test_spots_have_the_colour_farthest_from_the_ground(painter: Painter) -> None:
+def test_spots_have_the_colour_farthest_from_the_ground(painter: StableDiffusionSampler) -> None:
     box = layout(box_mask((0.25, 0.25, 0.75, 0.75))).shares(*painter.shape[1:])[:, None]
     away = apart(painter, box, [1], GREY[:1])[0]
     colour = away + GREY[:1]
@@ -344,14 +350,14 @@ def test_spots_have_the_colour_farthest_from_the_ground(painter: Painter) -> Non
     assert (other + colour - GREY[:1]).norm() < away.norm()
 
 
-def test_the_sketch_stands_in_for_what_is_coarse_in_the_noise(painter: Painter) -> None:
+def test_the_sketch_stands_in_for_what_is_coarse_in_the_noise(painter: StableDiffusionSampler) -> None:
     """Waves of 3 and 5 periods per side: the first goes, the second stays."""
     wave = torch.arange(16) / 16 * 2 * torch.pi
     low, high = ((n * wave).sin().expand(1, 4, 16, 16) for n in (3, 5))
     assert torch.allclose(without_low(low + 1 + high), high, atol=1e-5)
 
 
-def test_spots_lie_in_the_middle_of_their_regions(painter: Painter) -> None:
+def test_spots_lie_in_the_middle_of_their_regions(painter: StableDiffusionSampler) -> None:
     """Seen by what a sketch of a box alone differs from its corners: most at its centre, the same in all four directions."""
     shares = torch.zeros(1, 1, *painter.shape[1:])
     shares[:, :, 4:9, 6:11] = 1
@@ -364,7 +370,7 @@ def test_spots_lie_in_the_middle_of_their_regions(painter: Painter) -> None:
     assert away[4, 6] < away[6, 6]
 
 
-def test_regions_that_are_nowhere_or_everywhere_leave_the_noise_as_it_is(painter: Painter) -> None:
+def test_regions_that_are_nowhere_or_everywhere_leave_the_noise_as_it_is(painter: StableDiffusionSampler) -> None:
     noise = torch.randn(2, *painter.shape, generator=torch.Generator().manual_seed(0))
     nowhere, everywhere, left = (
         layout(mask).shares(*painter.shape[1:])[:, None] for mask in (NOWHERE, EVERYWHERE, LEFT)
@@ -376,8 +382,10 @@ def test_regions_that_are_nowhere_or_everywhere_leave_the_noise_as_it_is(painter
     assert not torch.equal(mixed[1], noise[1])
 
 
-def test_a_sketch_moves_the_picture_and_can_be_left_out(painter: Painter) -> None:
-    with_it, without = (drawn(painter, layout(LEFT, RIGHT), [1], "conductor", Means(sketch=s)) for s in (2.0, 0.0))
+def test_a_sketch_moves_the_picture_and_can_be_left_out(painter: StableDiffusionSampler) -> None:
+    with_it, without = (
+        drawn(painter, layout(LEFT, RIGHT), [1], "conductor", ConductorConfig(sketch=s)) for s in (2.0, 0.0)
+    )
     assert not torch.equal(with_it, without)
 
 
@@ -388,7 +396,7 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
     stream = torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 1, 4, 16, 16, generator=stream)
     inner = shares(box_mask((0.25, 0.25, 0.75, 0.75)))
-    held = contained(x, eps, 0, SCHEDULE, inner)
+    held = keep_inside_regions(x, eps, 0, SCHEDULE, inner)
     before, after = (SCHEDULE.clean_and_noise(noise, x, 0)[0] for noise in (eps, held))
     inside = inner[0, 0] > 0
     assert torch.equal(held[..., inside], eps[..., inside])
@@ -401,29 +409,31 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
 def test_what_is_inside_does_not_colour_the_outside() -> None:
     inner = shares(LEFT)
     x = torch.where(inner[0] > 0, 5.0, 1.0).expand(1, 4, 16, 16)
-    after, _ = SCHEDULE.clean_and_noise(contained(x, torch.zeros_like(x), 0, SCHEDULE, inner), x, 0)
+    after, _ = SCHEDULE.clean_and_noise(keep_inside_regions(x, torch.zeros_like(x), 0, SCHEDULE, inner), x, 0)
     torch.testing.assert_close(after, x / 0.3**0.5)
 
 
 def test_regions_that_are_nowhere_or_everywhere_contain_nothing() -> None:
     x, eps = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for mask in (NOWHERE, EVERYWHERE):
-        assert torch.equal(contained(x, eps, 0, SCHEDULE, shares(mask).expand(-1, 2, -1, -1)), eps)
+        assert torch.equal(keep_inside_regions(x, eps, 0, SCHEDULE, shares(mask).expand(-1, 2, -1, -1)), eps)
 
 
 def test_a_ground_is_predicted_outside_the_regions() -> None:
     x, eps = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ground = torch.tensor([[1.0, -1, 0.5, 0], [2.0, 0, 0, 1]])
     regions = shares(LEFT).expand(-1, 2, -1, -1)
-    changed = contained(x, eps, 0, SCHEDULE, regions, ground)
+    changed = keep_inside_regions(x, eps, 0, SCHEDULE, regions, ground)
     clean, _ = SCHEDULE.clean_and_noise(changed, x, 0)
     torch.testing.assert_close(clean[..., 8:], ground[:, :, None, None].expand(2, 4, 16, 8))
     assert torch.equal(changed[..., :8], eps[..., :8])
 
 
-def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -> None:
+def test_containment_changes_the_picture_and_can_be_left_out(painter: StableDiffusionSampler) -> None:
     inner = box_mask((0.25, 0.25, 0.75, 0.75))
-    with_it, without = (drawn(painter, layout(inner), [1], "conductor", Means(sketch=0, contain=c)) for c in (1.0, 0.0))
+    with_it, without = (
+        drawn(painter, layout(inner), [1], "conductor", ConductorConfig(sketch=0, contain=c)) for c in (1.0, 0.0)
+    )
     assert not torch.equal(with_it, without)
 
 
@@ -431,9 +441,9 @@ def test_containment_changes_the_picture_and_can_be_left_out(painter: Painter) -
 
 
 @pytest.mark.parametrize("solver", ["dpm", "ddim"])
-def test_two_spans_of_the_solver_visit_all_steps(painter: Painter, solver: Any) -> None:
+def test_two_spans_of_the_solver_visit_all_steps(painter: StableDiffusionSampler, solver: Any) -> None:
     """DDIM looks at one step at a time, so its pieces are the whole; the other starts anew at first order."""
-    other, asked = Painter(painter.pipe, Manner(solver, 7)), []
+    other, asked = StableDiffusionSampler(painter.pipe, SamplerConfig(solver, 7)), []
 
     def denoise(x: Tensor, t: int) -> Tensor:
         asked.append(t)
@@ -448,13 +458,13 @@ def test_two_spans_of_the_solver_visit_all_steps(painter: Painter, solver: Any) 
     assert solver == "dpm" or torch.equal(pieces, whole)
 
 
-def test_steps_before_and_after_the_collage_make_a_whole(painter: Painter) -> None:
+def test_steps_before_and_after_the_collage_make_a_whole(painter: StableDiffusionSampler) -> None:
     """Before it base prompt and no branches, after it all of them; a region that is everything, or no thing, has none."""
     manner = replace(painter.manner, steps=10)
     boxes = box_mask((0, 0, 0.4, 0.4)), box_mask((0.5, 0.5, 1, 1))
     plan, means = layout(*boxes), replace(DEFAULT, sketch=0, contain=0, collage=0.7)
     asked: list[tuple[int, int]] = []
-    other = Painter(painter.pipe, manner)
+    other = StableDiffusionSampler(painter.pipe, manner)
     network = other.network
 
     def counted(x: Tensor, t: int, text: Tensor) -> Tensor:
@@ -463,7 +473,7 @@ def test_steps_before_and_after_the_collage_make_a_whole(painter: Painter) -> No
 
     other.network = counted  # type: ignore[method-assign]
     assert collage_step([plan], 10, means) == 7
-    compose(other, [Composed(plan, 1)], "conductor", means)
+    compose(other, [LayoutRequest(plan, 1)], "conductor", means)
     grid = [t for t, _ in other.grid.pairs]
     assert asked[:8] == [(t, 2) for t in grid[:8]]
     assert asked[8:] == [(t, 4) for t in grid[7:]]
@@ -477,7 +487,7 @@ def test_steps_before_and_after_the_collage_make_a_whole(painter: Painter) -> No
     assert collage_step([plan], 10, replace(means, collage=1)) == 9  # at least one step after it
 
 
-def test_a_collage_changes_only_what_its_regions_touch(painter: Painter) -> None:
+def test_a_collage_changes_only_what_its_regions_touch(painter: StableDiffusionSampler) -> None:
     plan, means, noise = (
         layout(box_mask((0.25, 0.25, 0.75, 0.75))),
         replace(PLAIN, collage=0.5),
@@ -492,7 +502,7 @@ def test_a_collage_changes_only_what_its_regions_touch(painter: Painter) -> None
     assert not changed[~touched].any()
 
 
-def test_a_style_of_a_region_is_heard_before_the_collage(painter: Painter) -> None:
+def test_a_style_of_a_region_is_heard_before_the_collage(painter: StableDiffusionSampler) -> None:
     """Its region is no thing, and has a branch from the first step on."""
     boxes = box_mask((0, 0, 0.4, 0.4)), box_mask((0.5, 0.5, 1, 1))
     plan = layout(boxes[0])
@@ -554,7 +564,7 @@ def test_bounding_boxes() -> None:
     assert torch.equal(bounding_box(mask.flatten(), (4, 5)), wanted.flatten())
 
 
-def test_watched_attention_is_what_the_layer_does(painter: Painter) -> None:
+def test_watched_attention_is_what_the_layer_does(painter: StableDiffusionSampler) -> None:
     unet, text = painter.pipe.unet, painter.text(["a red star"])
     layer = unet.up_blocks[-2].attentions[-1].transformer_blocks[-1].attn1
     given: list[Tensor] = []
@@ -568,9 +578,9 @@ def test_watched_attention_is_what_the_layer_does(painter: Painter) -> None:
         torch.testing.assert_close(layer.to_out[0](found @ layer.to_v(given[0])), given[1], rtol=1e-4, atol=1e-5)
 
 
-def test_masks_are_refined_on_the_way(painter: Painter) -> None:
+def test_masks_are_refined_on_the_way(painter: StableDiffusionSampler) -> None:
     more = replace(painter.manner, steps=8)
-    busy = Painter(painter.pipe, more)
+    busy = StableDiffusionSampler(painter.pipe, more)
     plain = drawn(busy, layout(LEFT, RIGHT), [1], "conductor")
-    fit = drawn(busy, layout(LEFT, RIGHT), [1], "conductor", Means(refine=True))
+    fit = drawn(busy, layout(LEFT, RIGHT), [1], "conductor", ConductorConfig(refine=True))
     assert not torch.equal(fit, plain)
