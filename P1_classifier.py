@@ -2,7 +2,7 @@
 
   python P1_classifier.py train --domain svhn              checkpoints/judge_svhn.safetensors, with what the quality measures need
   python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
-  python P1_classifier.py grade out --mnistm-judge Classifier.pth --svhn-judge hub      the course's own judges
+  python P1_classifier.py grade out --mnistm-classifier Classifier.pth --svhn-classifier hub      the course's own judges
 
 The graded folder stays as it is; the course's own lines come last.
 """
@@ -213,9 +213,9 @@ class Grade:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The graded folder; nothing is written into it."""
-    mnistm_judge: Path | None = None
+    mnistm_classifier: Path | None = None
     """The course's Classifier.pth or one of our judge files; left out: the shipped judge."""
-    svhn_judge: Path | None = None
+    svhn_classifier: Path | None = None
     """Weights of timm's resnet34_svhn, the word hub (downloads them), or one of our judge files; left out: the shipped judge."""
     record: Path = Path("runs/grade/record.json")
     """Where the record goes."""
@@ -225,14 +225,14 @@ class Grade:
 def chosen_judges(settings: Grade, device: torch.device) -> list[DigitClassifier]:
     """One judge per domain; raises BadInput when a file holds the other domain's."""
     judges = []
-    for domain, path in enumerate((settings.mnistm_judge, settings.svhn_judge)):
+    for domain, path in enumerate((settings.mnistm_classifier, settings.svhn_classifier)):
         name = DOMAINS[domain]
         if domain == 1 and str(path) == "hub":
             judges.append(hub_classifier(device))
             continue
         judge = load_classifier(path or SHIPPED / f"judge_{name}.safetensors", device)
         if judge.domain != domain:
-            raise BadInput(f"--{name}-judge {path} is a judge of {DOMAINS[judge.domain]}")
+            raise BadInput(f"--{name}-classifier {path} is a judge of {DOMAINS[judge.domain]}")
         judges.append(judge)
     return judges
 

@@ -61,7 +61,7 @@ class Settings:
     """scale in uncond + scale * (cond - uncond); 1 is no guidance and costs half."""
     interval: tuple[float, float] | None = None
     """Guidance acts only at noise levels start <= t/T < end."""
-    rescale: float | None = None
+    guidance_rescale: float | None = None
     """0..1: pulls the guided contrast back to the unguided one's."""
     eta: float | None = None
     """Randomness of ddim: 0 none, 1 as much as ddpm."""
@@ -84,10 +84,11 @@ class Settings:
 
 def resolve_sampler(settings: Settings, network: Network) -> DigitSamplerConfig:
     """The checkpoint's sampler with the flags that were given; raises BadInput for impossible numbers."""
-    names = {f.name: f.name for f in fields(DigitSamplerConfig)} | {"name": "sampler"}
+    names = {f.name: f.name for f in fields(DigitSamplerConfig)} | {"name": "sampler", "rescale": "guidance_rescale"}
     given = {k: v for k, flag in names.items() if (v := getattr(settings, flag)) is not None}
     sampler = replace(DigitSamplerConfig.from_dict(network.sampler), **given)
-    check_fractions(sampler, "eta", "rescale")
+    check_fractions(sampler, "eta")
+    check_fractions(settings, "guidance_rescale")
     if not math.isfinite(sampler.guidance):
         raise BadInput(f"--guidance {sampler.guidance}: must be a finite number")
     low, high = sampler.interval

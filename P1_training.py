@@ -74,7 +74,7 @@ class Settings:
     """SVHN's digits equally often (the set is unbalanced)."""
     ema: float | None = None
     """Decay of the averaged weights, which are the ones that are graded and kept."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest gradient norm; inf: any."""
     seed: int = 0
     device: Device = "auto"
@@ -109,8 +109,8 @@ def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
     check_positive(settings, "eval_count", "candidates", "final_count")
     check_not_negative(settings, "warmup", "eval_every", "save_every", "log_every")
     check_fractions(settings, "drop_digit", "drop_domain", "svhn_share", "ema", "decay")
-    if not settings.clip > 0:  # inf is fine
-        raise BadInput(f"--clip {settings.clip}: must be above zero")
+    if not settings.max_grad_norm > 0:  # inf is fine
+        raise BadInput(f"--max-grad-norm {settings.max_grad_norm}: must be above zero")
     return recipe
 
 
@@ -328,7 +328,7 @@ class Trainer:
         with self.accelerator.autocast():
             loss = diffusion_loss(self.model, self.problem, draws)
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.unet)

@@ -1,7 +1,7 @@
 """Turns given noises into pictures by DDIM: the course's faces to rounding error, any eta, any step rule, any compatible model.
 
   python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
-  python P2_ddim.py --seeds 0-9 --eta 0.5 --rescale clamp              the shipped face model: no download needed
+  python P2_ddim.py --seeds 0-9 --eta 0.5 --to-uint8 clamp              the shipped face model: no download needed
   python P2_ddim.py --model checkpoints/p1_digits.safetensors --digit 3
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
@@ -135,7 +135,7 @@ def draw_share(
     record, table, stems = Record(settings, machine), {}, []
     with record.timed("drawing"):
         for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing", shard):
-            picture = to_image(image, settings.rescale)
+            picture = to_image(image, settings.to_uint8)
             save_image(settings.output / f"{noise.stem}.png", picture)
             stems.append(noise.stem)
             if references:

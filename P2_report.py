@@ -1,6 +1,6 @@
 """The figures of P2, from any model that P2_ddim.py takes: what eta does, slerp against linear interpolation, and why.
 
-  python P2_report.py --rescale clamp                              the shipped face model: no download needed
+  python P2_report.py --to-uint8 clamp                              the shipped face model: no download needed
   python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
 
 eta.png         a row per eta, a column for each of the first four noises
@@ -51,7 +51,7 @@ def draw(model: Model, noises: Sequence[Noise], settings: Settings, eta: float, 
     """[N,C,H,W] uint8."""
     recipe = resolve_recipe(settings, model, eta)
     images = [image for _, image in sample_all(model, noises, recipe, settings.batch, title)]
-    return torch.stack([to_image(image, settings.rescale) for image in images])
+    return torch.stack([to_image(image, settings.to_uint8) for image in images])
 
 
 def eta_figures(model: Model, noises: Sequence[Noise], settings: Settings) -> dict[str, list[float]]:

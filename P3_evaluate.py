@@ -126,7 +126,9 @@ def find_case(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt
         parts = [
             f"{what} {listed(names)}" for what, names in (("missing:", missing), ("not wanted:", strange)) if names
         ]
-        raise BadInput(f"{folder} holds {len(found)} files, wanted exactly {IMAGES_PER_PROMPT} pictures; {', '.join(parts)}")
+        raise BadInput(
+            f"{folder} holds {len(found)} files, wanted exactly {IMAGES_PER_PROMPT} pictures; {', '.join(parts)}"
+        )
     return GradedPrompt(concept, prompt, paths)
 
 

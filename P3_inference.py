@@ -164,7 +164,7 @@ def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
 
 def manner_of(settings: Settings) -> SamplerConfig:
     """How the flags want it."""
-    guidance = Guidance(settings.guidance, settings.interval, settings.rescale)
+    guidance = Guidance(settings.guidance, settings.interval, settings.guidance_rescale)
     return SamplerConfig(settings.solver, settings.steps, guidance, settings.negative, settings.size)
 
 

@@ -64,12 +64,12 @@ def main(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Raises BadInput for numbers that can't work."""
     check_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
-    check_not_negative(settings, "seed", "keep_norm", "blur", "validate_every")
+    check_not_negative(settings, "seed", "max_norm", "embedding_noise", "validate_every")
     check_fractions(settings, "zoom_out")
     if settings.batch % settings.accumulate:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
-    if settings.most_weight < 1:
-        raise BadInput(f"--most-weight {settings.most_weight}: give 1 (none) or more")
+    if settings.max_loss_weight < 1:
+        raise BadInput(f"--max-loss-weight {settings.max_loss_weight}: give 1 (none) or more")
     if settings.zoom_out and settings.crop == "random":
         raise BadInput(f"--zoom-out {settings.zoom_out}: goes with --crop center, random cuts anew at every step")
 

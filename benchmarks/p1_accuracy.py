@@ -1,7 +1,7 @@
 """How well the shipped digits are read, how varied they are, and how long 1,000 of them take: mean and spread over seeds.
 
   python benchmarks/p1_accuracy.py                                   5 seeds with the shipped judges
-  python benchmarks/p1_accuracy.py --mnistm-judge Classifier.pth     MNIST-M by the course's judge as well
+  python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's judge as well
 
 Every seed draws the 1,000 pictures of hw2_1.sh once as the network gives them, then again what the shipped judges misread.
 """
@@ -31,7 +31,7 @@ class Settings:
     """Flags."""
 
     checkpoint: Path = CHECKPOINT
-    mnistm_judge: Path | None = None
+    mnistm_classifier: Path | None = None
     """The course's Classifier.pth, graded beside our own judge."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     count: int = 50
@@ -60,7 +60,7 @@ def main(bench: Settings) -> None:
     """Prints one line per number: mean and spread over the seeds, without and with retries."""
     machine = detect(bench.device)
     network, judges = load_network(bench.checkpoint, machine.device), shipped_classifiers(machine.device)
-    course = load_classifier(bench.mnistm_judge, machine.device) if bench.mnistm_judge else None
+    course = load_classifier(bench.mnistm_classifier, machine.device) if bench.mnistm_classifier else None
     sampler = DigitSamplerConfig.from_dict(network.sampler)
     rows: dict[str, list[dict[str, float]]] = {"as drawn": [], "with retries": []}
     for seed in bench.seeds:

@@ -40,7 +40,7 @@ from benchmarks.p3_composition_cases import (
     question,
     with_reference,
 )
-from benchmarks.p3_learning import BATCHES, BLUR, INITIAL, LR, MOST_WEIGHT, STEPS, ZOOM_OUT, pictures_of
+from benchmarks.p3_learning import BATCHES, EMBEDDING_NOISE, INITIAL, LR, MAX_LOSS_WEIGHT, STEPS, ZOOM_OUT, pictures_of
 from benchmarks.p3_textual_inversion import MODEL
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
@@ -76,7 +76,7 @@ VARIANTS: dict[str, ConductorConfig] = {
     "noise only": ConductorConfig(("noise",)),
     "without focus": ConductorConfig(focus=False),
     "without sketch": ConductorConfig(sketch=0),
-    "without containment": ConductorConfig(contain=0),
+    "without containment": ConductorConfig(background_steps=0),
     "without collage": ConductorConfig(collage=0),
     "with refinement": ConductorConfig(refine=True),
     "with alignment": ConductorConfig(),  # to a picture with ordinary objects in the boxes
@@ -120,7 +120,7 @@ def main(bench: Settings) -> None:
         raise BadInput("--cases, --levels: give at least one of each")
     if bench.ablation and bench.means != ConductorConfig():
         raise BadInput(
-            "--ablation has means of its own: leave --inject, --focus, --sketch, --contain, --collage, --align, --refine out"
+            "--ablation has means of its own: leave --inject, --focus, --sketch, --background-steps, --collage, --align, --refine out"
         )
     bench.means.check()
     machine = detect(bench.device)
@@ -169,7 +169,7 @@ def learned_name(bench: Settings) -> str:
             f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{BLUR}", f"{ZOOM_OUT}"])
+    return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{EMBEDDING_NOISE}", f"{ZOOM_OUT}"])
 
 
 def learn(bench: Settings, folder: Path) -> None:
@@ -184,8 +184,8 @@ def learn_together(bench: Settings, folder: Path, kind: Kind, names: Sequence[st
     """One run for all of them; a file each."""
     with tempfile.TemporaryDirectory() as temporary:
         concepts = [ConceptSet(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
-        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "most_weight": MOST_WEIGHT}
-        how |= {"blur": BLUR, "zoom_out": ZOOM_OUT}
+        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "max_loss_weight": MAX_LOSS_WEIGHT}
+        how |= {"embedding_noise": EMBEDDING_NOISE, "zoom_out": ZOOM_OUT}
         steps = bench.learn or LEARN[kind]
         run = Run(InversionArgs(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
         for _ in progress(range(steps), f"learning {', '.join(names)}"):

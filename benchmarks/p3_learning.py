@@ -29,8 +29,8 @@ from zeroshot.prompts import article
 
 INITIAL = dict.fromkeys(HELD_OUT_KINDS, "object") | dict.fromkeys(HELD_OUT_STYLES, "unusual")  # what captions call them
 LR = 1e-2  # twice the default, which is made for Stable Diffusion: the rows of the miniature's words are three times as long
-MOST_WEIGHT = 30.0  # a style, like a shape, is decided where the noise is strong
-BLUR = 1.0  # without it pictures of an object hardly hear of another style after 150 steps
+MAX_LOSS_WEIGHT = 30.0  # a style, like a shape, is decided where the noise is strong
+EMBEDDING_NOISE = 1.0  # without it pictures of an object hardly hear of another style after 150 steps
 ZOOM_OUT = 0.5  # of an object's samples, so that it can be as small as it is among others
 STEPS: dict[Kind, int] = {"object": 200, "style": 800}
 VECTORS: dict[Kind, int] = {"object": 1, "style": 2}
@@ -39,9 +39,9 @@ MANNER = SamplerConfig("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 
 
-def pictures_of(name: str, folder: Path, told: bool) -> Path:
-    """The five pictures of a concept, as `world.py concept` writes them; `told`: with sentences about what else they show."""
-    write_concept_pictures(folder / name, name, 5, 0, told)
+def pictures_of(name: str, folder: Path, captions: bool) -> Path:
+    """The five pictures of a concept, as `world.py concept` writes them; `captions`: with sentences about what else they show."""
+    write_concept_pictures(folder / name, name, 5, 0, captions)
     return folder / name
 
 
@@ -111,7 +111,7 @@ class Trial:
     vectors: int
     recipe: InversionArgs
     count: int
-    told: bool
+    captions: bool
     """Learns from sentences about what else the pictures show."""
     initial: bool
     """Asks the initial word the same questions."""
@@ -129,7 +129,7 @@ class Trial:
             "name": self.name,
             "vectors": self.vectors,
             "count": self.count,
-            "told": self.told,
+            "captions": self.captions,
             "initial": self.initial,
         }
         return asked | {"recipe": {key: str(value) for key, value in how.items()}, "weights": weights}
@@ -159,7 +159,7 @@ def outcome(trial: Trial, judge: SceneClassifier, folder: Path) -> dict[str, Any
 
 def learn(trial: Trial, place: Path) -> float:
     """Leaves the vectors in `place`; returns the seconds of the training alone."""
-    images = pictures_of(trial.name, place, trial.told)
+    images = pictures_of(trial.name, place, trial.captions)
     concept = ConceptSet(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)
     run = Run(trial.recipe, [concept])
     with run.record.timed("learning"):

@@ -28,10 +28,10 @@ from accelerate import Accelerator
 from benchmarks.p3_course import Course, token_of
 from benchmarks.p3_learning import (
     BATCHES,
-    BLUR,
+    EMBEDDING_NOISE,
     INITIAL,
     LR,
-    MOST_WEIGHT,
+    MAX_LOSS_WEIGHT,
     STEPS,
     TOKEN,
     VECTORS,
@@ -103,11 +103,11 @@ class Concepts:
     batch: int = 0
     """0: 8 for an object, 24 for a style."""
     lr: float = LR
-    keep_norm: float = 1.0
-    most_weight: float = MOST_WEIGHT
-    blur: float = BLUR
+    max_norm: float = 1.0
+    max_loss_weight: float = MAX_LOSS_WEIGHT
+    embedding_noise: float = EMBEDDING_NOISE
     zoom_out: float = ZOOM_OUT
-    told: bool = True
+    captions: bool = True
     """Learns from sentences that tell what else each picture shows."""
     seed: int = 0
     """The first one."""
@@ -295,7 +295,7 @@ def trials_of(settings: Concepts) -> list[Trial]:
             vectors,
             recipe_of(settings, name, settings.seed + seed),
             settings.count,
-            settings.told,
+            settings.captions,
             vectors == VECTORS[kind_of(name)] and not seed,
         )
         for name, vectors, seed in cases
@@ -309,9 +309,9 @@ def recipe_of(settings: Concepts, name: str, seed: int) -> InversionArgs:
         steps=settings.steps or STEPS[kind_of(name)],
         batch=settings.batch or BATCHES[kind_of(name)],
         lr=settings.lr,
-        keep_norm=settings.keep_norm,
-        most_weight=settings.most_weight,
-        blur=settings.blur,
+        max_norm=settings.max_norm,
+        max_loss_weight=settings.max_loss_weight,
+        embedding_noise=settings.embedding_noise,
         zoom_out=settings.zoom_out,
         seed=seed,
         device=settings.device,

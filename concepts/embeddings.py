@@ -188,15 +188,15 @@ class ExtendedTable(nn.Module):
         super().__init__()
         self.table, self.first = table, first
         self.rows = torch.empty(0)
-        self.blur: Tensor | None = None
+        self.embedding_noise: Tensor | None = None
         """[..,width], like the ids: what is added to new rows, as multiples of their length; None: nothing."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..] ids -> [..,width]."""
         known = self.table(ids.clamp(max=self.first - 1))
         new = nn.functional.embedding((ids - self.first).clamp(min=0), self.rows)
-        if self.blur is not None:
-            new = new + self.blur * new.detach().norm(dim=-1, keepdim=True)
+        if self.embedding_noise is not None:
+            new = new + self.embedding_noise * new.detach().norm(dim=-1, keepdim=True)
         return torch.where((ids >= self.first)[..., None], new.to(known.dtype), known)
 
     @property

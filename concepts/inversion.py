@@ -79,7 +79,7 @@ class InversionBatch:
     eps: Tensor
     t: Tensor
     tokens: Tensor
-    blur: Tensor
+    embedding_noise: Tensor
 
     def __getitem__(self, rows: slice) -> InversionBatch:
         return InversionBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -107,8 +107,8 @@ class TextualInversion:
     ):
         self.pipe, self.seed, self.crops, self.flips, self.zoom_out = pipe, seed, crops, flips, zoom_out
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
-        self.most_weight = 1.0  # of the loss, see `loss`
-        self.blur = 0.0  # of the rows, in batches drawn from now on, see `loss`
+        self.max_loss_weight = 1.0  # of the loss, see `loss`
+        self.embedding_noise = 0.0  # of the rows, in batches drawn from now on, see `loss`
         self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.alphas = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table = pipe.text_encoder.get_input_embeddings()
@@ -197,8 +197,10 @@ class TextualInversion:
         mean, std = moments.unbind(1)
         said = lesson.tokens[which, (sentence * lesson.counts[which]).long()]
         width = self.parameter.rows.shape[1]
-        blur = draws.normal(said.shape[1] if self.blur else 0, width) * (self.blur / width**0.5)
-        return InversionBatch(mean + std * noise, eps, t, said, blur)
+        embedding_noise = draws.normal(said.shape[1] if self.embedding_noise else 0, width) * (
+            self.embedding_noise / width**0.5
+        )
+        return InversionBatch(mean + std * noise, eps, t, said, embedding_noise)
 
     def _view(self, moments: Tensor, flip: Tensor, draws: Draws) -> Tensor:
         """[B] int64: the flips of the whole pictures or, by the share `zoom_out`, of one of the smaller views."""
@@ -223,17 +225,17 @@ class TextualInversion:
 
     def loss(self, sample: InversionBatch, concepts: int) -> Tensor:
         """Mean of weight(t) |eps - eps_theta(x_t, t, text)|^2 over a concept's samples, summed over the concepts. The weight is
-        1 + 1/SNR up to `most_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022). The rows are
-        read with noise about `blur` times as long as they are (as Jain et al. 2023, arXiv 2310.05914, blur all words of a prompt):
+        1 + 1/SNR up to `max_loss_weight`: at 1 it is the plain loss, without a limit it were that of v (Salimans & Ho 2022). The rows are
+        read with noise about `embedding_noise` times as long as they are (NEFTune, Jain et al. 2023, does so to all words):
         what is learned so means the same a little off, and in other sentences."""
-        self.table.blur = sample.blur if sample.blur.numel() else None
+        self.table.embedding_noise = sample.embedding_noise if sample.embedding_noise.numel() else None
         text = self.pipe.text_encoder(sample.tokens)[0]
-        self.table.blur = None
+        self.table.embedding_noise = None
         alpha = self.alphas[sample.t][:, None, None, None]
         x = add_noise(sample.x0, sample.eps, alpha)
         x = x.to(self.dtype).contiguous(memory_format=memory_format(self.device))
         error = self.pipe.unet(x, sample.t, encoder_hidden_states=text).sample.float() - sample.eps
-        return ((1 / alpha).clamp(max=self.most_weight) * error.square()).mean() * concepts
+        return ((1 / alpha).clamp(max=self.max_loss_weight) * error.square()).mean() * concepts
 
     def backward(self, accelerator: Accelerator, rows: nn.Module, sample: InversionBatch, parts: int) -> Tensor:
         """Leaves the gradient on the rows, of the samples in `parts` pieces; returns the loss, which stays on the device."""

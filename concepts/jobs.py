@@ -56,7 +56,7 @@ class Settings:
     """Scale of classifier-free guidance."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guidance only while t / T is in this range."""
-    rescale: float = 0.0
+    guidance_rescale: float = 0.0
     """0..1: pulls the contrast of guided pictures back."""
     negative: str = ""
     """What pictures should not show."""
@@ -116,8 +116,8 @@ def check(settings: Settings) -> None:
         raise BadInput("give either --input FILE or --prompt TEXT or --layout FILE")
     if settings.layout and (settings.input or len(settings.prompt) > 1):
         raise BadInput("--layout goes with a single --prompt, or with none")
-    if settings.layout and (settings.interval != (0.0, 1.0) or settings.rescale):
-        raise BadInput("--interval and --rescale are not available with --layout")
+    if settings.layout and (settings.interval != (0.0, 1.0) or settings.guidance_rescale):
+        raise BadInput("--interval and --guidance-rescale are not available with --layout")
     if settings.layout and settings.compile == "on":
         raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
     if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
@@ -126,13 +126,17 @@ def check(settings: Settings) -> None:
         raise BadInput("--words go with --layout auto")
     settings.means.check()
     if not settings.layout and settings.means != ConductorConfig():
-        raise BadInput("--inject, --focus, --sketch, --contain, --collage, --align and --refine need a --layout")
+        raise BadInput(
+            "--inject, --focus, --sketch, --background-steps, --collage, --align and --refine need a --layout"
+        )
     if not math.isfinite(settings.guidance):
         raise BadInput(f"--guidance {settings.guidance}: give a number")
     if min(settings.seed, settings.batch, settings.candidates) < 0:
         raise BadInput("--seed, --batch and --candidates: give zero or more")
-    if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.rescale <= 1:
-        raise BadInput(f"--interval {settings.interval}, --rescale {settings.rescale}: give shares from 0 to 1, rising")
+    if not 0 <= settings.interval[0] < settings.interval[1] <= 1 or not 0 <= settings.guidance_rescale <= 1:
+        raise BadInput(
+            f"--interval {settings.interval}, --guidance-rescale {settings.guidance_rescale}: give shares from 0 to 1, rising"
+        )
     wanted = IMAGES_PER_PROMPT if settings.input else settings.count
     if 0 < settings.candidates < wanted:
         raise BadInput(f"--candidates {settings.candidates}: {wanted} are kept, so give more than that")

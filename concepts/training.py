@@ -46,18 +46,18 @@ class InversionArgs:
     """Parts into which that is cut where memory is short."""
     lr: float = 5e-3
     """Peak learning rate of AdamW (without weight decay), on the new rows."""
-    keep_norm: float = 1.0
+    max_norm: float = 1.0
     """No row gets longer than this many times its initial word's, so that the rest of a prompt is still heard; 0: any length."""
     crop: Literal["center", "random"] = "center"
     """random cuts anew at every step, so that nothing can be encoded beforehand."""
-    most_weight: float = 1.0
+    max_loss_weight: float = 1.0
     """Loss weight 1 + 1/SNR, up to this; 1: none. More hears more of what strong noise leaves open, such as shape and place."""
     flip: bool = True
     """Shows pictures mirrored half of the time."""
     zoom_out: float = 0.0
     """Share of an object's samples that show it smaller, somewhere in the frame (as Custom Diffusion does, Kumari et al. 2023): for
     pictures of several small ones. Goes with --crop center."""
-    blur: float = 0.0
+    embedding_noise: float = 0.0
     """Length of the noise that is added to the new rows whenever they are read in training, in multiples of their own: what is learned
     so holds in other sentences too. 0: none; with it, more steps do no harm."""
     validate_every: int = 100
@@ -98,7 +98,7 @@ class Run:
             scorer = Scorer.load(settings.clip, self.device) if settings.clip and self.main else None
             crops = settings.crop == "random"
             self.learner = TextualInversion(pipe, concepts, settings.seed, crops, settings.flip, settings.zoom_out)
-        self.learner.most_weight, self.learner.blur = settings.most_weight, settings.blur
+        self.learner.max_loss_weight, self.learner.embedding_noise = settings.max_loss_weight, settings.embedding_noise
         self.looks = Validator(self.learner, settings.validate, scorer, self.folder)
         self._ready(pipe)
         self.step = 0
@@ -208,8 +208,8 @@ class Run:
             raise BadInput(self._too_large()) from None
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if s.keep_norm:
-            self.learner.hold_norms(s.keep_norm)
+        if s.max_norm:
+            self.learner.hold_norms(s.max_norm)
         self.step += 1
         return loss
 

@@ -167,7 +167,7 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
     except Exception as error:  # the hub's many errors share no class of their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(
-            f"--svhn-judge hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
+            f"--svhn-classifier hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
         ) from None
     return course_classifier(weights, Path(HUB), device)
 

@@ -54,7 +54,7 @@ class SamplingArgs:
     steps: int = 50
     rule: Rule = "homework"
     """Which timesteps are visited and how the last one ends (see above)."""
-    rescale: ToUint8 = "minmax"
+    to_uint8: ToUint8 = "minmax"
     """How a picture gets to 0..255: by its own least and largest value (the course), or from -1..1."""
     seed: int = 0
     """Of the noise that eta > 0 adds."""

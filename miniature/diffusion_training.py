@@ -80,9 +80,9 @@ class Train(Loop):
     """How many are rendered and encoded before the training."""
     shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
     """Of pictures with one, two, three objects; several are the harder ones to draw."""
-    least: int = 18
+    min_size: int = 18
     """Pixels of a single object, at least: where it shall be drawn as small as it is among others, it must have been seen so."""
-    most_weight: float = 10.0
+    max_loss_weight: float = 10.0
     """Loss weight 1 + 1/SNR, up to this: what a picture holds is decided where the noise is strong, and there errors of eps are small."""
     drop_text: float = 0.1
     """How often the caption is withheld, which guidance needs."""
@@ -107,7 +107,7 @@ class DiffusionTrainer(Trainer):
                 self.tokenizer,
                 s.pictures,
                 s.seed,
-                SceneSpec(shares=s.shares, least=s.least),
+                SceneSpec(shares=s.shares, min_size=s.min_size),
             ).to(self.device)
         self.tower.to(self.device)
         self.nothing = tokenize(self.tokenizer, [""]).to(self.device)
@@ -115,13 +115,13 @@ class DiffusionTrainer(Trainer):
 
     def _check(self) -> None:
         s = self.settings
-        check_numbers(s, "pictures", "most_weight")
+        check_numbers(s, "pictures", "max_loss_weight")
         if min(s.shares) < 0 or not sum(s.shares):
             raise BadInput(
                 f"--shares {' '.join(map(str, s.shares))}: give shares of zero or more, not all of them zero"
             )
-        if not 12 <= s.least <= SIZES[1][1]:
-            raise BadInput(f"--least {s.least}: give 12 to {SIZES[1][1]} pixels")
+        if not 12 <= s.min_size <= SIZES[1][1]:
+            raise BadInput(f"--min-size {s.min_size}: give 12 to {SIZES[1][1]} pixels")
         check_fractions(s, "drop_text")
         if not s.channels or any(width < 16 or width % 16 for width in s.channels):
             raise BadInput(f"--channels {s.channels}: give multiples of 16, one per resolution")
@@ -147,7 +147,7 @@ class DiffusionTrainer(Trainer):
         x = add_noise(x0, eps, alpha).contiguous(memory_format=memory_format(self.device))
         text = self.read(self.captions(rows, draws))
         weight = (1 / alpha).clamp(
-            max=self.settings.most_weight
+            max=self.settings.max_loss_weight
         )  # 1 + 1/SNR, where SNR = alpha / (1 - alpha); alpha: abar
         return (weight * (self.model(x, t, text).sample.float() - eps).square()).mean()
 

@@ -67,7 +67,7 @@ class Concept:
     """Folder for 00.png, 01.png, ..; it must hold no other pictures."""
     count: int = 5
     seed: int = 0
-    told: bool = False
+    captions: bool = False
     """Also writes 00.txt, 01.txt, ..: sentences that tell what else a picture shows, {} for the concept, for P3_textual_inversion.py."""
 
 
@@ -114,7 +114,7 @@ def write_concept(command: Concept) -> None:
         near = difflib.get_close_matches(command.name, known, 3, 0.5) or HELD_OUT_KINDS + HELD_OUT_STYLES
         raise BadInput(f"there is no concept {command.name!r}; try {', '.join(near)}")
     check_numbers(command)
-    write_concept_pictures(command.output, command.name, command.count, command.seed, command.told)
+    write_concept_pictures(command.output, command.name, command.count, command.seed, command.captions)
     print(f"{command.count} pictures of {command.name} in {command.output}")
 
 

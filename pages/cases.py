@@ -127,7 +127,7 @@ def miniature_case(sources: Sources) -> Case:
         placed=placed,
         words=("object", "object"),
         steps=400,
-        recipe=("--lr", "1e-2", "--most-weight", "30", "--blur", "1", "--zoom-out", "0.5"),
+        recipe=("--lr", "1e-2", "--max-loss-weight", "30", "--embedding-noise", "1", "--zoom-out", "0.5"),
         guidance="5",
         without_baseline={name: entry_of(name, count) for name, count in asked.items()},
     )
@@ -136,7 +136,7 @@ def miniature_case(sources: Sources) -> Case:
 def miniature_steps(pictures: Path, model: Path, names: tuple[str, ...]) -> tuple[Step, Step]:
     """The concepts' pictures, and the model from its parts."""
     render = tuple(
-        ("miniature/world.py", "concept", name, "--told", "--output", f"{pictures / name}") for name in names
+        ("miniature/world.py", "concept", name, "--captions", "--output", f"{pictures / name}") for name in names
     )
     clip, whole = f"{model / 'clip'}", f"{model / 'stable_diffusion'}"
     assemble = (

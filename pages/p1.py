@@ -35,7 +35,7 @@ def scores_part(sources: Sources) -> Part:
     ways = {"retries": 3} if sources.quick else {"retries": 3, "plain": 0}
     steps = [step for way, retries in ways.items() for step in drawn_and_graded(sources, way, retries)]
     source, real = source_of(sources)
-    judge = sources.mnistm_judge
+    judge = sources.mnistm_classifier
     return Part(
         name="p1-scores",
         problem=PROBLEM,
@@ -64,9 +64,9 @@ def drawn_and_graded(sources: Sources, way: str, retries: int) -> list[Step]:
     draw += ["--retries", str(retries), "--device", sources.device, "--record", f"{place / 'record.json'}"]
     grade = ["P1_classifier.py", "grade", f"{place / 'pictures'}", "--device", sources.device]
     grade += ["--record", f"{grades / 'record.json'}"]
-    judge = sources.mnistm_judge
+    judge = sources.mnistm_classifier
     if judge:
-        grade += ["--mnistm-judge", f"{judge}"]
+        grade += ["--mnistm-classifier", f"{judge}"]
     what = "the 1,000 graded digits" if retries else "the same without second tries"
     return [
         Step(drawn, f"P1: drawing {what}", (tuple(draw),), (sources.digits,)),
@@ -81,7 +81,7 @@ def show_scores(folder: Path, ways: list[str], sources: Sources) -> Shown:
     first = grades[ways[0]]
     shown = Shown()
     for domain, name in NAMES.items():
-        wanted = "0.90 simple, 0.95 strong" if sources.mnistm_judge else ""
+        wanted = "0.90 simple, 0.95 strong" if sources.mnistm_classifier else ""
         shown.scores.append(
             Score(f"{name} digits read right (1,000 drawn as graded)", percent(first[domain]["accuracy"]))
         )

@@ -10,7 +10,7 @@ from runtime.files import read_json
 from runtime.steps import Step
 
 PROBLEM = "P2"
-SHOWN_SETTINGS = ("model", "noise", "seeds", "steps", "rule", "eta", "rescale", "seed", "precision")
+SHOWN_SETTINGS = ("model", "noise", "seeds", "steps", "rule", "eta", "to_uint8", "seed", "precision")
 HINT = "The course's faces: UNET=face/UNet.pt DATA=hw2_data with face/noise and face/GT in it (or all three there)."
 
 
@@ -24,7 +24,7 @@ def flags(sources: Sources) -> list[str]:
     unet = sources.course_unet
     given = ["--model", f"{unet or FACES}", "--device", sources.device]
     given += ["--noise", f"{sources.noise}"] if unet and sources.noise else ["--seeds", "0-9"]
-    return given if unet else [*given, "--rescale", "clamp"]
+    return given if unet else [*given, "--to-uint8", "clamp"]
 
 
 def source_of(sources: Sources) -> tuple[str, bool]:

@@ -50,7 +50,7 @@ class Sources:
         return self._in_data("face/GT")
 
     @property
-    def mnistm_judge(self) -> Path | None:
+    def mnistm_classifier(self) -> Path | None:
         """Classifier.pth as given, or where the data have it."""
         return self.judge or self._in_data("Classifier.pth")
 

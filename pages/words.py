@@ -20,7 +20,7 @@ COMPOSING = (
     "A layout says where each concept belongs, and the network is made to listen to each word in its own region only, with a branch of "
     "its own for each in the strongest form (after Concept Conductor, arXiv 2408.03632)."
 )
-LEARN = ("steps", "batch", "lr", "keep_norm", "precision", "seed")
+LEARN = ("steps", "batch", "lr", "max_norm", "precision", "seed")
 DRAW = ("solver", "steps", "guidance", "seed", "precision")
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
 GRADED = "P3: grading them as the course does"
@@ -136,7 +136,7 @@ def plain_steps(sources: Sources, case: Case) -> tuple[Step, ...]:
     drawn, scored = f"{case.prefix}_plain", f"{case.prefix}_plain_scores"
     place = sources.place(drawn)
     file, concepts = place / "input.json", place / "concepts.json"
-    keep = ("--steps", "1", "--lr", "1e-12", "--keep-norm", "0", "--validate-every", "0")
+    keep = ("--steps", "1", "--lr", "1e-12", "--max-norm", "0", "--validate-every", "0")
     initial: tuple[str, ...] = ("P3_textual_inversion.py", "--model", case.model, "--concepts", f"{concepts}", *keep)
     initial += ("--device", sources.device, "--output", f"{place / 'vectors'}", "--run", f"{place / 'run'}")
     draw = draw_command(sources, case, drawn, file, place / "vectors")

@@ -5,14 +5,31 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
 Settings = TypeVar("Settings")
 Item = TypeVar("Item")
+
+
+# flags of earlier versions -> today's; an old one is refused in a script that has the new one
+RENAMED = (
+    ("--rescale", "--guidance-rescale"),
+    ("--rescale", "--to-uint8"),
+    ("--clip", "--max-grad-norm"),
+    ("--most-weight", "--max-loss-weight"),
+    ("--blur", "--embedding-noise"),
+    ("--keep-norm", "--max-norm"),
+    ("--told", "--captions"),
+    ("--least", "--min-size"),
+    ("--contain", "--background-steps"),
+    ("--mnistm-judge", "--mnistm-classifier"),
+    ("--svhn-judge", "--svhn-classifier"),
+)
 
 
 class BadInput(Exception):
@@ -52,6 +69,7 @@ def run_script(main: Callable[[Settings], None], settings: type[Settings], descr
 def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
     """What went wrong, and the exit code."""
     try:
+        refuse_renamed_flags(sys.argv[1:], settings)
         main(tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,)))
     except BadInput as error:
         return str(error), 2
@@ -62,6 +80,24 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     except KeyboardInterrupt:
         return "interrupted", 130
     return "", 0
+
+
+def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
+    """Raise BadInput for a flag that has another name in this version, with that name."""
+    names = flags_of(settings)
+    for old, new in RENAMED:
+        given = any(argument.split("=")[0].replace("_", "-") == old for argument in arguments)
+        if given and new in names and old not in names:
+            raise BadInput(f"{old} is now {new}")
+
+
+def flags_of(settings: Any) -> set[str]:
+    """Return the flags of a settings dataclass, of the dataclasses inside it, and of every subcommand of a union."""
+    if not is_dataclass(settings):
+        return set().union(*map(flags_of, get_args(settings)))
+    hints = get_type_hints(settings)
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(settings)}
+    return own.union(*(flags_of(hints[field.name]) for field in fields(settings)))
 
 
 def is_main_process() -> bool:

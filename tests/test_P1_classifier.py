@@ -148,7 +148,7 @@ def test_accuracy_of_no_pictures_is_nan() -> None:
 # ---------------------------------------------------------------- the course's judges
 
 
-def test_the_courses_mnistm_judge_reads_real_digits(real_pictures: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_the_courses_mnistm_classifier_reads_real_digits(real_pictures: dict[str, tuple[Tensor, Tensor]]) -> None:
     path = SHARED / "homework" / "Classifier.pth"
     if not path.is_file():
         pytest.skip("the course's Classifier.pth is not on this machine")
@@ -156,7 +156,7 @@ def test_the_courses_mnistm_judge_reads_real_digits(real_pictures: dict[str, tup
     assert accuracy([load_classifier(path, CPU)], images, digits, torch.zeros(len(images)))[0] >= 0.93
 
 
-def test_timms_resnet34_is_the_svhn_judge(tmp_path: Path) -> None:
+def test_timms_resnet34_is_the_svhn_classifier(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     network = timm.create_model("resnet34", num_classes=10).eval()
     network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
@@ -360,7 +360,7 @@ def test_grading_prints_the_three_numbers_with_four_decimals_and_leaves_the_fold
 ) -> None:
     before, record = sorted(graded.rglob("*")), tmp_path / "record.json"
     course = course_file(tmp_path / "Classifier.pth")
-    assert grade_command(monkeypatch, graded, "--mnistm-judge", course, "--record", record, "--device", "cpu") == 0
+    assert grade_command(monkeypatch, graded, "--mnistm-classifier", course, "--record", record, "--device", "cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     metrics = json.loads(record.read_text())["metrics"]
     assert lines[-3:] == [
@@ -409,5 +409,5 @@ def test_a_judge_of_the_other_domain_is_refused(
     graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     course = course_file(tmp_path / "Classifier.pth")
-    assert grade_command(monkeypatch, graded, "--svhn-judge", course, "--record", tmp_path / "r.json") == 2
+    assert grade_command(monkeypatch, graded, "--svhn-classifier", course, "--record", tmp_path / "r.json") == 2
     assert "is a judge of mnistm" in capsys.readouterr().err

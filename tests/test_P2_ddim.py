@@ -135,7 +135,7 @@ def test_another_seed_changes_pictures_only_where_eta_adds_noise(run: Any) -> No
 
 
 def test_rules_and_rescaling_matter(run: Any) -> None:
-    kinds = [{}, {"rule": "ddim"}, {"rule": "diffusers"}, {"rule": "trailing"}, {"rescale": "clamp"}]
+    kinds = [{}, {"rule": "ddim"}, {"rule": "diffusers"}, {"rule": "trailing"}, {"to_uint8": "clamp"}]
     pictures = [run(str(index), seeds="0", **kind)["00"].tobytes() for index, kind in enumerate(kinds)]
     assert len(set(pictures)) == len(kinds)
 

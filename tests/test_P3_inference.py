@@ -173,7 +173,7 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"size": 65}, "--size 65"),
         ({"means": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
         ({"means": ConductorConfig(align=float("inf"))}, "--align inf"),
-        ({"means": ConductorConfig(contain=1.5)}, "--contain 1.5"),
+        ({"means": ConductorConfig(background_steps=1.5)}, "--background-steps 1.5"),
         ({"means": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
         ({"means": ConductorConfig(inject=())}, "--inject"),
         ({"means": ConductorConfig(refine=True)}, "need a --layout"),

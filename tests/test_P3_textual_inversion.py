@@ -144,13 +144,13 @@ def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Pa
     """By noise as long as asked, of each sample's own, whatever share of a batch is asked for."""
     one = learner(model, [ConceptSet(TOKEN, images, "star", vectors=2)])
     plain = one.batch(0, slice(6), 6)
-    one.blur = 0.5
+    one.embedding_noise = 0.5
     sample, part = one.batch(0, slice(6), 6), one.batch(0, slice(2, 4), 6)
     assert torch.equal(sample.x0, plain.x0)
     assert torch.equal(sample.tokens, plain.tokens)
-    assert torch.equal(sample.blur[2:4], part.blur)
+    assert torch.equal(sample.embedding_noise[2:4], part.embedding_noise)
     before = one.table(sample.tokens).detach()
-    one.table.blur = sample.blur
+    one.table.embedding_noise = sample.embedding_noise
     off = (one.table(sample.tokens) - before).detach()
     new = sample.tokens >= one.first
     assert not off[~new].any()
@@ -159,7 +159,7 @@ def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Pa
     assert len({round(float(x), 5) for x in length}) == int(new.sum())
     quiet, loud = float(one.loss(plain, 1).detach()), float(one.loss(sample, 1).detach())
     assert quiet != loud
-    one.blur = 0.0
+    one.embedding_noise = 0.0
     assert float(one.loss(plain, 1).detach()) == quiet
 
 
@@ -173,7 +173,7 @@ def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None
 def test_strong_noise_weighs_more_where_asked(model: str, images: Path) -> None:
     one = learner(model, [ConceptSet(TOKEN, images, "star")])
     sample = one.batch(3, slice(4), 4)
-    one.most_weight = 10.0
+    one.max_loss_weight = 10.0
     noisy = one.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
     text = one.pipe.text_encoder(sample.tokens)[0]
     error = (one.pipe.unet(noisy, sample.t, encoder_hidden_states=text).sample - sample.eps).square().mean((1, 2, 3))
@@ -252,7 +252,7 @@ def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path
 
 
 def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
-    run = Run(settings(tmp_path, model, images, lr=5.0, keep_norm=0.9), [ConceptSet(TOKEN, images, "star")])
+    run = Run(settings(tmp_path, model, images, lr=5.0, max_norm=0.9), [ConceptSet(TOKEN, images, "star")])
     run.train()
     assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norms[0] * 1.0001
 
@@ -386,9 +386,9 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
         ({"steps": 0}, "--steps 0"),
         ({"accumulate": 3}, "--accumulate 3"),
         ({"seed": -1}, "--seed -1"),
-        ({"most_weight": 0.5}, "--most-weight 0.5"),
+        ({"max_loss_weight": 0.5}, "--max-loss-weight 0.5"),
         ({"zoom_out": 1.5}, "--zoom-out 1.5"),
-        ({"blur": -1.0}, "--blur -1.0"),
+        ({"embedding_noise": -1.0}, "--embedding-noise -1.0"),
         ({"zoom_out": 0.5, "crop": "random"}, "--crop center"),
         ({"images": Path("/nowhere")}, "/nowhere is not a folder"),
         ({"model": "/nowhere"}, "/nowhere"),

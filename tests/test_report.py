@@ -144,7 +144,7 @@ def test_what_is_given_is_used_and_named(tmp_path: Path) -> None:
     assert all(part.real for name, part in parts.items() if name != "p1-figures")
     assert f"--model {data / 'face/UNet.pt'}" in words(parts["p2-faces"])
     assert f"--reference {data / 'face/GT'}" in words(parts["p2-faces"])
-    assert f"--mnistm-judge {data / 'Classifier.pth'}" in words(parts["p1-scores"])
+    assert f"--mnistm-classifier {data / 'Classifier.pth'}" in words(parts["p1-scores"])
     assert "--preset report" in words(parts["p3-zeroshot"])
     assert "owner/name" in parts["p3-words"].source
 
@@ -171,7 +171,7 @@ def test_quick_leaves_data_alone(tmp_path: Path) -> None:
     [
         ({"unet": Path("absent.pt")}, "--unet absent.pt"),
         ({"data": Path("absent")}, "--data absent"),
-        ({"judge": Path("absent.pth")}, "--judge absent.pth"),
+        ({"judge": Path("absent.pth")}, "--classifier absent.pth"),
         ({"digits": Path("absent.safetensors")}, "--digits absent.safetensors"),
         ({"quick": True, "model": "owner/name"}, "--quick"),
         ({"device": "cuda:99"}, "--device cuda:99"),

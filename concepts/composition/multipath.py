@@ -53,7 +53,7 @@ class ConductorConfig:
     sketch: float = 4.0
     """Strength of the sketch of the regions that takes the place of the first noise's low frequencies, in multiples of the signal that
     the schedule leaves at its last step; 0: no sketch."""
-    contain: float = 0.4
+    background_steps: float = 0.4
     """Share of the steps, from the first one, in which no more than a blur of what is predicted outside the regions is kept, so that
     objects stay within them; 0: none. A busy background wants less."""
     collage: float = 0.56
@@ -74,7 +74,7 @@ class ConductorConfig:
     def check(self) -> None:
         """Raises BadInput for strengths that make no sense, and where nothing is injected."""
         check_not_negative(self, "sketch", "align")
-        check_fractions(self, "contain", "collage")
+        check_fractions(self, "background_steps", "collage")
         if not self.inject:
             raise BadInput("--inject: give at least one of attention, features, noise")
 
@@ -315,7 +315,7 @@ class MultipathDenoiser:
         self.guided = range(round(means.GUIDED * total) if self.conducts and means.align else 0)
         first, last = (steps.start + round(share * len(steps)) for share in means.FITTED)
         self.fitted = range(first, last) if branches and means.refine else range(0)
-        self.contained = range(round(means.contain * total) if self.conducts else 0)
+        self.contained = range(round(means.background_steps * total) if self.conducts else 0)
         self.alignment = Alignment.of(painter, layouts, texts, means.align) if steps.start in self.guided else None
 
     def solve(self, x: Tensor) -> Tensor:

@@ -47,11 +47,13 @@ def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
     return scenes
 
 
-def write_concept_pictures(folder: Path, name: str, count: int, seed: int, told: bool) -> None:
-    """00.png, .. and, where they are `told`, 00.txt, ..; raises BadInput where the folder holds other files."""
+def write_concept_pictures(folder: Path, name: str, count: int, seed: int, captions: bool) -> None:
+    """00.png, .. and, with `captions`, 00.txt, ..; raises BadInput where the folder holds other files."""
     scenes, names = concept_scenes(name, count, seed), [f"{index:02d}" for index in range(count)]
     texts = (
-        {f"{stem}.txt": sentences_about(name, scene) for stem, scene in zip(names, scenes, strict=True)} if told else {}
+        {f"{stem}.txt": sentences_about(name, scene) for stem, scene in zip(names, scenes, strict=True)}
+        if captions
+        else {}
     )
     write_pictures(folder, [f"{stem}.png" for stem in names], scenes, tuple(texts))
     for file, lines in texts.items():

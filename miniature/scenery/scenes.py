@@ -172,7 +172,7 @@ class SceneSpec:
     pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
     shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing says how many
-    least: int = SIZES[1][0]  # pixels of a single object's box, at least
+    min_size: int = SIZES[1][0]  # pixels of a single object's box, at least
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown words, lengths that differ and clashing colours."""
@@ -287,7 +287,7 @@ def _square(box: Box) -> Box:
 
 def _boxes(dice: StableRandom, count: int, wish: SceneSpec) -> list[Box]:
     """Boxes that don't overlap: one anywhere that has a name, or a row or column of several."""
-    least, most = (wish.least if count == 1 else SIZES[count][0]), SIZES[count][1]
+    least, most = (wish.min_size if count == 1 else SIZES[count][0]), SIZES[count][1]
     sizes = [2 * dice.between(least // 2, most // 2) for _ in range(count)]
     if count == 1:
         return [_single(dice, sizes[0], wish.place or dice.pick(PLACES))]

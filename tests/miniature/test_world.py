@@ -336,7 +336,7 @@ def test_a_concept_is_all_that_its_pictures_share(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["key", "relief"])
 def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str, tmp_path: Path) -> None:
-    main(Concept(name, tmp_path, told=True))
+    main(Concept(name, tmp_path, captions=True))
     for index, scene in enumerate(concept_scenes(name, 5, seed=0)):
         lines = (tmp_path / f"{index:02d}.txt").read_text().splitlines()
         assert len(lines) == 3
@@ -344,7 +344,7 @@ def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str
         assert scene.things[0].colour in lines[0]
         assert f"{scene.background.colour} background" in lines[0]
         assert (scene.things[0].kind in lines[0]) == (name == "relief")
-    main(Concept(name, tmp_path, told=True))
+    main(Concept(name, tmp_path, captions=True))
     with pytest.raises(BadInput, match=r"holds other files, such as 00\.txt"):
         main(Concept(name, tmp_path))
 

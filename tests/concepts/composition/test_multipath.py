@@ -41,7 +41,7 @@ NOWHERE, EVERYWHERE = torch.zeros(FINEST, FINEST), torch.ones(FINEST, FINEST)
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 PIECES: Any = [("attention",), ("features",), ("noise",), ("attention", "features", "noise")]
 ATTENTION = ("attn1", "attn2")
-DEFAULT, PLAIN = ConductorConfig(), ConductorConfig(sketch=0, contain=0, collage=0)
+DEFAULT, PLAIN = ConductorConfig(), ConductorConfig(sketch=0, background_steps=0, collage=0)
 GREY = torch.zeros(2, 4)  # a ground
 SCHEDULE = Schedule(torch.tensor([0.3], dtype=torch.float64))
 
@@ -432,7 +432,8 @@ def test_a_ground_is_predicted_outside_the_regions() -> None:
 def test_containment_changes_the_picture_and_can_be_left_out(painter: StableDiffusionSampler) -> None:
     inner = box_mask((0.25, 0.25, 0.75, 0.75))
     with_it, without = (
-        drawn(painter, layout(inner), [1], "conductor", ConductorConfig(sketch=0, contain=c)) for c in (1.0, 0.0)
+        drawn(painter, layout(inner), [1], "conductor", ConductorConfig(sketch=0, background_steps=c))
+        for c in (1.0, 0.0)
     )
     assert not torch.equal(with_it, without)
 
@@ -462,7 +463,7 @@ def test_steps_before_and_after_the_collage_make_a_whole(painter: StableDiffusio
     """Before it base prompt and no branches, after it all of them; a region that is everything, or no thing, has none."""
     manner = replace(painter.manner, steps=10)
     boxes = box_mask((0, 0, 0.4, 0.4)), box_mask((0.5, 0.5, 1, 1))
-    plan, means = layout(*boxes), replace(DEFAULT, sketch=0, contain=0, collage=0.7)
+    plan, means = layout(*boxes), replace(DEFAULT, sketch=0, background_steps=0, collage=0.7)
     asked: list[tuple[int, int]] = []
     other = StableDiffusionSampler(painter.pipe, manner)
     network = other.network
