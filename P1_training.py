@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusion.schedule import Schedule, add_noise, make_schedule, min_snr_weight, target
+from diffusion.loss import min_snr_weight
+from diffusion.schedule import Schedule, add_noise, make_schedule, target
 from digits.classifier import DigitClassifier, accuracy, shipped_classifiers
 from digits.recipes import RECIPES, TrainingRecipe
 from digits.sampling import DigitSamplerConfig, graded_requests, labels_of, sample_all

@@ -1,1 +1,1 @@
-"""The mathematics all three problems share: schedule, samplers, guidance, noise. Pure functions on tensors; no files, no printing."""
+"""The mathematics that all problems share: schedule, loss, samplers, step rules, guidance, noise. Pure functions on tensors."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper of the denoiser (Ho & Salimans 2022)."""
+"""Classifier-free guidance as a wrapper of the denoiser (Ho & Salimans 2022, arXiv 2207.12598)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ Condition = TypeVar("Condition")
 
 @dataclass(frozen=True)
 class Guidance:
-    """scale: out = uncond + scale (cond - uncond). interval: applied only at start <= t/T < end (Kynkaanniemi et al. 2024).
-    rescale: 0..1, pulls the output's standard deviation back to that of cond (Lin et al. 2024, eq. 15, 16)."""
+    """Strength and place of guidance.
+
+    scale: out = uncond + scale (cond - uncond).
+    interval: applied only at start <= t/T < end (Kynkaanniemi et al. 2024).
+    rescale: 0..1, pulls the output's standard deviation back to that of cond (Lin et al. 2024, eq. 15, 16).
+    """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
 
     def active(self, t: int, total: int) -> bool:
-        """Whether the unconditional half is worth its price at step t of `total`."""
+        """Return whether guidance is applied at timestep t of `total`."""
         return self.scale != 1 and self.interval[0] <= t / total < self.interval[1]
+
+    def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Return the guided output of both predictions [B,C,H,W]."""
+        out = uncond + self.scale * (cond - uncond)
+        return rescaled(out, cond, self.rescale) if self.rescale else out
 
 
 def guided(
@@ -34,21 +43,22 @@ def guided(
     guidance: Guidance,
     total: int,
 ) -> Denoise:
-    """A denoiser that runs `network(x, t, condition)`; where guidance is active, one fused call of 2B with `both`,
-    the condition followed by its null version along the batch."""
+    """Return a denoiser that runs `network(x, t, condition)` with guidance.
+
+    Where guidance is active, one fused call of 2B gets `both`: the condition followed by its null version along the batch.
+    """
 
     def denoise(x: Tensor, t: int) -> Tensor:
         if not guidance.active(t, total):
             return network(x, t, condition)
         cond, uncond = network(torch.cat([x, x]), t, both).chunk(2)
-        out = uncond + guidance.scale * (cond - uncond)
-        return rescaled(out, cond, guidance.rescale) if guidance.rescale else out
+        return guidance.combine(cond, uncond)
 
     return denoise
 
 
 def rescaled(out: Tensor, cond: Tensor, weight: float) -> Tensor:
-    """weight 1 gives `out` the per-image standard deviation of `cond`, 0 leaves it as it is."""
+    """Return `out` with the per-image standard deviation of `cond` at weight 1, unchanged at 0."""
     dims = tuple(range(1, out.dim()))
     factor = cond.std(dims, keepdim=True) / out.std(dims, keepdim=True)
     return out * (weight * factor + 1 - weight)

@@ -1,4 +1,4 @@
-"""Every picture has its own seed and its own stream of noise, whatever shares its batch; and ways from one noise to another."""
+"""Noise: every image has its own seed and noise stream, independent of its batch; interpolation between two noises."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from torch import Tensor
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per picture: a CPU's stream is the same on every machine and device."""
+    """Return one CPU generator per image: a CPU's stream is the same on every machine and device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(streams: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """The next standard normal [len(streams), *shape] float32; picture k takes only from stream k."""
-    noise = torch.stack([torch.randn(*shape, generator=stream) for stream in streams])
+def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Draw the next standard normal [len(generators), *shape] float32; image k draws only from generator k."""
+    noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
     return noise.to(device, non_blocking=True)
 
 
 def linear(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) a + alpha b. Half way between two independent noises its norm is only 0.71 of theirs."""
+    """Return (1 - alpha) a + alpha b; half way between two independent noises its norm is only 0.71 of theirs."""
     return (1 - alpha) * a + alpha * b
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b on the flattened tensors, theta their angle (Shoemake 1985).
+    """Return sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta the angle of a and b (Shoemake 1985).
 
-    Parallel and opposite vectors, where that is 0/0, turn in some plane that holds them; with a zero vector it is linear.
+    Works on the flattened tensors. Parallel and opposite vectors, where this is 0/0, turn in some plane that holds them.
+    With a zero vector the interpolation is linear.
     """
     x, y = a.double().flatten(), b.double().flatten()
     lengths = x.norm(), y.norm()

@@ -1,7 +1,7 @@
-"""Samplers as free functions: (denoise, x, schedule, steps, streams) -> x.
+"""Samplers as free functions: (denoise, x, schedule, steps, generators) -> x.
 
-`denoise(x, t)` returns what the schedule says the network predicts; x [B,C,H,W] starts as standard normal noise; pictures are in [-1, 1].
-`watch(t, x)`, where given, sees the state after the step that arrives at t; `nudge(x, t)` may change it before the network sees it.
+`denoise(x, t)` returns what the network predicts (`Schedule.prediction`). x [B,C,H,W] starts as standard normal noise and ends in [-1, 1].
+`callback(t, x)` receives the state after the step that arrives at t. `nudge(x, t)` may change the state before the network reads it.
 """
 
 from __future__ import annotations
@@ -17,33 +17,37 @@ from diffusion.noise import draw
 from diffusion.schedule import Schedule
 from diffusion.steps import Steps
 
-Watch = Callable[[int, Tensor], None]
+Callback = Callable[[int, Tensor], None]
 Nudge = Callable[[Tensor, int], Tensor]
-Streams = Sequence[torch.Generator]
+Generators = Sequence[torch.Generator]
 ALL = slice(None)
 
 
-def _ignore(t: int, x: Tensor) -> None:
-    """The watcher that does nothing."""
+def ignore(t: int, x: Tensor) -> None:
+    """Do nothing: the default callback."""
 
 
 def unchanged(x: Tensor, t: int) -> Tensor:
-    """No nudge."""
+    """Return x: the default nudge."""
     return x
 
 
-def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, streams: Streams, watch: Watch = _ignore) -> Tensor:
-    """Ancestral sampling over all T steps with the posterior variance (Ho et al. 2020, eq. 6, 7), x0 clamped to [-1, 1]."""
+def ddpm(
+    denoise: Denoise, x: Tensor, schedule: Schedule, generators: Generators, callback: Callback = ignore
+) -> Tensor:
+    """Sample over all T steps with the posterior variance (Ho et al. 2020, eq. 6, 7), x0 clamped to [-1, 1]."""
     for t in reversed(range(len(schedule))):
-        alpha, before = schedule.alpha(t), schedule.alpha(t - 1)
-        beta = 1 - alpha / before
-        x0, _ = schedule.clean_and_noise(denoise(x, t), x, t)
+        alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t - 1)
+        beta = 1 - alpha_bar / alpha_bar_prev
+        x0, _ = schedule.x0_and_eps(denoise(x, t), x, t)
         x0 = x0.clamp(-1, 1)
-        x = (math.sqrt(before) * beta * x0 + math.sqrt(alpha / before) * (1 - before) * x) / (1 - alpha)
+        mean_x0 = math.sqrt(alpha_bar_prev) * beta * x0
+        mean_x = math.sqrt(alpha_bar / alpha_bar_prev) * (1 - alpha_bar_prev) * x
+        x = (mean_x0 + mean_x) / (1 - alpha_bar)
         if t:
-            variance = (1 - before) / (1 - alpha) * beta
-            x = x + math.sqrt(variance) * draw(streams, x.shape[1:], x.device)
-        watch(t, x)
+            variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+            x = x + math.sqrt(variance) * draw(generators, x.shape[1:], x.device)
+        callback(t, x)
     return x
 
 
@@ -52,23 +56,43 @@ def ddim(
     x: Tensor,
     schedule: Schedule,
     steps: Steps,
-    streams: Streams = (),
+    generators: Generators = (),
     eta: float = 0.0,
-    watch: Watch = _ignore,
+    callback: Callback = ignore,
     nudge: Nudge = unchanged,
 ) -> Tensor:
-    """Song et al. 2021, eq. 12, on any grid; eta 0 is deterministic, eta 1 as random as DDPM. eps is not recomputed after the clamp."""
-    for t, previous in steps.pairs:
-        alpha, before = schedule.alpha(t), schedule.alpha(previous)
+    """Sample on any grid (Song et al. 2021, eq. 12): eta 0 is deterministic, eta 1 as random as DDPM.
+
+    eps is not recomputed after x0 is clamped.
+    """
+    for t, t_prev in steps.pairs:
+        alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
         x = nudge(x, t)
-        x0, eps = schedule.clean_and_noise(denoise(x, t), x, t)
+        x0, eps = schedule.x0_and_eps(denoise(x, t), x, t)
         x0 = x0.clamp(-1, 1) if steps.clamp else x0
-        sigma = eta * math.sqrt((1 - before) / (1 - alpha)) * math.sqrt(max(0.0, 1 - alpha / before))
-        x = math.sqrt(before) * x0 + math.sqrt(max(0.0, 1 - before - sigma**2)) * eps
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
+        sigma *= math.sqrt(max(0.0, 1 - alpha_bar / alpha_bar_prev))
+        x = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(0.0, 1 - alpha_bar_prev - sigma**2)) * eps
         if sigma:
-            x = x + sigma * draw(streams, x.shape[1:], x.device)
-        watch(max(previous, 0), x)
+            x = x + sigma * draw(generators, x.shape[1:], x.device)
+        callback(max(t_prev, 0), x)
     return x
+
+
+def ddim_invert(denoise: Denoise, x: Tensor, schedule: Schedule, steps: Steps) -> dict[int, Tensor]:
+    """Return {t: x_t}, the noise that `ddim` at eta 0 would turn back into the clean x, by its update in reverse order.
+
+    eps is taken at the t that is being reached, which is exact only in the limit of many steps (Dhariwal & Nichol 2021, appendix F).
+    """
+    states: dict[int, Tensor] = {}
+    alpha_bar_prev = 1.0
+    for t, _ in reversed(steps.pairs):
+        alpha_bar = schedule.alpha_bar_at(t)
+        _, eps = schedule.x0_and_eps(denoise(x, t), x, t)
+        x0 = (x - math.sqrt(1 - alpha_bar_prev) * eps) / math.sqrt(alpha_bar_prev)
+        x = states[t] = math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps
+        alpha_bar_prev = alpha_bar
+    return states
 
 
 def dpm_solver(
@@ -76,13 +100,15 @@ def dpm_solver(
     x: Tensor,
     schedule: Schedule,
     steps: int,
-    watch: Watch = _ignore,
+    callback: Callback = ignore,
     clamp: bool = True,
     nudge: Nudge = unchanged,
     span: slice = ALL,
 ) -> Tensor:
-    """DPM-Solver++ (2M) in few steps (Lu et al. 2022), by diffusers; deterministic, trailing grid, ends at the clean picture, which is
-    clamped to [-1, 1] unless it is a latent. `span`: these steps of the grid only, the first of them of first order."""
+    """Sample by DPM-Solver++ (2M) in few deterministic steps (Lu et al. 2022), on diffusers' trailing grid.
+
+    The result is clamped to [-1, 1] unless `clamp` is off (latents). `span` runs only these steps, the first of them at first order.
+    """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
 
     if not 1 <= steps <= len(schedule):
@@ -96,9 +122,9 @@ def dpm_solver(
         solver_order=2,
     )
     solver.set_timesteps(steps)
-    times = solver.timesteps.tolist()  # on the CPU: no device sync
-    for t, previous in list(zip(times, [*times[1:], 0], strict=True))[span]:
+    timesteps = solver.timesteps.tolist()  # on the CPU: no device sync
+    for t, t_prev in list(zip(timesteps, [*timesteps[1:], 0], strict=True))[span]:
         x = nudge(x, t)
         x = solver.step(denoise(x, t), t, x, return_dict=False)[0]
-        watch(previous, x)
+        callback(t_prev, x)
     return x.clamp(-1, 1) if clamp else x

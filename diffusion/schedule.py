@@ -1,4 +1,4 @@
-"""Noise schedules as data: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4)."""
+"""Noise schedules as data: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Prediction = Literal["eps", "v"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`alpha_bar` [T] float64 on the CPU, and what the network's output means: eps, or v = sqrt(abar) eps - sqrt(1-abar) x0."""
+    """Noise levels `alpha_bar` [T] (float64, CPU) and the meaning of the network's output.
+
+    eps: the noise; v: sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, appendix D).
+    """
 
     alpha_bar: Tensor
     prediction: Prediction = "eps"
@@ -25,31 +28,31 @@ class Schedule:
 
     @property
     def betas(self) -> Tensor:
-        """[T] float64, beta_t = 1 - abar_t / abar_{t-1}."""
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        return 1 - self.alpha_bar / before
+        """[T] float64: beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}."""
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        return 1 - self.alpha_bar / alpha_bar_prev
 
-    def alpha(self, t: int) -> float:
-        """abar_t rounded to float32 as the homework's samplers do; t = -1 means the clean end, where abar is 1."""
+    def alpha_bar_at(self, t: int) -> float:
+        """Return alpha_bar_t rounded to float32, as the homework's samplers do; 1 at t = -1, the clean end."""
         return 1.0 if t < 0 else float(self.alpha_bar[t].float())
 
-    def clean_and_noise(self, output: Tensor, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """(x0, eps) that the network's output implies at step t; all [B,C,H,W]."""
-        alpha = self.alpha(t)
-        signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
-        if self.prediction == "v":  # Salimans & Ho 2022, appendix D
+    def x0_and_eps(self, output: Tensor, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Return (x0, eps) implied by the network's output for x at step t; all [B,C,H,W]."""
+        alpha_bar = self.alpha_bar_at(t)
+        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        if self.prediction == "v":
             return signal * x - noise * output, noise * x + signal * output
         return (x - noise * output) / signal, output
 
 
 def linear(steps: int, first: float = 1e-4, last: float = 0.02, prediction: Prediction = "eps") -> Schedule:
-    """Ho et al. 2020: betas rise linearly from `first` to `last`."""
+    """Return the schedule whose betas rise linearly from `first` to `last` (Ho et al. 2020)."""
     betas = torch.linspace(first, last, steps, dtype=torch.float64)
     return Schedule((1 - betas).cumprod(0), prediction)
 
 
 def cosine(steps: int, prediction: Prediction = "v", offset: float = 0.008) -> Schedule:
-    """Nichol & Dhariwal 2021, eq. 17, betas clipped at 0.999."""
+    """Return the cosine schedule, betas clipped at 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -57,22 +60,16 @@ def cosine(steps: int, prediction: Prediction = "v", offset: float = 0.008) -> S
 
 
 def make_schedule(name: str, steps: int, prediction: Prediction) -> Schedule:
-    """`linear` (1e-4 .. 0.02 at any T) or `cosine`; raises KeyError for another name."""
+    """Return the schedule `linear` (1e-4 .. 0.02 at any T) or `cosine`; raise KeyError for another name."""
     make: dict[str, Callable[..., Schedule]] = {"linear": linear, "cosine": cosine}
     return make[name](steps, prediction=prediction)
 
 
-def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
-    """x_t for per-image abar `alpha` [B,1,1,1]."""
-    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return x_t for per-image alpha_bar [B,1,1,1]."""
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
 
-def target(x0: Tensor, eps: Tensor, alpha: Tensor, prediction: Prediction) -> Tensor:
-    """What the network has to output for x_t, with abar `alpha` [B,1,1,1]."""
-    return alpha.sqrt() * eps - (1 - alpha).sqrt() * x0 if prediction == "v" else eps
-
-
-def min_snr_weight(alpha: Tensor, gamma: float, prediction: Prediction) -> Tensor:
-    """Loss weight min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al. 2023); SNR = abar / (1 - abar)."""
-    snr = alpha / (1 - alpha)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else snr)
+def target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
+    """Return the output that the network should have for x_t, with alpha_bar [B,1,1,1]."""
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0 if prediction == "v" else eps

@@ -1,4 +1,4 @@
-"""Named step rules: which timesteps a sampler visits, where each leads, and whether x0 is clamped. P1 and P2 share them."""
+"""Named step rules: the timesteps that a sampler visits, where each leads, and whether x0 is clamped."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Rule = Literal["homework", "ddim", "diffusers", "trailing"]
 
 @dataclass(frozen=True)
 class Steps:
-    """Pairs (t, previous t) from noise to picture; previous -1 is the clean end, where abar is 1."""
+    """Pairs (t, previous t) from noise to image; previous -1 is the clean end, where alpha_bar is 1."""
 
     pairs: tuple[tuple[int, int], ...]
     clamp: bool  # x0 to [-1, 1] before each update
 
 
 def step_rule(rule: Rule, total: int, steps: int) -> Steps:
-    """The grid of `steps` out of `total` timesteps. Raises ValueError when they don't fit.
+    """Return the grid of `steps` out of `total` timesteps; raise ValueError when they don't fit.
 
-    homework   981 .. 21, 1 (for 50 of 1000), last abar = abar[0], x0 clamped
-    ddim       980 .. 20, 0, last abar = 1, no clamp (Song et al. 2021)
+    homework   981 .. 21, 1 (for 50 of 1000), last alpha_bar = alpha_bar[0], x0 clamped
+    ddim       980 .. 20, 0, last alpha_bar = 1, no clamp (Song et al. 2021)
     diffusers  the same grid with that library's default: x0 clamped
-    trailing   999 .. 39, 19, last abar = 1, x0 clamped: starts at pure noise (Lin et al. 2024)
+    trailing   999 .. 39, 19, last alpha_bar = 1, x0 clamped: starts at pure noise (Lin et al. 2024)
     """
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} steps: give 1 to {total}")

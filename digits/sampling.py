@@ -82,7 +82,7 @@ def sample(
     network: Network,
     pictures: Sequence[DigitRequest],
     sampler: DigitSamplerConfig,
-    watch: Callable[[int, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """One batch: [B,3,28,28] float in -1..1 on the network's device."""
     device = next(network.unet.parameters()).device
@@ -94,7 +94,7 @@ def sample(
     denoise = guided(network, (digit, domain), both, guidance, len(schedule))
     streams = generators([p.seed for p in pictures])
     x = draw(streams, IMAGE_SHAPE, device).to(memory_format=torch.channels_last)
-    seen: dict[str, Any] = {"watch": watch} if watch else {}
+    seen: dict[str, Any] = {"callback": callback} if callback else {}
     if sampler.name == "dpm":
         return samplers.dpm_solver(denoise, x, schedule, sampler.steps, **seen)
     if sampler.name == "ddpm":

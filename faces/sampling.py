@@ -75,13 +75,13 @@ class SamplingArgs:
 
 @torch.inference_mode()
 def sample(
-    noises: Sequence[Noise], model: Model, recipe: DdimConfig, watch: Callable[[int, Tensor], None] | None = None
+    noises: Sequence[Noise], model: Model, recipe: DdimConfig, callback: Callable[[int, Tensor], None] | None = None
 ) -> Tensor:
     """One batch: [B,C,H,W] float32 on the CPU, not yet scaled to a picture."""
     device = next(model.network.parameters()).device
     x = torch.stack([noise.x for noise in noises]).to(device, memory_format=torch.channels_last)
     streams = generators([derived_seed(recipe.seed, *noise.stem.encode()) for noise in noises])
-    seen: dict[str, Any] = {"watch": watch} if watch else {}
+    seen: dict[str, Any] = {"callback": callback} if callback else {}
     return ddim(model.denoiser(len(noises)), x, model.schedule, recipe.steps, streams, recipe.eta, **seen).cpu()
 
 
@@ -94,7 +94,7 @@ def sample_all(
     noises = [noises[row] for row in shard.rows(len(noises), batch)]
     total = -(-len(noises) // batch) * len(recipe.steps.pairs)
     with progress(None, title, total=total, unit="step", leave=False) as bar:  # type: ignore[arg-type]
-        work = partial(sample, model=model, recipe=recipe, watch=lambda t, x: bar.update() and None)
+        work = partial(sample, model=model, recipe=recipe, callback=lambda t, x: bar.update() and None)
         for chunk, images in in_batches(work, noises, batch):
             yield from zip(chunk, images, strict=False)  # the padding has no partner
 

@@ -11,7 +11,8 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from diffusion.schedule import add_noise, linear, min_snr_weight
+from diffusion.loss import min_snr_weight
+from diffusion.schedule import add_noise, linear
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
 from miniature.faces_model import ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
 from runtime.cli import BadInput, check_positive, log

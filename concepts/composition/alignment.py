@@ -96,6 +96,6 @@ def inverted(painter: StableDiffusionSampler, x: Tensor, prompts: Tensor) -> dic
     for t, before in zip(grid, [grid[0], *grid], strict=False):
         eps = painter.network(x, before, prompts)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-        alpha = schedule.alpha(t)
+        alpha = schedule.alpha_bar_at(t)
         x = known[t] = math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * eps
     return known

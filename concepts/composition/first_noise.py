@@ -57,7 +57,7 @@ def sketches(painter: StableDiffusionSampler, shares: Tensor, seeds: Sequence[in
     follow from each picture's seed and each region's shape."""
     spots = _spots(shares)[:, :, None] * apart(painter, shares, seeds, ground)[..., None, None]
     drawn = spots.sum(0)
-    left = math.sqrt(painter.schedule.alpha(len(painter.schedule) - 1))
+    left = math.sqrt(painter.schedule.alpha_bar_at(len(painter.schedule) - 1))
     return left * (drawn - drawn.mean((2, 3), keepdim=True))
 
 

@@ -233,7 +233,7 @@ def collage(
     things, rest = ([layout.only(thing) for layout in layouts] for thing in (True, False))
     around = MultipathDenoiser(painter, rest, "conductor", means, range(start), soft_masks_of(painter, things))
     x, t = around.solve(around.sketched(noise, seeds)), painter.grid.pairs[start][0]
-    clean, _ = painter.schedule.clean_and_noise(around.denoise(x, t), x, t)
+    clean, _ = painter.schedule.x0_and_eps(around.denoise(x, t), x, t)
     backdrops, free = painter.decode(clean) / 127.5 - 1, outside(around.held)
     ground = (clean * free).sum((2, 3)) / free.sum((2, 3)).clamp(min=1e-3)
     alone = [
@@ -248,7 +248,7 @@ def collage(
     ]
     masks = torch.stack([layout.masks(*backdrops.shape[2:]) for layout in things], 1)
     made = painter.encode(pasted(backdrops, alone, masks))
-    noised = add_noise(made, noise, torch.tensor(painter.schedule.alpha(t)))
+    noised = add_noise(made, noise, torch.tensor(painter.schedule.alpha_bar_at(t)))
     return torch.where(around.held.amax(0)[:, None] > 0, noised, x)
 
 
@@ -335,7 +335,7 @@ class MultipathDenoiser:
         schedule = self.painter.schedule
         first = len(schedule) - 1
         eps = self.painter.network(noise, first, self.text[: self.now.count])
-        return schedule.clean_and_noise(eps, noise, first)[0].mean((2, 3))
+        return schedule.x0_and_eps(eps, noise, first)[0].mean((2, 3))
 
     def nudge(self, x: Tensor, t: int) -> Tensor:
         """The latents [B,4,h,w] a step nearer to the reference's layout, in the first steps."""
@@ -371,7 +371,7 @@ def keep_inside_regions(
     what it did, means of a coarse grid, of the outside alone. A picture whose regions are empty or cover all of it keeps its eps, bit for
     bit."""
     free = outside(shares)
-    clean, _ = schedule.clean_and_noise(eps, x, t)
+    clean, _ = schedule.x0_and_eps(eps, x, t)
     if ground is None:
         total, weight = (
             F.interpolate(F.adaptive_avg_pool2d(part, COARSE), x.shape[2:], mode="bilinear")
@@ -380,7 +380,7 @@ def keep_inside_regions(
         target = total / weight.clamp(min=1e-3)
     else:
         target = ground[:, :, None, None]
-    alpha = schedule.alpha(t)
+    alpha = schedule.alpha_bar_at(t)
     return eps + math.sqrt(alpha / (1 - alpha)) * free * (clean - target)
 
 

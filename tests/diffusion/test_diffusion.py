@@ -11,10 +11,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from diffusion.guidance import Guidance, guided, rescaled
+from diffusion.loss import min_snr_weight
 from diffusion.noise import draw, generators, slerp
 from diffusion.noise import linear as linear_way
 from diffusion.samplers import ddim, ddpm, dpm_solver
-from diffusion.schedule import Schedule, add_noise, cosine, linear, make_schedule, min_snr_weight, target
+from diffusion.schedule import Schedule, add_noise, cosine, linear, make_schedule, target
 from diffusion.steps import Rule, Steps, step_rule
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def knows(x0: Tensor, schedule: Schedule) -> Callable[[Tensor, int], Tensor]:
     """The denoiser that knows the clean picture."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        alpha = torch.tensor(schedule.alpha(t), dtype=torch.float64)
+        alpha = torch.tensor(schedule.alpha_bar_at(t), dtype=torch.float64)
         eps = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
         return target(x0, eps, alpha, schedule.prediction)
 
@@ -98,11 +99,11 @@ def test_cosine_schedule_falls_strictly_and_stays_positive(steps: int) -> None:
 
 def test_alpha_of_a_step_is_rounded_to_float32() -> None:
     schedule = linear(1000)
-    assert schedule.alpha(0) == float(torch.tensor(0.9999, dtype=torch.float32)) != 0.9999
+    assert schedule.alpha_bar_at(0) == float(torch.tensor(0.9999, dtype=torch.float32)) != 0.9999
 
 
 def test_alpha_before_the_first_step_is_one() -> None:
-    assert linear(1000).alpha(-1) == 1.0
+    assert linear(1000).alpha_bar_at(-1) == 1.0
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -119,12 +120,12 @@ def test_make_schedule_refuses_another_name() -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [0, 10, 500, 999])
-def test_clean_and_noise_inverts_add_noise_and_target(prediction: str, t: int) -> None:
+def test_x0_and_eps_inverts_add_noise_and_target(prediction: str, t: int) -> None:
     schedule = make_schedule("linear", 1000, prediction)
     x0, eps = random(1), random(2)
-    alpha = torch.full((2, 1, 1, 1), schedule.alpha(t), dtype=torch.float64)
+    alpha = torch.full((2, 1, 1, 1), schedule.alpha_bar_at(t), dtype=torch.float64)
     x, output = add_noise(x0, eps, alpha), target(x0, eps, alpha, prediction)
-    found = schedule.clean_and_noise(output, x, t)
+    found = schedule.x0_and_eps(output, x, t)
     torch.testing.assert_close(found, (x0, eps), rtol=1e-9, atol=1e-9)
 
 
@@ -327,7 +328,7 @@ def test_dpm_solver_recovers_a_known_picture(prediction: str, name: str) -> None
 def test_homework_rule_leaves_a_known_picture_at_the_first_noise_level() -> None:
     schedule, x0, start = linear(1000), pictures(), random(3)
     found = ddim(knows(x0, schedule), start, schedule, step_rule("homework", 1000, 50))
-    alpha, first = schedule.alpha(0), schedule.alpha(981)
+    alpha, first = schedule.alpha_bar_at(0), schedule.alpha_bar_at(981)
     eps = (start - math.sqrt(first) * x0) / math.sqrt(1 - first)  # eta 0 keeps it along the path
     torch.testing.assert_close(found, math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * eps, rtol=0, atol=1e-9)
 
@@ -335,7 +336,7 @@ def test_homework_rule_leaves_a_known_picture_at_the_first_noise_level() -> None
 def test_ddim_watcher_sees_the_state_on_arrival_at_every_step() -> None:
     schedule, x0, seen = linear(100), pictures(), {}
     found = ddim(
-        knows(x0, schedule), random(3), schedule, step_rule("ddim", 100, 5), watch=lambda t, x: seen.update({t: x})
+        knows(x0, schedule), random(3), schedule, step_rule("ddim", 100, 5), callback=lambda t, x: seen.update({t: x})
     )
     assert list(seen) == [60, 40, 20, 0]
     assert torch.equal(seen[0], found)
@@ -343,7 +344,7 @@ def test_ddim_watcher_sees_the_state_on_arrival_at_every_step() -> None:
 
 def test_ddpm_watcher_sees_every_step_down_to_0() -> None:
     seen: list[int] = []
-    ddpm(smooth, random(3), linear(10), generators([1, 2]), watch=lambda t, _: seen.append(t))
+    ddpm(smooth, random(3), linear(10), generators([1, 2]), callback=lambda t, _: seen.append(t))
     assert seen == list(reversed(range(10)))
 
 

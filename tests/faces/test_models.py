@@ -123,7 +123,9 @@ def test_an_exported_model_is_a_pipeline_of_the_very_same_weights_and_rule(cours
     loaded = load(tmp_path / "face")
     state = model.network.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.network.state_dict().items())
-    assert [loaded.schedule.alpha(t) for t in range(1000)] == [model.schedule.alpha(t) for t in range(1000)]
+    assert [loaded.schedule.alpha_bar_at(t) for t in range(1000)] == [
+        model.schedule.alpha_bar_at(t) for t in range(1000)
+    ]
     pipeline.scheduler.set_timesteps(50)
     assert pipeline.scheduler.timesteps[[0, -1]].tolist() == [981, 1]
     assert float(pipeline.scheduler.final_alpha_cumprod) == pytest.approx(0.9999)

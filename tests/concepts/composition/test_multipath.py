@@ -289,7 +289,7 @@ def test_an_inverted_picture_comes_back(painter: StableDiffusionSampler, monkeyp
     fine = StableDiffusionSampler(painter.pipe, SamplerConfig("ddim", 200))
 
     def exact(x: Tensor, t: int, text: Tensor) -> Tensor:
-        alpha = fine.schedule.alpha(t)
+        alpha = fine.schedule.alpha_bar_at(t)
         return (1 - alpha) ** 0.5 * (x - alpha**0.5) / (0.25 * alpha + 1 - alpha)
 
     monkeypatch.setattr(fine, "network", exact)
@@ -397,7 +397,7 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
     x, eps = torch.randn(2, 1, 4, 16, 16, generator=stream)
     inner = shares(box_mask((0.25, 0.25, 0.75, 0.75)))
     held = keep_inside_regions(x, eps, 0, SCHEDULE, inner)
-    before, after = (SCHEDULE.clean_and_noise(noise, x, 0)[0] for noise in (eps, held))
+    before, after = (SCHEDULE.x0_and_eps(noise, x, 0)[0] for noise in (eps, held))
     inside = inner[0, 0] > 0
     assert torch.equal(held[..., inside], eps[..., inside])
     neighbours = (after[..., 1:] - after[..., :-1]).abs()[..., :4, :]  # above the region
@@ -409,7 +409,7 @@ def test_outside_the_regions_a_blur_is_predicted_and_inside_nothing_changes() ->
 def test_what_is_inside_does_not_colour_the_outside() -> None:
     inner = shares(LEFT)
     x = torch.where(inner[0] > 0, 5.0, 1.0).expand(1, 4, 16, 16)
-    after, _ = SCHEDULE.clean_and_noise(keep_inside_regions(x, torch.zeros_like(x), 0, SCHEDULE, inner), x, 0)
+    after, _ = SCHEDULE.x0_and_eps(keep_inside_regions(x, torch.zeros_like(x), 0, SCHEDULE, inner), x, 0)
     torch.testing.assert_close(after, x / 0.3**0.5)
 
 
@@ -424,7 +424,7 @@ def test_a_ground_is_predicted_outside_the_regions() -> None:
     ground = torch.tensor([[1.0, -1, 0.5, 0], [2.0, 0, 0, 1]])
     regions = shares(LEFT).expand(-1, 2, -1, -1)
     changed = keep_inside_regions(x, eps, 0, SCHEDULE, regions, ground)
-    clean, _ = SCHEDULE.clean_and_noise(changed, x, 0)
+    clean, _ = SCHEDULE.x0_and_eps(changed, x, 0)
     torch.testing.assert_close(clean[..., 8:], ground[:, :, None, None].expand(2, 4, 16, 8))
     assert torch.equal(changed[..., :8], eps[..., :8])
 

@@ -1,0 +1,44 @@
+"""The denoising loss that every diffusion training minimises, and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from diffusion.schedule import Prediction, add_noise, target
+
+Weight = Callable[[Tensor], Tensor]  # alpha_bar [B,1,1,1] -> weight [B,1,1,1]
+
+
+def denoising_loss(
+    network: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    prediction: Prediction = "eps",
+    weight: Weight | None = None,
+) -> Tensor:
+    """Return the mean of weight(alpha_bar_t) |network(x_t, t) - target|^2 (Ho et al. 2020, eq. 14).
+
+    x0 and eps [B,C,H,W], t [B] int, alpha_bar [T] float32 on their device.
+    """
+    level = alpha_bar[t][:, None, None, None]
+    output = network(add_noise(x0, eps, level), t).float()
+    error = (output - target(x0, eps, level, prediction)).square()
+    return (error * weight(level) if weight else error).mean()
+
+
+def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction: Prediction) -> Tensor:
+    """Return min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al. 2023); SNR = alpha_bar / (1 - alpha_bar)."""
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else snr)
+
+
+def capped_v_weight(alpha_bar: Tensor, maximum: float) -> Tensor:
+    """Return 1 + 1/SNR = 1 / alpha_bar, at most `maximum`, for a network that predicts eps.
+
+    Without the cap this is the loss of a network that predicts v (Salimans & Ho 2022, appendix D).
+    """
+    return (1 / alpha_bar).clamp(max=maximum)
