@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_digits import TINY, write_pictures
 
 from benchmarks.plain_p2 import well_conditioned_weights
 from diffusion.schedule import cosine
-from P1_model import ModelConfig, Network, UNet
+from P1_model import Network, UNet
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,19 +31,6 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     if (state := sys.modules.get("accelerate.state")) and state.AcceleratorState._shared_state:
         state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-TINY = ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=32, head_channels=16, timesteps=20)
-
-
-def write_pictures(folder: Path, csv: str, names: list[str], labels: list[int], seed: int) -> None:
-    """Random 28x28 RGB pictures and the csv that lists them."""
-    random = np.random.default_rng(seed)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for name in names:
-        Image.fromarray(random.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(folder / "data" / name)
-    rows = [f"{name},{label}\n" for name, label in zip(names, labels, strict=True)]
-    (folder / csv).write_text("image_name,label\n" + "".join(rows))
 
 
 @pytest.fixture

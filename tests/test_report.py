@@ -266,7 +266,7 @@ def test_texts_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """P1 with a random network, by the command itself, and a part that can't be had."""
-    from conftest import TINY
+    from small_digits import TINY
 
     from diffusion.schedule import cosine
     from P1_model import UNet

@@ -167,7 +167,7 @@ def test_a_wish_without_any_colour_left_is_refused() -> None:
 
 def test_the_same_scene_gives_the_same_picture_in_another_process() -> None:
     code = (
-        "import sys; from miniature.scenes import sample_scene; from miniature.styles import paint\n"
+        "import sys; from miniature.scenery.scenes import sample_scene; from miniature.scenery.styles import paint\n"
         "for seed in range(40): sys.stdout.buffer.write(paint(sample_scene(seed)).tobytes())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
