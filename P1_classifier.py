@@ -37,7 +37,7 @@ from digits.metrics import make_reference
 from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
-from runtime.device import Device, Machine, Precision, detect, set_up
+from runtime.device import Device, Machine, Precision, detect, set_up, to_channels_last
 from runtime.files import check_writable_file
 from runtime.images import to_float
 from runtime.record import Record
@@ -129,7 +129,7 @@ def fit(data: Digits, settings: Train, machine: Machine) -> nn.Sequential:
     device = machine.device
     total = max(1, settings.epochs * len(data) // settings.batch)
     torch.manual_seed(settings.seed)
-    network = make_resnet(ClassifierConfig(fold=settings.fold)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_channels_last(make_resnet(ClassifierConfig(fold=settings.fold)), device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     ema, index = make_ema(network, settings.ema), BalancedIndex(data, None, False)
     log = TrainingLog(settings.run / settings.domain / "tensorboard", f"judge {settings.domain}", 0, total, True)

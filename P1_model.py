@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from runtime.cli import BadInput
+from runtime.device import to_channels_last
 from runtime.files import load_safetensors, save_safetensors
 
 DIGITS, DOMAINS = 10, ("mnistm", "svhn")
@@ -370,7 +371,7 @@ def load_network(path: Path, device: torch.device) -> Network:
         unet.load_state_dict({k: v.float() for k, v in weights.items()})
     except RuntimeError as error:
         raise BadInput(f"{path}: {str(error).splitlines()[1].strip()[:200]}") from None
-    unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    to_channels_last(unet, device).eval().requires_grad_(False)
     prediction: Prediction = header["prediction"]
     schedule = make_schedule(header["schedule"], header["timesteps"], prediction)
     return Network(unet, schedule, header["schedule"], header["sampler"], header["origin"])

@@ -27,7 +27,7 @@ from digits.sampling import DigitSamplerConfig, graded_requests, labels_of, samp
 from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
-from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
+from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, output_folder
 from runtime.images import image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
@@ -203,7 +203,7 @@ class Trainer:
         unet = UNet(PRESETS[self.preset])
         if self.settings.init:
             unet.load_state_dict(self._start(self.settings.init, unet).state_dict())
-        unet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(unet, self.device)
         self.ema = make_ema(unet, self.recipe.ema)
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(

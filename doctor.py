@@ -16,7 +16,7 @@ from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitSamplerConfig, expected_seconds
 from P1_model import PRESETS, Network, UNet, load_network
 from runtime.cli import BadInput, run_script
-from runtime.device import Device, Machine, detect, set_up
+from runtime.device import Device, Machine, detect, set_up, to_channels_last
 from runtime.files import ROOT
 from runtime.record import versions
 
@@ -42,7 +42,7 @@ class Settings:
 def training_minutes(machine: Machine, preset: str) -> float:
     """Measured: two steps of forward and backward at the preset's batch (at most 16 pictures on a CPU), scaled up."""
     recipe, device = RECIPES[preset], machine.device
-    unet = UNet(PRESETS[preset]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet = to_channels_last(UNet(PRESETS[preset]), device)
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
     x = torch.randn(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)

@@ -24,7 +24,7 @@ from diffusion.steps import step_rule
 from digits.classifier import accuracy, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSamplerConfig, graded_requests, labels_of, sample_all
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
-from runtime.cli import progress, run_script
+from runtime.cli import progress_bar, run_script
 from runtime.device import Device, allow_tf32, detect
 from runtime.images import to_uint8
 from runtime.record import Record
@@ -53,7 +53,7 @@ def two_pass_ddpm(network: Network, pictures: Sequence[DigitRequest], scale: flo
     digit, domain = labels_of(pictures, device)
     streams = generators([p.seed for p in pictures])
     grid = step_rule("trailing", len(network.schedule), steps)
-    bar = progress(None, "baseline", total=steps)  # type: ignore[arg-type]
+    bar = progress_bar(steps, "baseline", "step")
 
     def denoise(x: Tensor, t: int) -> Tensor:
         cond = network(x, t, (digit, domain))

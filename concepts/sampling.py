@@ -19,7 +19,7 @@ from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
 from diffusion.steps import Rule, Steps, step_rule
 from runtime.batches import even_batch, in_batches
-from runtime.cli import BadInput, progress
+from runtime.cli import BadInput, progress_bar
 from runtime.distributed import ALONE, Shard
 
 Solver = Literal["dpm", "ddim"]
@@ -133,7 +133,7 @@ def generate_batches(
     on a CPU, fewer where several processes share few pictures."""
     most = even_batch(len(orders), batch or shard.largest(len(orders), GPU_BATCH if on_gpu else CPU_BATCH))
     mine = [orders[row] for row in shard.rows(len(orders), most)]
-    with progress(None, "drawing", total=len(mine), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+    with progress_bar(len(mine), "drawing") as bar:
         for chunk, images in in_batches(paint, mine, most):
             yield from zip(chunk, images[: len(chunk)], strict=True)
             bar.update(len(chunk))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from digits.metrics import Reference, measure
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput
+from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
 from runtime.images import to_float
 
@@ -142,16 +143,16 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     header = json.loads(metadata["judge"])
     network = load_weights(make_resnet(ClassifierConfig(**header["model"])), strip_prefix(tensors, "network"), path)
     reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
-    return DigitClassifier(to_device(network, device), header["domain"], reference)
+    return DigitClassifier(to_channels_last(network, device), header["domain"], reference)
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
     """The course's judges, told apart by the names of their weights: LeNet for mnistm, resnet34 for svhn."""
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if "fc3.weight" in weights:
-        return DigitClassifier(to_device(load_weights(make_lenet(), weights, path), device), 0)
+        return DigitClassifier(to_channels_last(load_weights(make_lenet(), weights, path), device), 0)
     if "layer1.0.conv1.weight" in weights:
-        return DigitClassifier(to_device(load_weights(make_resnet34(), weights, path), device), 1)
+        return DigitClassifier(to_channels_last(load_weights(make_resnet34(), weights, path), device), 1)
     raise BadInput(
         f"{path} is no judge: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
         "nor timm's resnet34_svhn (conv1, layer1 .. fc)"
@@ -185,11 +186,6 @@ def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path)
         reason = str(error).splitlines()[-1].strip()
         raise BadInput(f"{path}: {reason[:200]}") from None
     return network
-
-
-def to_device(network: nn.Sequential, device: torch.device) -> nn.Sequential:
-    """On the device, in the memory format that is fastest for convolutions."""
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:

@@ -17,7 +17,7 @@ from diffusion.steps import Rule, step_rule
 from digits.classifier import DigitClassifier, misclassified
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
 from runtime.batches import in_batches
-from runtime.cli import progress
+from runtime.cli import progress_bar
 from runtime.distributed import ALONE, Shard
 from runtime.files import ROOT
 from runtime.images import to_uint8
@@ -108,7 +108,7 @@ def sample_all(
 ) -> Tensor:
     """All pictures in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
     drawn = []
-    with progress(None, title, total=len(pictures), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+    with progress_bar(len(pictures), title) as bar:
         for chunk, images in in_batches(lambda some: sample(network, some, sampler), pictures, batch):
             drawn.append(images[: len(chunk)].cpu())
             bar.update(len(chunk))

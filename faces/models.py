@@ -24,6 +24,7 @@ from diffusion.schedule import Prediction, Schedule, linear
 from faces.course_unet import load_course_unet
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
 from runtime.cli import BadInput
+from runtime.device import to_channels_last
 from runtime.files import ROOT, output_folder, read_json
 
 SHIPPED_FACES = ROOT / "checkpoints" / "miniature" / "faces"
@@ -89,7 +90,7 @@ def _is_safetensors(path: Path) -> bool:
 def _faces(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.dtype, schedule: Schedule) -> Model:
     """A UNet2DModel as a Model."""
     unet.eval().requires_grad_(False)
-    nn.Module.to(unet, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # ModelMixin's own warns
+    to_channels_last(unet, device, dtype)
 
     def denoise(x: Tensor, t: int) -> Tensor:
         times = torch.full((len(x),), t, device=device)  # filled on the device: no copy, no sync

@@ -19,7 +19,7 @@ from faces.noises import Noise as Noise
 from faces.noises import parse_seeds, read_noises
 from faces.noises import seeded_noises as seeded_noises
 from runtime.batches import even_batch, in_batches
-from runtime.cli import BadInput, progress
+from runtime.cli import BadInput, progress_bar
 from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
 from runtime.distributed import ALONE, Shard
 from runtime.seeds import derived_seed
@@ -93,7 +93,7 @@ def sample_all(
     batch = even_batch(len(noises), batch or shard.largest(len(noises), largest_batch(model, noises[0].x)))
     noises = [noises[row] for row in shard.rows(len(noises), batch)]
     total = -(-len(noises) // batch) * len(recipe.steps.pairs)
-    with progress(None, title, total=total, unit="step", leave=False) as bar:  # type: ignore[arg-type]
+    with progress_bar(total, title, "step") as bar:
         work = partial(sample, model=model, recipe=recipe, callback=lambda t, x: bar.update() and None)
         for chunk, images in in_batches(work, noises, batch):
             yield from zip(chunk, images, strict=False)  # the padding has no partner

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from concepts.single_file import make_scheduler
 from runtime.batches import in_batches
-from runtime.cli import BadInput, progress
+from runtime.cli import BadInput, progress_bar
 from runtime.files import ROOT, atomic, output_folder
 from runtime.hub import quiet_libraries
 
@@ -186,7 +186,7 @@ def draw(
         return torch.from_numpy((made.images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
 
     items = list(zip(prompts, seeds, strict=True))
-    with progress(None, "drawing", total=len(items), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+    with progress_bar(len(items), "drawing") as bar:
         parts = []
         for chunk, images in in_batches(work, items, min(batch, len(items))):
             parts.append(images[: len(chunk)])

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
@@ -22,6 +22,7 @@ from diffusion.steps import step_rule
 from faces.models import load_folder
 from miniature.faces import SIDE
 from runtime.cli import BadInput
+from runtime.device import to_training_device
 from runtime.files import ROOT, atomic, output_folder, write_json
 
 SHIPPED = ROOT / "checkpoints" / "miniature" / "faces"
@@ -84,8 +85,7 @@ def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> N
     scheduler = DDIMScheduler(num_train_timesteps=STEPS, steps_offset=1, set_alpha_to_one=False)  # linear, 1e-4 .. 0.02
     output_folder(folder)
     with TemporaryDirectory() as temporary:
-        half = deepcopy(network)
-        nn.Module.to(half, "cpu", torch.float16, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        half = to_training_device(deepcopy(network).half(), torch.device("cpu"))
         DDIMPipeline(half, scheduler).save_pretrained(temporary)
         for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
             with atomic(folder / path.relative_to(temporary)) as whole:

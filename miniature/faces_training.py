@@ -16,7 +16,7 @@ from diffusion.schedule import add_noise, linear
 from miniature.faces import Faces, held_out_people, load_faces, random_cuts
 from miniature.faces_model import ORIGIN, SHIPPED, STEPS, draw_faces, make_network, start_from
 from runtime.cli import BadInput, check_positive, log
-from runtime.device import Device, detect, memory_format, set_up
+from runtime.device import Device, detect, memory_format, set_up, to_training_device
 from runtime.files import ROOT, output_folder, read_json
 from runtime.images import image_grid, save_image
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
@@ -114,7 +114,7 @@ class Training:
         network = make_network(settings.channels, settings.blocks)
         if settings.init:
             start_from(network, settings.init)
-        nn.Module.to(network, self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
+        to_training_device(network, self.device)
         self.network = network
         self.optimizer = torch.optim.AdamW(
             network.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True

@@ -17,6 +17,7 @@ from torchvision.ops import roi_align
 from digits.classifier import Block
 from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
 from runtime.cli import BadInput
+from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, save_safetensors
 
 KIND = "miniature judge"
@@ -301,4 +302,4 @@ def load_scene_classifier(device: torch.device | str = "cpu", path: Path = SHIPP
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
-    return SceneClassifier(network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return SceneClassifier(to_channels_last(network, device))

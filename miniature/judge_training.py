@@ -16,7 +16,7 @@ from miniature.judge_truth import IGNORED, Truth, truth_of
 from miniature.scenery.render import as_tensor, batch
 from miniature.scenery.scenes import SIDE, SceneSpec
 from runtime.cli import BadInput, check_positive, log
-from runtime.device import Device, detect
+from runtime.device import Device, detect, to_channels_last
 from runtime.files import load_safetensors
 from runtime.seeds import derived_seed
 from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
@@ -121,7 +121,7 @@ class Training:
         self.network = SceneNetwork()
         if settings.init:
             self._start(settings.init)
-        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(self.network, self.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
         )

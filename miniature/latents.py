@@ -18,7 +18,7 @@ from miniature.diffusion_parts import tokenize
 from miniature.judge_model import to_float
 from miniature.scenery.render import as_tensor, batch, stream
 from miniature.scenery.scenes import FREE, SIDE, SceneSpec
-from runtime.cli import log, progress
+from runtime.cli import log, progress_bar
 from runtime.files import atomic, output_folder, read_json, write_json
 from runtime.seeds import derived_seed
 
@@ -65,7 +65,7 @@ def _write(folder: Path, vae: AutoencoderKL, seeds: Sequence[int], wish: SceneSp
     with atomic(folder / "moments.npy") as temporary:
         moments = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(seeds), 2, channels, side, side))
         captions: list[str] = []
-        with progress(None, "encoding", total=len(seeds), unit="img", leave=False) as bar:  # type: ignore[arg-type]
+        with progress_bar(len(seeds), "encoding") as bar:
             for made in stream(seeds, wish):
                 done = slice(len(captions), len(captions) + len(made.images))
                 moments[done] = _encoded(vae, as_tensor(made.images))

@@ -13,7 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from runtime.cli import check_not_negative, check_positive, log
-from runtime.device import AutoOnOff, Device, Precision, detect, memory_format, set_up, should_compile
+from runtime.device import (
+    AutoOnOff,
+    Device,
+    Precision,
+    detect,
+    set_up,
+    should_compile,
+    to_training_device,
+)
 from runtime.files import output_folder
 from runtime.images import save_image
 from runtime.record import Record
@@ -92,7 +100,7 @@ class Trainer(ABC):
 
     def _build(self) -> None:
         torch.manual_seed(self.settings.seed)
-        network = self.build().to(self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
+        network = to_training_device(self.build(), self.device)
         self.ema = make_ema(network, self.settings.ema)
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(network.parameters(), self.settings.lr, weight_decay=0.01, fused=fused)

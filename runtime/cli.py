@@ -111,7 +111,13 @@ def log(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[Item], title: str, **options: object) -> tqdm[Item]:
-    """A progress bar on stderr, drawn rarely where nobody watches (a log file)."""
+def progress(items: Iterable[Item] | None, title: str, **options: object) -> tqdm[Item]:
+    """Return a progress bar on stderr; in a log file it is drawn every 20 seconds at most. `options` are tqdm's."""
     interval = 0.1 if sys.stderr.isatty() else 20.0
-    return tqdm(items, title, mininterval=interval, dynamic_ncols=True, disable=not is_main_process(), **options)
+    options |= {"mininterval": interval, "dynamic_ncols": True, "disable": not is_main_process()}
+    return tqdm(items, title, **options)
+
+
+def progress_bar(total: int, title: str, unit: str = "img") -> tqdm[NoReturn]:
+    """Return a progress bar that its user advances by `update`; it vanishes at its end."""
+    return progress(None, title, total=total, unit=unit, leave=False)

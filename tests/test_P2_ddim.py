@@ -299,7 +299,7 @@ def test_pictures_that_are_finished_stay_when_a_later_one_fails(
             raise KeyboardInterrupt
         save_image(path, image)
 
-    monkeypatch.setattr("P2_ddim.save_picture", stop_at_the_third)
+    monkeypatch.setattr("P2_ddim.save_image", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(seeds="0-3", batch=1)
     assert list(pixels(tmp_path / "out")) == ["00", "01"]

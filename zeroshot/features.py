@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from runtime.cli import BadInput, is_main_process, log, progress
+from runtime.cli import BadInput, is_main_process, log, progress_bar
 from runtime.device import Machine, len_cores
 from runtime.distributed import ALONE, Shard
 from runtime.files import load_safetensors, save_safetensors
@@ -64,7 +64,7 @@ def encode_all(clip: Clip, pictures: LabelledImages, batch: int, workers: int, s
     found = []
     batch = min(batch, len(pictures))
     rows = shard.rows(len(pictures), batch)
-    with progress(None, "encoding", total=len(rows), unit="img") as bar:  # type: ignore[arg-type]
+    with progress_bar(len(rows), "encoding") as bar:
         for pixels, valid in prepared(clip, pictures, rows, batch, workers):
             found.append(clip.encode(pixels)[:valid])
             bar.update(valid)

@@ -23,7 +23,7 @@ from miniature.scenery.scenes import (
     sample_scene,
 )
 from miniature.scenery.styles import paint
-from runtime.cli import progress
+from runtime.cli import progress_bar
 from runtime.device import len_cores
 from runtime.seeds import derived_seed
 
@@ -66,7 +66,7 @@ def dataset(
     captions: list[Caption] = []
     scenes: list[Scene] = []
     seeds = [derived_seed(seed, index) for index in range(count)]
-    with progress(None, "rendering", total=count, unit="img", leave=False) as bar:  # type: ignore[arg-type]
+    with progress_bar(count, "rendering") as bar:
         for done in stream(seeds, wish, processes):
             images[len(scenes) : len(scenes) + len(done.scenes)] = done.images
             captions += done.captions
