@@ -1,6 +1,6 @@
 """Digits of both domains: folders of PNG + CSV -> verified uint8 tensors -> balanced batches, indexed where the tensors live.
 
-Every PNG is decoded once into a memory-mapped cache; the plain reader of single files (`DigitFolder`) gives the same tensors.
+Every PNG is decoded once into a memory-mapped cache.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, log, progress
 from runtime.files import load_safetensors, save_safetensors
-from runtime.images import open_image, to_float
+from runtime.images import open_image
 
 Split = Literal["train", "val"]
 HELD_OUT = 0.05  # of train.csv, where there is no val.csv
@@ -46,8 +44,15 @@ class Digits:
         """All three on `device`."""
         return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device))
 
+    def fingerprint(self) -> int:
+        """Return a checksum of all images and labels."""
+        value = 0
+        for tensor in (self.images, self.digits, self.domains):
+            value = zlib.crc32(tensor.cpu().contiguous().numpy().data, value)
+        return value
+
     def of_domain(self, domain: int) -> Digits:
-        """Only that domain's pictures."""
+        """Return only that domain's images."""
         keep = self.domains == domain
         return Digits(self.images[keep], self.digits[keep], self.domains[keep])
 
@@ -88,22 +93,6 @@ def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
         if resized is not None:
             resized.append(f"{path} is {width}x{height}")
     return pixels.transpose(2, 0, 1)
-
-
-class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The plain reader: one PNG per item -> (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
-
-    def __init__(self, folder: Path, table: pd.DataFrame, domain: int):
-        self.paths = [folder / "data" / name for name in table.image_name]
-        self.labels, self.domain = table.label.tolist(), domain
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = to_float(torch.from_numpy(read_picture(self.paths[index]).copy()))
-        digit = F.one_hot(torch.tensor(self.labels[index]), DIGITS).float()
-        return image, digit, F.one_hot(torch.tensor(self.domain), len(DOMAINS)).float()
 
 
 # ---------------------------------------------------------------- the cache

@@ -1,13 +1,14 @@
 """The conditional U-Net of P1 and its named presets.
 
-One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is told the timestep, the digit and the domain; either of the
-last two may be withheld (a learned null), which is what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is conditioned on the timestep, the digit and the domain.
+Either label may be dropped (a learned null), which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from runtime.device import to_channels_last
 from runtime.files import load_safetensors, save_safetensors
 
 DIGITS, DOMAINS = 10, ("mnistm", "svhn")
-NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the labels that mean "not given"
+NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the null labels
 IMAGE_SHAPE = (3, 28, 28)
 
 
@@ -37,15 +38,15 @@ class ModelConfig:
     embedding: int = 256
     head_channels: int = 32
     conditioning: Literal["embedding", "onehot"] = "embedding"
-    timesteps: int = 1000  # T, read by the one-hot conditioning, which is told t/T
+    timesteps: int = 1000  # T; the one-hot conditioning receives t/T
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, so that it fits a JSON file or a safetensors header."""
+        """Return plain types only, for a JSON file or a safetensors header."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`; raises TypeError on an unknown name."""
+        """Return the config of `to_dict`'s values; raise TypeError on an unknown name."""
         fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return ModelConfig(**fixed)
 
@@ -66,14 +67,14 @@ PRESETS = {
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """t [B] -> [B, width] sines and cosines of geometrically spaced frequencies (Vaswani et al. 2017)."""
+    """Return [B, width] sines and cosines of t [B] at geometrically spaced frequencies (Vaswani et al. 2017)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class EmbeddingConditioning(nn.Module):
-    """Sum of a timestep embedding and learned digit and domain vectors, each table with one more row for "not given"."""
+    """Sum of a timestep embedding and learned digit and domain embeddings, each table with one more row for the null label."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -87,12 +88,12 @@ class EmbeddingConditioning(nn.Module):
         self.domain = nn.Embedding(len(DOMAINS) + 1, config.embedding)
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
-        """Each [B] int64 -> [B,embedding]."""
+        """Map t, digit, domain, each [B] int64, to [B,embedding]."""
         return self.time(sinusoid(t, self.width)) + self.digit(digit) + self.domain(domain)
 
 
 class OneHotConditioning(nn.Module):
-    """The report's interface: one-hot digit (10) and domain (2) concatenated and masked where not given, and t/T as one number."""
+    """The report's conditioning: one-hot digit (10) and domain (2), all zeros for the null label, and t/T as one number."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,7 +110,7 @@ class OneHotConditioning(nn.Module):
         )
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
-        """Each [B] int64 -> [B,embedding]."""
+        """Map t, digit, domain, each [B] int64, to [B,embedding]."""
         context = torch.cat(
             [
                 F.one_hot(digit, DIGITS + 1)[:, :DIGITS],  # the null label becomes all zeros
@@ -124,51 +125,26 @@ class OneHotConditioning(nn.Module):
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Zero-initialised, so that every residual branch starts as the identity."""
+    """Zero-initialise a module, so that its residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def in_plain_steps(x: Tensor) -> bool:
-    """Whether a layer had better be written out: where torch.compile makes code for a CPU, plain steps train faster than the kernels that
-    eager mode (and a GPU) is best served by. The numbers are the same to rounding."""
-    return x.is_cpu and torch.compiler.is_compiling()
-
-
-class Norm(nn.GroupNorm):
-    """GroupNorm in groups of at least four channels, at most 32 groups. In plain steps groups are formed by products of matrices, since
-    loops over four or five channels at a time would keep a CPU from working on sixteen at once."""
-
-    def __init__(self, channels: int):
-        super().__init__(min(32, channels // 4), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> the same, in the dtype of x."""
-        if not in_plain_steps(x):
-            return super().forward(x)
-        each = x.shape[1] // self.num_groups
-        member = torch.eye(self.num_groups, device=x.device).repeat_interleave(each, dim=0)  # [C,groups]
-        values = x.float()
-        with torch.autocast(x.device.type, enabled=False):
-            mean, square = torch.stack([values.mean((2, 3)), values.square().mean((2, 3))]) @ (member / each)
-            inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()  # each [B,groups]
-            inverse, offset = torch.stack([inverse, mean * inverse]) @ member.T  # each [B,C]
-        scale, shift = inverse * self.weight, self.bias - offset * self.weight
-        return (values * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return GroupNorm in at most 32 groups of at least four channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution; in plain steps a product of matrices, whose weight gradient costs half."""
+    """A 1x1 convolution: [B,inputs,H,W] -> [B,outputs,H,W]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 1)
 
     def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """[B,inputs,H,W] -> [B,outputs,H,W]; in a stage it is given the embedding as well."""
-        if not in_plain_steps(x):
-            return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        """Convolve; inside a stage the embedding is passed too and not used."""
+        return super().forward(x)
 
 
 class ResidualBlock(nn.Module):
@@ -176,13 +152,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding: int):
         super().__init__()
-        self.norm1, self.conv1 = Norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
-        self.norm2, self.conv2 = Norm(outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.norm2, self.conv2 = group_norm(outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B,inputs,H,W] and [B,embedding] -> [B,outputs,H,W]."""
+        """Map x [B,inputs,H,W] and embedding [B,embedding] to [B,outputs,H,W]."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
@@ -190,60 +166,61 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all positions, through torch's fused kernel or in plain steps."""
+    """Multi-head self-attention over all positions."""
 
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm, self.qkv = Norm(channels), Pointwise(channels, 3 * channels)
+        self.norm, self.qkv = group_norm(channels), Pointwise(channels, 3 * channels)
         self.out = zero(Pointwise(channels, channels))
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention  # training/cpu_layers.py may replace it
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
-        """[B,C,H,W] -> the same; like all of a stage it is given the embedding."""
+        """Map x [B,C,H,W] to the same shape; the embedding is not used."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
-        if in_plain_steps(x):
-            attended = (q / math.sqrt(c // self.heads) @ k.transpose(-1, -2)).softmax(-1) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v)
+        attended = self.attend(q, k, v)  # [B, heads, H*W, C/heads]
         return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
 
 
 class Downsample(nn.Conv2d):
-    """Halves the resolution: [B,C,H,W] -> [B,C',H/2,W/2]."""
+    """Halve the resolution: [B,C,H,W] -> [B,C',H/2,W/2]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """Convolve with stride 2; the embedding is not used."""
         return super().forward(x)
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the resolution: [B,C,H,W] -> [B,C',2H,2W]."""
+    """Double the resolution: [B,C,H,W] -> [B,C',2H,2W]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
+        self.upsample: Callable[[Tensor], Tensor] = double  # training/cpu_layers.py may replace it
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
-        if in_plain_steps(x):
-            b, c, h, w = x.shape
-            x = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
-        else:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return super().forward(x)
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """Upsample, then convolve; the embedding is not used."""
+        return super().forward(self.upsample(x))
+
+
+def double(x: Tensor) -> Tensor:
+    """[B,C,H,W] -> [B,C,2H,2W], nearest neighbour."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Stage(nn.Module):
-    """Modules that all take (x, embedding), in a row."""
+    """A sequence of modules that all take (x, embedding)."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(modules)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B,C,H,W] and [B,embedding], through all of them."""
+        """Apply all modules to x [B,C,H,W] with embedding [B,embedding]."""
         for layer in self.layers:
             x = layer(x, embedding)
         return x
@@ -253,9 +230,9 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B,3,28,28], t [B] int, digit [B] int (10 = not given), domain [B] int (2 = not given) -> [B,3,28,28].
+    """x [B,3,28,28], t [B] int, digit [B] int (10 = null), domain [B] int (2 = null) -> [B,3,28,28].
 
-    What the output means (eps or v) is the schedule's business, not the network's.
+    The schedule defines the meaning of the output (eps or v).
     """
 
     def __init__(self, config: ModelConfig):
@@ -270,7 +247,7 @@ class UNet(nn.Module):
         self.middle = Stage(self._residual(width, width), self._attention(width), self._residual(width, width))
         self._build_up(config, skips)
         self.last = nn.Sequential(
-            Norm(config.channels[0]),
+            group_norm(config.channels[0]),
             nn.SiLU(),
             zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
         )
@@ -282,7 +259,7 @@ class UNet(nn.Module):
         return SelfAttention(channels, self.config.head_channels)
 
     def _build_down(self, config: ModelConfig) -> list[int]:
-        """Fills `self.down`; returns the channels of every skip connection."""
+        """Build `self.down`; return the channels of every skip connection."""
         self.down, width = nn.ModuleList(), config.channels[0]
         skips = [width]
         for level, (channels, attend) in enumerate(zip(config.channels, config.attention, strict=True)):
@@ -296,7 +273,7 @@ class UNet(nn.Module):
         return skips
 
     def _build_up(self, config: ModelConfig, skips: list[int]) -> None:
-        """Fills `self.up`; every stage takes one skip connection, the last of a level also doubles the resolution."""
+        """Build `self.up`: every stage takes one skip connection, the last of a level also doubles the resolution."""
         self.up, width = nn.ModuleList(), config.channels[-1]
         for level in reversed(range(len(config.channels))):
             channels = config.channels[level]
@@ -312,7 +289,7 @@ class UNet(nn.Module):
                 self.up.append(Stage(*layers))
 
     def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
-        """As the class says; skip connections go from every stage down to one up."""
+        """Predict eps or v; a skip connection goes from every stage of the way down to one of the way up."""
         embedding = F.silu(self.conditioning(t, digit, domain))
         h = self.first(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
@@ -329,7 +306,7 @@ class UNet(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network with all that sampling needs: its schedule, default sampler settings and where it comes from."""
+    """A trained network with its schedule, default sampler settings and origin."""
 
     unet: UNet
     schedule: Schedule
@@ -338,12 +315,12 @@ class Network:
     origin: dict[str, Any]
 
     def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """The network's output for x [B,3,28,28] at one step t; labels are (digit, domain), each [B]."""
+        """Return the output for x [B,3,28,28] at step t; labels are (digit, domain), each [B]."""
         return self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
 
 
 def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float32) -> None:
-    """One safetensors file; everything but the weights lies in its header as JSON."""
+    """Write one safetensors file; everything but the weights is JSON in its header."""
     header = {
         "kind": "P1 digit diffusion",
         "model": network.unet.config.to_dict(),
@@ -358,7 +335,7 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 
 
 def load_network(path: Path, device: torch.device) -> Network:
-    """The network in fp32, channels_last, ready to sample. Raises BadInput for a file of another kind or layout."""
+    """Load a network in fp32, channels_last; raise BadInput for a file of another kind or layout."""
     weights, metadata = load_safetensors(path)
     if "network" not in metadata:
         raise BadInput(f"{path} is a safetensors file, but not a P1 checkpoint (no header)")

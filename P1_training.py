@@ -1,10 +1,10 @@
-"""Trains one conditional diffusion model for the digits of both domains.
+"""Train one conditional diffusion model for the digits of both domains.
 
-  python P1_training.py                              preset, precision and data are found; resumes where the run folder has a checkpoint
+  python P1_training.py                              preset, precision and data are detected; continues the run folder's checkpoint
   python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
   accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
 
-Stops cleanly on Ctrl-C or SIGTERM with its checkpoint written; the same command goes on from there.
+Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same command continues from it.
 """
 
 from __future__ import annotations
@@ -16,35 +16,31 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.loss import min_snr_weight
-from diffusion.schedule import Schedule, add_noise, make_schedule, target
+from diffusion.loss import denoising_loss, min_snr_weight
+from diffusion.schedule import Schedule, make_schedule
 from digits.classifier import DigitClassifier, accuracy, shipped_classifiers
 from digits.recipes import RECIPES, TrainingRecipe
 from digits.sampling import DigitSamplerConfig, graded_requests, labels_of, sample_all
-from P1_dataloader import BalancedIndex, Digits, load_digits
+from P1_dataloader import BalancedIndex, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
-from runtime.files import ROOT, output_folder
+from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from training.best import BestCandidates
-from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
+from training.cpu_layers import write_out_layers
 from training.draws import Draws, process_rows
-from training.ema import make_ema
-from training.log import TrainingLog
-from training.schedule import lr_factor
-from training.signals import StopSignals
-
-KIND = "P1 training"
+from training.ema import Ema
+from training.loop import LoopConfig, Trained, TrainingRun
+from training.schedule import LearningRate
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags; those left out come from the preset's recipe or are found."""
+    """Flags of a training; None takes the preset's value."""
 
     data: Path = ROOT / "hw2_data" / "digits"
     """Folder with mnistm/ and svhn/ (see hw2_data/README.md)."""
@@ -115,306 +111,182 @@ def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
     return recipe
 
 
-# ---------------------------------------------------------------- one step
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All that the loss needs besides the network."""
-
-    data: Digits
-    index: BalancedIndex
-    schedule: Schedule
-    alphas: Tensor  # [T] float32 on the device
-    min_snr: float
-    drop_digit: float
-    drop_domain: float
-
-
-def batch_of(problem: Problem, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [B,3,28,28] float, digits [B] and domains [B], some of the labels withheld."""
-    rows = problem.index(draws.uniform(), draws.uniform())
-    digit, domain = problem.data.digits[rows], problem.data.domains[rows]
-    digit = torch.where(draws.uniform() < problem.drop_digit, NO_DIGIT, digit)
-    domain = torch.where(draws.uniform() < problem.drop_domain, NO_DOMAIN, domain)
-    return to_float(problem.data.images[rows]), digit, domain
-
-
-def diffusion_loss(unet: nn.Module, problem: Problem, draws: Draws) -> Tensor:
-    """Mean over the batch of weight(t) |output - target|^2 (Ho et al. 2020, eq. 14), t stratified over the batch."""
-    x0, digit, domain = batch_of(problem, draws)
-    t = (draws.stratified() * len(problem.schedule)).long().clamp(max=len(problem.schedule) - 1)
-    eps = draws.normal(*x0.shape[1:])
-    alpha = problem.alphas[t][:, None, None, None]
-    x = add_noise(x0, eps, alpha).contiguous(memory_format=torch.channels_last)
-    wanted = target(x0, eps, alpha, problem.schedule.prediction)
-    error = (unet(x, t, digit, domain).float() - wanted).square()
-    if problem.min_snr:
-        error = error * min_snr_weight(alpha, problem.min_snr, problem.schedule.prediction)
-    return error.mean()
-
-
-# ---------------------------------------------------------------- the run
-
-
-class Trainer:
-    """One run: everything that is set up once, and the loop."""
-
-    def __init__(self, settings: Settings):
-        self.settings, self.started = settings, time.perf_counter()
-        self.machine = detect(settings.device)
-        self.preset = self._preset()
-        self.recipe = resolve_recipe(settings, self.preset)
-        precision = set_up(settings.precision, self.machine, training=True)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            cpu=self.machine.device.type == "cpu",
-        )
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        self.rows = process_rows(self.recipe.batch, self.accelerator.process_index, self.accelerator.num_processes)
-        self.record = Record(settings, replace(self.machine, device=self.device))
-        self.folder = output_folder(settings.output)
-        self.problem = self._problem()
-        self._build_networks()
-        self.judges = shipped_classifiers(self.device) if self.main else []
-        self.best = BestCandidates(self.folder / "candidates", settings.candidates)
-        self.step = 0
-        self.history: list[dict[str, Any]] = []  # one entry per grading; seconds: since the start of this process's run
-        self._resume()
-        self._say(precision)
-
-    def _preset(self) -> str:
-        if self.settings.preset != "auto":
-            return self.settings.preset
-        return "gpu" if self.machine.device.type == "cuda" else "cpu"
-
-    def _problem(self) -> Problem:
-        settings, config = self.settings, PRESETS[self.preset]
-        schedule = make_schedule(self.recipe.schedule, config.timesteps, self.recipe.prediction)
-        with self.accelerator.main_process_first():  # the first decodes, the others read its cache
-            data = load_digits(settings.data, "train").to(self.device)
-        index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
-        alphas = schedule.alpha_bar.float().to(self.device)
-        drops = (settings.drop_digit, settings.drop_domain)
-        return Problem(data, index, schedule, alphas, self.recipe.min_snr, *drops)
-
-    def _build_networks(self) -> None:
-        torch.manual_seed(self.settings.seed)
-        unet = UNet(PRESETS[self.preset])
-        if self.settings.init:
-            unet.load_state_dict(self._start(self.settings.init, unet).state_dict())
-        to_channels_last(unet, self.device)
-        self.ema = make_ema(unet, self.recipe.ema)
-        fused = self.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(
-            unet.parameters(), self.recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused
-        )
-        self.compiled = should_compile(self.settings.compile, self.machine)
-        if self.compiled:
-            unet.compile()
-        self.model, self.optimizer = self.accelerator.prepare(unet, optimizer)
-        self.unet = self.accelerator.unwrap_model(self.model)
-
-    def _start(self, path: Path, unet: UNet) -> UNet:
-        """The network to start from; its layout must be the preset's and its schedule the recipe's."""
-        found = load_network(path, torch.device("cpu"))
-        ours = (unet.config, self.recipe.schedule, self.recipe.prediction)
-        if (found.unet.config, found.schedule_name, found.schedule.prediction) != ours:
-            raise BadInput(f"--init {path} is of another layout or schedule than preset {self.preset}")
-        return found.unet
-
-    def _say(self, precision: str) -> None:
-        if not self.main:
-            return
-        size = sum(p.numel() for p in self.unet.parameters()) / 1e6
-        log(
-            f"preset {self.preset} ({size:.1f} M parameters), {precision}, "
-            f"{'compiled' if self.compiled else 'eager'}, on {self.machine.name}"
-            f"{f', {self.accelerator.num_processes} processes' if self.accelerator.num_processes > 1 else ''}\n"
-            f"{len(self.problem.data):,} training pictures from {self.settings.data}; "
-            f"{self.recipe.steps:,} steps of {self.recipe.batch}; run folder {self.folder}"
-            + (f"; going on at step {self.step:,}" if self.step else "")
-        )
-
-    # ------------------------------------------------ checkpoints
-
-    @property
-    def checkpoint(self) -> Path:
-        """The training's own state; `best.safetensors` beside it is what one samples from."""
-        return self.folder / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Everything that going on needs; the random numbers follow from seed and step."""
-        if not self.main:
-            return
-        state = {
-            "kind": KIND,
-            "preset": self.preset,
-            "recipe": asdict(self.recipe),
-            "step": self.step,
-            "history": self.history,
-            "timings": self.record.timings,
-        }
-        save_state(self.checkpoint, state | weights_state(self.unet, self.ema, self.optimizer))
-
-    def _resume(self) -> None:
-        if self.settings.resume == "never" or not self.checkpoint.is_file():
-            if self.main:
-                self.best.clear()
-                self.checkpoint.unlink(missing_ok=True)  # without its candidates it must not be gone on from
-            return
-        state = load_state(self.checkpoint, KIND)
-        if state["preset"] != self.preset:
-            raise BadInput(
-                f"{self.checkpoint} is of preset {state['preset']}, not {self.preset}: "
-                "name another --output, that --preset, or --resume never"
-            )
-        self.ema = restore_weights(state, self.unet, self.optimizer, self.recipe.ema, self.checkpoint)
-        self.step, self.history = state["step"], state["history"]
-        self.record.timings.update(state["timings"])
-
-    # ------------------------------------------------ training
-
-    def train(self) -> None:
-        """Steps until the end or a signal; a checkpoint is left either way."""
-        recipe, settings = self.recipe, self.settings
-        training_log = TrainingLog(self.folder / "tensorboard", "training", self.step, recipe.steps, self.main)
-        with StopSignals() as stop, self.record.timed("training"):
-            if self.compiled and self.step < recipe.steps:
-                self._compile_apart(training_log)
-            while self.step < recipe.steps and not stop.asked:
-                training_log.add(self.one_step(), recipe.batch)
-                if self._due(settings.log_every) or self._due(settings.save_every):
-                    self._report(training_log)  # before saving: a checkpoint must not hold a broken network
-                if self._due(settings.save_every):
-                    self.save()
-                if self._due(settings.eval_every):
-                    training_log.pause(self.grade(training_log))
-            if training_log.count:
-                self._report(training_log)
-        training_log.close()
-        self.save()
-
-    def _compile_apart(self, training_log: TrainingLog) -> None:
-        """The first step compiles for about a minute: its time is told and kept out of the speed."""
-        with self.record.timed("first_step"):
-            loss = float(self.one_step().detach())
-        seconds = self.record.timings["first_step"]
-        training_log.bar.update()
-        training_log.pause(seconds)
-        log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
-
-    def _due(self, every: int) -> bool:
-        return self.step == self.recipe.steps or bool(every) and self.step % every == 0
-
-    def _report(self, training_log: TrainingLog) -> None:
-        loss, speed = training_log.read()
-        require_finite(loss, self.step, self.checkpoint, "a lower --lr or --precision fp32")
-        if self.main and "loss" not in self.record.metrics:  # the first reading of this run
-            minutes = (self.recipe.steps - self.step) * self.recipe.batch / speed / 60
-            log(f"about {minutes:.0f} minutes to go, grading apart")
-        self.record.metrics |= {"loss": loss, "images_per_s": speed}
-        training_log.show(self.step, loss=loss, images_s=speed, lr=self.rate())
-
-    def rate(self) -> float:
-        """The learning rate of the step in hand."""
-        s, r = self.settings, self.recipe
-        return r.lr * lr_factor(self.step, r.steps, s.warmup, s.decay, s.decay_shape)
-
-    def one_step(self) -> Tensor:
-        """One optimizer step; returns the loss, which stays on the device."""
-        draws = Draws(self.settings.seed, self.step, self.rows, self.recipe.batch, self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        with self.accelerator.autocast():
-            loss = diffusion_loss(self.model, self.problem, draws)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update_parameters(self.unet)
-        self.step += 1
-        return loss
-
-    # ------------------------------------------------ grading
-
-    def network(self) -> Network:
-        """The averaged weights with all that sampling needs."""
-        origin = {"preset": self.preset, "step": self.step, "recipe": asdict(self.recipe)}
-        return Network(
-            cast(UNet, self.ema.module.eval()),
-            self.problem.schedule,
-            self.recipe.schedule,
-            asdict(self.recipe.sampler),
-            origin | {"settings": {k: v for k, v in asdict(self.settings).items() if not isinstance(v, Path)}},
-        )
-
-    def grade(self, training_log: TrainingLog) -> float:
-        """Draws and judges 10 pictures per digit and domain, keeps the best; returns the seconds it took."""
-        start = time.perf_counter()
-        if self.main:
-            network = self.network()
-            scores, images = graded(network, self.judges, self.settings.eval_count, self.settings.seed)
-            entry = {"mnistm": scores[0], "svhn": scores[1], "accuracy": sum(scores) / len(scores)}
-            save_image(self.folder / f"step-{self.step:06d}.png", digit_sheet(images))
-            training_log.show(self.step, **entry)
-            self.history.append({"step": self.step, "seconds": round(start - self.started, 1), **entry})
-            if self.best.offer(self.step, entry["accuracy"], partial(save_network, network=network)):
-                save_network(self.folder / "best.safetensors", network, torch.float16)
-        return time.perf_counter() - start
-
-    def finish(self) -> None:
-        """Grades the candidates again with more pictures, since 200 carry a standard error of 0.7 points; the best one wins."""
-        if not self.best.ranked():  # stopped between the last step and its grading
-            self.best.offer(self.step, 0.0, partial(save_network, network=self.network()))
-        results = []
-        for path in self.best.ranked():
-            network = load_network(path, self.device)
-            scores, images = graded(network, self.judges, self.settings.final_count, self.settings.seed + 1)
-            results.append((sum(scores) / len(scores), scores, network, images))
-            log(f"step {path.stem}, {len(images):,} pictures: mnistm {scores[0]:.4f}, svhn {scores[1]:.4f}")
-        mean, scores, network, images = max(results, key=lambda r: r[0])
-        self.record.metrics |= {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
-        origin = network.origin | {"accuracy": mean, "mnistm": scores[0], "svhn": scores[1]}
-        save_network(self.folder / "best.safetensors", replace(network, origin=origin), torch.float16)
-        save_image(self.folder / "best.png", digit_sheet(images))
-        step = network.origin["step"]
-        log(f"best: step {step:,}, accuracy {mean:.4f}: {self.folder / 'best.safetensors'}")
-
-
-def graded(network: Network, judges: list[DigitClassifier], count: int, seed: int) -> tuple[list[float], Tensor]:
-    """Accuracy per domain of `count` pictures per digit and domain, and the pictures [N,3,28,28] uint8."""
-    pictures = graded_requests(seed, count)
-    images = to_uint8(
-        sample_all(network, pictures, DigitSamplerConfig.from_dict(network.sampler), min(100, len(pictures)), "grading")
-    )
-    return accuracy(judges, images, *labels_of(pictures)), images
-
-
-def digit_sheet(images: Tensor) -> Tensor:
-    """[2*10*count,3,28,28] -> at most ten pictures per digit: rows are digits, MNIST-M left and SVHN right."""
-    sets = images.view(2, DIGITS, -1, *images.shape[1:])[:, :, :10]
-    columns = 2 * sets.shape[2]
-    return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns, scale=2)
+# ---------------------------------------------------------------- training
 
 
 def main(settings: Settings) -> None:
-    """Trains, grades, records."""
-    trainer = Trainer(settings)
-    trainer.train()
-    if not trainer.main:
-        return
-    if trainer.step >= trainer.recipe.steps:
-        with trainer.record.timed("final_grading"):
-            trainer.finish()
-    else:
-        without = " without --resume never" if settings.resume == "never" else ""
-        log(f"stopped at step {trainer.step:,}; the same command{without} goes on from {trainer.checkpoint}")
-    processes = trainer.accelerator.num_processes
-    trainer.record.metrics |= {"step": trainer.step, "processes": processes, "history": trainer.history}
-    trainer.record.save(trainer.folder / "record.json")
-    if trainer.step < trainer.recipe.steps:
-        raise SystemExit(130)
+    """Train, grade on the way, keep the best candidate."""
+    from accelerate import Accelerator  # slow to import
+
+    # the machine and the recipe
+    machine = detect(settings.device)
+    preset = settings.preset if settings.preset != "auto" else "gpu" if machine.device.type == "cuda" else "cpu"
+    recipe = resolve_recipe(settings, preset)
+    precision = set_up(settings.precision, machine, training=True)
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=machine.device.type == "cpu")
+    device = accelerator.device
+    share = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
+    record = Record(settings, replace(machine, device=device))
+    folder = output_folder(settings.output)
+
+    # the data, and what the loss needs of the schedule
+    with accelerator.main_process_first():  # the first decodes, the others read its cache
+        data = load_digits(settings.data, "train").to(device)
+    index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
+    schedule = make_schedule(recipe.schedule, PRESETS[preset].timesteps, recipe.prediction)
+    alpha_bar = schedule.alpha_bar.float().to(device)
+    weight = partial(min_snr_weight, gamma=recipe.min_snr, prediction=recipe.prediction) if recipe.min_snr else None
+
+    # the network, its average and its optimizer
+    torch.manual_seed(settings.seed)
+    unet = UNet(PRESETS[preset])
+    if settings.init:
+        unet.load_state_dict(initial_weights(settings.init, preset, recipe))
+    to_channels_last(unet, device)
+    ema = Ema(unet, recipe.ema)
+    fused = device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    compiled = should_compile(settings.compile, machine)
+    if compiled:
+        if device.type == "cpu":
+            write_out_layers(unet)
+        unet.compile()
+    model, optimizer = accelerator.prepare(unet, adamw)
+
+    # the run: continues from its checkpoint where there is one
+    config = LoopConfig(
+        "P1 training",
+        folder,
+        recipe.steps,
+        recipe.batch,
+        LearningRate(recipe.lr, settings.warmup, settings.decay, settings.decay_shape),
+        max_grad_norm=settings.max_grad_norm,
+        log_every=settings.log_every,
+        save_every=settings.save_every,
+        compiled=compiled,
+        elsewhere="--output OTHER (with --init to start from trained weights), or --resume never",
+    )
+    facts = facts_of(settings, preset, recipe) | {"data": data.fingerprint()}
+    trained = Trained(unet, optimizer, ema)
+    run = TrainingRun(config, facts, trained, record, accelerator, resume=settings.resume == "auto")
+    history: list[dict[str, Any]] = run.history.setdefault("gradings", [])
+    candidates = BestCandidates(folder / "candidates", settings.candidates)
+    if run.is_main and not run.resumed:
+        candidates.clear()
+    classifiers = shipped_classifiers(device) if run.is_main else []
+    averaged = partial(averaged_network, ema, schedule, preset, recipe, settings)
+    if run.is_main:
+        log(
+            f"preset {preset} ({sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters), {precision}, "
+            f"{'compiled' if compiled else 'eager'}, on {machine.name}, {accelerator.num_processes} process(es)\n"
+            f"{len(data):,} training images from {settings.data}; {recipe.steps:,} steps of {recipe.batch}; run folder {folder}"
+        )
+
+    started = time.perf_counter()
+    for step in run:
+        # a batch, with some labels dropped so that the network learns the unconditional prediction too
+        draws = Draws(settings.seed, step, share, recipe.batch, device)
+        rows = index(draws.uniform(), draws.uniform())
+        digit = torch.where(draws.uniform() < settings.drop_digit, NO_DIGIT, data.digits[rows])
+        domain = torch.where(draws.uniform() < settings.drop_domain, NO_DOMAIN, data.domains[rows])
+        x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
+        eps = draws.normal(*x0.shape[1:])
+
+        # the loss and one optimizer step
+        def network(x: Tensor, t: Tensor, digit: Tensor = digit, domain: Tensor = domain) -> Tensor:
+            return model(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
+
+        with accelerator.autocast():
+            loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight)
+        run.update(loss)
+
+        # now and then: sample, grade, keep the weights if they are among the best
+        if run.is_main and run.every(settings.eval_every):
+            seconds = time.perf_counter() - started
+            scores, images = graded(averaged(run.step), classifiers, settings.eval_count, settings.seed)
+            history.append({"step": run.step, "seconds": round(seconds, 1), **scores})
+            save_image(folder / f"step-{run.step:06d}.png", digit_sheet(images))
+            run.log.show(run.step, **scores)
+            if candidates.offer(run.step, scores["accuracy"], partial(save_network, network=averaged(run.step))):
+                save_network(folder / "best.safetensors", averaged(run.step), torch.float16)
+
+    if run.is_main and run.done:
+        if not candidates.ranked():  # stopped between the last step and its grading
+            candidates.offer(run.step, 0.0, partial(save_network, network=averaged(run.step)))
+        with record.timed("final_grading"):
+            record.metrics |= choose_best(candidates, classifiers, settings, device)
+    run.finish(history=history)
+
+
+def initial_weights(path: Path, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
+    """Load the weights to start from; raise BadInput unless layout and schedule are those of this training."""
+    start = load_network(path, torch.device("cpu"))
+    ours = (PRESETS[preset], recipe.schedule, recipe.prediction)
+    if (start.unet.config, start.schedule_name, start.schedule.prediction) != ours:
+        raise BadInput(f"--init {path} is of another layout or schedule than preset {preset}")
+    return start.unet.state_dict()
+
+
+def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe) -> dict[str, Any]:
+    """Return what decides the weights, apart from the data: a run may only continue with the same."""
+    names = (
+        "warmup", "decay", "decay_shape", "drop_digit", "drop_domain", "svhn_share", "balance_digits", "max_grad_norm", "seed",
+    )  # fmt: skip
+    chosen = {name: getattr(settings, name) for name in names}
+    recipe_facts = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "sampler")}
+    init = file_fingerprint(settings.init) if settings.init else None
+    return {"preset": preset, **recipe_facts, **chosen, "init": init}
+
+
+# ---------------------------------------------------------------- grading
+
+
+def averaged_network(
+    ema: Ema, schedule: Schedule, preset: str, recipe: TrainingRecipe, settings: Settings, step: int
+) -> Network:
+    """Return the averaged weights with all that sampling needs."""
+    plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path)}
+    origin = {"preset": preset, "step": step, "recipe": asdict(recipe), "settings": plain}
+    return Network(cast(UNet, ema.module.eval()), schedule, recipe.schedule, asdict(recipe.sampler), origin)
+
+
+def graded(
+    network: Network, classifiers: list[DigitClassifier], count: int, seed: int
+) -> tuple[dict[str, float], Tensor]:
+    """Sample `count` images per digit and domain; return the accuracies and the images [N,3,28,28] uint8."""
+    requests = graded_requests(seed, count)
+    config = DigitSamplerConfig.from_dict(network.sampler)
+    images = to_uint8(sample_all(network, requests, config, min(100, len(requests)), "grading"))
+    mnistm, svhn = accuracy(classifiers, images, *labels_of(requests))
+    return {"mnistm": mnistm, "svhn": svhn, "accuracy": (mnistm + svhn) / 2}, images
+
+
+def choose_best(
+    candidates: BestCandidates, classifiers: list[DigitClassifier], settings: Settings, device: torch.device
+) -> dict[str, float]:
+    """Grade the candidates again with more images, keep the best as best.safetensors and return its accuracies.
+
+    200 images carry a standard error of 0.7 points, too much for a choice.
+    """
+    results = []
+    for path in candidates.ranked():
+        network = load_network(path, device)
+        scores, images = graded(network, classifiers, settings.final_count, settings.seed + 1)
+        results.append((scores, network, images))
+        log(f"step {path.stem}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}")
+
+    scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
+    best = settings.output / "best.safetensors"
+    save_network(best, replace(network, origin=network.origin | scores), torch.float16)
+    save_image(settings.output / "best.png", digit_sheet(images))
+    log(f"best: step {network.origin['step']:,}, accuracy {scores['accuracy']:.4f}: {best}")
+    return scores
+
+
+def digit_sheet(images: Tensor) -> Tensor:
+    """[2*10*count,3,28,28] -> at most ten images per digit: a row per digit, MNIST-M left and SVHN right."""
+    sets = images.view(2, DIGITS, -1, *images.shape[1:])[:, :, :10]
+    return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns=2 * sets.shape[2], scale=2)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Training speed of P1 against the plain recipe, side by side in one run on the same network.
+"""Training speed of P1 against the plain recipe, alternating in one process on networks of the same layout.
 
   python benchmarks/p1_training.py                       on hw2_data/digits
   python benchmarks/p1_training.py --data DIR --rounds 5 --steps 10
 
-plain: pictures read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step, memory as
-       the C library manages it.
+plain: images read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step,
+       memory as the C library manages it.
 ours:  the step of P1_training.py with its defaults for this machine.
-The rounds alternate, so that a busy machine hurts both alike; the first step of each, which finds memory as the other left it, doesn't
-count. Compiling, where it is used, is reported apart.
+A busy machine slows both rounds alike. The first step of each round is not counted. Compiling, where it is used, is reported apart.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,31 +24,42 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from diffusion.schedule import add_noise, target
-from P1_dataloader import DigitFolder, split_tables
-from P1_model import DOMAINS, PRESETS, UNet
-from P1_training import Settings, Trainer
+from benchmarks.plain_p1 import DigitFolder
+from diffusion.loss import denoising_loss
+from diffusion.schedule import Schedule, add_noise, make_schedule, target
+from digits.recipes import RECIPES, TrainingRecipe
+from P1_dataloader import BalancedIndex, load_digits, split_tables
+from P1_model import DOMAINS, NO_DIGIT, NO_DOMAIN, PRESETS, ModelConfig, UNet
 from runtime.cli import log, progress, run_script
-from runtime.device import Device, keep_freed_memory, set_up
+from runtime.device import Device, Machine, detect, keep_freed_memory, set_up, should_compile, to_channels_last
 from runtime.files import ROOT
+from runtime.images import to_float
 from runtime.record import Record
+from training.cpu_layers import write_out_layers
+from training.draws import Draws
+from training.ema import Ema
+from training.loop import LoopConfig, Trained, TrainingRun
+from training.schedule import LearningRate
+
+DROP_DIGIT, DROP_DOMAIN = 0.15, 0.1  # P1_training.py's defaults
 
 
 @dataclass(frozen=True)
-class Args:
-    """Flags."""
+class Settings:
+    """Flags of the measurement."""
 
     data: Path = ROOT / "hw2_data" / "digits"
+    """Folder with mnistm/ and svhn/."""
     preset: Literal["report", "tiny", "cpu", "gpu"] = "cpu"
     steps: int = 8
     """Steps per round."""
     rounds: int = 5
     device: Device = "auto"
-    output: Path = ROOT / "runs" / "bench" / "p1_training.json"
+    record: Path = ROOT / "runs" / "bench" / "p1_training.json"
 
 
 def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches from the folder reader, for ever: images, one-hot digits, one-hot domains."""
+    """Yield batches from the folder reader, endlessly: images, one-hot digits, one-hot domains."""
     sets = [DigitFolder(data / name, split_tables(data / name)["train"], domain) for domain, name in enumerate(DOMAINS)]
     loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
         ConcatDataset(sets), batch, shuffle=True, drop_last=True
@@ -57,20 +68,21 @@ def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tens
         yield from loader
 
 
-def plain_step(trainer: Trainer) -> Callable[[], None]:
-    """The textbook step on a network of the same layout."""
-    problem, device = trainer.problem, trainer.device
-    unet = UNet(PRESETS[trainer.preset]).to(device)
+def plain_step(
+    data: Path, layout: ModelConfig, schedule: Schedule, batch: int, device: torch.device
+) -> Callable[[], None]:
+    """Return the textbook step on a network of this layout."""
+    unet = UNet(layout).to(device)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-4, foreach=False, fused=False)
-    batches = plain_batches(trainer.settings.data, trainer.recipe.batch)
+    batches, levels = plain_batches(data, batch), schedule.alpha_bar.float().to(device)
 
     def step() -> None:
         x0, digit, domain = (part.to(device) for part in next(batches))
-        t = torch.randint(0, len(problem.schedule), (len(x0),), device=device)
+        t = torch.randint(0, len(schedule), (len(x0),), device=device)
         eps = torch.randn_like(x0)
-        alpha = problem.alphas[t][:, None, None, None]
-        output = unet(add_noise(x0, eps, alpha), t, digit.argmax(1), domain.argmax(1))
-        loss = (output - target(x0, eps, alpha, problem.schedule.prediction)).square().mean()
+        alpha_bar = levels[t][:, None, None, None]
+        output = unet(add_noise(x0, eps, alpha_bar), t, digit.argmax(1), domain.argmax(1))
+        loss = (output - target(x0, eps, alpha_bar, schedule.prediction)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,8 +91,48 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
+def our_step(
+    settings: Settings, recipe: TrainingRecipe, schedule: Schedule, machine: Machine, folder: Path
+) -> Callable[[], None]:
+    """Return the step of P1_training.py: the same data, draws, loss, layers and update."""
+    device = machine.device
+    half = set_up("auto", machine, training=True) == "bf16"
+    data = load_digits(settings.data, "train").to(device)
+    index, alpha_bar = BalancedIndex(data), schedule.alpha_bar.float().to(device)
+    unet = to_channels_last(UNet(PRESETS[settings.preset]), device)
+    ema = Ema(unet, recipe.ema)
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    if should_compile("auto", machine):
+        if device.type == "cpu":
+            write_out_layers(unet)
+        unet.compile()
+    rate = LearningRate(recipe.lr, 200, 0.5)
+    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0)
+    run = TrainingRun(config, {}, Trained(unet, optimizer, ema), Record(settings, machine))
+    steps = iter(run)
+
+    def step() -> None:
+        draws = Draws(0, next(steps), slice(recipe.batch), recipe.batch, device)
+        rows = index(draws.uniform(), draws.uniform())
+        digit = torch.where(draws.uniform() < DROP_DIGIT, NO_DIGIT, data.digits[rows])
+        domain = torch.where(draws.uniform() < DROP_DOMAIN, NO_DOMAIN, data.domains[rows])
+        x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
+        eps = draws.normal(*x0.shape[1:])
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = unet(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
+            return output
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction)
+        run.update(loss)
+
+    return step
+
+
 def seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Wall time of `count` steps, the device's queue drained."""
+    """Return the wall time of `count` steps, the device's queue drained."""
     start = time.perf_counter()
     for _ in range(count):
         step()
@@ -89,30 +141,32 @@ def seconds(step: Callable[[], object], count: int, device: torch.device) -> flo
     return time.perf_counter() - start
 
 
-def main(bench: Args) -> None:
-    """Prints images per second of both, mean and spread, and the ratio."""
-    settings = Settings(
-        data=bench.data, output=ROOT / "runs" / "bench" / "p1", preset=bench.preset, device=bench.device, resume="never"
-    )
-    trainer = Trainer(settings)
-    steps = {"plain": plain_step(trainer), "ours": trainer.one_step}
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
-        log(f"{name}: first two steps took {seconds(step, 2, trainer.device):.1f} s")
-    for _ in progress(range(bench.rounds), "rounds"):
+def main(settings: Settings) -> None:
+    """Print images per second of both, mean and spread, and the ratio."""
+    machine, recipe = detect(settings.device), RECIPES[settings.preset]
+    device, layout = machine.device, PRESETS[settings.preset]
+    schedule = make_schedule(recipe.schedule, layout.timesteps, recipe.prediction)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = our_step(settings, recipe, schedule, machine, Path(folder))
+        steps = {"plain": plain_step(settings.data, layout, schedule, recipe.batch, device), "ours": ours}
+        speeds: dict[str, list[float]] = {name: [] for name in steps}
         for name, step in steps.items():
-            set_up("fp32" if name == "plain" else settings.precision, trainer.machine, name == "ours")
-            keep_freed_memory(name == "ours")
-            seconds(step, 1, trainer.device)
-            taken = seconds(step, bench.steps, trainer.device)
-            speeds[name].append(bench.steps * trainer.recipe.batch / taken)
+            log(f"{name}: first two steps took {seconds(step, 2, device):.1f} s")
+        for _ in progress(range(settings.rounds), "rounds"):
+            for name, step in steps.items():
+                set_up("fp32" if name == "plain" else "auto", machine, training=name == "ours")
+                keep_freed_memory(name == "ours")
+                seconds(step, 1, device)
+                taken = seconds(step, settings.steps, device)
+                speeds[name].append(settings.steps * recipe.batch / taken)
+
     ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True)]
     for name, values in (*speeds.items(), ("ratio", ratios)):
         print(f"{name:6s} {statistics.mean(values):8.2f} +- {statistics.pstdev(values):.2f}  (n = {len(values)})")
-    record = Record(bench, trainer.machine)
-    record.metrics = {"images_per_s": speeds, "ratio": ratios, "batch": trainer.recipe.batch}
-    record.save(bench.output)
+    record = Record(settings, machine)
+    record.metrics = {"images_per_s": speeds, "ratio": ratios, "batch": recipe.batch}
+    record.save(settings.record)
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Settings, __doc__)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.plain_p1 import DigitFolder
 from P1_dataloader import (
     BalancedIndex,
-    DigitFolder,
     Digits,
     load_digits,
     load_domain,

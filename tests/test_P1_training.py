@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from P1_training import Settings, Trainer, main
+from P1_training import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 
@@ -50,6 +49,15 @@ def state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def weights(folder: Path) -> dict[str, Any]:
+    return state(folder)["parts"]["model"]
+
+
+def averaged(folder: Path) -> dict[str, Any]:
+    parts = state(folder)["parts"]["ema"]
+    return {key.removeprefix("module."): value for key, value in parts.items() if key != "n_averaged"}
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_weights(digits_folder: Path, tmp_path: Path) -> None:
     more = {
@@ -63,13 +71,13 @@ def test_killed_and_resumed_ends_with_the_same_weights(digits_folder: Path, tmp_
     process = start([sys.executable, *command(digits_folder, broken, **more)])
     while not (broken / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
+    time.sleep(0.1)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert 0 < state(broken)["step"] < 120
     train(digits_folder, broken, **more)
     for name in ("model", "ema"):
-        left, right = state(whole)[name], state(broken)[name]
+        left, right = state(whole)["parts"][name], state(broken)["parts"][name]
         assert all(torch.equal(left[key], right[key]) for key in left), name
 
 
@@ -81,7 +89,7 @@ def test_two_processes_train_like_one(digits_folder: Path, tmp_path: Path) -> No
     _, errors = two.communicate(timeout=300)
     assert two.returncode == 0, errors[-2000:]
     assert json.loads((tmp_path / "two" / "record.json").read_text())["metrics"]["processes"] == 2
-    left, right = state(tmp_path / "one")["model"], state(tmp_path / "two")["model"]
+    left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in left:
         torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=2e-5, msg=key)
 
@@ -102,10 +110,9 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(digits_folder: Path, tmp_p
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
     digits_folder: Path, tmp_path: Path
 ) -> None:
-    train(digits_folder, tmp_path, steps=5)
     with pytest.raises(BadInput, match="the loss is .* keeps the last good state"):
         train(digits_folder, tmp_path, steps=400, lr=1e30, save_every=1)
-    assert all(torch.isfinite(w).all() for w in state(tmp_path)["model"].values())
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
 
 
 def test_it_learns_and_leaves_what_it_promises(digits_folder: Path, tmp_path: Path) -> None:
@@ -119,18 +126,18 @@ def test_it_learns_and_leaves_what_it_promises(digits_folder: Path, tmp_path: Pa
 def test_it_can_start_from_finished_weights(digits_folder: Path, tmp_path: Path) -> None:
     train(digits_folder, tmp_path / "first", steps=20)
     train(digits_folder, tmp_path / "second", steps=1, lr=1e-9, init=tmp_path / "first" / "best.safetensors")
-    left, right = state(tmp_path / "first")["ema"], state(tmp_path / "second")["model"]
+    left, right = averaged(tmp_path / "first"), weights(tmp_path / "second")
     for key in left:
         torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=1e-5, msg=key)  # stored in half precision
 
 
 def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path) -> None:
     train(digits_folder, tmp_path, steps=5)
-    before = state(tmp_path)["model"]
+    before = weights(tmp_path)
     shutil.rmtree(tmp_path / "candidates")  # as if stopped before its grading
     train(digits_folder, tmp_path, steps=5)
     assert (tmp_path / "best.safetensors").is_file()
-    assert all(torch.equal(before[key], value) for key, value in state(tmp_path)["model"].items())
+    assert all(torch.equal(before[key], value) for key, value in weights(tmp_path).items())
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
         ({"batch": -1}, "--batch -1"),
         ({"lr": 0.0}, "--lr 0"),
         ({"lr": math.nan}, "--lr nan: must be above zero"),
-        ({"clip": math.nan}, "--clip nan"),
+        ({"max_grad_norm": math.nan}, "--max-grad-norm nan"),
         ({"min_snr": -1.0}, "--min-snr -1"),
         ({"warmup": -1}, "--warmup -1"),
         ({"eval_count": 0}, "--eval-count 0"),
@@ -164,22 +171,56 @@ def test_bad_input_is_named(given: dict[str, Any], named: str, digits_folder: Pa
 
 def test_a_damaged_checkpoint_is_named_and_kept(digits_folder: Path, tmp_path: Path) -> None:
     train(digits_folder, tmp_path, steps=2)
-    torch.save({key: value for key, value in state(tmp_path).items() if key != "optimizer"}, tmp_path / "checkpoint.pt")
+    damaged = state(tmp_path)
+    del damaged["parts"]["optimizer"]
+    torch.save(damaged, tmp_path / "checkpoint.pt")
     with pytest.raises(BadInput, match=r"checkpoint\.pt is of another layout or damaged"):
         train(digits_folder, tmp_path, steps=4)
     assert (tmp_path / "checkpoint.pt").is_file()
 
 
 def test_starting_anew_leaves_no_checkpoint_without_its_candidates(digits_folder: Path, tmp_path: Path) -> None:
+    train(digits_folder, tmp_path, steps=4, eval_every=1)
+    train(digits_folder, tmp_path, steps=2, resume="never")
+    assert [path.name[:6] for path in tmp_path.glob("candidates/*")] == ["000002"]
+    assert state(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"preset": "cpu"}, "preset tiny, not cpu"),
+        ({"lr": 1e-4}, "lr 0.001, not 0.0001"),
+        ({"drop_digit": 0.5}, "drop_digit 0.15, not 0.5"),
+        ({"batch": 4}, "batch 8, not 4"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"steps": 1}, "steps 2, not 1"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_facts_only(
+    given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path
+) -> None:
     train(digits_folder, tmp_path, steps=2)
-    Trainer(Settings(data=digits_folder, output=tmp_path, steps=2, **SHORT, resume="never"))
-    assert not list(tmp_path.glob("candidates/*"))
-    assert not (tmp_path / "checkpoint.pt").exists()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(BadInput, match=rf"checkpoint\.pt was trained with {named}: give that again, or --output OTHER"):
+        train(digits_folder, tmp_path, **{"steps": 4, **given})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_preset_is_refused(digits_folder: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused_and_a_moved_folder_goes_on(digits_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(digits_folder, run, steps=2)
+    moved = digits_folder.rename(tmp_path / "moved")
+    assert train(moved, run, steps=3, eval_every=1, log_every=1, save_every=1)["metrics"]["step"] == 3
+    csv = moved / "mnistm" / "train.csv"
+    csv.write_text(csv.read_text().replace("00000.png,0", "00000.png,1"))
+    with pytest.raises(BadInput, match="was trained with data"):
+        train(moved, run, steps=4)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(digits_folder: Path, tmp_path: Path) -> None:
     torch.save({"kind": "P1 training", "preset": "gpu"}, tmp_path / "checkpoint.pt")
-    with pytest.raises(BadInput, match="preset gpu"):
+    with pytest.raises(BadInput, match="earlier version"):
         train(digits_folder, tmp_path)
 
 

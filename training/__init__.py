@@ -1,1 +1,1 @@
-"""The parts of every training loop: precision, EMA, seeded draws, rate, checkpoints, signals, logging."""
+"""What every training shares: the loop, EMA, seeded draws, learning rate, checkpoints, signals, best candidates, logging."""

@@ -7,23 +7,22 @@ from pathlib import Path
 
 
 class BestCandidates:
-    """Keeps the `count` best of all offers as FOLDER/{step}_{score}.safetensors; the folder is the whole state, which is all
-    that resuming needs."""
+    """The `count` best of all offers, as FOLDER/{step}_{score}.safetensors; the folder is the whole state."""
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
 
     def ranked(self) -> list[Path]:
-        """Best first; of equal scores the later step."""
+        """Return their paths, best first; of equal scores the later step first."""
         return sorted(self.folder.glob("*_*.safetensors"), key=_rank, reverse=True)
 
     def clear(self) -> None:
-        """Forgets what an earlier run left."""
+        """Delete the candidates of an earlier run."""
         for path in self.ranked():
             path.unlink()
 
     def offer(self, step: int, score: float, save: Callable[[Path], None]) -> bool:
-        """Saves the weights by `save(path)` if they are among the best; whether they are the best so far."""
+        """Save by `save(path)` if among the best; return whether they are the best so far."""
         path = self.folder / f"{step:06d}_{score:.6f}.safetensors"
         if len(self.ranked()) < self.count or _rank(path) > _rank(self.ranked()[self.count - 1]):
             save(path)

@@ -16,7 +16,7 @@ from training.ema import make_ema
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes all or nothing: on a full disk or a crash the previous file survives."""
+    """Write all or nothing: on a full disk or a crash the previous file survives."""
     with atomic(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -25,7 +25,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, kind: str) -> dict[str, Any]:
-    """The state saved with state["kind"] == kind; raises BadInput for any other file."""
+    """Load the state saved with state["kind"] == kind; raise BadInput for any other file."""
     require_file(path)
     try:
         state = load_tensors(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -10,10 +13,10 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class WarmupDecay:
-    """Averages with min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten."""
+    """Averaging with min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten."""
 
-    def __init__(self, decay: float, updates: int = 0):
-        self.decay, self.updates = decay, updates
+    def __init__(self, decay: float):
+        self.decay, self.updates = decay, 0
 
     @torch.no_grad()
     def __call__(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
@@ -22,6 +25,23 @@ class WarmupDecay:
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def make_ema(model: nn.Module, decay: float, updates: int = 0) -> AveragedModel:
-    """A copy of `model` whose `update_parameters(model)` moves it towards the current weights; `updates` were made before."""
-    return AveragedModel(model, multi_avg_fn=WarmupDecay(decay, updates)).requires_grad_(False)
+class Ema(AveragedModel):
+    """A copy of a network, `module`, that `update_parameters(network)` moves towards the current weights."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.averaging = WarmupDecay(decay)
+        super().__init__(network, multi_avg_fn=self.averaging)
+        self.requires_grad_(False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights and the number of updates, which the decay depends on."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self.averaging.updates = max(0, int(self.n_averaged) - 1)  # the first update is a copy
+        return result
+
+
+def make_ema(model: nn.Module, decay: float, updates: int = 0) -> Ema:
+    """Return a new average."""
+    ema = Ema(model, decay)
+    ema.averaging.updates = updates
+    return ema

@@ -4,54 +4,87 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from runtime.cli import progress
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class TrainingLog:
-    """`add` every step, `read` every N steps (the only sync); rank 0 shows and writes, the others stay silent."""
+    """Running mean of the loss and the speed; only the main process shows and writes them.
+
+    `add` every step, `read` every N steps (the only sync). The bar and TensorBoard's writer appear with the first step.
+    """
 
     def __init__(self, folder: Path, title: str, first: int, total: int, main: bool):
-        self.bar = progress(range(total), title, initial=first, total=total)
-        self.writer = SummaryWriter(str(folder), purge_step=first) if main else None
+        self.folder, self.title, self.first, self.total, self.main = folder, title, first, total, main
+        self.bar: tqdm[int] | None = None
+        self.writer: SummaryWriter | None = None
         self.sum: Tensor | None = None
-        self.count, self.images, self.since = 0, 0, time.perf_counter()
+        self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
+
+    def start(self) -> None:
+        """Show the bar, open TensorBoard's writer and start the clock."""
+        self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
+        if self.main:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
+        self.since = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Accumulates on the device."""
+        """Accumulate on the device."""
+        if self.bar is None:
+            self.start()
         loss = loss.detach()
         self.sum = loss.clone() if self.sum is None else self.sum + loss
         self.count, self.images = self.count + 1, self.images + images
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.update()
 
     def read(self) -> tuple[float, float]:
-        """(mean loss, images per second) since the last read."""
+        """Return (mean loss, images per second) since the last reading."""
         loss = float(self.sum) / self.count if self.sum is not None else float("nan")
         speed = self.images / (time.perf_counter() - self.since)
         self.sum, self.count, self.images, self.since = None, 0, 0, time.perf_counter()
         return loss, speed
 
-    def pause(self, seconds: float) -> None:
-        """Takes time that was not spent on training out of the speed."""
+    def exclude_so_far(self) -> None:
+        """Leave the time and images up to now out of the speed."""
+        self.images, self.since = 0, time.perf_counter()
+
+    def pause(self, seconds: float = 0.0) -> None:
+        """Stop the clock, for work that is not training."""
+        self.paused = time.perf_counter()
         self.since += seconds
 
+    def resume(self) -> None:
+        """Go on from `pause`."""
+        self.since += time.perf_counter() - self.paused
+
     def show(self, step: int, **values: float) -> None:
-        """To the bar and, per name, to TensorBoard."""
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+        """Show values on the bar and write them to TensorBoard under their names."""
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image: Tensor) -> None:
-        """[3,H,W] uint8 to TensorBoard."""
+    def image(self, step: int, name: str, image: Tensor) -> None:
+        """Write [3,H,W] uint8 to TensorBoard."""
         if self.writer:
             self.writer.add_image(name, image, step)
 
+    picture = image
+
     def close(self) -> None:
-        """Flushes TensorBoard and ends the bar."""
-        self.bar.close()
+        """Flush TensorBoard and end the bar."""
+        if self.bar is not None:
+            self.bar.close()
         if self.writer:
             self.writer.close()

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 Decay = Literal["linear", "cosine"]
 
 
+@dataclass(frozen=True)
+class LearningRate:
+    """A rate that rises to `peak` over `warmup` steps and falls to 0 over the last `decay` (0..1) of all steps."""
+
+    peak: float
+    warmup: int
+    decay: float
+    shape: Decay = "linear"
+
+    def at(self, step: int, total: int) -> float:
+        """Return the learning rate of `step` (from 0) of `total`."""
+        return self.peak * lr_factor(step, total, self.warmup, self.decay, self.shape)
+
+
 def lr_factor(step: int, total: int, warmup: int, decay: float, shape: Decay = "linear") -> float:
-    """0..1: rises over `warmup` steps, stays, and falls to 0 over the last `decay` (0..1) of `total` steps."""
+    """Return 0..1: rises over `warmup` steps, stays, and falls to 0 over the last `decay` (0..1) of `total` steps."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     if decay <= 0:
         return rise

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a training to stop after the step in hand, with its checkpoint written."""
+"""SIGINT and SIGTERM stop a training after the current step, with its checkpoint written."""
 
 from __future__ import annotations
 

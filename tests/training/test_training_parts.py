@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from runtime.cli import BadInput
 from training.checkpoint import load_state, save_state
 from training.draws import Draws, process_rows
-from training.ema import make_ema
+from training.ema import Ema
 from training.log import TrainingLog
 from training.schedule import lr_factor
 from training.signals import StopSignals
@@ -128,7 +128,7 @@ def test_rate_of_a_decay_inside_the_warmup_takes_both() -> None:
 def averaged(values: list[float], decay: float) -> float:
     """The average after `update_parameters` at each of the values of a network with one weight."""
     model = nn.Linear(1, 1, bias=False)
-    ema = make_ema(model, decay)
+    ema = Ema(model, decay)
     for value in values:
         nn.init.constant_(model.weight, value)
         ema.update_parameters(model)
@@ -159,7 +159,7 @@ def test_average_equals_a_loop_by_hand() -> None:
 
 def test_average_copies_buffers() -> None:
     model = nn.BatchNorm1d(2)
-    ema = make_ema(model, 0.9)
+    ema = Ema(model, 0.9)
     model.running_mean.fill_(4.0)
     ema.update_parameters(model)
     assert ema.module.running_mean.tolist() == [4.0, 4.0]
@@ -167,16 +167,15 @@ def test_average_copies_buffers() -> None:
 
 def test_average_leaves_the_model_alone_and_takes_no_gradient() -> None:
     model = nn.Linear(1, 1)
-    ema = make_ema(model, 0.9)
+    ema = Ema(model, 0.9)
     assert [p.requires_grad for p in model.parameters()] == [True, True]
     assert [p.requires_grad for p in ema.parameters()] == [False, False]
 
 
 def test_average_goes_on_where_it_stopped() -> None:
     model = nn.Linear(1, 1, bias=False)
-    ema = make_ema(model, 0.999, updates=40)
-    ema.n_averaged.fill_(41)
-    nn.init.ones_(ema.module.weight)
+    ema = Ema(model, 0.999)
+    ema.load_state_dict({"n_averaged": torch.tensor(41), "module.weight": torch.ones(1, 1)})
     nn.init.zeros_(model.weight)
     ema.update_parameters(model)
     assert float(ema.module.weight) == pytest.approx(42 / 51)

@@ -1,0 +1,238 @@
+"""The loop that every training runs in: an iterator over steps with resume, signals, logging, checks and checkpoints.
+
+run = TrainingRun(config, facts, Trained(network, optimizer, ema), record)
+for step in run:                    # stops on a signal, saves, measures the speed
+    loss = ...                      # a function of (seed, step, rank)
+    run.update(loss)                # backward, clip, learning rate, optimizer step, EMA, finite check
+    if run.every(1000):
+        ...                         # evaluation; its time does not count as training
+run.finish(metrics)                 # record.json; exit code 130 after a signal
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from runtime.cli import BadInput, log
+from runtime.record import Record
+from training.checkpoint import load_state, save_state
+from training.ema import Ema
+from training.log import TrainingLog
+from training.schedule import LearningRate
+from training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a training runs: where, how long, at which learning rate, and how often it reports and saves."""
+
+    kind: str  # named in its checkpoints
+    folder: Path  # checkpoint.pt, TensorBoard and record.json
+    steps: int
+    batch: int  # images per step over all processes, for the speed
+    lr: LearningRate
+    max_grad_norm: float = math.inf
+    log_every: int = 50
+    save_every: int = 200
+    compiled: bool = False  # then the first step's time is reported on its own line
+    elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
+
+
+@dataclass
+class Trained:
+    """What a training changes, and so what its checkpoint holds. `extra`: further modules, by name."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None = None
+    extra: dict[str, Stateful] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Stateful]:
+        """Return everything with a state, by the name it has in the checkpoint."""
+        parts: dict[str, Any] = {"model": self.network, "optimizer": self.optimizer, **self.extra}
+        return parts | ({"ema": self.ema} if self.ema else {})
+
+
+class TrainingRun:
+    """An iterator over the steps that are left, which carries everything but the loss."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        facts: dict[str, Any],
+        trained: Trained,
+        record: Record,
+        accelerator: Accelerator | None = None,
+        resume: bool = True,
+    ):
+        """Continue from the folder's checkpoint where there is one.
+
+        `facts`: everything that decides what is learned (plain values). Raises BadInput where they differ from the checkpoint's.
+        """
+        self.config, self.trained, self.record, self.accelerator = config, trained, record, accelerator
+        self.facts: dict[str, Any] = json.loads(json.dumps(facts))
+        self.is_main = accelerator is None or accelerator.is_main_process
+        self.checkpoint = config.folder / "checkpoint.pt"
+        self.history: dict[str, Any] = {}  # plain values of the script that the checkpoint keeps
+        self.step, self.resumed = 0, resume and self.checkpoint.is_file()
+        if self.resumed:
+            self._restore(load_state(self.checkpoint, config.kind))
+        elif self.is_main:
+            self.checkpoint.unlink(missing_ok=True)
+        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, self.is_main)
+        self.step_started = 0.0
+
+    # ------------------------------------------------ checkpoint
+
+    def save(self) -> None:
+        """Write everything that resuming needs; random numbers follow from seed and step."""
+        if self.is_main:
+            parts = {name: part.state_dict() for name, part in self.trained.parts().items()}
+            state = {"kind": self.config.kind, "facts": self.facts, "step": self.step, "steps": self.config.steps}
+            save_state(
+                self.checkpoint, state | {"history": self.history, "timings": self.record.timings, "parts": parts}
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if not {"facts", "step", "steps", "history", "timings", "parts"} <= set(state):
+            raise BadInput(
+                f"{self.checkpoint} was written by an earlier version or is damaged: move it away, or give {self.config.elsewhere}"
+            )
+        now, before = self.facts, state["facts"]
+        if self.config.steps < state["steps"]:  # more are fine
+            now, before = now | {"steps": self.config.steps}, before | {"steps": state["steps"]}
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise BadInput(
+                    f"{self.checkpoint} was trained with {name} {_short(before.get(name))}, not {_short(value)}:"
+                    f" give that again, or {self.config.elsewhere}"
+                )
+        try:
+            for name, part in self.trained.parts().items():
+                part.load_state_dict(state["parts"][name])
+        except (KeyError, RuntimeError, ValueError):
+            raise BadInput(
+                f"{self.checkpoint} is of another layout or damaged: move it away, or give {self.config.elsewhere}"
+            ) from None
+        self.step, self.history = state["step"], state["history"]
+        self.record.timings.update(state["timings"])
+        if self.is_main:
+            log(f"going on at step {self.step:,} from {self.checkpoint}")
+
+    # ------------------------------------------------ the loop
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made."""
+        return self.step >= self.config.steps
+
+    def every(self, steps: int) -> bool:
+        """Return whether `steps` have passed since the last time (0 = never), or all steps are made."""
+        return self.done or bool(steps) and self.step % steps == 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield every step that is left; a checkpoint is written at the end, after a signal too."""
+        if self.done:
+            return
+        self.log.start()
+        with StopSignals() as stop, self.record.timed("training"):
+            while not self.done and not stop.asked:
+                self.step_started = time.perf_counter()
+                step = self.step
+                yield step
+                assert self.step == step + 1, "call update once in every step"
+                self.log.resume()
+                if self.every(self.config.save_every):
+                    self.save()
+            if self.log.count:
+                self._report()
+        self.log.close()
+        self.save()
+
+    def update(self, losses: Tensor | Iterable[Tensor], after_step: Callable[[], None] | None = None) -> None:
+        """Take one optimizer step.
+
+        Several `losses` are computed and propagated one after another, and their gradients add up.
+        `after_step` runs between the optimizer step and the EMA update, to constrain the weights.
+        """
+        config, trained = self.config, self.trained
+        total = torch.zeros(())
+        for loss in [losses] if isinstance(losses, Tensor) else losses:
+            self.accelerator.backward(loss) if self.accelerator else loss.backward()
+            total = total.to(loss.device) + loss.detach()
+
+        for group in trained.optimizer.param_groups:
+            group["lr"] = config.lr.at(self.step, config.steps)
+        if math.isfinite(config.max_grad_norm):
+            nn.utils.clip_grad_norm_(trained.network.parameters(), config.max_grad_norm)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+        if after_step:
+            after_step()
+        if trained.ema:
+            trained.ema.update_parameters(trained.network)
+
+        self.step += 1
+        self.log.add(total, config.batch)
+        if config.compiled and "first_step" not in self.record.timings:
+            self._report_first_step(float(total))
+        if self.every(config.log_every) or self.every(config.save_every):
+            self._report()  # before saving: a checkpoint must not hold a broken network
+        self.log.pause()
+
+    def _report_first_step(self, loss: float) -> None:
+        """Report the first step, which compiles for about a minute, and exclude it from the speed."""
+        seconds = self.record.timings["first_step"] = time.perf_counter() - self.step_started
+        self.log.exclude_so_far()
+        log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
+
+    def _report(self) -> None:
+        """Show loss and speed; raise BadInput where the loss is not finite."""
+        loss, speed = self.log.read()
+        if not math.isfinite(loss):
+            left = f"{self.checkpoint} keeps the last good state" if self.checkpoint.is_file() else "nothing is written"
+            raise BadInput(
+                f"the loss is {loss} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32"
+            )
+        if self.is_main and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
+            minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
+            log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
+        self.record.metrics |= {"loss": loss, "images_per_s": speed}
+        self.log.show(self.step, loss=loss, images_s=speed, lr=self.config.lr.at(self.step, self.config.steps))
+
+    # ------------------------------------------------ the end
+
+    def finish(self, **metrics: Any) -> None:
+        """Write record.json; after a signal, name the checkpoint and exit with code 130."""
+        if self.is_main:
+            processes = self.accelerator.num_processes if self.accelerator else 1
+            self.record.metrics |= {"step": self.step, "processes": processes, **metrics}
+            self.record.save(self.config.folder / "record.json")
+            if not self.done:
+                log(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
+        if not self.done:
+            raise SystemExit(130)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
