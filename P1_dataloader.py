@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +23,9 @@ from runtime.cli import BadInput, log, progress
 from runtime.files import load_safetensors, save_safetensors
 from runtime.images import open_image
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Split = Literal["train", "val"]
 HELD_OUT = 0.05  # of train.csv, where there is no val.csv
 SIZE = IMAGE_SHAPE[1]
@@ -31,7 +33,7 @@ SIZE = IMAGE_SHAPE[1]
 
 @dataclass(frozen=True)
 class Digits:
-    """images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn)."""
+    """Labelled images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn)."""
 
     images: Tensor
     digits: Tensor
@@ -41,7 +43,7 @@ class Digits:
         return len(self.images)
 
     def to(self, device: torch.device) -> Digits:
-        """All three on `device`."""
+        """Return all three on `device`."""
         return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device))
 
     def fingerprint(self) -> int:
@@ -61,7 +63,9 @@ class Digits:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """The rows of a homework csv: image_name (str), label (int 0..9). Raises BadInput with the row."""
+    """Return the rows of a homework csv: image_name (str), label (int 0..9). Raise BadInput that names the row."""
+    import pandas as pd  # slow to import
+
     if not path.is_file():
         raise BadInput(f"{path} does not exist; make the data with: python hw2_data/prepare.py --help")
     try:
@@ -99,7 +103,7 @@ def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
 
 
 def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
-    """train and val rows of one domain; without val.csv a seeded 5 % of train is held out."""
+    """Return train and val rows of one domain; without val.csv a seeded 5 % of train is held out."""
     train = read_csv(folder / "train.csv")
     if (folder / "val.csv").is_file():
         return {"train": train, "val": read_csv(folder / "val.csv")}
@@ -114,7 +118,7 @@ def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
 
 
 def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
-    """A hash of every row and of every file's name, size and time; raises BadInput for a missing image."""
+    """Return a hash of every row and of every file's name, size and time; raise BadInput for a missing image."""
     digest = hashlib.sha256(b"1")  # the cache's format
     for split, table in tables.items():
         digest.update(split.encode())
@@ -129,7 +133,7 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
 
 
 def decode(folder: Path, table: pd.DataFrame, title: str, resized: list[str]) -> Tensor:
-    """[N,3,28,28] uint8 of all rows, read in parallel; what had to be resized is told to `resized`."""
+    """Read the images of all rows in parallel: [N,3,28,28] uint8; append to `resized` what had another size."""
     images = np.empty((len(table), *IMAGE_SHAPE), dtype=np.uint8)
     paths = [folder / "data" / name for name in table.image_name]
     with ThreadPoolExecutor() as pool:
@@ -140,7 +144,7 @@ def decode(folder: Path, table: pd.DataFrame, title: str, resized: list[str]) ->
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 over all bytes, in the order of the names."""
+    """Return the CRC-32 of all bytes, in the order of the names."""
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].numpy().data, value)
@@ -148,7 +152,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
-    """train_images, train_digits, val_images, val_digits (uint8) of one domain, from the cache where it is valid."""
+    """Load train_images, train_digits, val_images, val_digits (uint8) of one domain, from the cache if it is valid."""
     folder, name = root / DOMAINS[domain], DOMAINS[domain]
     tables = split_tables(folder)
     key, cache = fingerprint(folder, tables), root / ".cache" / f"{name}.safetensors"
@@ -158,7 +162,7 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
             if metadata.get("key") == key and metadata.get("crc32") == checksum(tensors):
                 return tensors
         except BadInput:
-            pass  # a damaged cache is made anew
+            pass  # a damaged cache is rebuilt
     tensors, resized = {}, list[str]()
     for split, table in tables.items():
         tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}", resized)
@@ -178,7 +182,7 @@ def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
 
 
 def load_digits(root: Path, split: Split) -> Digits:
-    """Both domains of one split on the CPU, memory-mapped. Raises BadInput that names what is wrong with the data."""
+    """Load both domains of one split on the CPU; raise BadInput that names what is wrong with the data."""
     if not root.is_dir():
         raise BadInput(
             f"no data folder {root}; make one with: python hw2_data/prepare.py rendered"
@@ -197,7 +201,10 @@ def load_digits(root: Path, split: Split) -> Digits:
 
 
 class BalancedIndex:
-    """Maps uniform numbers to rows: SVHN gets its share (None: as in the data), its digits come equally often; no device sync."""
+    """A map from uniform numbers to rows, without a device sync.
+
+    SVHN gets its share of a batch (None: as in the data), and its digits come equally often.
+    """
 
     def __init__(self, data: Digits, svhn_share: float | None = 0.5, balance_digits: bool = True):
         group = data.domains * DIGITS + data.digits
@@ -217,7 +224,7 @@ class BalancedIndex:
         self.starts = (counts.cumsum(0) - counts).long().to(device)
 
     def __call__(self, which: Tensor, member: Tensor) -> Tensor:
-        """Two uniform [B] in [0, 1) -> row numbers [B]: `which` picks the group, `member` the picture in it."""
+        """Map two uniform [B] in [0, 1) to row numbers [B]: `which` picks the group, `member` the image in it."""
         group = torch.searchsorted(self.edges, which, right=True).clamp(max=len(self.edges) - 1)
         inside = (member * self.counts[group]).long()
         inside = torch.minimum(inside, self.counts[group].long() - 1)

@@ -2,7 +2,7 @@
 
   python P1_report.py --output runs/p1_report                all three
   python P1_report.py --output runs/p1_report --figures grid reverse
-  python P1_report.py --checkpoint runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
+  python P1_report.py --model runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
 
 The sweep prints its figures as well; record.json keeps them.
 """
@@ -20,7 +20,15 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from digits.classifier import DigitClassifier, accuracy, quality, shipped_classifiers
-from digits.sampling import CHECKPOINT, DigitRequest, DigitSamplerConfig, graded_requests, labels_of, sample, sample_all
+from digits.sampling import (
+    CHECKPOINT,
+    DigitRequest,
+    DigitSampler,
+    DigitSamplerConfig,
+    graded_requests,
+    labels_of,
+    sample,
+)
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
 from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect
@@ -39,7 +47,8 @@ class Settings:
 
     output: Path = Path("runs/p1_report")
     """Folder for the PNG files and record.json."""
-    checkpoint: Path = CHECKPOINT
+    model: Path = CHECKPOINT
+    """safetensors file written by P1_training.py, or the shipped one."""
     figures: tuple[Literal["grid", "reverse", "sweep"], ...] = ("grid", "reverse", "sweep")
     scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
     """Guidance scales of the sweep."""
@@ -55,7 +64,7 @@ def grid_figure(network: Network, domain: int, settings: Settings) -> Path:
     seeds = [derived_seed(settings.seed, column) for column in range(10)]
     pictures = [DigitRequest(digit, domain, seed) for digit in range(DIGITS) for seed in seeds]
     sampler = DigitSamplerConfig.from_dict(network.sampler)
-    images = to_uint8(sample_all(network, pictures, sampler, settings.batch, f"grid {TITLES[domain]}"))
+    images = to_uint8(DigitSampler(network, sampler, settings.batch).images(pictures, f"grid {TITLES[domain]}"))
     path = settings.output / f"grid_{DOMAINS[domain]}.png"
     columns = [f"noise {column}" for column in range(10)]
     labelled_grid(path, images, [str(d) for d in range(DIGITS)], columns, f"{TITLES[domain]}: one noise per column")
@@ -97,7 +106,7 @@ def sweep(network: Network, judges: list[DigitClassifier], settings: Settings) -
     digits, domains = labels_of(pictures)
     for scale in settings.scales:
         sampler = replace(DigitSamplerConfig.from_dict(network.sampler), guidance=scale)
-        images = to_uint8(sample_all(network, pictures, sampler, settings.batch, f"guidance {scale}"))
+        images = to_uint8(DigitSampler(network, sampler, settings.batch).images(pictures, f"guidance {scale}"))
         row = {"scale": scale}
         for domain, score in enumerate(accuracy(judges, images, digits, domains)):
             measured = quality(judges[domain], images[domains == domain])
@@ -130,7 +139,7 @@ def main(settings: Settings) -> None:
     if not settings.scales or not all(map(math.isfinite, settings.scales)):
         raise BadInput(f"--scales {' '.join(map(str, settings.scales))}: give finite numbers")
     machine = detect(settings.device)
-    network = load_network(settings.checkpoint, machine.device)
+    network = load_network(settings.model, machine.device)
     output_folder(settings.output)
     record, made = Record(settings, machine), []
     if "grid" in settings.figures:

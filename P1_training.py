@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from torch import Tensor
 from diffusion.loss import denoising_loss, min_snr_weight
 from diffusion.schedule import Schedule, make_schedule
 from digits.classifier import DigitClassifier, accuracy, shipped_classifiers
-from digits.recipes import RECIPES, TrainingRecipe
-from digits.sampling import DigitSamplerConfig, graded_requests, labels_of, sample_all
+from digits.recipes import RECIPES, TrainingRecipe, preset_values
+from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_dataloader import BalancedIndex, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
-from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, default_hint, log, run_script
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import image_grid, save_image, to_float, to_uint8
@@ -45,60 +45,61 @@ class Settings:
     data: Path = ROOT / "hw2_data" / "digits"
     """Folder with mnistm/ and svhn/ (see hw2_data/README.md)."""
     output: Path = Path("runs/p1")
-    """Run folder: checkpoint, best weights, pictures, TensorBoard, record.json."""
+    """Run folder: checkpoint, best weights, sample sheets, TensorBoard, record.json."""
     preset: Literal["auto", "report", "tiny", "cpu", "gpu"] = "auto"
-    """auto: gpu where there is one, else cpu."""
-    steps: int | None = None
-    """Optimizer steps in all; may be changed when a run goes on."""
-    batch: int | None = None
-    """Pictures per step over all processes."""
-    lr: float | None = None
+    """Network and recipe. auto = gpu if there is a GPU, else cpu."""
+    steps: Annotated[int | None, default_hint(preset_values("steps"))] = None
+    """Optimizer steps in all; more may be given when a run continues."""
+    batch: Annotated[int | None, default_hint(preset_values("batch"))] = None
+    """Images per step over all processes."""
+    lr: Annotated[float | None, default_hint(preset_values("lr"))] = None
     """Peak learning rate of AdamW."""
     warmup: int = 200
-    """Steps over which the rate rises."""
+    """Steps over which the learning rate rises."""
     decay: float = 0.5
-    """Share of the steps, at the end, over which the rate falls to zero."""
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
     decay_shape: Literal["linear", "cosine"] = "linear"
-    min_snr: float | None = None
-    """Min-SNR loss weight's gamma (Hang et al. 2023); 0 switches it off."""
+    min_snr: Annotated[float | None, default_hint(preset_values("min_snr"))] = None
+    """Gamma of the min-SNR loss weight (Hang et al. 2023). 0 = off."""
     drop_digit: float = 0.15
-    """Share of pictures trained without their digit, which guidance needs."""
+    """Share of images trained without their digit, which guidance needs."""
     drop_domain: float = 0.1
-    """Share of pictures trained without their domain."""
+    """Share of images trained without their domain."""
     svhn_share: float | None = 0.5
-    """Share of SVHN, the harder domain, among the pictures drawn; None: as in the data."""
+    """Share of SVHN, the harder domain, in every batch. None = as in the data."""
     balance_digits: bool = True
-    """SVHN's digits equally often (the set is unbalanced)."""
-    ema: float | None = None
-    """Decay of the averaged weights, which are the ones that are graded and kept."""
+    """Sample the digits of SVHN, which is unbalanced, equally often."""
+    ema: Annotated[float | None, default_hint(preset_values("ema"))] = None
+    """Decay of the weights' average (EMA), which is what is graded and kept."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm; inf: any."""
+    """Largest gradient norm. inf = any."""
     seed: int = 0
+    """Seed of the initial weights and of all random numbers of the training."""
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto: bf16 where the hardware has it, else fp32."""
+    """auto = bf16 where the hardware has it, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile; auto: where it pays (CUDA, or a CPU with bf16) and a compiler exists."""
+    """torch.compile. auto = where it pays (CUDA, or a CPU with bf16) and a compiler exists."""
     eval_every: int = 1000
-    """Steps between two gradings; 0: only at the end."""
+    """Steps between two gradings. 0 = only at the end."""
     eval_count: int = 10
-    """Pictures per digit and domain in each of these gradings."""
+    """Images per digit and domain in each of these gradings."""
     candidates: int = 3
-    """How many of the best gradings are graded again, with more pictures, at the end."""
+    """Weights with the best gradings, which are graded again with more images at the end."""
     final_count: int = 50
-    """Pictures per digit and domain in that last grading."""
+    """Images per digit and domain in that last grading."""
     save_every: int = 500
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints. 0 = only at the end."""
     log_every: int = 50
-    """Steps between two readings of the loss."""
+    """Steps between two reports of the loss."""
     init: Path | None = None
-    """Start from these weights (best.safetensors or shipped) instead of random ones, with a new optimizer."""
+    """Weights to start from (best.safetensors or shipped), with a new optimizer. None = random ones."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the run folder's checkpoint where it has one; never: start anew."""
+    """auto = continue the run folder's checkpoint if there is one; never = start over."""
 
 
 def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
-    """The preset's recipe with the flags that were given; raises BadInput for numbers that make no sense."""
+    """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers."""
     given = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **given)
     check_positive(recipe, "steps", "batch", "lr")
@@ -256,7 +257,7 @@ def graded(
     """Sample `count` images per digit and domain; return the accuracies and the images [N,3,28,28] uint8."""
     requests = graded_requests(seed, count)
     config = DigitSamplerConfig.from_dict(network.sampler)
-    images = to_uint8(sample_all(network, requests, config, min(100, len(requests)), "grading"))
+    images = to_uint8(DigitSampler(network, config, min(100, len(requests))).images(requests, "grading"))
     mnistm, svhn = accuracy(classifiers, images, *labels_of(requests))
     return {"mnistm": mnistm, "svhn": svhn, "accuracy": (mnistm + svhn) / 2}, images
 

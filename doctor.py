@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from digits.recipes import RECIPES
-from digits.sampling import CHECKPOINT, DigitSamplerConfig, expected_seconds
+from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig
 from P1_model import PRESETS, Network, UNet, load_network
 from runtime.cli import BadInput, run_script
 from runtime.device import Device, Machine, detect, set_up, to_channels_last
@@ -59,7 +59,7 @@ def drawing_minutes(network: Network) -> float:
     """Measured: `bash hw2_1.sh out` on this device."""
     on_gpu = next(network.unet.parameters()).is_cuda
     batch = 1000 if on_gpu else 100
-    return expected_seconds(network, DigitSamplerConfig.from_dict(network.sampler), 1000, batch) / 60
+    return DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), batch).expected_seconds(1000) / 60
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from digits.classifier import DigitClassifier, accuracy, load_classifier, quality, shipped_classifiers
-from digits.sampling import CHECKPOINT, DigitSamplerConfig, graded_requests, labels_of, redraw, sample_all
+from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
 from runtime.device import Device, detect
@@ -67,12 +67,12 @@ def main(bench: Settings) -> None:
         pictures = graded_requests(seed, bench.count)
         digits, domains = labels_of(pictures)
         start = time.perf_counter()
-        images = to_uint8(sample_all(network, pictures, sampler, bench.batch, f"seed {seed}"))
+        images = to_uint8(DigitSampler(network, sampler, bench.batch).images(pictures, f"seed {seed}"))
         drawn = time.perf_counter() - start
         rows["as drawn"].append({"seconds": drawn} | measure(images, digits, domains, judges, course))
         start = time.perf_counter()
         kept = dict(enumerate(images))
-        redraw(network, pictures, kept, judges, sampler, bench.batch, bench.retries)
+        redraw(DigitSampler(network, sampler, bench.batch), judges, pictures, kept, bench.retries)
         images = torch.stack([kept[row] for row in sorted(kept)])
         again = drawn + time.perf_counter() - start
         rows["with retries"].append({"seconds": again} | measure(images, digits, domains, judges, course))

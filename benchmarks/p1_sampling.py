@@ -22,7 +22,7 @@ from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
 from digits.classifier import accuracy, shipped_classifiers
-from digits.sampling import CHECKPOINT, DigitRequest, DigitSamplerConfig, graded_requests, labels_of, sample_all
+from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
 from runtime.cli import progress_bar, run_script
 from runtime.device import Device, allow_tf32, detect
@@ -74,11 +74,11 @@ def main(bench: Settings) -> None:
     sampler = DigitSamplerConfig.from_dict(network.sampler)
     pictures = graded_requests(bench.seed, bench.count)
     digits, domains = labels_of(pictures)
-    sample_all(network, pictures[:2], replace(sampler, steps=2), len(pictures), "warming up")
+    DigitSampler(network, replace(sampler, steps=2), len(pictures)).images(pictures[:2], "warming up")
     ours: list[float] = []
     for _ in range(bench.repeats):
         start = time.perf_counter()
-        quick = sample_all(network, pictures, sampler, len(pictures), "default sampler")
+        quick = DigitSampler(network, sampler, len(pictures)).images(pictures, "default sampler")
         ours.append(time.perf_counter() - start)
     start = time.perf_counter()
     slow = two_pass_ddpm(network, pictures, sampler.guidance, bench.steps).cpu()

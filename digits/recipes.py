@@ -1,4 +1,4 @@
-"""The settings of P1_training.py, and the recipe (schedule, rate, batch ..) that goes with each preset of the network."""
+"""The training recipe of each preset of the network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from digits.sampling import DigitSamplerConfig
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What goes with a preset of the network."""
+    """Schedule, optimizer settings and default sampler that go with a preset of the network."""
 
     schedule: Literal["linear", "cosine"] = "cosine"
     prediction: Prediction = "v"
     steps: int = 8_000  # optimizer steps
-    batch: int = 64  # global batch over all processes
+    batch: int = 64  # over all processes
     lr: float = 1e-3
     min_snr: float = 0.0
     ema: float = 0.999
@@ -29,3 +29,11 @@ RECIPES = {
     "cpu": TrainingRecipe(sampler=DigitSamplerConfig(steps=10, guidance=5.0)),
     "gpu": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
 }
+
+
+def preset_values(name: str) -> str:
+    """Return a setting's value in every preset, for --help: `8000 (report: 30000, tiny: 2000, ..)`."""
+    values = {preset: getattr(recipe, name) for preset, recipe in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return str(values["cpu"])
+    return ", ".join(f"{preset} {value}" for preset, value in values.items())

@@ -29,6 +29,7 @@ RENAMED = (
     ("--contain", "--background-steps"),
     ("--mnistm-judge", "--mnistm-classifier"),
     ("--svhn-judge", "--svhn-classifier"),
+    ("--checkpoint", "--model"),
 )
 
 
@@ -93,11 +94,18 @@ def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
 
 def flags_of(settings: Any) -> set[str]:
     """Return the flags of a settings dataclass, of the dataclasses inside it, and of every subcommand of a union."""
-    if not is_dataclass(settings):
+    if not (isinstance(settings, type) and is_dataclass(settings)):
         return set().union(*map(flags_of, get_args(settings)))
-    hints = get_type_hints(settings)
+    hints = get_type_hints(settings, include_extras=True)
     own = {f"--{field.name.replace('_', '-')}" for field in fields(settings)}
+    for hint in hints.values():
+        own.update(*(getattr(extra, "aliases", None) or () for extra in getattr(hint, "__metadata__", ())))
     return own.union(*(flags_of(hints[field.name]) for field in fields(settings)))
+
+
+def default_hint(text: str) -> Any:
+    """Return the annotation for a flag whose help shows `text` as its default, in the place of None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 def is_main_process() -> bool:

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +25,11 @@ import P1_classifier
 from digits import classifier, metrics
 from digits.classifier import DigitClassifier, accuracy, grade_folder, load_classifier, quality, shipped_classifiers
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
-from P1_classifier import Grade, Train, run_training
+from P1_classifier import Grade, Train, train
 from P1_dataloader import read_picture
 from P1_model import DOMAINS
 from runtime.cli import BadInput, run_script
+from training.draws import Draws
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -232,13 +235,10 @@ def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_fil
 ) -> None:
     name_of: Any = DOMAINS[domain]
     for name in ("a", "b"):
-        path, run = tmp_path / f"{name}.safetensors", tmp_path / "run"
-        P1_classifier.run_training(
-            Train(name_of, data=digits_folder, output=path, epochs=2, batch=10, fold=fold, device="cpu", run=run)
-        )
-    first, second = (load_classifier(tmp_path / f"{name}.safetensors", CPU) for name in "ab")
+        train(Train(name_of, data=digits_folder, output=tmp_path / name, epochs=2, batch=10, fold=fold, device="cpu"))
+    first, second = (load_classifier(tmp_path / name / "classifier.safetensors", CPU) for name in "ab")
     assert f"{name_of} validation accuracy: " in capsys.readouterr().out
-    assert json.loads((run / name_of / "record.json").read_text())["seed"] == 0
+    assert json.loads((tmp_path / "a" / "record.json").read_text())["seed"] == 0
     assert first.domain == domain
     for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -247,7 +247,7 @@ def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_fil
 
 
 def test_augmented_pictures_stay_in_range_and_differ() -> None:
-    draws = P1_classifier.Draws(0, 0, slice(0, 8), 8, CPU)
+    draws = Draws(0, 0, slice(0, 8), 8, CPU)
     x = P1_classifier.augment(torch.rand(1, 3, 28, 28).expand(8, -1, -1, -1) * 2 - 1, draws, recolour=1)
     assert x.abs().max() <= 1
     assert torch.cdist(x.flatten(1), x.flatten(1)).fill_diagonal_(1).min() > 0.1
@@ -335,23 +335,50 @@ def test_quality_of_a_handful_of_pictures_is_nan() -> None:
 def test_a_judge_of_bad_numbers_is_not_written(
     given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "judge.safetensors"
-    settings = Train("svhn", data=digits_folder, output=output, epochs=8, batch=10, device="cpu", run=tmp_path / "run")
+    settings = Train("svhn", data=digits_folder, output=tmp_path / "run", epochs=8, batch=10, device="cpu")
     with pytest.raises(BadInput, match=named):
-        run_training(replace(settings, **given))
-    assert not output.exists()
+        train(replace(settings, **given))
+    assert not (tmp_path / "run" / "classifier.safetensors").exists()
 
 
 def test_a_judge_that_has_no_place_is_told_before_the_work(digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classifier.safetensors").mkdir()
     with pytest.raises(BadInput, match="--output .* is a folder"):
-        run_training(Train("svhn", data=digits_folder, output=tmp_path))
+        train(Train("svhn", data=digits_folder, output=tmp_path))
+
+
+def test_a_stopped_training_goes_on_to_the_same_classifier(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Train("mnistm", data=digits_folder, epochs=4, batch=10, device="cpu", precision="fp32")
+    train(replace(settings, output=tmp_path / "whole"))
+    plain, calls = P1_classifier.augment, []
+
+    def stopping(x: Tensor, draws: Draws, recolour: float) -> Tensor:
+        calls.append(x)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(x, draws, recolour)
+
+    monkeypatch.setattr(P1_classifier, "augment", stopping)
+    with pytest.raises(SystemExit, match="130"):
+        train(replace(settings, output=tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "classifier.safetensors").exists()
+    train(replace(settings, output=tmp_path / "parts"))
+    whole, parts = (
+        load_classifier(tmp_path / name / "classifier.safetensors", CPU).state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    with pytest.raises(BadInput, match=r"was trained with lr 0.004, not 0.1"):
+        train(replace(settings, output=tmp_path / "parts", lr=0.1))
 
 
 def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Exit code of `P1_classifier.py grade ...`."""
     monkeypatch.setattr("sys.argv", ["P1_classifier.py", "grade", *map(str, arguments)])
+    command: Any = Train | Grade
     with pytest.raises(SystemExit) as leaving:
-        run_script(P1_classifier.main, Train | Grade, None)  # type: ignore[arg-type]
+        run_script(P1_classifier.main, command, None)
     return int(leaving.value.code or 0)
 
 
@@ -410,4 +437,4 @@ def test_a_judge_of_the_other_domain_is_refused(
 ) -> None:
     course = course_file(tmp_path / "Classifier.pth")
     assert grade_command(monkeypatch, graded, "--svhn-classifier", course, "--record", tmp_path / "r.json") == 2
-    assert "is a judge of mnistm" in capsys.readouterr().err
+    assert "is a classifier of mnistm" in capsys.readouterr().err

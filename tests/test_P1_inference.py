@@ -140,8 +140,8 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"interval": (0.9, 0.1)}, "--interval 0.9 0.1"),
         ({"grid": ROOT}, "--grid .* is a folder"),
         ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
-        ({"checkpoint": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
-        ({"checkpoint": Path(__file__)}, "not a safetensors file"),
+        ({"model": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
+        ({"model": Path(__file__)}, "not a safetensors file"),
         ({"device": "cuda:99"}, "--device cuda:99"),
     ],
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from digits.sampling import DigitRequest, DigitSamplerConfig, graded_requests, sample, sample_all
+from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, sample
 from P1_model import (
     NO_DIGIT,
     NO_DOMAIN,
@@ -353,12 +353,12 @@ def test_a_run_in_batches_draws_the_same_pictures_as_one_batch(tiny_network: Net
     pictures = [*OTHERS, WANTED]
     whole = sample(tiny_network, pictures, SAMPLERS["ddim"])
     torch.testing.assert_close(
-        sample_all(tiny_network, pictures, SAMPLERS["ddim"], 2, "test"), whole, rtol=0, atol=1e-4
+        DigitSampler(tiny_network, SAMPLERS["ddim"], 2).images(pictures, "test"), whole, rtol=0, atol=1e-4
     )
 
 
 def test_a_run_of_one_batch_shape_gives_the_same_bytes_however_many_pictures_follow(tiny_network: Network) -> None:
-    few, many = (sample_all(tiny_network, (OTHERS * 2)[:n], SAMPLERS["ddim eta 1"], 4, "test") for n in (5, 8))
+    few, many = (DigitSampler(tiny_network, SAMPLERS["ddim eta 1"], 4).images((OTHERS * 2)[:n], "test") for n in (5, 8))
     assert torch.equal(few, many[:5])
 
 
