@@ -89,7 +89,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
-    """[3,28,28] uint8; grey and palette are converted, another size is resized and told to `resized`. Raises BadInput on a broken file."""
+    """Read [3,28,28] uint8 RGB; resize another size and append it to `resized`. Raise BadInput on a broken file."""
     pixels = open_image(path).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     if (height, width) != (SIZE, SIZE):

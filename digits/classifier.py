@@ -1,4 +1,4 @@
-"""Digit judges: our own network, the course's, their files, and what they say of pictures. P1_classifier.py is the command."""
+"""Digit classifiers: our own network, the course's, their files, and accuracy. P1_classifier.py is the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from runtime.images import to_float
 KIND = "P1 digit judge"
 SHIPPED = ROOT / "checkpoints"
 HUB = "edadaltocg/resnet34_svhn"
-BATCH = 500  # pictures per forward pass
+BATCH = 500  # images per forward pass
 
 # ---------------------------------------------------------------- networks: each is a Sequential whose last layer is the head
 
@@ -41,14 +41,14 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1, stride) if (inputs, 1) != (outputs, stride) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,inputs,H,W] -> [B,outputs,H/stride,W/stride]."""
+        """Map [B,inputs,H,W] to [B,outputs,H/stride,W/stride]."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Layout of our own judge; where patches of 2x2 pixels are folded into channels first, it is three times as fast."""
+    """Layout of our own classifier; `fold` 2 folds patches of 2x2 pixels into channels first, three times as fast."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (1, 2, 2)
@@ -56,7 +56,7 @@ class ClassifierConfig:
 
 
 def make_resnet(config: ClassifierConfig) -> nn.Sequential:
-    """A small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7; its last layer is the head."""
+    """Return a small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7."""
     width, fold = config.channels[0], config.fold
     layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, width, 3, padding=1), nn.ReLU()]
     for level, (channels, blocks) in enumerate(zip(config.channels, config.blocks, strict=True)):
@@ -68,7 +68,7 @@ def make_resnet(config: ClassifierConfig) -> nn.Sequential:
 
 
 def make_lenet() -> nn.Sequential:
-    """The course's MNIST-M judge, with the names of its file."""
+    """Return the course's MNIST-M classifier, with the names of its file."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 6, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
@@ -80,8 +80,8 @@ def make_lenet() -> nn.Sequential:
 
 
 def make_resnet34() -> nn.Sequential:
-    """The course's SVHN judge: timm's resnet34 with a stem for small pictures (conv1 3x3, no max pool)."""
-    import timm  # slow to import, and only this judge needs it
+    """Return the course's SVHN classifier: timm's resnet34 with a stem for small images (conv1 3x3, no max pool)."""
+    import timm  # slow to import
 
     network = timm.create_model("resnet34", num_classes=DIGITS)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -89,11 +89,11 @@ def make_resnet34() -> nn.Sequential:
     return nn.Sequential(OrderedDict(network.named_children()))
 
 
-# ---------------------------------------------------------------- the judge
+# ---------------------------------------------------------------- the classifier
 
 
 class DigitClassifier(nn.Module):
-    """Tells the digits of one domain (0 = mnistm, 1 = svhn), given pictures as uint8; some carry a reference of real pictures."""
+    """A classifier of one domain (0 = mnistm, 1 = svhn) for uint8 images; `reference`: features of real images."""
 
     def __init__(self, network: nn.Sequential, domain: int, reference: Reference | None = None):
         super().__init__()
@@ -102,39 +102,39 @@ class DigitClassifier(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """[N,3,28,28] uint8 on any device -> [N,F] float32, what the last layer sees; in batches."""
+        """Map [N,3,28,28] uint8 on any device to the last layer's input [N,F] float32, in batches."""
         device, body = next(self.parameters()).device, self.network[:-1]
         floats = (to_float(chunk.to(device)) for chunk in images.split(BATCH))
         return torch.cat([body(x.contiguous(memory_format=torch.channels_last)) for x in floats])
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """[N,3,28,28] uint8 -> logits [N,10]."""
+        """Map [N,3,28,28] uint8 to logits [N,10]."""
         return self.network[-1](self.features(images))
 
 
-# ---------------------------------------------------------------- judge files
+# ---------------------------------------------------------------- classifier files
 
 
 def round_weights(network: nn.Module) -> dict[str, Tensor]:
-    """What a judge file stores: matrices and kernels in half precision, vectors (norms, biases) as they are; on the CPU."""
+    """Return the state that a file stores: matrices and kernels in half precision, vectors (norms, biases) in full."""
     state = network.state_dict()
     return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
 
 
-def save_classifier(path: Path, judge: DigitClassifier, config: ClassifierConfig, origin: dict[str, Any]) -> None:
-    """One safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
-    assert judge.reference
-    header = {"kind": KIND, "domain": judge.domain, "model": asdict(config), "origin": origin}
-    tensors = round_weights(judge.network)
+def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierConfig, origin: dict[str, Any]) -> None:
+    """Write one safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
+    assert classifier.reference
+    header = {"kind": KIND, "domain": classifier.domain, "model": asdict(config), "origin": origin}
+    tensors = round_weights(classifier.network)
     tensors = {f"network.{name}": value for name, value in tensors.items()}
-    for name, value in judge.reference.tensors().items():
+    for name, value in classifier.reference.tensors().items():
         tensors[f"reference.{name}"] = value.cpu().contiguous()
     save_safetensors(path, tensors, {"judge": json.dumps(header)})
 
 
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
-    """One of our judge files, the course's Classifier.pth, or weights of timm's resnet34_svhn. Raises BadInput for anything else."""
+    """Load one of our files, the course's Classifier.pth, or weights of timm's resnet34_svhn; raise BadInput otherwise."""
     if path.suffix != ".safetensors":
         return course_classifier(load_tensors(path), path, device)
     tensors, metadata = load_safetensors(path)
@@ -147,21 +147,21 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
-    """The course's judges, told apart by the names of their weights: LeNet for mnistm, resnet34 for svhn."""
+    """Return the course's classifier, recognised by the names of its weights: LeNet for mnistm, resnet34 for svhn."""
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
     if "fc3.weight" in weights:
         return DigitClassifier(to_channels_last(load_weights(make_lenet(), weights, path), device), 0)
     if "layer1.0.conv1.weight" in weights:
         return DigitClassifier(to_channels_last(load_weights(make_resnet34(), weights, path), device), 1)
     raise BadInput(
-        f"{path} is no judge: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
+        f"{path} is no digit classifier: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
         "nor timm's resnet34_svhn (conv1, layer1 .. fc)"
     )
 
 
 def hub_classifier(device: torch.device) -> DigitClassifier:
-    """The course's SVHN judge from the Hugging Face hub; raises BadInput where that can't be reached."""
-    from timm.models import load_state_dict_from_hf  # slow to import, and only this judge needs it
+    """Load the course's SVHN classifier from the Hugging Face hub; raise BadInput if the hub can't be reached."""
+    from timm.models import load_state_dict_from_hf  # slow to import
 
     try:
         weights = load_state_dict_from_hf(HUB, weights_only=True)
@@ -174,12 +174,12 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 
 
 def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
+    """Return the tensors under `prefix.`, without it."""
     return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
 
 def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
-    """The network with these weights; raises BadInput that names the first missing, unexpected or misshapen one."""
+    """Load weights into the network; raise BadInput that names the first missing, unexpected or misshapen one."""
     try:
         network.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -189,40 +189,40 @@ def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path)
 
 
 def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:
-    """The judges in checkpoints/, one per domain; raises BadInput where one is missing."""
+    """Load the classifiers in checkpoints/, one per domain; raise BadInput if one is missing."""
     return [load_classifier(SHIPPED / f"judge_{name}.safetensors", device) for name in DOMAINS]
 
 
-# ---------------------------------------------------------------- what judges say
+# ---------------------------------------------------------------- accuracy and metrics
 
 
-def misclassified(judges: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
-    """Row numbers [M], rising, of the pictures [N,3,28,28] uint8 in which their domain's judge doesn't see the digit [N]."""
+def misclassified(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
+    """Return the rows [M], ascending, of images [N,3,28,28] uint8 that their domain's classifier reads as another digit."""
     wrong = torch.zeros(len(digits), dtype=torch.bool)
-    for domain, judge in enumerate(judges):
+    for domain, classifier in enumerate(classifiers):
         rows = (domains == domain).nonzero().squeeze(1).cpu()
         if len(rows):
-            wrong[rows] = judge(images[rows.to(images.device)]).argmax(1).cpu() != digits.cpu()[rows]
+            wrong[rows] = classifier(images[rows.to(images.device)]).argmax(1).cpu() != digits.cpu()[rows]
     return wrong.nonzero().squeeze(1)
 
 
-def accuracy(judges: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
-    """Per domain the share (0..1) of pictures [N,3,28,28] uint8 in which its judge sees the digit [N]; nan where there are none."""
+def accuracy(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
+    """Return the share (0..1) of images [N,3,28,28] uint8 read as their digit [N], per domain; nan for a domain without images."""
     domains = domains.cpu().long()
-    total = torch.bincount(domains, minlength=len(judges))
-    wrong = torch.bincount(domains[misclassified(judges, images, digits, domains)], minlength=len(judges))
-    return (1 - wrong[: len(judges)] / total[: len(judges)]).tolist()
+    total = torch.bincount(domains, minlength=len(classifiers))
+    wrong = torch.bincount(domains[misclassified(classifiers, images, digits, domains)], minlength=len(classifiers))
+    return (1 - wrong[: len(classifiers)] / total[: len(classifiers)]).tolist()
 
 
-def quality(judge: DigitClassifier, images: Tensor) -> dict[str, float]:
-    """frechet, precision, recall and memorised of pictures [N,3,28,28] uint8, by a judge that carries a reference."""
-    if judge.reference is None:
-        raise ValueError("this judge carries no reference of real pictures")
-    return measure(judge.features(images), judge.reference)
+def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
+    """Return frechet, precision, recall and memorised of images [N,3,28,28] uint8, by a classifier with a reference."""
+    if classifier.reference is None:
+        raise ValueError("this classifier carries no reference of real images")
+    return measure(classifier.features(images), classifier.reference)
 
 
 def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
-    """Pictures [N,3,28,28] uint8 and the digits [N] their file names begin with, read as the course reads them."""
+    """Return images [N,3,28,28] uint8 and the digits [N] that their file names begin with, read as the course does."""
     if not folder.is_dir():
         raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(DOMAINS)}")
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -243,14 +243,18 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def grade_folder(
-    folder: Path, judges: Sequence[DigitClassifier], critics: Sequence[DigitClassifier] | None = None
+    folder: Path, classifiers: Sequence[DigitClassifier], critics: Sequence[DigitClassifier] | None = None
 ) -> dict[str, Any]:
-    """Per domain its accuracy, number of pictures, confusion [10][10] (rows: label) and quality (by the judges, or by other
-    critics: they need a reference); under "mean" the mean accuracy. Raises BadInput for a folder that can't be graded."""
+    """Return per domain accuracy, number of images, confusion [10][10] (rows: label) and quality, and their "mean" accuracy.
+
+    `critics`: classifiers with a reference, for the quality. Raises BadInput for a folder that can't be graded.
+    """
     result: dict[str, Any] = {}
     pictures = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
-    for name, judge, critic, (images, digits) in zip(DOMAINS, judges, critics or judges, pictures, strict=True):
-        seen = judge(images).argmax(1).cpu()
+    for name, classifier, critic, (images, digits) in zip(
+        DOMAINS, classifiers, critics or classifiers, pictures, strict=True
+    ):
+        seen = classifier(images).argmax(1).cpu()
         confusion = torch.bincount(digits * DIGITS + seen, minlength=DIGITS**2).view(DIGITS, DIGITS)
         result[name] = {
             "accuracy": int(confusion.trace()) / len(digits),

@@ -1,7 +1,7 @@
-"""What accuracy hides: how far generated features lie from real ones, how much of the real variety they cover, and copies.
+"""What accuracy hides: the distance between generated and real features, the coverage of real variety, and copies.
 
-All functions work on features [N,F] of one judge; they know nothing of pictures. Every number depends on N: compare equal N only.
-In features of a digit judge precision forgives much, pure noise included (see the judges' cards): read it beside the Frechet distance.
+All functions take features [N,F] of one classifier. Every number depends on N: compare equal N only.
+Precision in a digit classifier's features accepts even pure noise (see the cards): read it together with the Frechet distance.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3  # k of the k-NN manifolds
-COPY_PERCENTILE = 0.01  # of training pictures' distances to their own nearest neighbour
+COPY_PERCENTILE = 0.01  # of training images' distances to their own nearest neighbour
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a judge remembers of its domain's real pictures; all float32, on the judge's device."""
+    """Features of a domain's real images; all float32, on the classifier's device."""
 
-    mean: Tensor  # [F] over all training and validation pictures, every digit with the same weight
+    mean: Tensor  # [F] over all training and validation images, every digit with the same weight
     covariance: Tensor  # [F,F]
-    real: Tensor  # [R,F] features of validation pictures
-    train: Tensor  # [M,F] features of training pictures
-    copy_distance: Tensor  # scalar: nearer than this to a training picture counts as a copy
+    real: Tensor  # [R,F] features of validation images
+    train: Tensor  # [M,F] features of training images
+    copy_distance: Tensor  # scalar: nearer than this to a training image counts as a copy
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a file: the two banks of features in half precision."""
+        """Return the tensors for a file, the two banks of features in half precision."""
         banks = {"real": self.real.half(), "train": self.train.half()}
         return {**vars(self), **banks}
 
     @staticmethod
     def from_tensors(values: dict[str, Tensor], device: torch.device) -> Reference:
-        """Inverse of `tensors`; raises KeyError for a missing name."""
+        """Return the reference of `tensors`' values; raise KeyError for a missing name."""
         names = Reference.__dataclass_fields__
         return Reference(**{name: values[name].to(device, torch.float32) for name in names})
 
 
 def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Tensor | None = None) -> Reference:
-    """From the features of all training [N,F] and validation [M,F] pictures (in random order): banks of the first `bank` and `real`,
-    and moments with these weights [N+M]."""
+    """Return the reference for the features of all training [N,F] and validation [M,F] images, in random order.
+
+    It keeps the first `bank` and `real` features, and the moments with these weights [N+M].
+    """
     mean, covariance = moments(torch.cat([train, val]), weights)
     kept = train[:bank].half().float()  # as they will be read back
     nearest = neighbour_distance(kept, 1)
@@ -48,14 +50,14 @@ def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Te
 
 
 def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean [F] and covariance [F,F] in float64 of features [N,F], each row with its weight [N]."""
+    """Return mean [F] and covariance [F,F] in float64 of features [N,F], each row with its weight [N]."""
     features = features.double()
     weights = torch.ones_like(features[:, 0]) if weights is None else weights.double()
     return weights @ features / weights.sum(), features.T.cov(aweights=weights)
 
 
 def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared distance of two Gaussians (Heusel et al. 2017, eq. 6)."""
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared distance of two Gaussians (Heusel et al. 2017, eq. 6)."""
     first, second = covariance1.double(), covariance2.double()
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -66,32 +68,34 @@ def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tens
 
 
 def neighbour_distance(features: Tensor, k: int) -> Tensor:
-    """[N] distance of every row to its k-th nearest other row."""
+    """Return [N], the distance of every row to its k-th nearest other row."""
     distances = exact_distances(features, features)
     distances.fill_diagonal_(torch.inf)
     return distances.kthvalue(k, dim=1).values
 
 
 def exact_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[N,M] Euclidean distances, in float64: in float32 near copies drown in the rounding of the matrix product."""
+    """Return [N,M] Euclidean distances in float64; in float32 near copies drown in the rounding of the matrix product."""
     return torch.cdist(a.double(), b.double())
 
 
 def coverage(queries: Tensor, manifold: Tensor, k: int = NEIGHBOURS) -> float:
-    """Share of the queries inside the union of the manifold's balls, each as wide as its centre's k-th neighbour is far
-    (Kynkaanniemi et al. 2019, eq. 1): precision with generated queries and a real manifold, recall the other way round."""
+    """Return the share of queries inside the union of balls around the manifold's points (Kynkaanniemi et al. 2019, eq. 1).
+
+    A ball's radius is the distance to the k-th neighbour. Generated queries give precision, real ones give recall.
+    """
     inside = exact_distances(queries, manifold) <= neighbour_distance(manifold, k)
     return float(inside.any(1).double().mean())
 
 
 def memorised(features: Tensor, reference: Reference) -> float:
-    """Share nearer to a stored training picture than all but 1 % of training pictures are to each other: about 0.01 for real new ones."""
+    """Return the share nearer to a stored training image than 99 % of those are to each other; about 0.01 for new real images."""
     nearest = exact_distances(features, reference.train).amin(1)
     return float((nearest < reference.copy_distance).double().mean())
 
 
 def measure(features: Tensor, reference: Reference) -> dict[str, float]:
-    """frechet (0 is best), precision, recall (1 is best) and memorised (0 is best) of features [N,F]; nan for too few rows."""
+    """Return frechet (0 is best), precision, recall (1) and memorised (0) of features [N,F]; nan for too few rows."""
     if len(features) <= NEIGHBOURS:
         return dict.fromkeys(("frechet", "precision", "recall", "memorised"), float("nan"))
     return {
