@@ -217,7 +217,9 @@ def test_a_prediction_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/UNet.pt", "/nowhere/face", "a/b/c", "x/model.safetensors"])
 def test_a_missing_file_is_never_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faces.models._from_hub", lambda name: pytest.fail(f"{name} was looked for on the hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: pytest.fail(f"{name}: looked for on the hub")
+    )
     with pytest.raises(BadInput, match="does not exist"):
         load(name)
 
