@@ -71,7 +71,7 @@ def require_file(path: Path, hint: str = "") -> Path:
 
 def refuse_source_folder(path: Path) -> None:
     """Raise BadInput for a folder of the repository's own source, which an output would mix with."""
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     for init in ROOT.glob("*/__init__.py"):
         if init.parent in (path, *path.parents):
             raise BadInput(f"output {path}: {init.parent.name}/ holds this repository's source, name another folder")
