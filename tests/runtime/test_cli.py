@@ -41,7 +41,7 @@ run_script(main, Settings, "A test.")
 
 
 def run(body: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A script whose main ends with `body`, in a process of its own."""
+    """Run a script whose main ends with `body`."""
     environment = {k: v for k, v in os.environ.items() if k != "DEBUG"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT.format(body=body), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
