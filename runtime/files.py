@@ -116,7 +116,7 @@ def _existing(path: Path) -> Path:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and of its first, middle and last MiB: weights are told apart wherever they lie."""
+    """Return a hash of a file's size and of its first, middle and last MiB, which identifies weights independent of their path."""
     piece, size = 1 << 20, require_file(path).stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=12)
     with open(path, "rb") as file:
