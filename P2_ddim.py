@@ -1,4 +1,4 @@
-"""Turns given noises into pictures by DDIM: the course's faces to rounding error, any eta, any step rule, any compatible model.
+"""Turn given noises into images by DDIM: the course's faces, any eta, any step rule, any compatible model.
 
   python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
   python P2_ddim.py --seeds 0-9 --eta 0.5 --to-uint8 clamp              the shipped face model: no download needed
@@ -7,9 +7,13 @@
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
   torchrun --nproc_per_node 2 P2_ddim.py --noise face/noise --model face/UNet.pt       two GPUs share the noises
 
-Step rules, for 50 of 1,000 steps: homework visits 981, 961 .. 1 and ends at abar[0], x0 clamped; ddim visits 980 .. 0 and ends at
-abar 1, no clamp; diffusers is that with x0 clamped; trailing visits 999 .. 19, so it starts at pure noise.
-Where eta > 0, picture NN draws its own noise stream from --seed and its name: alone, in any batch, it is the same picture.
+Step rules, for 50 of 1,000 steps:
+  homework    visits 981, 961 .. 1 and ends at alpha_bar[0], x0 clamped
+  ddim        visits 980, 960 .. 0 and ends at alpha_bar = 1, no clamp
+  diffusers   as ddim, x0 clamped
+  trailing    visits 999, 979 .. 19 and so starts at pure noise, x0 clamped
+
+With eta > 0 each image has its own noise stream, from --seed and its name. The batch does not change an image.
 """
 
 from __future__ import annotations
@@ -20,24 +24,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from faces.models import Model, export
-from faces.noises import Noise as Noise
-from faces.noises import save_noises
-from faces.noises import seeded_noises as seeded_noises
-from faces.sampling import (
-    PASS_BELOW,
-    DdimConfig,
-    SamplingArgs,
-    compare,
-    open_model,
-    open_noises,
-    resolve_recipe,
-    sample_all,
-    to_image,
-)
-from runtime.cli import BadInput, is_main_process, run_script
-from runtime.device import Machine, detect
-from runtime.distributed import Shard, sharing
+from faces.models import export
+from faces.noises import Noise, open_noises, save_noises
+from faces.sampling import PASS_BELOW, SamplingArgs, compare, make_config, open_model, sample_all, to_image
+from runtime.cli import BadInput, check_not_negative, is_main_process, run_script
+from runtime.device import detect
+from runtime.distributed import sharing
 from runtime.files import ROOT, output_folder, require_file
 from runtime.images import open_image, save_image
 from runtime.record import Record
@@ -45,111 +37,92 @@ from runtime.record import Record
 
 @dataclass(frozen=True)
 class Settings(SamplingArgs):
-    """Flags."""
+    """Sampling, and what is done with the images."""
 
     output: Path = Path("runs/p2_ddim/pictures")
-    """Folder for one PNG per noise; files of the same names are replaced, others stay."""
+    """Folder for one PNG per noise. Files of the same names are replaced, others stay."""
     eta: float = 0.0
-    """0: the noise alone decides; 1: as random as DDPM."""
+    """Fresh noise per step: 0 = none, the start decides the image; 1 = as random as DDPM."""
     reference: Path | None = None
-    """Folder of pictures of the same stems to compare with: MSE, largest difference, PASS below 20."""
+    """Folder of images of the same stems to compare with: MSE on 0..255, largest difference, PASS below 20. None = no comparison."""
     save_noise: Path | None = None
-    """Also writes the noises there as NN.pt, as --noise reads them."""
+    """Folder for the noises as NN.pt, as --noise reads them. None = not saved."""
     export: Path | None = None
-    """Only saves the face model there as a diffusers folder (safetensors), and draws nothing."""
+    """Only save the face model there as a diffusers folder (safetensors), without sampling. None = sample."""
     record: Path = ROOT / "runs" / "p2_ddim" / "record.json"
-
-
-# ---------------------------------------------------------------- sampling
-
-
-# ---------------------------------------------------------------- comparison
-
-
-def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
-    """{stem: [3,H,W] uint8}; raises BadInput when a picture has no partner or another size."""
-    found = {}
-    for noise in noises:
-        path = folder / f"{noise.stem}.png"
-        found[noise.stem] = open_image(require_file(path, "--reference needs a picture for every noise"))
-        if found[noise.stem].shape != noise.x.shape:
-            size, ours = found[noise.stem].shape, noise.x.shape
-            raise BadInput(f"{path}: {size[2]}x{size[1]}, the noise makes {ours[2]}x{ours[1]}")
-    return found
-
-
-def print_table(rows: dict[str, dict[str, float | bool]]) -> None:
-    """A line per picture, and the mean."""
-    print(f"{'picture':<12}{'MSE':>12}{'largest':>9}  below {PASS_BELOW:.0f}")
-    for stem, row in rows.items():
-        print(f"{stem:<12}{row['mse']:>12.4f}{row['largest']:>9.0f}  {'PASS' if row['pass'] else 'FAIL'}")
-    passed = sum(bool(row["pass"]) for row in rows.values())
-    print(
-        f"{'mean':<12}{sum(row['mse'] for row in rows.values()) / len(rows):>12.4f}{'':>9}  {passed} of {len(rows)} pass"
-    )
-
-
-# ---------------------------------------------------------------- the command
-
-
-def check_folders(settings: Settings) -> None:
-    """Raises BadInput where pictures or noises would land among what they come from or are compared with."""
-    given = {"--noise": settings.noise, "--reference": settings.reference}
-    for flag, folder in given.items():
-        for target, path in (("--output", settings.output), ("--save-noise", settings.save_noise)):
-            if folder and path and folder.resolve() == path.resolve():
-                raise BadInput(f"{target} {path}: the same folder as {flag}, name another")
+    """JSON file for settings, versions, timings and metrics."""
 
 
 def main(settings: Settings) -> None:
-    """Draws, writes each picture as its batch finishes, compares, records."""
-    check_folders(settings)
+    """Sample an image for each noise, write it as its batch finishes, compare it with its reference, record the run."""
+    # Outputs must not mix with what they come from or are compared with
+    check_not_negative(settings, "batch")
+    for source, folder in (("--noise", settings.noise), ("--reference", settings.reference)):
+        for flag, path in (("--output", settings.output), ("--save-noise", settings.save_noise)):
+            if folder and path and folder.resolve() == path.resolve():
+                raise BadInput(f"{flag} {path}: the same folder as {source}, name another")
+
+    # The model, which --export saves under other names
     machine = detect(settings.device)
     model = open_model(settings, machine)
     if settings.export:
-        if not is_main_process():
-            return None
-        export(model, settings.export)
-        return print(f"{settings.export}: a diffusers folder; use it as --model")
-    recipe = resolve_recipe(settings, model, settings.eta)
-    noises = open_noises(settings, model)
+        if is_main_process():
+            export(model, settings.export)
+            print(f"{settings.export}: a diffusers folder; use it as --model")
+        return
+
+    # All input is read before the first file is written
+    config = make_config(model, settings.rule, settings.steps, settings.eta, settings.seed)
+    noises = open_noises(model, settings.noise, settings.seeds, settings.size)
     references = read_references(settings.reference, noises) if settings.reference else {}
     output_folder(settings.output)
     if settings.save_noise and is_main_process():
         save_noises(settings.save_noise, noises)
+
+    # Every process samples its share of the noises; the first one reports for all
+    record = Record(settings, machine)
+    rows: dict[str, dict[str, float | bool]] = {}
+    count = 0
     with sharing() as shard:
-        draw_share(settings, machine, model, recipe, noises, references, shard)
-    return None
+        with record.timed("drawing"):
+            for noise, x0 in sample_all(model, noises, config, settings.batch, "drawing", shard):
+                image = to_image(x0, settings.to_uint8)
+                save_image(settings.output / f"{noise.stem}.png", image)
+                count += 1
+                if references:
+                    rows[noise.stem] = compare(image, references[noise.stem])
+            shares = shard.gather([count])
+        rows = dict(sorted(shard.gather(list(rows.items()))))
+        record.metrics = {"pictures": len(noises), "shape": list(noises[0].x.shape), "reference": rows}
+        record.metrics |= {"processes": shard.world, "shares": shares}
+        if shard.main:
+            record.save(settings.record)
+            if rows:
+                print_table(rows)
+            print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
 
 
-def draw_share(
-    settings: Settings,
-    machine: Machine,
-    model: Model,
-    recipe: DdimConfig,
-    noises: Sequence[Noise],
-    references: dict[str, Tensor],
-    shard: Shard,
-) -> None:
-    """This process's pictures; the first one prints and records what all of them found."""
-    record, table, stems = Record(settings, machine), {}, []
-    with record.timed("drawing"):
-        for noise, image in sample_all(model, noises, recipe, settings.batch, "drawing", shard):
-            picture = to_image(image, settings.to_uint8)
-            save_image(settings.output / f"{noise.stem}.png", picture)
-            stems.append(noise.stem)
-            if references:
-                table[noise.stem] = compare(picture, references[noise.stem])
-        shares = shard.gather([len(stems)])
-    table = dict(sorted(shard.gather(list(table.items()))))
-    record.metrics = {"pictures": len(noises), "shape": list(noises[0].x.shape), "reference": table}
-    record.metrics |= {"processes": shard.world, "shares": shares}
-    if not shard.main:
-        return
-    record.save(settings.record)
-    if table:
-        print_table(table)
-    print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
+def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
+    """Return {stem: [3,H,W] uint8}; raise BadInput for a noise without a reference, or with one of another size."""
+    references = {}
+    for noise in noises:
+        path = folder / f"{noise.stem}.png"
+        image = open_image(require_file(path, "--reference needs a picture for every noise"))
+        if image.shape != noise.x.shape:
+            _, height, width = image.shape
+            raise BadInput(f"{path}: {width}x{height}, the noise makes {noise.x.shape[2]}x{noise.x.shape[1]}")
+        references[noise.stem] = image
+    return references
+
+
+def print_table(rows: dict[str, dict[str, float | bool]]) -> None:
+    """Print a line per image, and the mean."""
+    print(f"{'picture':<12}{'MSE':>12}{'largest':>9}  below {PASS_BELOW:.0f}")
+    for stem, row in rows.items():
+        print(f"{stem:<12}{row['mse']:>12.4f}{row['largest']:>9.0f}  {'PASS' if row['pass'] else 'FAIL'}")
+    mean = sum(row["mse"] for row in rows.values()) / len(rows)
+    passed = sum(bool(row["pass"]) for row in rows.values())
+    print(f"{'mean':<12}{mean:>12.4f}{'':>9}  {passed} of {len(rows)} pass")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""The course's UNet.pt: which diffusers network it is, and which tensor is which.
+"""The course's UNet.pt as diffusers' UNet2DModel: its configuration, and which tensor is which.
 
-The two are one network under two sets of names (Ho et al. 2020's U-Net for 256x256). A file is checked tensor by tensor before any is used.
+Both are the U-Net of Ho et al. 2020 for 256x256 under two sets of names. Every tensor of a file is checked before any is used.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from runtime.cli import BadInput
 from runtime.files import load_tensors
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 LEVELS = (128, 128, 256, 256, 512, 512)  # channels, finest first; attention on the fifth
 BLOCKS = 2  # residual blocks per level on the way down, one more on the way up
@@ -51,30 +53,32 @@ HALF = LEVELS[0] // 2
 
 
 def load_course_unet(path: Path) -> UNet2DModel:
-    """The network of a UNet.pt, float32 on the CPU. Raises BadInput for a file that isn't exactly this network."""
+    """Load the network of a UNet.pt, float32 on the CPU; raise BadInput for a file that is not exactly this network."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
     state = load_tensors(path)
     with torch.device("meta"):
-        unet = UNet2DModel(**CONFIG)
-    layout = course_layout({name: tensor.shape for name, tensor in unet.state_dict().items()})
+        unet: UNet2DModel = UNet2DModel(**CONFIG)
+    shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    layout = course_layout(shapes)
     check(path, state, {name: shape for name, (shape, _) in layout.items()} | {FREQUENCIES: torch.Size([HALF])})
     renamed: dict[str, Tensor] = {}
     for name, (_, targets) in layout.items():
         renamed |= zip(targets, state[name].float().chunk(len(targets)), strict=True)
-    wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
-    unet.load_state_dict({name: tensor.reshape(wanted[name]) for name, tensor in renamed.items()}, assign=True)
+    unet.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in renamed.items()}, assign=True)
     return unet
 
 
-def check(path: Path, state: Any, wanted: dict[str, torch.Size]) -> None:
-    """Raises BadInput that names the first tensor which is missing, too many, of another shape or not finite."""
+def check(path: Path, state: Any, expected: dict[str, torch.Size]) -> None:
+    """Raise BadInput that names the first tensor which is missing, too many, of another shape or not finite."""
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadInput(f"{path}: a {type(state).__name__} of other things than tensors, UNet.pt is a bare state dict")
-    for kind, names in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
+    for kind, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
             raise BadInput(
                 f"{path} is another network than UNet.pt: {kind} {len(names)} tensor(s), such as {min(names)}"
             )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if state[name].shape != shape:
             raise BadInput(f"{path}: {name} is {list(state[name].shape)}, UNet.pt has {list(shape)}")
         if not state[name].is_floating_point() or not state[name].isfinite().all():
@@ -88,9 +92,9 @@ def check(path: Path, state: Any, wanted: dict[str, torch.Size]) -> None:
 
 
 def course_layout(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Size, list[str]]]:
-    """{tensor of UNet.pt: (its shape, the tensors of UNet2DModel it becomes)}; `shapes` are those of UNet2DModel.
+    """Return {tensor of UNet.pt: (its shape, the tensors of UNet2DModel that it becomes)}; `shapes` are UNet2DModel's.
 
-    Attention's qkv becomes three; its projections are 1x1 convolutions there and linear here. {FREQUENCIES} becomes none.
+    The qkv of attention becomes three tensors; its projections are 1x1 convolutions there and linear layers here.
     """
     layout = {}
     for ours, theirs in module_names().items():
@@ -105,7 +109,7 @@ def course_layout(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Size, 
 
 
 def module_names() -> dict[str, str]:
-    """Module of UNet.pt -> module of UNet2DModel; "*" stands for each of q, k and v. Some blocks lack some of these."""
+    """Return {module of UNet.pt: module of UNet2DModel}; "*" stands for q, k and v. Some blocks lack some of these."""
     names = ENDS | _block("mid1", "mid_block", 0) | _block("mid2", "mid_block", 1)
     down = up = 1
     for level in range(len(LEVELS)):
@@ -121,7 +125,7 @@ def module_names() -> dict[str, str]:
 
 
 def _block(ours: str, theirs: str, block: int) -> dict[str, str]:
-    """The modules of one residual block and of the attention that may follow it."""
+    """Return the modules of one residual block and of the attention that may follow it."""
     attention = f"{theirs}.attentions.{block}"
     return {f"{ours}.resblocks.{a}": f"{theirs}.resnets.{block}.{b}" for a, b in RESIDUAL.items()} | {
         f"{ours}.attention.norm": f"{attention}.group_norm",

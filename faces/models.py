@@ -1,8 +1,8 @@
-"""The models that P2 can sample from, behind one interface; recognised by content, not by name.
+"""The models that P2 can sample from, behind one interface, recognised by content and not by name.
 
-* the course's UNet.pt: a bare state dict, whose tensors are those of diffusers' UNet2DModel under other names
-* a folder, or the name of a hub repository, in diffusers' layout with a UNet2DModel and, where it has one, its scheduler's schedule
-* a P1 checkpoint: digits of 28x28
+* The course's UNet.pt: a bare state dict with the tensors of diffusers' UNet2DModel under other names.
+* A folder or hub repository in diffusers' layout: a UNet2DModel, and the schedule of its scheduler if it has one.
+* A P1 checkpoint: digits of 28x28.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
 from diffusion.guidance import Denoise, Guidance, guided
@@ -27,13 +25,16 @@ from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, output_folder, read_json
 
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
 SHIPPED_FACES = ROOT / "checkpoints" / "miniature" / "faces"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a P1 checkpoint is told; the other models take no labels."""
+    """The labels that a P1 checkpoint is conditioned on; other models take none."""
 
     digit: int | None = None
     domain: str = "any"
@@ -42,17 +43,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """A network ready to sample: `denoiser(batch)` gives (x [batch,C,H,W] float32, t) -> prediction, float32."""
+    """A network ready to sample: `denoiser(batch)` returns (x [batch,C,H,W] float32, t) -> prediction, float32."""
 
     name: str
     network: nn.Module
     denoiser: Callable[[int], Denoise]
     schedule: Schedule
-    shape: tuple[int, int, int]  # what is drawn when no noise is given
+    shape: tuple[int, int, int]  # of the noise that a seed draws
     stride: int  # height and width must be multiples of it; 0: exactly `shape`
 
     def shape_error(self, shape: tuple[int, ...]) -> str:
-        """Why noise [C,H,W] of this shape doesn't fit, or an empty string."""
+        """Return why noise of shape [C,H,W] does not fit, or an empty string."""
         if not self.stride:
             return "" if shape == self.shape else f"the model takes {list(self.shape)}"
         if len(shape) != 3 or shape[0] != self.shape[0]:
@@ -62,23 +63,26 @@ class Model:
 
 
 def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: Labels | None = None) -> Model:
-    """Whatever `source` names, in `dtype` (float32 or bfloat16), channels_last, without gradients. Raises BadInput."""
+    """Load the model that `source` names, in `dtype` (float32 or bfloat16), channels_last, without gradients.
+
+    Raise BadInput for a file of another kind, and for labels that the model does not take.
+    """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.suffix.startswith((".p", ".s")):
-        path = _from_hub(source)
+        path = download(source)
     if path.is_dir():
         unet, schedule = load_folder(path)
-    elif _is_safetensors(path):
-        return _digits(source, load_network(path, device), dtype, labels or Labels())
+    elif is_safetensors(path):
+        return digit_model(source, load_network(path, device), dtype, labels or Labels())
     else:
         unet, schedule = load_course_unet(path), linear(1000)
     if labels and labels != Labels():
         raise BadInput(f"--digit, --domain and --guidance are for P1 checkpoints, {source} takes no labels")
-    return _faces(source, unet, device, dtype, schedule)
+    return face_model(source, unet, device, dtype, schedule)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """True for a file whose 9th byte opens the JSON header; a torch file starts with "PK" or a pickle."""
+def is_safetensors(path: Path) -> bool:
+    """Return whether the 9th byte opens a JSON header; a torch file starts with "PK" or a pickle."""
     if not path.is_file():
         raise BadInput(
             f"--model {path} does not exist: give UNet.pt, a diffusers folder, a hub name or a P1 checkpoint"
@@ -87,37 +91,35 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def _faces(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.dtype, schedule: Schedule) -> Model:
-    """A UNet2DModel as a Model."""
+def face_model(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.dtype, schedule: Schedule) -> Model:
+    """Return a UNet2DModel as a Model."""
     unet.eval().requires_grad_(False)
     to_channels_last(unet, device, dtype)
 
     def denoise(x: Tensor, t: int) -> Tensor:
         times = torch.full((len(x),), t, device=device)  # filled on the device: no copy, no sync
-        return unet(x.to(dtype), times, return_dict=False)[0].float()
+        output: Tensor = unet(x.to(dtype), times, return_dict=False)[0]
+        return output.float()
 
     side = int(unet.config["sample_size"] or 256)
     stride = 2 ** (len(unet.config["block_out_channels"]) - 1)
     return Model(name, unet, lambda batch: denoise, schedule, (int(unet.config["in_channels"]), side, side), stride)
 
 
-def _digits(name: str, network: Network, dtype: torch.dtype, labels: Labels) -> Model:
-    """A P1 checkpoint as a Model; all pictures of a run get the same labels."""
+def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels) -> Model:
+    """Return a P1 checkpoint as a Model; all images of a run get the same labels."""
     if labels.digit is not None and not 0 <= labels.digit < DIGITS:
         raise BadInput(f"--digit {labels.digit}: must be 0..9")
     device = next(network.unet.parameters()).device
     digit = NO_DIGIT if labels.digit is None else labels.digit
     domain = NO_DOMAIN if labels.domain == "any" else DOMAINS.index(labels.domain)
     scale = network.sampler.get("guidance", 1.0) if labels.guidance is None else labels.guidance
-    guidance = Guidance(1.0 if digit == NO_DIGIT else scale)  # without a digit there is nothing to steer towards
+    guidance = Guidance(1.0 if digit == NO_DIGIT else scale)  # without a digit there is no condition to strengthen
 
     def denoiser(batch: int) -> Denoise:
-        def row(value: int) -> Tensor:
-            return torch.full((batch,), value, device=device)
-
-        given = (row(digit), row(domain))
-        both = (torch.cat([given[0], row(NO_DIGIT)]), torch.cat([given[1], given[1]]))
-        inner = guided(network, given, both, guidance, len(network.schedule))
+        digits, no_digits, domains = (torch.full((batch,), n, device=device) for n in (digit, NO_DIGIT, domain))
+        both = (torch.cat([digits, no_digits]), torch.cat([domains, domains]))
+        inner = guided(network, (digits, domains), both, guidance, len(network.schedule))
 
         def denoise(x: Tensor, t: int) -> Tensor:
             with torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -131,8 +133,8 @@ def _digits(name: str, network: Network, dtype: torch.dtype, labels: Labels) -> 
 # ---------------------------------------------------------------- diffusers folders
 
 
-def _from_hub(name: str) -> Path:
-    """A local copy of a hub repository's configuration and weights; the only place of P2 that may use a network."""
+def download(name: str) -> Path:
+    """Fetch a hub repository's configuration and weights, and return their folder. P2 uses a network only here."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -146,16 +148,18 @@ def _from_hub(name: str) -> Path:
 
 
 def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
-    """A UNet2DModel in `folder` or its unet/, and its scheduler's schedule (else the course's)."""
+    """Load the UNet2DModel in `folder` or its unet/, and its scheduler's schedule (else the course's)."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
     places = [place for place in (folder, folder / "unet") if (place / "config.json").is_file()]
     if not places:
         raise BadInput(f"--model {folder}: no config.json there or in unet/, so this is no diffusers folder")
-    found = read_json(places[0] / "config.json").get("_class_name")
-    if found != "UNet2DModel":
-        raise BadInput(f"--model {folder}: holds a {found}, a UNet2DModel is needed")
+    class_name = read_json(places[0] / "config.json").get("_class_name")
+    if class_name != "UNet2DModel":
+        raise BadInput(f"--model {folder}: holds a {class_name}, a UNet2DModel is needed")
     try:
         unet, info = cast(Any, UNet2DModel.from_pretrained)(places[0], local_files_only=True, output_loading_info=True)
-    except Exception as error:  # whatever is wrong with the files, diffusers' own words are the best there are
+    except Exception as error:  # diffusers raises many classes; its messages name the file
         raise BadInput(f"--model {folder}: {str(error).strip().splitlines()[0][:200]}") from None
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
@@ -167,32 +171,36 @@ def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
         raise BadInput(
             f"--model {folder}: gives {unet.config['out_channels']} channels (a learned variance?), which DDIM has no use for"
         )
-    return unet, _schedule_of(folder)
+    return unet, read_schedule(folder)
 
 
-def _schedule_of(folder: Path) -> Schedule:
-    """The schedule of scheduler_config.json, in float64; the course's where there is none."""
+def read_schedule(folder: Path) -> Schedule:
+    """Read the schedule of scheduler_config.json in float64; without that file return the course's."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
     places = [folder / "scheduler", folder, folder.parent / "scheduler"]
     configs = [place / "scheduler_config.json" for place in places]
     config: dict[str, Any] = next((read_json(path) for path in configs if path.is_file()), {})
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise BadInput(f"--model {folder}: predicts {kind!r}, only {' and '.join(PREDICTIONS)} are known")
-    known = DDIMScheduler.from_config(config)
-    options = known.config
+    scheduler = DDIMScheduler.from_config(config)
+    options = scheduler.config
     if options["trained_betas"] is not None and not options["rescale_betas_zero_snr"]:
         betas = torch.tensor(options["trained_betas"], dtype=torch.float64)
     elif options["beta_schedule"] == "linear" and not options["rescale_betas_zero_snr"]:
         steps, ends = options["num_train_timesteps"], (options["beta_start"], options["beta_end"])
         return linear(steps, *ends, prediction=PREDICTIONS[kind])
     else:
-        betas = known.betas.double()
+        betas = scheduler.betas.double()
     return Schedule((1 - betas).cumprod(0), PREDICTIONS[kind])
 
 
 def export(model: Model, folder: Path) -> None:
-    """Saves a UNet2DModel and the homework's rule as a diffusers DDIMPipeline folder (safetensors), all or nothing."""
+    """Save a UNet2DModel and the homework's rule as a diffusers DDIMPipeline folder (safetensors), all or nothing."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if not isinstance(model.network, UNet2DModel):
         raise BadInput(f"--export: {model.name} is a P1 checkpoint, only face models can be exported")

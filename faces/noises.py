@@ -1,4 +1,4 @@
-"""The noises that P2's pictures start from: files as the course gives them, or seeds."""
+"""The noises that P2's images start from: the course's files, or seeds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from runtime.files import atomic, load_tensors, output_folder
 
 @dataclass(frozen=True)
 class Noise:
-    """What one picture starts from: x_T [C,H,W] float32, and the stem of its file, which also names its noise stream."""
+    """The start of one image: x_T [C,H,W] float32, and the stem of its file, which also seeds its noise stream."""
 
     stem: str
     x: Tensor
 
 
+def open_noises(model: Model, folder: Path | None, seeds: str, size: int | None) -> list[Noise]:
+    """Read the noises of `folder`, or draw those of `seeds` where it is None."""
+    return read_noises(folder, model) if folder else seeded_noises(parse_seeds(seeds), model, size)
+
+
 def parse_seeds(text: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]; raises BadInput."""
+    """Return the seeds of a text such as "0-3,7", which gives 0, 1, 2, 3 and 7; raise BadInput."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -38,7 +43,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def read_noises(folder: Path, model: Model) -> list[Noise]:
-    """Every NN.pt of the folder, by name; raises BadInput for the first that the model can't start from."""
+    """Read every NN.pt of the folder, sorted by name; raise BadInput for the first that does not fit the model."""
     paths = sorted(folder.glob("*.pt")) if folder.is_dir() else []
     if not paths:
         raise BadInput(
@@ -52,11 +57,11 @@ def read_noises(folder: Path, model: Model) -> list[Noise]:
 
 
 def read_noise(path: Path, model: Model) -> Tensor:
-    """[C,H,W] float32; raises BadInput when it isn't one finite noise of a size that the model takes."""
+    """Read one noise [C,H,W] float32; raise BadInput unless it is one finite tensor of a size that the model takes."""
     x = load_tensors(path)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise BadInput(f"{path}: holds {found}, not a tensor of floating-point noise")
+        content = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise BadInput(f"{path}: holds {content}, not a tensor of floating-point noise")
     shape = tuple(x.shape[1:]) if x.dim() == 4 and len(x) == 1 else tuple(x.shape)
     if reason := model.shape_error(shape):
         raise BadInput(f"{path}: {list(x.shape)}, {reason}")
@@ -66,7 +71,7 @@ def read_noise(path: Path, model: Model) -> Tensor:
 
 
 def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[Noise]:
-    """The noise of each seed, whatever else is drawn; stems are the seeds with at least two digits."""
+    """Draw the noise of each seed at the model's or the given size; stems are the seeds with at least two digits."""
     shape = model.shape if size is None else (model.shape[0], size, size)
     if reason := model.shape_error(shape):
         raise BadInput(f"--size {size}: {reason}")
@@ -75,7 +80,7 @@ def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[
 
 
 def save_noises(folder: Path, noises: Sequence[Noise]) -> None:
-    """One NN.pt [1,C,H,W] each, atomically."""
+    """Write each noise to NN.pt as [1,C,H,W], atomically."""
     output_folder(folder)
     for noise in noises:
         with atomic(folder / f"{noise.stem}.pt") as temporary:

@@ -1,7 +1,7 @@
-"""The public originals: MNIST files, photographs and SVHN files, and the recipe that makes MNIST-M of the first two.
+"""MNIST-M and SVHN from public originals: MNIST files, photographs and SVHN files.
 
-MNIST-M (Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks"): |patch - digit| per channel, the patch cut from a photograph.
-The published images use MNIST as a mask: any ink counts as 255, so the digit shows the photograph's negative, with hard edges.
+MNIST-M (Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks") is |patch - digit| per channel, the patch from a photograph.
+The published images use MNIST as a mask. Any ink counts as 255, so the digit shows the photograph's negative with hard edges.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from runtime.cli import BadInput
 from runtime.hub import first_line
 
 Split = Literal["train", "val"]
+Pixels = npt.NDArray[np.uint8]
 
 SIDE = 28  # pixels, height and width of every image
-PHOTOGRAPH_SIDE = (
-    512  # longer photographs are reduced: BSDS500's have 481, and a patch should show more than one flat spot
-)
+PHOTOGRAPH_SIDE = 512  # longer photographs are reduced: a patch should show more than one flat area (BSDS500 has 481)
 PHOTOGRAPH_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 BSDS500 = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/"
 
 
 @dataclass(frozen=True)
-class Digits:
+class OriginalDigits:
     """Images uint8, [N, 28, 28] for MNIST and [N, 3, 32, 32] for SVHN, and labels [N] from 0 to 9."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Pixels
+    labels: Pixels
 
 
 @dataclass
 class Maker:
-    """How many images to make, and how: index -> image [28, 28, 3] uint8 and label. Any index may be made alone."""
+    """A number of images, and how to make each: index -> image [28, 28, 3] uint8 and label, in any order."""
 
     count: int
-    make: Callable[[int], tuple[np.ndarray, int]]
+    make: Callable[[int], tuple[Pixels, int]]
 
 
 # ---------------------------------------------------------------- MNIST-M
 
 
-def blend(patch: np.ndarray, digit: np.ndarray) -> np.ndarray:
-    """|patch - 255 [digit > 0]|: patch [28, 28, 3] and digit [28, 28], uint8 -> [28, 28, 3] uint8."""
+def blend(patch: Pixels, digit: Pixels) -> Pixels:
+    """Return |patch - 255 [digit > 0]|: patch [28, 28, 3] and digit [28, 28], uint8 -> [28, 28, 3] uint8."""
     mask = np.where(digit > 0, 255, 0)[..., None]
     return np.abs(patch - mask).astype(np.uint8)
 
 
-def random_crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A 28x28 cut-out of a picture [H, W, 3]; every position is as likely."""
+def random_crop(picture: Pixels, rng: np.random.Generator) -> Pixels:
+    """Cut 28x28 out of an image [H, W, 3], at a uniformly random position."""
     top, left = (int(rng.integers(size - SIDE + 1)) for size in picture.shape[:2])
     return picture[top : top + SIDE, left : left + SIDE]
 
@@ -63,11 +63,11 @@ def random_crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def mnistm_maker(
     mnist: Path | None, downloads: Path, backgrounds: Path, split: Split, random_key: tuple[int, ...]
 ) -> Maker:
-    """One split of MNIST on the photographs; MNIST is downloaded where no folder is given. Raises BadInput."""
+    """Return one split of MNIST blended with the photographs; MNIST is downloaded if `mnist` is None. Raise BadInput."""
     photographs = find_photographs(backgrounds)
     digits = read_mnist(mnist or download_mnist(downloads), split)
 
-    def make(index: int) -> tuple[np.ndarray, int]:
+    def make(index: int) -> tuple[Pixels, int]:
         rng = np.random.default_rng([*random_key, index])
         picture = load_photograph(photographs[rng.integers(len(photographs))])
         return blend(random_crop(picture, rng), digits.images[index]), int(digits.labels[index])
@@ -76,7 +76,7 @@ def mnistm_maker(
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """The pictures in `folder` and below that are at least 28x28, sorted; raises BadInput when there is none."""
+    """Return the images in `folder` and below of at least 28x28, sorted; raise BadInput if there are none."""
     if not folder.is_dir():
         raise BadInput(f"--backgrounds {folder}: no such folder")
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOGRAPH_TYPES)
@@ -97,8 +97,8 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=600)
-def load_photograph(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8, the longer side at most 512 unless that would make the other less than 28; raises BadInput when it is damaged."""
+def load_photograph(path: Path) -> Pixels:
+    """Read [H, W, 3] uint8, reduced to a longer side of 512 but never to less than 28; raise BadInput if it is damaged."""
     try:
         with Image.open(path) as picture:
             scale = max(PHOTOGRAPH_SIDE / max(picture.size), SIDE / min(picture.size))
@@ -115,8 +115,8 @@ def load_photograph(path: Path) -> np.ndarray:
 
 
 def download_mnist(folder: Path) -> Path:
-    """Fetches MNIST into `folder` with torchvision, unless it is there already."""
-    from torchvision.datasets import MNIST  # here, because it doubles the start of the offline commands
+    """Download MNIST into `folder` with torchvision, unless it is already there."""
+    from torchvision.datasets import MNIST  # slow to import
 
     try:
         MNIST(str(folder), download=True)
@@ -125,8 +125,8 @@ def download_mnist(folder: Path) -> Path:
     return folder
 
 
-def read_mnist(folder: Path, split: Split) -> Digits:
-    """One part, from torchvision's layout or a flat folder of the four files, packed or not; raises BadInput that names the file."""
+def read_mnist(folder: Path, split: Split) -> OriginalDigits:
+    """Read one split from torchvision's layout or a flat folder of the four files, packed or not; raise BadInput that names the file."""
     prefix = "train" if split == "train" else "t10k"
     images_file = _mnist_file(folder, f"{prefix}-images-idx3-ubyte")
     labels_file = _mnist_file(folder, f"{prefix}-labels-idx1-ubyte")
@@ -135,7 +135,7 @@ def read_mnist(folder: Path, split: Split) -> Digits:
         raise BadInput(f"{images_file}: images of {images.shape[1:]}, not {SIDE}x{SIDE}")
     if len(images) != len(labels) or labels.max(initial=0) > 9:
         raise BadInput(f"{labels_file}: not the labels 0 to 9 of the {len(images)} images")
-    return Digits(images, labels)
+    return OriginalDigits(images, labels)
 
 
 def _mnist_file(folder: Path, name: str) -> Path:
@@ -146,8 +146,8 @@ def _mnist_file(folder: Path, name: str) -> Path:
     raise BadInput(f"--mnist {folder}: neither {name} nor {name}.gz is in it or in its MNIST/raw")
 
 
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The IDX format: two zeros, type 8 (uint8), number of dimensions, each size as big-endian int32, then the values."""
+def _read_idx(path: Path, dimensions: int) -> Pixels:
+    """Read IDX: two zeros, type 8 (uint8), number of dimensions, each size as big-endian int32, then the values."""
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -164,13 +164,13 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def svhn_maker(folder: Path, split: Split, download: bool) -> Maker:
-    """One split of SVHN from `folder`, downloaded to it first if asked. Raises BadInput."""
+    """Return one split of SVHN from `folder`, downloaded to it first with `download`. Raise BadInput."""
     digits = read_svhn(folder, split, download)
     return Maker(len(digits.labels), lambda i: (svhn_image(digits.images[i]), int(digits.labels[i])))
 
 
-def read_svhn(folder: Path, split: Split, download: bool) -> Digits:
-    """Train or test part of the cropped digits; raises BadInput when the file is absent or not the original."""
+def read_svhn(folder: Path, split: Split, download: bool) -> OriginalDigits:
+    """Read the train or test split of the cropped digits; raise BadInput if the file is missing or not the original."""
     from torchvision.datasets import SVHN
 
     part = "train" if split == "train" else "test"
@@ -180,10 +180,10 @@ def read_svhn(folder: Path, split: Split, download: bool) -> Digits:
         advice = "or give --svhn DIR" if download else "leave --svhn out to download it"
         file = folder / SVHN.split_list[part][1]
         raise BadInput(f"{file}: {first_line(error)}; {advice}") from None
-    return Digits(svhn.data, svhn.labels)
+    return OriginalDigits(svhn.data, svhn.labels)
 
 
-def svhn_image(image: np.ndarray) -> np.ndarray:
-    """[3, 32, 32] -> [28, 28, 3] uint8; resized, not cropped: wide digits touch the border of the original."""
+def svhn_image(image: Pixels) -> Pixels:
+    """Resize [3, 32, 32] to [28, 28, 3] uint8. Cropping would cut wide digits, which touch the border."""
     picture = Image.fromarray(image.transpose(1, 2, 0))
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))  # Pillow's antialiases

@@ -1,4 +1,4 @@
-"""Checks the course's data, or builds digits in its layout: digits/{mnistm,svhn}/{data/*.png,train.csv,val.csv}.
+"""Check the course's data, or build digits in its layout: digits/{mnistm,svhn}/{data/*.png,train.csv,val.csv}.
 
 Examples:
   python hw2_data/prepare.py course --data hw2_data
@@ -26,7 +26,7 @@ from torch import Tensor
 from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
 from P1_dataloader import read_csv, read_picture
-from runtime.cli import BadInput, log, progress, run_script
+from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
 from runtime.files import load_tensors, output_folder, read_json, require_file
 
 HERE = Path(__file__).resolve().parent
@@ -47,51 +47,51 @@ class Course:
     """Check an unpacked course folder; exit code 2 when its digits are unusable."""
 
     data: Path = HERE
-    """Folder that holds digits/, and at will face/, clip_zeroshot/, textual_inversion/."""
+    """Folder with digits/ and, if present, face/, clip_zeroshot/ and textual_inversion/."""
 
 
 @dataclass
 class Output:
-    """What every building command shares."""
+    """The flags that both building commands share."""
 
     output: Path = HERE / "digits"
-    """Folder to receive mnistm/ and svhn/."""
+    """Folder for mnistm/ and svhn/."""
     domains: tuple[Domain, ...] = DOMAINS
     """Which domains to build."""
     seed: int = 0
-    """Same seed, same bytes."""
+    """The same seed gives the same bytes."""
     overwrite: bool = False
-    """Replace domain folders that exist; the old ones go only when the new ones are complete."""
+    """Replace existing domain folders, once the new ones are complete."""
 
 
 @dataclass
 class Public(Output):
-    """Build MNIST-M (Ganin et al. 2016) and SVHN; what is not given as a local folder is downloaded."""
+    """Build MNIST-M (Ganin et al. 2016) and SVHN; originals without a local folder are downloaded."""
 
     mnist: Path | None = None
-    """Folder with the four MNIST files, or torchvision's layout."""
+    """Folder with the four MNIST files, or in torchvision's layout. None = download."""
     backgrounds: Path | None = None
-    """Folder of photographs for MNIST-M: BSDS500's images or any others, subfolders included."""
+    """Folder of photographs for MNIST-M, such as BSDS500's images; subfolders are included."""
     svhn: Path | None = None
-    """Folder with train_32x32.mat and test_32x32.mat."""
+    """Folder with train_32x32.mat and test_32x32.mat. None = download."""
     downloads: Path = HERE / "downloads"
-    """Where downloads are kept."""
+    """Folder for downloads."""
     train_count: int | None = None
-    """At most so many images per domain in train.csv, the first of the train part."""
+    """Most images per domain in train.csv: the first of the train split. None = all."""
     val_count: int | None = None
-    """At most so many images per domain in val.csv, the first of the test part."""
+    """Most images per domain in val.csv: the first of the test split. None = all."""
 
 
 @dataclass
 class Rendered(Output):
-    """Draw digits in the manner of both domains, every digit equally often, without any download."""
+    """Render digits in the style of both domains, every digit equally often, without any download."""
 
     count: int = 2000
-    """Images per domain in train.csv; val.csv gets a tenth of it."""
+    """Images per domain in train.csv; val.csv has a tenth of that."""
 
 
 def main(command: Course | Public | Rendered) -> None:
-    """Runs the chosen command; raises BadInput."""
+    """Run the chosen command; raise BadInput."""
     if isinstance(command, Course):
         check_course(command.data)
         return
@@ -105,8 +105,8 @@ def main(command: Course | Public | Rendered) -> None:
 
 
 def rendered_makers(command: Rendered) -> dict[Domain, Makers]:
-    """Both splits of the chosen domains, drawn."""
-    require_positive("--count", command.count)
+    """Return both splits of the chosen domains, rendered."""
+    check_positive(command, "count")
     counts = {"train": command.count, "val": max(1, command.count // 10)}
     return {
         domain: {s: rendered_maker(domain, counts[s], command.seed, stream(domain, s)) for s in SPLITS}
@@ -115,10 +115,9 @@ def rendered_makers(command: Rendered) -> dict[Domain, Makers]:
 
 
 def public_makers(command: Public) -> dict[Domain, Makers]:
-    """Both splits of the chosen domains, read (or fetched first); raises BadInput that names what is missing."""
+    """Return both splits of the chosen domains from the originals; raise BadInput that names what is missing."""
     limits = {"train": command.train_count, "val": command.val_count}
-    for split, limit in limits.items():
-        require_positive(f"--{split}-count", 1 if limit is None else limit)
+    check_positive(command, *(f"{split}_count" for split, limit in limits.items() if limit is not None))
     makers = {domain: {split: public_maker(command, domain, split) for split in SPLITS} for domain in command.domains}
     for domain_makers in makers.values():
         for split, maker in domain_makers.items():
@@ -127,7 +126,7 @@ def public_makers(command: Public) -> dict[Domain, Makers]:
 
 
 def public_maker(command: Public, domain: Domain, split: Split) -> Maker:
-    """One split of one domain from its originals."""
+    """Return one split of one domain from its originals."""
     if domain == "svhn":
         return svhn_maker(command.svhn or command.downloads, split, download=command.svhn is None)
     if command.backgrounds is None:
@@ -137,23 +136,16 @@ def public_maker(command: Public, domain: Domain, split: Split) -> Maker:
 
 
 def stream(domain: Domain, split: Split) -> int:
-    """A number of its own for the random stream of each domain and split."""
+    """Return a different number for the random stream of each domain and split."""
     return DOMAINS.index(domain) * len(SPLITS) + SPLITS.index(split)
-
-
-def require_positive(flag: str, value: int) -> None:
-    """Raises BadInput unless value > 0."""
-    if value <= 0:
-        raise BadInput(f"{flag} {value}: give a number above zero")
 
 
 # ---------------------------------------------------------------- writing
 
 
 def check_output(command: Output) -> None:
-    """Refuses, before any work, what could not be written or would destroy something; raises BadInput."""
-    if command.seed < 0:
-        raise BadInput(f"--seed {command.seed}: give zero or more")
+    """Raise BadInput, before any work, for output that cannot be written or would destroy something."""
+    check_not_negative(command, "seed")
     if not command.domains:
         raise BadInput("--domains: name mnistm, svhn or both")
     for domain in command.domains:
@@ -161,7 +153,7 @@ def check_output(command: Output) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises BadInput when `target` exists and may not be replaced."""
+    """Raise BadInput if `target` exists and may not be replaced."""
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -171,7 +163,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def write_domain(target: Path, makers: Makers, overwrite: bool) -> None:
-    """Writes data/*.png and one csv per split, numbered through; the folder appears complete or not at all."""
+    """Write data/*.png, numbered across splits, and one csv per split; the folder appears complete or not at all."""
     first = 0
     with whole_folder(target) as folder:
         (folder / "data").mkdir()
@@ -189,9 +181,9 @@ def write_domain(target: Path, makers: Makers, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder on the same disk; on success it takes the place of `target`, on any error `target` stays as it is."""
-    workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = workshop / "new", workshop / "old"
+    """Yield a new folder on the same disk; on success it replaces `target`, on any error `target` stays unchanged."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()
         yield new
@@ -201,14 +193,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         if os.path.lexists(old) and not os.path.lexists(target):
             os.replace(old, target)
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the course's data
 
 
 def check_course(data: Path) -> None:
-    """Prints what each part of the layout holds; raises BadInput when the digits are unusable."""
+    """Print the content of each part of the layout; raise BadInput if the digits are unusable."""
     if not data.is_dir():
         raise BadInput(f"--data {data}: no such folder")
     problems = [problem for domain in DOMAINS for problem in check_domain(data / "digits" / domain)]
@@ -228,7 +220,7 @@ def check_course(data: Path) -> None:
 
 
 def check_domain(folder: Path) -> list[str]:
-    """Prints the counts of one domain beside the course's and returns what makes it unusable."""
+    """Print the counts of one domain with the course's, and return what makes it unusable."""
     print(f"digits/{folder.name}")
     problems = []
     for split in SPLITS:
@@ -247,16 +239,16 @@ def check_domain(folder: Path) -> list[str]:
     return problems
 
 
-def print_counts(split: str, found: Mapping[int, int], expected: Sequence[int]) -> None:
-    """A table: total and count per digit, and below it the course's."""
-    counts = [int(found.get(digit, 0)) for digit in range(10)]
+def print_counts(split: str, counts_of: Mapping[int, int], expected: Sequence[int]) -> None:
+    """Print a table of total and count per digit, and the course's below it."""
+    counts = [int(counts_of.get(digit, 0)) for digit in range(10)]
     for title, row in ((f"{split}.csv", counts), ("the course's", expected)):
         if row:
             print(f"  {title:<13}{sum(row):>7} images; per digit" + "".join(f"{count:>7}" for count in row))
 
 
 def picture_problems(folder: Path, names: list[str]) -> list[str]:
-    """Missing or unreadable pictures, one line for each kind."""
+    """Return a line for missing images, and one for the first unreadable image."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [name for name in names if name not in present]
     problems = [f"{folder}: {len(missing)} of {len(names)} images are missing, first {missing[0]}"] if missing else []
@@ -268,11 +260,11 @@ def picture_problems(folder: Path, names: list[str]) -> list[str]:
     return problems
 
 
-Findings = Iterator[tuple[bool, str]]  # as in the course?, what was found
+Findings = Iterator[tuple[bool, str]]  # (whether it is as in the course, description)
 
 
 def check_face(folder: Path) -> Findings:
-    """Ten noises [1, 3, 256, 256] float32, ten 256x256 pictures, the network's 427 tensors."""
+    """Expect ten noises [1, 3, 256, 256] float32, ten 256x256 images and a network of 427 tensors."""
     noises = [load_tensors(path) for path in sorted(folder.glob("noise/*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
@@ -283,7 +275,7 @@ def check_face(folder: Path) -> Findings:
 
 
 def check_zeroshot(folder: Path) -> Findings:
-    """2,500 pictures {class}_{image}.png whose class is in id2label.json."""
+    """Expect 2,500 images {class}_{image}.png whose class is in id2label.json."""
     names = [path.name for path in folder.glob("val/*.png")]
     yield len(names) == 2500, f"val/: {len(names)} of 2500 pictures"
     listed = [path for path in (folder / "id2label.json", folder / "id.json") if path.is_file()]
@@ -293,7 +285,7 @@ def check_zeroshot(folder: Path) -> Findings:
 
 
 def check_concepts(folder: Path) -> Findings:
-    """Pictures of each concept; in input.json, for each key, as many edited prompts and baselines as prompts."""
+    """Expect images of each concept and, for each key of input.json, equally many prompts, edited prompts and baselines."""
     for concept in ("0", "1", "cat"):
         pictures = len(list(folder.glob(f"{concept}/*.jpg")))
         yield pictures > 0, f"{concept}/: {pictures} pictures"
@@ -307,7 +299,7 @@ def check_concepts(folder: Path) -> Findings:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height; raises BadInput when it is not a picture."""
+    """Return width and height; raise BadInput if the file is not an image."""
     try:
         with Image.open(path) as picture:
             return picture.size

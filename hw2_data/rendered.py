@@ -1,7 +1,8 @@
-"""Digits drawn by code in the manner of MNIST-M and SVHN: no download, any number, the same bytes for the same seed.
+"""Digits rendered in the style of MNIST-M and SVHN: no download, any number, the same bytes for the same seed.
 
-MNIST-M: a handwritten digit (jittered splines) blended over procedural photographs. SVHN: a house number in a random font, with neighbours,
-plate, shadow, blur, noise and JPEG blocks. Fonts are those that matplotlib finds: a machine with other fonts draws other house numbers.
+MNIST-M: a handwritten digit (jittered splines) blended with a procedural photograph.
+SVHN: a house number in a random font, with neighbours, plate, shadow, blur, noise and JPEG blocks.
+The fonts are those that matplotlib finds, so a machine with other fonts renders other house numbers.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
-from fontTools.ttLib import TTFont, TTLibError
-from matplotlib import font_manager
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from hw2_data.blend import SIDE, Maker, blend, random_crop
+from hw2_data.blend import SIDE, Maker, Pixels, blend, random_crop
 from runtime.cli import BadInput
+
+Floats = npt.NDArray[np.float64]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ZOOM = 3  # everything is drawn this many times larger, then averaged down
@@ -72,17 +74,17 @@ PEN_STROKES = (
 
 
 def rendered_maker(domain: str, count: int, seed: int, stream: int) -> Maker:
-    """Digits take turns, so all are equally many; all randomness of an image comes from (seed, stream, index)."""
+    """Return `count` rendered digits, each digit equally often; an image's randomness comes from (seed, stream, index)."""
 
-    def make(index: int) -> tuple[np.ndarray, int]:
+    def make(index: int) -> tuple[Pixels, int]:
         rng, label = np.random.default_rng([seed, stream, index]), index % 10
         return house_number(label, rng) if domain == "svhn" else blended(label, seed, rng), label
 
     return Maker(count, make)
 
 
-def blended(label: int, seed: int, rng: np.random.Generator) -> np.ndarray:
-    """[28, 28, 3] uint8: handwriting over one of the seed's procedural photographs."""
+def blended(label: int, seed: int, rng: np.random.Generator) -> Pixels:
+    """Render [28, 28, 3] uint8: handwriting blended with one of the seed's procedural photographs."""
     picture = procedural_photograph(seed, int(rng.integers(PHOTOGRAPHS)))
     return blend(random_crop(picture, rng), handwriting(label, rng))
 
@@ -90,8 +92,8 @@ def blended(label: int, seed: int, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------- handwriting
 
 
-def handwriting(label: int, rng: np.random.Generator) -> np.ndarray:
-    """[28, 28] uint8 ink, white on black, the digit in the middle 20 pixels as in MNIST."""
+def handwriting(label: int, rng: np.random.Generator) -> Pixels:
+    """Render [28, 28] uint8 ink, white on black, the digit in the middle 20 pixels as in MNIST."""
     if rng.random() < FONT_SHARE:
         return _lettering(str(label), rng, SIDE - 9, spread=0.2)
     variants = PEN_STROKES[label]
@@ -106,42 +108,44 @@ def handwriting(label: int, rng: np.random.Generator) -> np.ndarray:
     return np.where(ink > 96, ink, 0).astype(np.uint8)  # the blend takes any ink: no halo
 
 
-def _points(strokes: str) -> list[np.ndarray]:
-    """Each stroke's points [N, 2] in the unit box."""
+def _points(strokes: str) -> list[Floats]:
+    """Return the points [N, 2] of each stroke in the unit box."""
     return [np.array([p.split(",") for p in stroke.split()], float) / 100 for stroke in strokes.split("|")]
 
 
-def _spline(points: np.ndarray) -> np.ndarray:
-    """Catmull-Rom curve through points [N, 2] -> [M, 2]."""
+def _spline(points: Floats) -> Floats:
+    """Return the Catmull-Rom curve [M, 2] through points [N, 2]."""
     p = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     t = np.linspace(0, 1, 8)[:, None, None]
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
-    curve = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    curve: Floats = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
     return curve.transpose(1, 0, 2).reshape(-1, 2)
 
 
-def _distort(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Elastic waves, then slant, width and rotation; strokes that meet keep meeting, for the same point moves the same way."""
+def _distort(points: Floats, rng: np.random.Generator) -> Floats:
+    """Apply elastic waves, slant, width and rotation to all points alike, so that strokes that meet still meet."""
     for frequency, strength in ((0.5, 0.09), (1.0, 0.035)):
         waves = frequency * rng.normal(size=(2, 2))
         phase = rng.uniform(0, 2 * np.pi, 2)
         points = points + strength * np.sin(2 * np.pi * points @ waves + phase)
     slant = np.array([[rng.uniform(0.5, 0.95), 0], [rng.normal(-0.15, 0.2), 1]])
-    return points @ slant @ _rotation(rng.normal(0, 0.12))
+    distorted: Floats = points @ slant @ _rotation(rng.normal(0, 0.12))
+    return distorted
 
 
-def _rotation(angle: float) -> np.ndarray:
+def _rotation(angle: float) -> Floats:
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
-def _fit(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pixels: the longer side spans about 18 of 28, the middle is the middle, give or take one."""
+def _fit(points: Floats, rng: np.random.Generator) -> Floats:
+    """Scale to pixels: the longer side spans about 18 of 28, centred within one pixel."""
     low, high = points.min(0), points.max(0)
     scale = rng.uniform(16.5, 18.5) / (high - low).max()
-    return (points - (low + high) / 2) * scale + SIDE / 2 + rng.uniform(-1, 1, 2)
+    fitted: Floats = (points - (low + high) / 2) * scale + SIDE / 2 + rng.uniform(-1, 1, 2)
+    return fitted
 
 
-def _pen(draw: ImageDraw.ImageDraw, stroke: np.ndarray, width: int) -> None:
+def _pen(draw: ImageDraw.ImageDraw, stroke: Floats, width: int) -> None:
     radius = width / 2
     draw.line([tuple(p) for p in stroke], fill=255, width=width)
     for x, y in stroke:  # round joints and ends
@@ -155,8 +159,8 @@ VIVID = np.array([(210, 40, 30), (240, 200, 20), (25, 70, 190), (60, 160, 40), (
 
 
 @lru_cache(maxsize=PHOTOGRAPHS)
-def procedural_photograph(seed: int, index: int) -> np.ndarray:
-    """[128, 128, 3] uint8: a few regions with ragged borders, each with its own natural colour and texture."""
+def procedural_photograph(seed: int, index: int) -> Pixels:
+    """Render [128, 128, 3] uint8: a few regions with ragged borders, each with a natural colour and texture."""
     rng = np.random.default_rng([seed, PHOTOGRAPH_STREAM, index])
     regions = int(rng.integers(2, 7))
     owner = np.argmax([_fractal(rng, rng.uniform(1.9, 2.7)) for _ in range(regions)], axis=0)
@@ -168,32 +172,34 @@ def procedural_photograph(seed: int, index: int) -> np.ndarray:
     return np.clip(picture * light, 0, 255).astype(np.uint8)
 
 
-def _fractal(rng: np.random.Generator, slope: float) -> np.ndarray:
-    """[128, 128] noise of mean 0 and deviation 1 whose amplitude falls as 1/f^slope; photographs have a slope near 1."""
+def _fractal(rng: np.random.Generator, slope: float) -> Floats:
+    """Draw [128, 128] noise of mean 0 and deviation 1 with amplitude 1/f^slope; photographs have a slope near 1."""
     f = np.fft.fftfreq(PHOTOGRAPH_SIDE)
     radius = np.hypot(f[:, None], f[None, :])
     radius[0, 0] = np.inf
     white = np.fft.fft2(rng.normal(size=radius.shape))
-    noise = np.fft.ifft2(white / radius**slope).real
-    return noise / noise.std()
+    noise: Floats = np.fft.ifft2(white / radius**slope).real
+    noise /= noise.std()
+    return noise
 
 
-def _surface(rng: np.random.Generator) -> np.ndarray:
-    """[128, 128, 3] float: one colour (grey, earth, leaf or sky; now and then a vivid one) under smooth or rough texture."""
+def _surface(rng: np.random.Generator) -> Floats:
+    """Render [128, 128, 3] float: a natural, rarely a vivid colour under smooth or rough texture."""
     colour = NATURAL[rng.integers(len(NATURAL))] * rng.uniform(0.15, 1.6) + rng.normal(0, 8, 3)
     if rng.random() < 0.07:
         colour = VIVID[rng.integers(len(VIVID))] + rng.normal(0, 20, 3)
     strength = min(rng.lognormal(2.6, 0.9), 60)
     texture = strength * _fractal(rng, rng.uniform(0.6, 1.8))
     tint = 0.15 * strength * _fractal(rng, 1.5)
-    return colour + texture[..., None] + tint[..., None] * rng.normal(size=3)
+    surface: Floats = colour + texture[..., None] + tint[..., None] * rng.normal(size=3)
+    return surface
 
 
 # ---------------------------------------------------------------- house numbers
 
 
-def house_number(label: int, rng: np.random.Generator) -> np.ndarray:
-    """[28, 28, 3] uint8: the digit in the middle, often with neighbours cut by the frame."""
+def house_number(label: int, rng: np.random.Generator) -> Pixels:
+    """Render [28, 28, 3] uint8: the digit in the middle, often with neighbours cut by the frame."""
     left, right = (str(rng.integers(10)) if rng.random() < 0.5 else " " for _ in "lr")
     height = SIDE * float(np.clip(rng.normal(0.78, 0.12), 0.5, 1.0))
     ink = _lettering(left + str(label) + right, rng, height, spread=0.08)[..., None] / 255
@@ -205,8 +211,8 @@ def house_number(label: int, rng: np.random.Generator) -> np.ndarray:
     return _camera(scene * (1 - ink) + paint * ink, rng)
 
 
-def _contrasting_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two dull colours [3] whose brightness differs by 25 (hardly readable) to 200 grey levels."""
+def _contrasting_colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Draw two dull colours [3] whose brightness differs by 25 (hardly readable) to 200 grey levels."""
     wall = float(np.clip(rng.normal(115, 48), 20, 225))
     difference = float(np.clip(rng.lognormal(4.3, 0.5), 25, 200))
     brighter = rng.random() < (0.85 if wall < 110 else 0.2)
@@ -216,8 +222,8 @@ def _contrasting_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     return np.clip(wall + tints[0], 0, 255), np.clip(paint + tints[1], 0, 255)
 
 
-def _wall(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[28, 28, 3] float: the colour under uneven light, at times the edge of a plate or of a brick."""
+def _wall(colour: Floats, rng: np.random.Generator) -> Floats:
+    """Render [28, 28, 3] float: the colour under uneven light, sometimes with the edge of a plate or brick."""
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     scene = np.ones((SIDE, SIDE, 1)) * colour
     for _ in range(rng.choice(3, p=(0.6, 0.25, 0.15))):
@@ -227,11 +233,12 @@ def _wall(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     slope = rng.normal(0, 10, 2)
     blotches = Image.fromarray(rng.normal(0, 8, (5, 5)).astype(np.float32))
     smooth = np.asarray(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-    return scene + (slope[0] * x + slope[1] * y + smooth)[..., None]
+    lit: Floats = scene + (slope[0] * x + slope[1] * y + smooth)[..., None]
+    return lit
 
 
-def _camera(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a distant camera makes of it: blur, sensor noise and JPEG blocks."""
+def _camera(scene: Floats, rng: np.random.Generator) -> Pixels:
+    """Apply the blur, sensor noise and JPEG blocks of a distant camera."""
     noisy = scene + rng.normal(0, rng.uniform(0, 5), scene.shape)
     photo = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     photo = photo.filter(ImageFilter.GaussianBlur(min(rng.gamma(2.2, 0.4), 1.8)))
@@ -243,10 +250,10 @@ def _camera(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------- fonts
 
 
-def _lettering(text: str, rng: np.random.Generator, height: float, spread: float) -> np.ndarray:
-    """[28, 28] uint8: `text` in a random font, white on black, digits `height` pixels tall, the middle one centred.
+def _lettering(text: str, rng: np.random.Generator, height: float, spread: float) -> Pixels:
+    """Render [28, 28] uint8: `text` in a random font, white on black, digits `height` pixels tall, the middle one centred.
 
-    `spread` is how far the text is turned and slanted.
+    `spread`: strength of rotation and slant.
     """
     fonts = digit_fonts()
     font, bold = str(fonts[rng.integers(len(fonts))]), int(rng.integers(0, 4))
@@ -261,7 +268,7 @@ def _lettering(text: str, rng: np.random.Generator, height: float, spread: float
 
 
 def _view(rng: np.random.Generator, spread: float, scale: float) -> tuple[float, ...]:
-    """Pillow's affine coefficients: the enlarged picture to the middle of the canvas, narrower or wider, slanted and turned."""
+    """Return Pillow's affine coefficients: enlarged output to the middle of the canvas, stretched, slanted and rotated."""
     stretch = np.diag((rng.uniform(0.9, 1.5), 1.0))
     slant = np.array([[1, rng.normal(0, spread)], [0, 1]])
     matrix = scale * stretch @ slant @ _rotation(rng.normal(0, spread))
@@ -272,7 +279,9 @@ def _view(rng: np.random.Generator, spread: float, scale: float) -> tuple[float,
 
 @cache
 def digit_fonts() -> tuple[Path, ...]:
-    """One file per font design with the ten digits, in an order that does not depend on the folders; raises BadInput when there is none."""
+    """Return the font files with ten digits, sorted by file name; raise BadInput if there are none."""
+    from matplotlib import font_manager  # slow to import
+
     paths = sorted(Path(entry.fname) for entry in font_manager.fontManager.ttflist)
     files = {path.name: path for path in paths}
     fonts = tuple(files[name] for name in sorted(files) if _has_digits(files[name]))
@@ -282,7 +291,9 @@ def digit_fonts() -> tuple[Path, ...]:
 
 
 def _has_digits(path: Path) -> bool:
-    """Asks for the glyphs by name: symbol fonts draw other things in the places of digits."""
+    """Check the names of the glyphs: symbol fonts have other shapes in the places of digits."""
+    from fontTools.ttLib import TTFont, TTLibError
+
     try:
         with TTFont(path, lazy=True, fontNumber=0) as font:
             glyphs = font.getBestCmap() or {}
@@ -293,14 +304,14 @@ def _has_digits(path: Path) -> bool:
 
 @cache
 def _font(path: str) -> ImageFont.FreeTypeFont:
-    """The font at the size whose "8" is GLYPH_HEIGHT tall."""
+    """Load the font at the size whose "8" is GLYPH_HEIGHT pixels tall."""
     top, bottom = ImageFont.truetype(path, 100).getbbox("8", anchor="ms")[1::2]
     return ImageFont.truetype(path, 100 * GLYPH_HEIGHT / (bottom - top))
 
 
 @lru_cache(maxsize=8192)
 def _glyph(path: str, character: str, bold: int) -> Image.Image:
-    """The character in the middle of a square; `bold` pixels are added around it."""
+    """Render the character in the middle of a square, its outline `bold` pixels thicker."""
     box = Image.new("L", (GLYPH_BOX, GLYPH_BOX))
     foot = (GLYPH_BOX / 2, (GLYPH_BOX + GLYPH_HEIGHT) / 2)
     ImageDraw.Draw(box).text(foot, character, 255, _font(path), "ms", stroke_width=bold)

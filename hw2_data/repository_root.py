@@ -1,4 +1,4 @@
-"""The first import of every script in this folder: finds the repository's packages from any working folder."""
+"""The first import of every script in this folder: makes the repository's packages importable from any folder."""
 
 import sys
 from pathlib import Path

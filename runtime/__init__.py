@@ -1,1 +1,1 @@
-"""What any script needs around its work: settings and one-line errors, device, files, records, figures, seeds of generation."""
+"""The parts that any script needs around its work: command line, device, files, images, records, seeds, batches, processes."""

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def even_batch(count: int, most: int) -> int:
-    """The smallest batch that needs no more calls than `most` does: ten pictures, at most four at once, go as 4, 4, 2."""
+    """Return the smallest batch that needs as few calls as `most` at once: ten items, at most eight at once, go as 5, 5."""
     calls = -(-count // most)
     return -(-count // calls)
 
@@ -22,8 +22,11 @@ def even_batch(count: int, most: int) -> int:
 def in_batches(
     work: Callable[[list[Item]], Result], items: Sequence[Item], batch: int
 ) -> Iterator[tuple[list[Item], Result]]:
-    """(items, work(items)) in batches of one shape, so that kernels round alike: to `work` the last batch comes with its last item
-    repeated. When memory runs out the batch is halved and the rest goes on with that; raises BadInput when one item is too large."""
+    """Yield (items, work(items)) in batches of one shape, so that kernels round alike.
+
+    `work` receives the last batch padded with its last item. When memory runs out, the batch is halved for the rest.
+    Raise BadInput when one item is too large.
+    """
     start = 0
     while start < len(items):
         chunk = list(items[start : start + batch])
@@ -41,7 +44,7 @@ def in_batches(
 
 
 def _unless_out_of_memory(work: Callable[[list[Item]], Result], items: list[Item]) -> Result | None:
-    """None where memory ran out; returning drops the frames that hold what is to be freed."""
+    """Return None when memory ran out: leaving the `except` block drops the frames that hold the tensors to free."""
     try:
         return work(items)
     except (RuntimeError, MemoryError) as error:
@@ -51,5 +54,5 @@ def _unless_out_of_memory(work: Callable[[list[Item]], Result], items: list[Item
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """A GPU's memory, Python's, or a CPU's as torch asks for it."""
+    """Return whether the error means a lack of memory: of a GPU, of Python, or of torch on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

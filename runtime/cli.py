@@ -16,7 +16,7 @@ Settings = TypeVar("Settings")
 Item = TypeVar("Item")
 
 
-# flags of earlier versions -> today's; an old one is refused in a script that has the new one
+# (flag of an earlier version, its name now): an old flag is refused in a script that has the new one
 RENAMED = (
     ("--rescale", "--guidance-rescale"),
     ("--rescale", "--to-uint8"),
@@ -34,41 +34,41 @@ RENAMED = (
 
 
 class BadInput(Exception):
-    """Something the user can put right: the message names the file, row or flag, the value, and what to do."""
+    """An error that the user can correct: the message names the file, row or flag, the value, and what to do."""
 
 
 def check_positive(settings: object, *names: str) -> None:
-    """Raises BadInput for the first of these settings that is no finite number above zero."""
+    """Raise BadInput for the first of these settings that is not a finite number above zero."""
     _require(settings, names, lambda value: 0 < value < math.inf, "must be above zero")
 
 
 def check_not_negative(settings: object, *names: str) -> None:
-    """Raises BadInput for the first of these settings that is no finite number from zero on."""
+    """Raise BadInput for the first of these settings that is not a finite number from zero on."""
     _require(settings, names, lambda value: 0 <= value < math.inf, "give zero or more")
 
 
 def check_fractions(settings: object, *names: str) -> None:
-    """Raises BadInput for the first of these settings that lies outside of 0 .. 1; None is fine."""
+    """Raise BadInput for the first of these settings that lies outside of 0 .. 1; None is allowed."""
     _require(settings, names, lambda value: value is None or 0 <= value <= 1, "must lie in 0 .. 1")
 
 
-def _require(settings: object, names: Iterable[str], fine: Callable[[Any], bool], wanted: str) -> None:
+def _require(settings: object, names: Iterable[str], valid: Callable[[Any], bool], advice: str) -> None:
     for name in names:
-        if not fine(value := getattr(settings, name)):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: {wanted}")
+        if not valid(value := getattr(settings, name)):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: {advice}")
 
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
-    """Reads `settings` from the command line, runs `main` on it and exits: 0 done, 2 bad input, 130 interrupted."""
+    """Parse `settings` from the command line, run `main` on it and exit: 0 done, 2 bad input, 130 interrupted."""
     message, code = _outcome(main, settings, description)
-    # the exception is gone by now, and with it the progress bars that it broke off: the message has a line of its own
+    # the exception is gone by now, and with it any unfinished progress bar, which would share the message's line
     if code:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
-    """What went wrong, and the exit code."""
+    """Return the error message and the exit code."""
     try:
         refuse_renamed_flags(sys.argv[1:], settings)
         main(tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,)))
@@ -87,8 +87,8 @@ def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
     """Raise BadInput for a flag that has another name in this version, with that name."""
     names = flags_of(settings)
     for old, new in RENAMED:
-        given = any(argument.split("=")[0].replace("_", "-") == old for argument in arguments)
-        if given and new in names and old not in names:
+        used = any(argument.split("=")[0].replace("_", "-") == old for argument in arguments)
+        if used and new in names and old not in names:
             raise BadInput(f"{old} is now {new}")
 
 
@@ -109,12 +109,12 @@ def default_hint(text: str) -> Any:
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun or accelerate launch started: it speaks for all."""
+    """Return whether this is the only process, or the first that torchrun or accelerate launch started: only it prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log(message: str) -> None:
-    """One line for the reader, on stderr beside the progress bars, so that stdout holds results only."""
+    """Print one line to stderr, from the main process only; stdout holds results."""
     if is_main_process():
         print(message, file=sys.stderr, flush=True)
 

@@ -16,32 +16,34 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Shard:
-    """This process among those that torchrun or accelerate launch started, on one machine or several; alone without them."""
+    """This process among those that torchrun or accelerate launch started, on one machine or several."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether it is the one that prints and records."""
+        """Return whether this process prints and records for all."""
         return self.rank == 0
 
     def rows(self, count: int, batch: int) -> list[int]:
-        """Which of `count` items are this process's: every world-th batch, whole, so that each is computed in the same company as in a
-        single process, and gives the same bytes."""
+        """Return which of `count` items are this process's: every world-th batch.
+
+        Batches stay whole, so that each gives the same bytes as in a single process.
+        """
         return [row for row in range(count) if row // batch % self.world == self.rank]
 
     def largest(self, count: int, most: int) -> int:
-        """`most` items at once, or fewer where else a process would have nothing to do."""
+        """Return `most`, or a smaller batch that leaves no process without items."""
         return max(1, min(most, -(-count // self.world)))
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
-        """The items of all processes, by rank, in every one of them; all have to call it."""
+        """Return the items of all processes, by rank, in each of them. All processes must call it."""
         if self.world == 1:
             return list(items)
-        found: list[list[Item]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(found, list(items))
-        return [item for part in found for item in part]
+        parts: list[list[Item]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
 
 
 ALONE = Shard()
@@ -49,7 +51,7 @@ ALONE = Shard()
 
 @contextmanager
 def sharing() -> Iterator[Shard]:
-    """This process's shard; where there are several, they are connected until the block ends. Only small things travel, on the CPU."""
+    """Yield this process's shard; several processes are connected until the block ends, on the CPU, for small objects only."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE

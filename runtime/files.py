@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and tensors from files that nobody vouches for."""
+"""Atomic writes, checks of paths, and safe reading of JSON and tensor files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it takes its place, on any error it vanishes and the old file stays."""
+    """Yield a temporary path in the same folder; on success it replaces `path`, on any error `path` stays unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -48,13 +48,13 @@ def _umask() -> int:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Readable JSON, atomically."""
+    """Write indented JSON, atomically; values that JSON lacks become text."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file; raises BadInput with the line of a syntax error."""
+    """Parse a JSON file; raise BadInput with the line of a syntax error."""
     try:
         return json.loads(require_file(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def require_file(path: Path, hint: str = "") -> Path:
-    """`path`, if it is a file; else BadInput that ends with the hint."""
+    """Return `path` if it is a file; else raise BadInput that ends with the hint."""
     if not Path(path).is_file():
         kind = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
         raise BadInput(f"{path} {kind}" + (f"; {hint}" if hint else ""))
@@ -71,14 +71,14 @@ def require_file(path: Path, hint: str = "") -> Path:
 
 def refuse_source_folder(path: Path) -> None:
     """Raise BadInput for a folder of the repository's own source, which an output would mix with."""
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     for init in ROOT.glob("*/__init__.py"):
         if init.parent in (path, *path.parents):
             raise BadInput(f"output {path}: {init.parent.name}/ holds this repository's source, name another folder")
 
 
 def output_folder(path: Path) -> Path:
-    """Makes the folder; raises BadInput where a file is in the way or source code lies there."""
+    """Create the folder; raise BadInput if a file is in the way or source code is there."""
     refuse_source_folder(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -88,14 +88,14 @@ def output_folder(path: Path) -> Path:
 
 
 def check_writable_folder(path: Path) -> None:
-    """`output_folder` without making it: raises BadInput where a file is in the way or source code lies there."""
+    """Raise BadInput where `output_folder` would, without creating the folder."""
     refuse_source_folder(path)
     if not _existing(path).is_dir():
         raise BadInput(f"output {path}: a file is in the way, name a folder")
 
 
 def check_writable_file(path: Path, flag: str) -> None:
-    """Raises BadInput where no file can be written: `path` is a folder, or a folder above it is a file. Writes nothing."""
+    """Raise BadInput if no file can be written: `path` is a folder, or one of its parents is a file. Write nothing."""
     if path.is_dir():
         raise BadInput(f"{flag} {path} is a folder: name a file")
     if not (place := _existing(path.parent)).is_dir():
@@ -103,7 +103,7 @@ def check_writable_file(path: Path, flag: str) -> None:
 
 
 def check_disk_space(output: Path, needed: int) -> int:
-    """The free bytes where the folder `output` lies or will lie; raises BadInput where `needed` bytes would not fit."""
+    """Return the free bytes on the disk of the folder `output`; raise BadInput if `needed` bytes do not fit."""
     free = shutil.disk_usage(_existing(output)).free
     if free < needed:
         raise BadInput(f"output {output}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
@@ -111,12 +111,12 @@ def check_disk_space(output: Path, needed: int) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest above it that is there."""
+    """Return the path or its nearest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and of its first, middle and last MiB: weights are told apart wherever they lie."""
+    """Return a hash of a file's size and of its first, middle and last MiB, which identifies weights independent of their path."""
     piece, size = 1 << 20, require_file(path).stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=12)
     with open(path, "rb") as file:
@@ -127,8 +127,10 @@ def file_fingerprint(path: Path) -> str:
 
 
 def load_tensors(path: Path, mapped: bool = False) -> Any:
-    """A torch file read with weights_only=True, on the CPU; raises BadInput when it is truncated or holds code.
-    With `mapped` (zip files only) the tensors stay in the file until they are used."""
+    """Load a torch file on the CPU without running code in it; raise BadInput if it is truncated or holds code.
+
+    With `mapped` (zip files only) the tensors stay in the file until they are used.
+    """
     try:
         return torch.load(require_file(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -136,14 +138,14 @@ def load_tensors(path: Path, mapped: bool = False) -> Any:
             raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
         raise BadInput(f"{path} is not a torch file or is truncated") from None
     except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
-        if getattr(error, "filename", None):  # no permission, say: the system's own words are clear
+        if getattr(error, "filename", None):  # such as no permission: the system's message is clear
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata; raises BadInput when it is truncated."""
+    """Return all tensors of a safetensors file and its metadata; raise BadInput if it is truncated."""
     try:
         with safe_open(require_file(path), framework="pt") as file:
             names = file.keys()
@@ -153,7 +155,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes all or nothing; raises OSError where the disk is full, as every other writer does."""
+    """Write a safetensors file, atomically; raise OSError if the disk is full, as every other writer does."""
     with atomic(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)

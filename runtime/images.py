@@ -1,4 +1,4 @@
-"""Pictures from and to files that are either whole or not there, and grids of them, plain or labelled."""
+"""Images: reading, writing, grids and line figures, and conversion between 0..255 and -1..1."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from runtime.cli import BadInput
 from runtime.files import atomic
 
 
 def open_image(path: Path) -> Tensor:
-    """[3,H,W] uint8 RGB, whatever the file's own mode; raises BadInput when it can't be read."""
+    """Read an image of any mode as RGB [3,H,W] uint8; raise BadInput if it cannot be read."""
     try:
         with Image.open(path) as file:
             pixels = np.array(file.convert("RGB"))
@@ -29,24 +28,30 @@ def open_image(path: Path) -> Tensor:
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """[3,H,W] uint8 -> PNG, atomically; the same pixels give the same bytes."""
+    """Write [3,H,W] uint8 as PNG, atomically; the same pixels give the same bytes."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     with atomic(path) as temporary:
         picture.save(temporary, "PNG")
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
-    """[N,3,H,W] uint8, row by row -> one [3,H',W'] uint8 picture on white; `scale` enlarges without smoothing."""
+    """Return images [N,3,H,W] uint8 as one [3,H',W'] uint8 on white, row by row; `scale` enlarges without smoothing."""
+    from torchvision.utils import make_grid  # slow to import
+
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(images, nrow=columns, padding=gap, pad_value=255).to(torch.uint8)
+    grid: Tensor = make_grid(images, nrow=columns, padding=gap, pad_value=255)
+    return grid.to(torch.uint8)
 
 
 def labelled_grid(
     path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, inch: float = 0.6
 ) -> None:
-    """[len(rows)*len(columns),3,H,W] uint8, row by row, as a figure with a title and a label per row and column."""
+    """Draw images [rows * columns,3,H,W] uint8, row by row, with a title and a label per row and column.
+
+    `inch`: side of an image in the figure.
+    """
     plt = _pyplot()
-    width, height = inch * len(columns) + 1.0, inch * len(rows) + 0.7  # the rest is for labels and title
+    width, height = inch * len(columns) + 1.0, inch * len(rows) + 0.7  # room for labels and title
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
     for index, axis in enumerate(axes.flat):
         row, column = divmod(index, len(columns))
@@ -65,7 +70,7 @@ def labelled_grid(
 def line_figure(
     path: Path, x: Sequence[float], panels: dict[str, dict[str, list[float]]], x_label: str, title: str
 ) -> None:
-    """One panel per entry of `panels` {panel title: {line label: values over x}}, side by side."""
+    """Draw one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=True):
@@ -80,7 +85,7 @@ def line_figure(
 
 
 def _pyplot() -> Any:
-    """matplotlib without a screen; slow to import, so only where a figure is drawn."""
+    """Import matplotlib without a screen; it is slow to import."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,12 +101,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1."""
+    """Return uint8 0..255 as float32 -1..1."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float -1..1 (clamped) -> uint8 0..255, rounded."""
+    """Return float -1..1 (clamped) as uint8 0..255, rounded."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

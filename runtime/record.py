@@ -1,4 +1,4 @@
-"""One record.json for every run of every script: what was done, with what, how long it took and what came out."""
+"""One record.json for every run of a script: settings, versions, machine, timings and metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = (
 
 @dataclass
 class Record:
-    """Collects a run's facts; `save` writes them. `settings` is the script's dataclass."""
+    """The facts of a run, which `save` writes. `settings` is the script's dataclass."""
 
     settings: Any
     machine: Machine
@@ -41,7 +41,7 @@ class Record:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to `timings[name]`."""
+        """Add the seconds of the block to `timings[name]`, also if it fails."""
         start = time.perf_counter()
         try:
             yield
@@ -49,7 +49,7 @@ class Record:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def save(self, path: Path) -> None:
-        """Writes the record atomically."""
+        """Write the record, atomically."""
         settings = asdict(self.settings)
         write_json(
             path,
@@ -70,18 +70,18 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions; a package that isn't installed is left out."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages among PACKAGES."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_revision() -> str | None:
-    """The commit this code runs from, with "+changes" where the tree differs from it; None outside git."""
+    """Return the commit of this code, with "+changes" if the tree differs from it; None outside git."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent

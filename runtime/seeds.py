@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived_seed(*key: int) -> int:
-    """A 63-bit seed from any integers (run seed, domain, digit, index ..); other keys, of whatever length, give unrelated seeds."""
+    """Return a 63-bit seed for a key of any integers (run seed, domain, digit, index ..). Different keys give unrelated seeds."""
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

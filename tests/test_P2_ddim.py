@@ -29,7 +29,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write_noises(folder: Path, names: str, side: int = 16) -> Path:
-    """One NN.pt [1,3,side,side] per name, as the course gives them."""
+    """Write one NN.pt [1,3,side,side] per name, as the course does."""
     folder.mkdir(parents=True)
     for name in names.split():
         seed = int.from_bytes(name.encode(), "big")
@@ -39,7 +39,7 @@ def write_noises(folder: Path, names: str, side: int = 16) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small UNet2DModel whose output follows its input closely, so that rounding doesn't grow over the steps."""
+    """Save a small UNet2DModel whose output follows its input closely, so that rounding does not grow over the steps."""
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     unet = UNet2DModel(16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **kinds)
@@ -90,7 +90,7 @@ def test_the_grading_script_reproduces_an_independent_network_and_rule(course_un
 def test_batch_1_equals_batch_2_on_the_full_size_network(course_unet: Path, tmp_path: Path) -> None:
     noise = write_noises(tmp_path / "noise", "00 01", side=32)
     for batch in (1, 2):
-        options = {"steps": 6, "batch": batch, "eta": 0.5, "record": tmp_path / "record.json"}
+        options: dict[str, Any] = {"steps": 6, "batch": batch, "eta": 0.5, "record": tmp_path / "record.json"}
         main(Settings(noise=noise, model=str(course_unet), output=tmp_path / str(batch), **options))
     one, two = pixels(tmp_path / "1"), pixels(tmp_path / "2")
     assert max(np.abs(one[stem] - two[stem]).max() for stem in one) <= 1
@@ -168,7 +168,7 @@ def test_clamp_maps_minus_1_to_0_and_1_to_255() -> None:
 
 
 def test_a_picture_of_one_value_is_black_not_nan() -> None:
-    assert to_image(torch.full((3, 2, 2), 0.3), "minmax").unique().tolist() == [0]
+    assert not to_image(torch.full((3, 2, 2), 0.3), "minmax").any()
 
 
 @pytest.mark.parametrize(("off", "passes"), [(4, True), (5, False)])

@@ -21,7 +21,8 @@ def checkpoint(tiny_network: Network, tmp_path: Path) -> str:
 
 
 def metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "record.json").read_text())["metrics"]
+    recorded: dict[str, Any] = json.loads((folder / "record.json").read_text())["metrics"]
+    return recorded
 
 
 def test_all_figures_are_drawn_and_their_numbers_recorded(checkpoint: str, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""What P2_model and P2_course promise: UNet.pt is diffusers' network, models are known by content, strangers are named."""
+"""The models of P2: UNet.pt is diffusers' network, models are recognised by content, other files are named."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +25,21 @@ CPU = torch.device("cpu")
 FP32 = torch.float32
 
 
-def load(source: Path | str, **labels: object) -> Model:
-    return load_model(str(source), CPU, FP32, Labels(**labels))  # type: ignore[arg-type]
+def load(source: Path | str, **labels: Any) -> Model:
+    return load_model(str(source), CPU, FP32, Labels(**labels))
 
 
-def small_unet(**more: object) -> UNet2DModel:
-    """A UNet2DModel of the same kind, small."""
+def small_unet(**more: Any) -> UNet2DModel:
     torch.manual_seed(0)
-    options = {"sample_size": 16, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    options: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
     kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    return UNet2DModel(**{**options, **kinds, **more})
+    unet: UNet2DModel = UNet2DModel(**{**options, **kinds, **more})
+    return unet
 
 
 # ---------------------------------------------------------------- UNet.pt
@@ -60,7 +66,7 @@ def test_one_step_equals_an_independent_network_on_the_same_input(course_unet: P
 
 
 def change(state: dict[str, Tensor], name: str, value: Tensor | None) -> dict[str, Tensor]:
-    """The state with one tensor replaced, added or (None) removed."""
+    """Return the state with one tensor replaced, added or (None) removed."""
     changed = {**state, name: value}
     return {k: v for k, v in changed.items() if v is not None}
 
@@ -217,7 +223,9 @@ def test_a_prediction_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/UNet.pt", "/nowhere/face", "a/b/c", "x/model.safetensors"])
 def test_a_missing_file_is_never_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faces.models._from_hub", lambda name: pytest.fail(f"{name} was looked for on the hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: pytest.fail(f"{name}: looked for on the hub")
+    )
     with pytest.raises(BadInput, match="does not exist"):
         load(name)
 

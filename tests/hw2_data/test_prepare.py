@@ -8,7 +8,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +37,8 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def write_mnist(folder: Path, count: int = 12) -> np.ndarray:
-    """Made-up MNIST: four packed IDX files; returns the train images."""
+def write_mnist(folder: Path, count: int = 12) -> None:
+    """Write made-up MNIST: four packed IDX files."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for part, images in (("t10k", count), ("train", count)):
@@ -48,7 +50,6 @@ def write_mnist(folder: Path, count: int = 12) -> np.ndarray:
             folder / f"{part}-labels-idx1-ubyte.gz",
             (0x801).to_bytes(4, "big") + images.to_bytes(4, "big") + labels.tobytes(),
         )
-    return pixels
 
 
 def write_gzip(path: Path, content: bytes) -> None:
@@ -64,7 +65,7 @@ def write_photographs(folder: Path, size: tuple[int, int] = (60, 40), count: int
 
 
 @pytest.fixture
-def originals(tmp_path: Path) -> dict[str, Path]:
+def originals(tmp_path: Path) -> dict[str, Any]:
     write_mnist(tmp_path / "mnist")
     return {"mnist": tmp_path / "mnist", "backgrounds": write_photographs(tmp_path / "photographs")}
 
@@ -80,13 +81,14 @@ def test_blend_is_the_absolute_difference_of_the_patch_and_the_mask_of_ink() -> 
 
 
 def test_a_crop_reaches_all_four_corners() -> None:
-    picture, rng = np.arange(29 * 29 * 3).reshape(29, 29, 3), np.random.default_rng(0)
+    picture: Any = np.arange(29 * 29 * 3).reshape(29, 29, 3)
+    rng = np.random.default_rng(0)
     corners = {int(random_crop(picture, rng)[0, 0, 0]) for _ in range(100)}
     assert corners == {int(picture[y, x, 0]) for y in (0, 1) for x in (0, 1)}
 
 
 def test_every_mnistm_image_is_a_photograph_outside_and_its_negative_inside_the_digit(
-    originals: dict[str, Path], tmp_path: Path
+    originals: dict[str, Any], tmp_path: Path
 ) -> None:
     main(Public(output=tmp_path / "out", domains=("mnistm",), **originals))
     digits = read_mnist(originals["mnist"], "train")
@@ -118,7 +120,7 @@ def test_real_photographs_and_digits_give_real_mnistm(tmp_path: Path) -> None:
     assert len(read_csv(tmp_path / "mnistm/val.csv")) == 5
 
 
-def test_torchvisions_layout_is_read_too(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_torchvisions_layout_is_read_too(originals: dict[str, Any], tmp_path: Path) -> None:
     raw = tmp_path / "root" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for packed in originals["mnist"].iterdir():
@@ -192,7 +194,7 @@ def test_another_seed_gives_other_pictures(drawn: Path, tmp_path: Path) -> None:
     assert not [name for name in old if name.startswith("data/") and old[name] == new[name]]
 
 
-def test_mnistm_depends_on_the_seed_alone(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_mnistm_depends_on_the_seed_alone(originals: dict[str, Any], tmp_path: Path) -> None:
     for output, seed in (("a", 0), ("b", 0), ("c", 1)):
         main(Public(output=tmp_path / output, domains=("mnistm",), seed=seed, **originals))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") != tree(tmp_path / "c")
@@ -228,7 +230,7 @@ def test_a_bad_flag_is_named_with_its_value(command: Rendered | Public | Course,
         main(command)
 
 
-def test_backgrounds_without_pictures_are_refused(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_backgrounds_without_pictures_are_refused(originals: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     originals["backgrounds"] = tmp_path / "empty"
     with pytest.raises(BadInput, match="no pictures"):
@@ -248,7 +250,7 @@ def test_a_photograph_cut_off_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated gzip", "truncated array", "not gzip", "absent"])
-def test_a_corrupt_mnist_file_is_named(originals: dict[str, Path], damage: str) -> None:
+def test_a_corrupt_mnist_file_is_named(originals: dict[str, Any], damage: str) -> None:
     path = originals["mnist"] / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     if damage == "absent":
@@ -281,7 +283,7 @@ def test_overwrite_spares_a_folder_that_holds_something_else(drawn: Path, tmp_pa
         main(Rendered(output=tmp_path / "d", count=1, overwrite=True))
 
 
-def test_a_failure_half_way_loses_nothing(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_a_failure_half_way_loses_nothing(originals: dict[str, Any], tmp_path: Path) -> None:
     command = Public(output=tmp_path / "out", domains=("mnistm",), **originals)
     main(command)
     before = tree(tmp_path / "out")
@@ -340,7 +342,9 @@ def test_val_csv_may_be_absent(drawn: Path, tmp_path: Path) -> None:
     ],
     ids=["no train.csv", "index column", "label", "missing image", "broken image"],
 )
-def test_unusable_digits_are_an_error_that_names_them(drawn: Path, tmp_path: Path, damage, message: str) -> None:
+def test_unusable_digits_are_an_error_that_names_them(
+    drawn: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     shutil.copytree(drawn, tmp_path / "digits")
     damage(tmp_path / "digits" / "mnistm")
     with pytest.raises(BadInput, match=message):

@@ -1,0 +1,154 @@
+"""The command line: one line and an exit code for every error, renamed flags refused, one process that prints."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from runtime.cli import (
+    BadInput,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    log,
+    progress,
+    progress_bar,
+    refuse_renamed_flags,
+    run_script,
+)
+from runtime.files import ROOT
+
+SCRIPT = """
+from dataclasses import dataclass
+from runtime.cli import BadInput, progress, run_script
+
+@dataclass(frozen=True)
+class Settings:
+    size: int = 3
+
+def main(settings):
+    print(settings.size)
+    {body}
+
+run_script(main, Settings, "A test.")
+"""
+
+
+def run(body: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a script whose main ends with `body`."""
+    environment = {k: v for k, v in os.environ.items() if k != "DEBUG"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT.format(body=body), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_script_that_succeeds_exits_with_0_and_an_empty_stderr() -> None:
+    done = run("pass", "--size", "5")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("raise BadInput('x.csv, row 3: bad')", 2, "error: x.csv, row 3: bad\n"),
+        ("open('no/such/file')", 2, "error: [Errno 2] No such file or directory: 'no/such/file'\n"),
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+    ],
+    ids=["bad input", "OSError", "interrupt"],
+)
+def test_an_error_is_one_line_and_an_exit_code(body: str, code: int, line: str) -> None:
+    done = run(body)
+    assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_an_error_has_a_line_of_its_own_after_a_progress_bar() -> None:
+    done = run("bar = progress(['a.png', 'b.png'], 'reading'); bar.update(); raise BadInput('a.png: bad')")
+    assert "reading: " in done.stderr
+    assert done.stderr.endswith("\nerror: a.png: bad\n")
+
+
+def test_a_bad_flag_exits_with_2_and_names_itself() -> None:
+    done = run("pass", "--sise", "5")
+    assert done.returncode == 2
+    assert "--sise" in done.stderr
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    done = run("1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@dataclass(frozen=True)
+class Sampling:
+    guidance_rescale: float = 0.0
+    max_loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Personalization:
+    sampling: Sampling = field(default_factory=Sampling)
+    clip: str = "a CLIP"
+
+
+@dataclass(frozen=True)
+class Other:
+    size: int = 3
+
+
+@pytest.mark.parametrize("arguments", [["--rescale", "0.3"], ["--rescale=0.3"]], ids=["two words", "one word"])
+@pytest.mark.parametrize(
+    "settings", [Sampling, Personalization, Other | Personalization], ids=["own", "nested", "subcommand"]
+)
+def test_an_old_flag_is_one_line_that_names_the_new_one(
+    settings: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        run_script(lambda _: None, settings, "A test.")
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: --rescale is now --guidance-rescale\n"
+
+
+def test_an_old_flag_may_be_written_with_underscores() -> None:
+    with pytest.raises(BadInput, match="^--most-weight is now --max-loss-weight$"):
+        refuse_renamed_flags(["--most_weight", "3"], Sampling)
+
+
+@pytest.mark.parametrize("flag", ["--clip", "--rescale"], ids=["the old name is in use", "no new name"])
+def test_a_script_without_the_renamed_flag_keeps_its_own(flag: str) -> None:
+    refuse_renamed_flags([flag, "x"], Personalization if flag == "--clip" else Other)
+
+
+@pytest.mark.parametrize(
+    ("check", "valid", "refused"),
+    [
+        (check_positive, [1, 0.5], [0, -1, math.inf, math.nan]),
+        (check_not_negative, [0, 2.5], [-1, math.inf, math.nan]),
+        (check_fractions, [0, 0.5, 1, None], [-0.1, 1.1, math.nan]),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_flag(check: Any, valid: list[Any], refused: list[Any]) -> None:
+    for value in valid:
+        check(Sampling(value), "guidance_rescale")
+    for value in refused:
+        with pytest.raises(BadInput, match=f"^--guidance-rescale {value}: "):
+            check(Sampling(value), "guidance_rescale")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_prints(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    log("a line")
+    list(progress([1], "items"))
+    with progress_bar(2, "images") as bar:
+        bar.update(2)
+    printed = capsys.readouterr().err
+    assert all((text in printed) == (rank == "0") for text in ("a line", "items", "images"))

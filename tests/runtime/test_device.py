@@ -1,0 +1,108 @@
+"""Devices, precision and memory of the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runtime.cli import BadInput
+from runtime.device import Machine, Precision, allow_tf32, detect, resolve_precision, set_up
+from runtime.files import (
+    ROOT,
+)
+
+
+def machine(kind: str = "cpu", native_bf16: bool = False) -> Machine:
+    return Machine(torch.device(kind), "test machine", native_bf16, compiler=False)
+
+
+def test_detect_finds_this_machine() -> None:
+    found = detect("cpu")
+    assert found.device == torch.device("cpu")
+    assert "cores" in found.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_detect_refuses_cuda_where_there_is_none() -> None:
+    with pytest.raises(BadInput, match="--device cuda: ."):
+        detect("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
+    assert detect("auto").device.type == "cpu"
+
+
+def test_detect_refuses_a_device_that_does_not_exist() -> None:
+    with pytest.raises(BadInput, match="--device abacus: ."):
+        detect("abacus")
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "native", "expected"),
+    [
+        ("auto", "cpu", False, "fp32"),
+        ("auto", "cpu", True, "bf16"),
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp32"),
+        ("bf16", "cpu", False, "bf16"),
+        ("fp32", "cuda", True, "fp32"),
+        ("tf32", "cuda", True, "tf32"),
+    ],
+)
+def test_precision_is_as_asked_and_auto_takes_native_bf16(
+    asked: Precision, kind: str, native: bool, expected: str
+) -> None:
+    assert resolve_precision(asked, machine(kind, native)) == expected
+
+
+def test_tf32_needs_cuda() -> None:
+    with pytest.raises(BadInput, match="--precision tf32 needs a CUDA device, this is cpu"):
+        resolve_precision("tf32", machine())
+
+
+def test_tf32_is_switched_for_convolutions_too() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (allowed, allowed)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+PAGE_FAULTS = """
+import resource, torch
+from runtime.device import keep_freed_memory
+
+keep_freed_memory({kept})
+torch.zeros(256, 2**18)  # kept memory has to be there first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.zeros(64, 2**18)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_kept_memory_is_used_again_instead_of_fetched_page_by_page() -> None:
+    kept, dropped = (
+        int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS.format(kept=kept)], cwd=ROOT, timeout=120))
+        for kept in (True, False)
+    )
+    assert kept < dropped / 4
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp32"])
+def test_set_up_returns_the_resolved_precision(asked: Precision) -> None:
+    assert set_up(asked, machine()) == "fp32"
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    with pytest.raises(BadInput, match="--device cuda:77"):
+        detect("cuda")

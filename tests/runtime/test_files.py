@@ -1,0 +1,196 @@
+"""Files that are whole or absent, checks of paths, and safe reading."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from runtime.cli import BadInput
+from runtime.files import (
+    ROOT,
+    atomic,
+    check_disk_space,
+    check_writable_file,
+    check_writable_folder,
+    load_safetensors,
+    load_tensors,
+    output_folder,
+    read_json,
+    refuse_source_folder,
+    require_file,
+    write_json,
+)
+
+FullDisk = Callable[[int], AbstractContextManager[None]]
+
+
+def fail_while_writing(path: Path, error: type[BaseException]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        raise error
+
+
+def test_atomic_replaces_the_old_file_on_success(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_atomic_keeps_the_old_file_on_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        fail_while_writing(tmp_path / "a.txt", ZeroDivisionError)
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_atomic_leaves_no_temporary_file_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        fail_while_writing(tmp_path / "a.txt", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_leaves_no_temporary_file_after_success(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_atomic_writes_beside_the_target_with_its_suffix(tmp_path: Path) -> None:
+    with atomic(tmp_path / "a.png") as temporary:
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".png")
+
+
+def test_atomic_makes_the_folder(tmp_path: Path) -> None:
+    with atomic(tmp_path / "b" / "c" / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "b" / "c" / "a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_atomic_files_have_the_permissions_of_ordinary_ones(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", 1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk: FullDisk) -> None:
+    write_json(tmp_path / "a.json", "old")
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        write_json(tmp_path / "a.json", "x" * 5000)
+    assert read_json(tmp_path / "a.json") == "old"
+
+
+def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    values = {"a": [1, 2.5, None], "text": "größer", "b": {"c": True}}
+    write_json(tmp_path / "a.json", values)
+    assert read_json(tmp_path / "a.json") == values
+
+
+def test_read_json_names_the_line_of_a_syntax_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n  "a": 1,\n  oops\n}')
+    with pytest.raises(BadInput, match=r"a\.json is not valid JSON: .*line 3"):
+        read_json(tmp_path / "a.json")
+
+
+def test_read_json_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_require_file_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no\.pt does not exist; train one first"):
+        require_file(tmp_path / "no.pt", "train one first")
+
+
+def test_require_file_tells_a_folder_from_a_file(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is a folder, not a file"):
+        require_file(tmp_path)
+
+
+def test_output_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    assert output_folder(tmp_path / "a" / "b c").is_dir()
+
+
+def test_output_folder_may_exist(tmp_path: Path) -> None:
+    assert output_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("inside", ["file", "file/below"])
+def test_output_folder_refuses_a_file_in_the_way(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=f"{inside}: a file is in the way"):
+        output_folder(tmp_path / inside)
+
+
+@pytest.mark.parametrize("path", ["digits", "faces/out", "runtime/../faces/a/b"])
+def test_an_output_inside_a_source_package_is_one_line_and_leaves_nothing(path: str) -> None:
+    target, package = ROOT / path, "digits" if path == "digits" else "faces"
+    with pytest.raises(
+        BadInput, match=f"^output {target.resolve()}: {package}/ holds this repository's source, name another"
+    ):
+        output_folder(target)
+    assert target.exists() == (path == "digits")
+
+
+def test_a_relative_output_is_refused_in_the_repository_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_writable_folder(Path("digits"))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BadInput, match="digits/ holds this repository's source"):
+        check_writable_folder(Path("digits"))
+
+
+@pytest.mark.parametrize("name", ["out", "runs", "hw2_data/digits"])
+def test_folders_without_source_may_be_outputs(name: str) -> None:
+    refuse_source_folder(ROOT / name)
+
+
+def test_a_file_is_writable_unless_it_is_a_folder_or_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable_file(tmp_path / "new" / "record.json", "--record")
+    with pytest.raises(BadInput, match="^--record .* is a folder: name a file$"):
+        check_writable_file(tmp_path, "--record")
+    with pytest.raises(BadInput, match="^--record .*file is a file, name a folder$"):
+        check_writable_file(tmp_path / "file" / "record.json", "--record")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lack_of_disk_space_is_named_before_the_work(tmp_path: Path) -> None:
+    free = check_disk_space(tmp_path / "out", 1)
+    with pytest.raises(BadInput, match="MB are needed, .* MB are free"):
+        check_disk_space(tmp_path / "out", 2 * free)
+
+
+def test_safetensors_come_back_with_their_metadata(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(3)}, tmp_path / "a.safetensors", {"key": "value"})
+    tensors, metadata = load_safetensors(tmp_path / "a.safetensors")
+    assert (tensors["w"].tolist(), metadata) == ([0, 1, 2], {"key": "value"})
+
+
+@pytest.mark.parametrize("size", [0, 4, 30, -1])
+def test_truncated_safetensors_are_named(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(BadInput, match=r"a\.safetensors is not a safetensors file or is truncated"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a torch file\n", b"\x80\x02a.", b"PK\x03\x04" + bytes(50)])
+def test_files_that_are_no_torch_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.pt"):
+        load_tensors(tmp_path / "a.pt")

@@ -1,0 +1,61 @@
+"""record.json: what a run is judged by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.device import Machine
+from runtime.record import Record
+
+MACHINE = Machine(torch.device("cpu"), "test machine", native_bf16=False, compiler=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = 4
+    output: Path = Path("out")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    record = Record(Settings(), MACHINE)
+    for _ in range(2):
+        with record.timed("drawing"):
+            pass
+    record.timings["training"] = 1.23456
+    record.metrics["accuracy"] = 0.5
+    record.save(tmp_path / "record.json")
+    return json.loads((tmp_path / "record.json").read_text())
+
+
+def test_record_holds_what_a_run_is_judged_by(saved: Any) -> None:
+    assert set(saved) == {
+        *("script", "command", "started", "settings", "seed", "device"),
+        *("machine", "versions", "revision", "timings_s", "metrics"),
+    }
+
+
+def test_record_keeps_settings_seed_and_metrics(saved: Any) -> None:
+    assert saved["settings"] == {"seed": 4, "output": "out"}
+    assert (saved["seed"], saved["metrics"], saved["device"]) == (4, {"accuracy": 0.5}, "cpu")
+
+
+def test_record_rounds_its_seconds_to_milliseconds(saved: Any) -> None:
+    assert saved["timings_s"]["training"] == 1.235
+
+
+def test_record_names_the_versions(saved: Any) -> None:
+    assert saved["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_timed_adds_up_and_counts_failed_blocks_too() -> None:
+    record = Record(Settings(), MACHINE, timings={"work": 10.0})
+    with pytest.raises(ZeroDivisionError), record.timed("work"):
+        raise ZeroDivisionError
+    assert 10.0 < record.timings["work"] < 11.0
