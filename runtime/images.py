@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from runtime.cli import BadInput
 from runtime.files import atomic
@@ -37,6 +36,8 @@ def save_image(path: Path, image: Tensor) -> None:
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
     """[N,3,H,W] uint8, row by row -> one [3,H',W'] uint8 picture on white; `scale` enlarges without smoothing."""
+    from torchvision.utils import make_grid  # slow to import
+
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(images, nrow=columns, padding=gap, pad_value=255).to(torch.uint8)
 

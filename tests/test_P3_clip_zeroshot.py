@@ -42,17 +42,17 @@ def test_logits_equal_open_clips_plain_api(prompts: str, names: Any, tiny_clip: 
 
     model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
     model.eval()
-    texts = [t.replace("{}", "{0}") for t in templates]
-    named = [name.replace("_", " ") for name in NAMES] if names == "clean" else NAMES
+    classes = [name.replace("_", " ") for name in NAMES] if names == "clean" else NAMES
+    texts: list[Any] = [t.replace("{}", "{0}") for t in templates]
     if names == "clean":
         texts = [(lambda c, t=t: re.sub(r"\ba (?=[aeiou])", "a" + "n ", t.format(c))) for t in texts]
     with torch.no_grad():
-        heads = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(tiny_clip), named, texts)
+        heads = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(tiny_clip), classes, texts)
         batch = torch.stack([preprocess(Image.open(path)) for path in images.paths])
         plain = model.logit_scale.exp() * model.encode_image(batch, normalize=True) @ heads
     assert relative(logits, plain) <= 1e-5
     assert torch.equal(logits.argmax(1), plain.argmax(1))
-    assert len(set(plain.argmax(1).tolist())) > 1  # the model tells pictures apart, so agreement means something
+    assert len(set(plain.argmax(1).tolist())) > 1  # the model distinguishes images, so agreement means something
 
 
 def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
