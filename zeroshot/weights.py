@@ -153,18 +153,17 @@ def _hub_model(model: str, download: bool) -> Source:
 
 
 def find_weights(model: str, tag: str) -> Path | None:
-    """Return the weights of a tag on this machine: placed by hand, in ~/.cache/clip, or in the hub's cache."""
-    config = open_clip.get_pretrained_cfg(model, tag)
+    """Return the weights of a tag on this machine: placed by hand, in the hub's cache, or in ~/.cache/clip."""
     plain = model.removesuffix(TWIN)
-    places = [WEIGHTS / f"{name}.{tag}{suffix}" for name in (model, plain, plain + TWIN) for suffix in SUFFIXES]
-    if config.get("url"):
-        places.append(OPENAI_CACHE / Path(config["url"]).name)
-    for path in places:
+    for path in (WEIGHTS / f"{name}.{tag}{suffix}" for name in (plain, plain + TWIN) for suffix in SUFFIXES):
         if path.is_file():
             return path
+    config = open_clip.get_pretrained_cfg(model, tag)
+    url = config.get("url", "")
     with hub(online=False), contextlib.suppress(OSError):
-        return Path(download_pretrained(config | {"url": ""}))
-    return None
+        return Path(download_pretrained(config | {"url": ""}))  # offline, it only looks into the hub's cache
+    cached = OPENAI_CACHE / Path(url).name
+    return cached if cached.is_file() else None
 
 
 def _download(model: str, tag: str, allowed: bool) -> Path:

@@ -66,6 +66,20 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_weights_of_a_tag_are_found_in_the_caches(nothing_here: Path, tiny_weights: Path) -> None:
+    """OpenAI's package writes plain files, the hub's client a folder per repository; the hub's cache comes first."""
+    plain = nothing_here / "ViT-B-32.pt"
+    plain.write_bytes(tiny_weights.read_bytes())
+    assert find_weights("ViT-B-32", "openai") == plain
+    repository = nothing_here / "models--timm--vit_base_patch32_clip_224.openai"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1")
+    cached = repository / "snapshots" / "1" / "open_clip_model.safetensors"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(tiny_weights.read_bytes())
+    assert find_weights("ViT-B-32", "openai") == cached
+
+
 @pytest.mark.parametrize(("download", "why"), [(False, "--weights openai"), (True, "the network doesn't answer")])
 def test_absent_weights_are_one_line_with_place_and_origin(download: bool, why: str, nothing_here: Path) -> None:
     with pytest.raises(BadInput) as error:
