@@ -1,50 +1,57 @@
-"""Model hubs and the libraries that reach them: whether a hub answers, and what their errors and logs say."""
+"""Access to model hubs, and the libraries that load from them. Those are slow to import, so each function imports its own."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-import huggingface_hub
+
+def is_hub_name(name: str) -> bool:
+    """Return whether `name` has the form of a hub repository, owner/name. A relative path can have it too."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def hub_answers() -> bool:
-    """One quick question to the hub: its own client tries again for most of a minute."""
-    constants = huggingface_hub.constants
+    """Return whether the hub is reachable, with one quick request. The hub's own client retries for most of a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10)
     except urllib.error.HTTPError:
-        return not constants.HF_HUB_OFFLINE  # refused, but it answers
+        return True  # the request is refused, so there is a server
     except OSError:
         return False
-    return not constants.HF_HUB_OFFLINE
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def quiet_libraries() -> None:
-    """No progress bars that flash by, and no tables of what a file holds beside the part that is wanted: who loads checks the
-    loading report and says in one line what is wrong."""
-    import diffusers  # both are slow to import, and few scripts need them
-    import transformers
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    return True
 
 
 @contextlib.contextmanager
 def hub(online: bool) -> Iterator[None]:
-    """Within the block nothing is fetched from the hub unless `online`; what is in its cache is found either way."""
-    constants = huggingface_hub.constants
+    """Fetch nothing from the hub within the block unless `online`. Files in its cache are found either way."""
+    from huggingface_hub import constants
+
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not online
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and loading reports of diffusers and transformers. Loaders check the reports themselves."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

@@ -194,7 +194,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3)])
 def test_a_file_that_holds_no_judge_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(BadInput, match=r"other\.pth is no judge"):
+    with pytest.raises(BadInput, match=r"other\.pth is no digit classifier"):
         load_classifier(tmp_path / "other.pth", CPU)
 
 

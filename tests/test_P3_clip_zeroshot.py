@@ -17,16 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, pictures_of, relative, run, save_model
+from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, images_of, relative, run, save_model
 
-from P3_clip_zeroshot import main
+from P3_clip_zeroshot import Settings, ZeroShotConfig, config_of
 from runtime.cli import BadInput
 from runtime.files import ROOT
-from zeroshot import dataset
-from zeroshot.features import encode_all, logits_of
+from zeroshot.features import encode_all
 from zeroshot.model import load
 from zeroshot.prompts import CIFAR, fillers, templates_of
-from zeroshot.settings import Settings
 from zeroshot.weights import resolve
 
 STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
@@ -37,33 +35,33 @@ STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
 
 @pytest.mark.parametrize(("prompts", "names"), [("report", "raw"), ("cifar", "clean")])
 def test_logits_equal_open_clips_plain_api(prompts: str, names: Any, tiny_clip: str, labelled: Path) -> None:
-    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
+    ours, images = load(resolve(tiny_clip, None), CPU), images_of(labelled)
     templates = templates_of(prompts)
-    classifier = ours.classifier(pictures.names, fillers(templates, names))
-    logits = logits_of(encode_all(ours, pictures, 8, 2), classifier, ours.scale, ours.bias)
+    classifier = ours.classifier(images.names, fillers(templates, names))
+    logits = classifier.logits(encode_all(ours, images, 8, 2))
 
     model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
     model.eval()
-    texts = [t.replace("{}", "{0}") for t in templates]
-    named = [name.replace("_", " ") for name in NAMES] if names == "clean" else NAMES
+    classes = [name.replace("_", " ") for name in NAMES] if names == "clean" else NAMES
+    texts: list[Any] = [t.replace("{}", "{0}") for t in templates]
     if names == "clean":
         texts = [(lambda c, t=t: re.sub(r"\ba (?=[aeiou])", "a" + "n ", t.format(c))) for t in texts]
     with torch.no_grad():
-        heads = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(tiny_clip), named, texts)
-        batch = torch.stack([preprocess(Image.open(path)) for path in pictures.paths])
+        heads = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(tiny_clip), classes, texts)
+        batch = torch.stack([preprocess(Image.open(path)) for path in images.paths])
         plain = model.logit_scale.exp() * model.encode_image(batch, normalize=True) @ heads
     assert relative(logits, plain) <= 1e-5
     assert torch.equal(logits.argmax(1), plain.argmax(1))
-    assert len(set(plain.argmax(1).tolist())) > 1  # the model tells pictures apart, so agreement means something
+    assert len(set(plain.argmax(1).tolist())) > 1  # the model distinguishes images, so agreement means something
 
 
 def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
     tiny_clip: str, tiny_weights: Path, labelled: Path
 ) -> None:
     """No open_clip transform, classifier builder or loader: Pillow, numpy and the two towers."""
-    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
-    classifier = ours.classifier(pictures.names, fillers(CIFAR, "raw"))
-    logits = logits_of(encode_all(ours, pictures, 8, 2), classifier, ours.scale, ours.bias)
+    ours, images = load(resolve(tiny_clip, None), CPU), images_of(labelled)
+    classifier = ours.classifier(images.names, fillers(CIFAR, "raw"))
+    logits = classifier.logits(encode_all(ours, images, 8, 2))
 
     model = open_clip.CLIP(**CONFIG).eval()
     model.load_state_dict(load_file(tiny_weights))
@@ -74,7 +72,7 @@ def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
             vectors = [model.encode_text(open_clip.tokenize([t.replace("{}", name)]))[0] for t in CIFAR]
             mean_vector = torch.stack([v / v.norm() for v in vectors]).mean(0)
             heads.append(mean_vector / mean_vector.norm())
-        for row, path in enumerate(pictures.paths):
+        for row, path in enumerate(images.paths):
             pixels = np.asarray(Image.open(path).resize((48, 48), Image.Resampling.BICUBIC)) / 255
             image = torch.tensor(((pixels - mean) / std).transpose(2, 0, 1), dtype=torch.float32)
             vector = model.encode_image(image[None])[0]
@@ -98,27 +96,16 @@ def test_the_run_predicts_what_the_plain_api_predicts(tiny_clip: str, labelled: 
             assert row.top5.split("|") == [NAMES[i] for i in shares.topk(5).indices]
 
 
-def test_pictures_too_many_for_memory_are_read_again(
-    tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clip, kept, reread = load(resolve(tiny_clip, None), CPU), pictures_of(labelled), pictures_of(labelled)
-    kept.decode(2)
-    monkeypatch.setattr(dataset, "KEPT_BYTES", 10 * 3 * 32 * 32)
-    reread.decode(2)
-    assert sum(picture is not None for picture in reread.kept) == 10
-    assert torch.equal(encode_all(clip, kept, 8, 2), encode_all(clip, reread, 8, 2))
-
-
 def test_bf16_is_close_to_fp32(tiny_clip: str, labelled: Path) -> None:
-    source, pictures = resolve(tiny_clip, None), pictures_of(labelled)
-    fine, coarse = (encode_all(load(source, CPU, kind), pictures, 8, 2) for kind in ("fp32", "bf16"))
+    source, images = resolve(tiny_clip, None), images_of(labelled)
+    fine, coarse = (encode_all(load(source, CPU, kind), images, 8, 2) for kind in ("fp32", "bf16"))
     assert coarse.dtype == torch.float32
     assert 0 < float((fine - coarse).abs().max()) < 0.05
 
 
 def test_the_batch_changes_no_feature(tiny_clip: str, labelled: Path) -> None:
-    ours, pictures = load(resolve(tiny_clip, None), CPU), pictures_of(labelled)
-    one, seven, all_at_once = (encode_all(ours, pictures, batch, 2) for batch in (1, 7, 64))
+    ours, images = load(resolve(tiny_clip, None), CPU), images_of(labelled)
+    one, seven, all_at_once = (encode_all(ours, images, batch, 2) for batch in (1, 7, 64))
     torch.testing.assert_close(one, seven, rtol=0, atol=1e-6)
     torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-6)
     assert one.norm(dim=1) == pytest.approx(torch.ones(30))
@@ -134,8 +121,8 @@ def test_a_second_run_needs_no_model_and_no_picture_and_says_the_same(
     first = run(tmp_path, labelled, tiny_clip, **more)
     table = (tmp_path / "out" / "predictions.csv").read_bytes()
     second = run(tmp_path, labelled, tiny_clip, **more)
-    assert set(first["timings_s"]) == {"decoding", "model", "images", "text", "writing"}
-    assert set(second["timings_s"]) == {"writing"}
+    assert set(first["timings_s"]) == {"inputs", "model", "images", "text", "writing"}
+    assert set(second["timings_s"]) == {"inputs", "writing"}
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == table
     assert first["metrics"] == second["metrics"]
 
@@ -193,29 +180,22 @@ def test_embeddings_of_another_model_are_told_and_added(
     assert "images" not in run(tmp_path, labelled, tiny_clip, embeddings=file)["timings_s"]
 
 
-def test_skip_existing_skips_the_same_and_nothing_else(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
-    first = run(tmp_path, labelled, tiny_clip)
-    assert run(tmp_path, labelled, tiny_clip, skip_existing=True)["started"] == first["started"]
-    (tmp_path / "out" / "record.json").write_text(json.dumps(first | {"started": "before"}))
-    assert run(tmp_path, labelled, tiny_clip, skip_existing=True)["started"] == "before"
-    assert run(tmp_path, labelled, tiny_clip, skip_existing=True, prompts="single")["started"] != "before"
+def test_flags_replace_those_of_the_preset() -> None:
+    assert config_of(Settings()) == ZeroShotConfig("ViT-B-32", "openai", "report", "raw")
+    assert config_of(Settings(preset="fast", prompts="single")) == ZeroShotConfig(
+        "ViT-B-32", "datacomp_xl_s13b_b90k", "single", "clean"
+    )
+    assert config_of(Settings(preset="best", model="local-dir:x", names="raw")) == ZeroShotConfig(
+        "local-dir:x", None, "cifar", "raw"
+    )
 
 
-def test_compare_encodes_pictures_once_and_prints_one_table(
-    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(tmp_path, labelled, tiny_clip, compare=("report", "cifar,clean", "imagenet"))
-    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/record.json")]
-    assert len(records) == 3
-    assert sorted("images" in record["timings_s"] for record in records) == [False, False, True]
-    table = pd.read_csv(tmp_path / "out" / "compare.csv")
-    assert table.prompts.tolist() == ["report", "cifar", "imagenet"]
-    assert table.names.tolist() == ["raw", "clean", "raw"]
-    alone = run(tmp_path / "alone", labelled, tiny_clip, prompts="cifar", names="clean")
-    assert table.top1[1] == pytest.approx(alone["metrics"]["top1"])
-    assert len(re.findall(r"local-dir:\S+ +(?:report|cifar|imagenet) +(?:raw|clean)", capsys.readouterr().out)) == 3
-    main(Settings(collect=tmp_path))
-    assert len(pd.read_csv(tmp_path / "runs.csv")) == 4
+def test_kept_features_serve_other_prompts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors")
+    kept = run(tmp_path, labelled, tiny_clip, prompts="cifar", embeddings=tmp_path / "features.safetensors")
+    alone = run(tmp_path / "alone", labelled, tiny_clip, prompts="cifar")
+    assert "images" not in kept["timings_s"]
+    assert kept["metrics"] == alone["metrics"]
 
 
 # --------------------------------------------------------------- results
@@ -292,7 +272,7 @@ def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"model": "ViT-B-23", "weights": "openai"}, "nearest: ViT-B-32"),
         ({"model": "ViT-B-32", "weights": "opnai"}, "nearest: openai"),
@@ -306,15 +286,13 @@ def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: 
         ({"batch": -1}, "--batch -1"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
         ({"embeddings": ROOT / "LICENSE"}, "not a safetensors file"),
-        ({"compare": ("cifar", "nonsense")}, "--model nonsense is not known"),
-        ({"collect": ROOT / "tests"}, "no record.json"),
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(
-    given: dict[str, Any], named: str, tiny_clip: str, labelled: Path, tmp_path: Path
+    flags: dict[str, Any], message: str, tiny_clip: str, labelled: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(BadInput, match=named):
-        run(tmp_path, given.pop("images", labelled), given.pop("model", tiny_clip), **given)
+    with pytest.raises(BadInput, match=message):
+        run(tmp_path, flags.pop("images", labelled), flags.pop("model", tiny_clip), **flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -328,9 +306,8 @@ def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: P
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
-    for more in ({}, {"compare": ("cifar",)}):
-        with pytest.raises(BadInput, match="a file is in the way"):
-            run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors", **more)
+    with pytest.raises(BadInput, match="a file is in the way"):
+        run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors")
     assert (tmp_path / "out").read_text() == "precious"
     assert not (tmp_path / "features.safetensors").exists()
 

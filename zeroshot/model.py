@@ -1,4 +1,4 @@
-"""An open_clip model, ready to encode: pictures in batches, classes as a zero-shot classifier."""
+"""An open_clip model that encodes batches of images, and class names as a zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -23,57 +22,65 @@ from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Classifier(NamedTuple):
+    """A zero-shot classifier: text features [D,C] float32 of unit length, and the model's scale and bias of cosines."""
+
+    weight: Tensor
+    scale: float
+    bias: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the scaled cosines [N,C] of image features [N,D], as open_clip's models do."""
+        return self.scale * (features @ self.weight) + self.bias
+
+
 @dataclass
 class Clip:
-    """A loaded model, its transform in two halves (per picture on the CPU, per batch on the device), and its tokenizer."""
+    """A loaded model with its tokenizer, and its transform in two halves: per image on the CPU, per batch on the device."""
 
     model: Any
-    per_picture: Callable[[Image.Image], Image.Image]
+    per_image: Callable[[Image.Image], Image.Image]
     mean: Tensor
     std: Tensor
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
     dtype: torch.dtype
 
-    @cached_property
-    def scale(self) -> float:
-        """What cosines are multiplied by."""
-        return float(self.model.logit_scale.detach().float().exp())
-
-    @cached_property
-    def bias(self) -> float:
-        """What is added to logits: 0, but for SigLIP."""
-        bias = getattr(self.model, "logit_bias", None)
-        return 0.0 if bias is None else float(bias.detach())
-
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B,3,H,W] uint8, resized and cropped -> [B,D] float32 of length 1, on the device, without waiting for it."""
+        """Encode [B,3,H,W] uint8, resized and cropped, as [B,D] float32 of unit length, without waiting for the device."""
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
         pixels = pixels.sub_(self.mean).div_(self.std).to(self.dtype)  # torchvision's Normalize waits for the device
-        return self.model.encode_image(pixels, normalize=True).float()
+        features: Tensor = self.model.encode_image(pixels, normalize=True)
+        return features.float()
 
     @torch.inference_mode()
-    def classifier(self, classes: list[str], templates: list[Callable[[str], str]]) -> Tensor:
-        """[D,C] float32 on the CPU: open_clip's zero-shot classifier, 10 classes at a time."""
-        made = open_clip.build_zero_shot_classifier(self.model, self.tokenizer, classes, templates, 10, self.device)
-        return made.float().cpu()
+    def classifier(self, classes: list[str], prompts: list[Callable[[str], str]]) -> Classifier:
+        """Build open_clip's zero-shot classifier on the CPU. `prompts` are functions of the class name."""
+        weight = open_clip.build_zero_shot_classifier(self.model, self.tokenizer, classes, prompts, 10, self.device)
+        scale = float(self.model.logit_scale.detach().float().exp())
+        bias = getattr(self.model, "logit_bias", None)  # SigLIP has one
+        return Classifier(weight.float().cpu(), scale, 0.0 if bias is None else float(bias.detach()))
 
 
 def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
-    """The model in evaluation mode; `precision` fp32, tf32, bf16 or fp16. Raises BadInput where file and architecture don't fit."""
-    kind = "fp32" if precision == "tf32" else precision
+    """Load the model in evaluation mode; `precision` is fp32, tf32, bf16 or fp16.
+
+    Raise BadInput if file and architecture don't fit.
+    """
     whole = source.model.startswith((LOCAL, HUB))
     archive = not whole and is_openai_archive(source.weights)
-    logging.disable(logging.WARNING if archive else logging.NOTSET)  # "initialized randomly": not for long
+    logging.disable(
+        logging.WARNING if archive else logging.NOTSET
+    )  # its weights follow, so "initialized randomly" misleads
     try:
         with hub(source.online):
             model, _, transform = open_clip.create_model_and_transforms(
                 source.model,
                 None if whole or archive else str(source.weights),
-                precision=kind,
+                precision="fp32" if precision == "tf32" else precision,
                 device=device,
                 force_quick_gelu=source.quick_gelu,
                 pretrained_text=False,
@@ -82,7 +89,9 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
             tokenizer = open_clip.get_tokenizer(source.model)
         if archive:
             model.load_state_dict(_openai_tensors(source.weights))
-    except Exception as error:  # whatever a damaged or foreign file makes open_clip, torch or transformers raise
+    except (
+        Exception
+    ) as error:  # a damaged or foreign file makes open_clip, torch or transformers raise errors of any class
         raise BadInput(f"--model {source.model} can't be loaded from {source.weights}: {_reason(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -92,13 +101,13 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
 
 
 def _openai_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of OpenAI's archive, which torch's safe reader refuses; TorchScript runs no Python."""
+    """Read the tensors of OpenAI's archive, which torch's safe reader refuses. TorchScript runs no Python."""
     tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
     return {name: t for name, t in tensors.items() if name not in ("input_resolution", "context_length", "vocab_size")}
 
 
 def _reason(error: Exception) -> str:
-    """What to tell of an exception: torch's list of wrong tensors is cut to the first."""
+    """Return an exception's message in one line; torch's list of wrong tensors is cut to the first."""
     text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
     if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
         return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"

@@ -14,12 +14,12 @@ from runtime.cli import BadInput
 Names = Literal["raw", "clean"]
 
 REPORT = ("A photo of {}",)
-"""The report's one prompt, 58.64 %. It has neither article nor full stop, and the stop alone costs 2 points on the same pictures."""
+"""The report's one prompt, 58.64 %. It has neither article nor full stop; the stop alone costs 2 points on the same images."""
 
 SINGLE = ("a photo of a {}.",)
 """The one prompt of the CLIP paper (Radford et al. 2021, arXiv 2103.00020)."""
 
-# What pictures of 32 pixels look like when enlarged: blurred, colourless, flat or harsh, badly or well taken, of a small or a large object.
+# What images of 32 pixels look like when enlarged: blurred, colourless, flat or harsh, badly or well taken, of a small or a large object.
 _LOOKS = (
     "a photo of ARTICLE {}.",
     "a blurry photo of ARTICLE {}.",
@@ -32,7 +32,7 @@ _LOOKS = (
     "a photo of ARTICLE big {}.",
 )
 CIFAR = tuple(look.replace("ARTICLE", article) for article in ("a", "the") for look in _LOOKS)
-"""The 18 that OpenAI published for CIFAR-10 and -100 beside the CLIP paper: nine looks, each with "a" and with "the"."""
+"""The 18 that OpenAI published for CIFAR-10 and -100 with the CLIP paper: nine looks, each with "a" and with "the"."""
 
 SETS = ("report", "single", "cifar", "imagenet")
 _VOWEL_SOUND = re.compile(r"(?!eu|uni|use|usu|ute|one\b|once)[aeiou]|hour|honest|heir", re.IGNORECASE)
@@ -41,7 +41,7 @@ _BARE = re.compile(r"(^|\b(?:of|with|in|on|at|from|for|by|and|or|showing|is|like
 
 
 def templates_of(prompts: str) -> tuple[str, ...]:
-    """The templates of a set or of a text file (one a line, # comments), each with {}; raises BadInput for any other word."""
+    """Return the templates of a set or of a text file, each with {}. Raise BadInput for any other word."""
     if prompts == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES  # slow to import, and functions of a name there
 
@@ -56,7 +56,7 @@ def templates_of(prompts: str) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """One template a line; {} or any {word} stands for the class. Raises BadInput for a line without a placeholder."""
+    """Read one template a line, # for comments; {} or any {word} is the class. Raise BadInput for a line without it."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -67,9 +67,8 @@ def read_templates(path: Path) -> tuple[str, ...]:
         if not text or text.startswith("#"):
             continue
         if "{}" not in text:
-            raise BadInput(
-                f"--prompts {path}, line {number}: no placeholder, write {{}} where the class goes: {text[:60]!r}"
-            )
+            hint = f"no placeholder, write {{}} where the class goes: {text[:60]!r}"
+            raise BadInput(f"--prompts {path}, line {number}: {hint}")
         templates.append(text)
     if not templates:
         raise BadInput(f"--prompts {path} holds no template; one a line, such as: a photo of a {{}}.")
@@ -77,21 +76,24 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def article(phrase: str) -> str:
-    """a or an, by the sound of the first word."""
+    """Return a or an, by the sound of the first word."""
     return "an" if _VOWEL_SOUND.match(phrase) else "a"
 
 
 def fill(template: str, names: Names, name: str) -> str:
-    """The prompt of one class. clean: underscores become spaces, "a" becomes "an" before a vowel, and a name that follows
-    a preposition or stands first gets an article ("A photo of {}" -> "A photo of an oak tree")."""
+    """Return the prompt of one class.
+
+    clean: underscores become spaces, "a" becomes "an" before a vowel. A name at the start or after a preposition
+    gets an article ("A photo of {}" -> "A photo of an oak tree").
+    """
     if names == "raw":
         return template.replace("{}", name)
     phrase = name.replace("_", " ")
     a_or_an = article(phrase)
-    text = _AFTER_ARTICLE.sub(lambda found: f"{found[1]}{a_or_an[1:]} {{}}", template)
+    text = _AFTER_ARTICLE.sub(lambda match: f"{match[1]}{a_or_an[1:]} {{}}", template)
     return _BARE.sub(rf"\1{a_or_an} {{}}", text).replace("{}", phrase)
 
 
 def fillers(templates: Sequence[str], names: Names) -> list[Callable[[str], str]]:
-    """One function of the class name per template, as open_clip's `build_zero_shot_classifier` takes them."""
+    """Return one function of the class name per template, as open_clip's `build_zero_shot_classifier` takes them."""
     return [partial(fill, template, names) for template in templates]

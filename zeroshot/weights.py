@@ -1,47 +1,49 @@
-"""Which weights an open_clip model needs, where they lie, and whether they fit its activation. Nothing is loaded here.
+"""Which files an open_clip model needs, where they are, and whether they fit its activation. Nothing is loaded here.
 
 A model is one of open_clip's architectures with weights (a tag or a file), a folder (local-dir:PATH), or a hub model (hf-hub:NAME).
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import open_clip
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
 from runtime.cli import BadInput, log
-from runtime.files import ROOT, read_json, write_json
+from runtime.files import ROOT, read_json
 from runtime.hub import first_line, hub, hub_answers
 
-PLACED = ROOT / "checkpoints" / "clip"  # weights of a tag that a user put there by hand
-OPENAI_CACHE = Path("~/.cache/clip").expanduser()  # where open_clip and OpenAI's package keep plain downloads
+WEIGHTS = ROOT / "checkpoints" / "clip"  # files named MODEL.TAG.safetensors (or .bin, .pth, .pt), placed by hand
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+OPENAI_CACHE = Path("~/.cache/clip").expanduser()  # plain downloads of open_clip and of OpenAI's package
 LOCAL, HUB, TWIN = "local-dir:", "hf-hub:", "-quickgelu"
-Activation = Literal["match", "named"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a user named, resolved to files; nothing is loaded. `model` is open_clip's name with the activation that will be used."""
+    """A model's name, resolved to files. `model` is open_clip's name."""
 
     model: str
     tag: str | None
-    """open_clip's tag, as named or known from the file's name; None: a file of unknown origin, or a whole model."""
+    """open_clip's tag; None = a file, or a whole model."""
     weights: Path
     """The file, or the folder of a whole model."""
     files: tuple[Path, ...]
-    """Everything that decides what the model computes."""
+    """All files that decide what the model computes."""
     quick_gelu: bool = False
-    """Use QuickGELU though the architecture has GELU."""
+    """Use QuickGELU although the architecture has GELU."""
     online: bool = False
-    """A tokenizer or a text tower may be fetched from the hub."""
+    """Whether a tokenizer or a text tower may be fetched from the hub."""
 
     @property
     def label(self) -> str:
@@ -52,77 +54,71 @@ class Source:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The tag's transform where it is known, as arguments of open_clip's `create_model_and_transforms`."""
-        tag = open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {}
-        names = {"mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation"}
-        names["resize_mode"] = "image_resize_mode"
-        return {argument: tag[name] for name, argument in names.items() if name in tag}
+        """The tag's image transform, as arguments of open_clip's `create_model_and_transforms`."""
+        config = open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {}
+        names = ("mean", "std", "interpolation", "resize_mode")
+        return {f"image_{name}": config[name] for name in names if name in config}
 
-    def identity(self, memory: Path) -> str:
-        """A hash of all that decides the features: architecture, activation, transform, and the content of every file."""
-        known = None if self.model.startswith((LOCAL, HUB)) else open_clip.get_model_config(self.model)
-        parts = (known, self.quick_gelu, self.preprocessing, open_clip.__version__)
-        return hashlib.sha256(repr((parts, self.digests(memory))).encode()).hexdigest()
-
-    def digests(self, memory: Path) -> dict[str, str]:
+    @cached_property
+    def digests(self) -> dict[str, str]:
         """File name -> sha256."""
-        return {path.name: file_digest(path, memory) for path in self.files}
+        return {path.name: sha256(path) for path in self.files}
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that decides the features: architecture, activation, transform, and the content of every file."""
+        config = None if self.model.startswith((LOCAL, HUB)) else open_clip.get_model_config(self.model)
+        parts = (config, self.quick_gelu, self.preprocessing, open_clip.__version__)
+        return hashlib.sha256(repr((parts, self.digests)).encode()).hexdigest()
 
 
-def file_digest(path: Path, memory: Path) -> str:
-    """sha256 of the file, remembered in the json `memory` by path, size and time, because weights are large."""
-    status = path.stat()
-    key = f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}"
-    known = read_json(memory) if memory.is_file() else {}
-    if key not in known:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        known[key] = digest.hexdigest()
-        write_json(memory, known)
-    return str(known[key])
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- from names to files
 
 
-def resolve(model: str, weights: str | None, activation: Activation = "match", download: bool = False) -> Source:
-    """The files of a model. Raises BadInput for unknown names (the nearest are offered), absent weights (with where to get and
-    put them), and a hub that doesn't answer. Only with `download` is a network used, and only for what isn't on this machine."""
+def resolve(model: str, weights: str | None, download: bool = False) -> Source:
+    """Find the files of a model. Only with `download` a network is used, and only for files that are not on this machine.
+
+    Raise BadInput for unknown names (with the nearest), for absent weights (with where to get and put them), and if the hub doesn't answer.
+    """
     if model.startswith((LOCAL, HUB)):
         if weights:
             raise BadInput(f"--weights {weights}: {model} brings its own weights, leave --weights out")
         return _folder(model) if model.startswith(LOCAL) else _hub_model(model, download)
+
     model = _architecture(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not weights:
         raise BadInput(f"--model {model} needs --weights: a file or one of {', '.join(tags) or '(no tags known)'}")
-    known = open_clip.get_pretrained_cfg(model, weights)
-    if known:
-        tag: str | None = weights.lower().replace("-", "_")
-        path = find_weights(model, str(tag)) or _download(model, str(tag), known, download)
-    elif Path(weights).is_file():
-        path = Path(weights)
-        tag = tag_of_file(model, path)
-    else:
-        near = difflib.get_close_matches(weights, tags, 3, 0.4) or tags
-        raise BadInput(
-            f"--weights {weights} is neither a file nor a tag of {model}; nearest: {', '.join(near) or 'none known'}"
-        )
-    model, force = matching_activation(model, tag, path, keep=activation == "named")
-    return Source(model, tag, path, (path,), force, download and bool(known) and needs_hub(model))
+    tag = weights.lower().replace("-", "_")
+    if tag in tags:
+        path = find_weights(model, tag) or _download(model, tag, download)
+        online = download and _needs_hub(model)
+        return Source(model, tag, path, (path,), needs_quick_gelu(model, tag, path), online)
+    if not Path(weights).is_file():
+        near = ", ".join(difflib.get_close_matches(weights, tags, 3, 0.4) or tags) or "none known"
+        raise BadInput(f"--weights {weights} is neither a file nor a tag of {model}; nearest: {near}")
+    path = Path(weights)
+    return Source(model, None, path, (path,), needs_quick_gelu(model, None, path))
 
 
 def _architecture(model: str) -> str:
-    """open_clip's name of an architecture; ViT-B/32 is ViT-B-32. Raises BadInput with the nearest names."""
-    name, known = model.replace("/", "-"), open_clip.list_models()
-    if name in known:
+    """Return open_clip's name of an architecture: ViT-B/32 is ViT-B-32. Raise BadInput with the nearest names."""
+    name, models = model.replace("/", "-"), open_clip.list_models()
+    if name in models:
         return name
-    by_lower = {k.lower(): k for k in known}
-    near = [by_lower[k] for k in difflib.get_close_matches(name.lower(), by_lower, 3, 0.3)]
+    by_lower = {model.lower(): model for model in models}
+    near = [by_lower[key] for key in difflib.get_close_matches(name.lower(), by_lower, 3, 0.3)] or models[:5]
     raise BadInput(
-        f"--model {model} is not known to open_clip; nearest: {', '.join(near) or ', '.join(known[:5])}"
+        f"--model {model} is not known to open_clip; nearest: {', '.join(near)}"
         f" (a folder is {LOCAL}PATH, a hub model {HUB}NAME)"
     )
 
@@ -131,9 +127,9 @@ def _folder(model: str) -> Source:
     folder = Path(model.removeprefix(LOCAL))
     if not folder.is_dir():
         raise BadInput(f"--model {model}: {folder} is not a folder")
-    config = folder / HF_CONFIG_NAME
-    if not isinstance(read_json(config), dict) or "model_cfg" not in read_json(config):
-        raise BadInput(f"--model {model}: {config} has no model_cfg, so it is not an open_clip model")
+    config = read_json(folder / HF_CONFIG_NAME)
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise BadInput(f"--model {model}: {folder / HF_CONFIG_NAME} has no model_cfg, so it is not an open_clip model")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in files):
         raise BadInput(f"--model {model}: no weights in {folder}, wanted {HF_SAFE_WEIGHTS_NAME}")
@@ -149,53 +145,49 @@ def _hub_model(model: str, download: bool) -> Source:
             weights = Path(download_pretrained_from_hf(name))
     except (OSError, ValueError) as error:
         absent = "it is not on this machine" + (" and the hub doesn't answer" if download else "")
-        why = first_line(error) if online else absent
+        reason = first_line(error) if online else absent
         raise BadInput(
-            f"--model {model}: {why}; where there is a network, download it and pass its folder as {LOCAL}PATH"
+            f"--model {model}: {reason}; where there is a network, download it and pass its folder as {LOCAL}PATH"
         ) from None
     return Source(model, None, weights, (config, weights), online=online)
 
 
 def find_weights(model: str, tag: str) -> Path | None:
-    """The weights of a tag on this machine: placed by hand, in the hub's cache, or in ~/.cache/clip."""
-    known = open_clip.get_pretrained_cfg(model, tag)
-    for name in (model, _plain(model), _plain(model) + TWIN):  # the two variants share their weights
-        for suffix in (".safetensors", ".bin", ".pt"):
-            if (PLACED / f"{name}.{tag}{suffix}").is_file():
-                return PLACED / f"{name}.{tag}{suffix}"
-    repository, _, file = known.get("hf_hub", "").rpartition("/")
-    for name in (file.rsplit(".", 1)[0] + ".safetensors", file) if file else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        found = huggingface_hub.try_to_load_from_cache(repository, name) if repository else None
-        if isinstance(found, str):
-            return Path(found)
-    url = known.get("url", "").rsplit("/", 1)[-1]
-    return OPENAI_CACHE / url if url and (OPENAI_CACHE / url).is_file() else None
+    """Return the weights of a tag on this machine: placed by hand, in the hub's cache, or in ~/.cache/clip."""
+    plain = model.removesuffix(TWIN)
+    for path in (WEIGHTS / f"{name}.{tag}{suffix}" for name in (plain, plain + TWIN) for suffix in SUFFIXES):
+        if path.is_file():
+            return path
+    config = open_clip.get_pretrained_cfg(model, tag)
+    url = config.get("url", "")
+    with hub(online=False), contextlib.suppress(OSError):
+        return Path(download_pretrained(config | {"url": ""}))  # offline, it only looks into the hub's cache
+    cached = OPENAI_CACHE / Path(url).name
+    return cached if cached.is_file() else None
 
 
-def _download(model: str, tag: str, known: dict[str, Any], allowed: bool) -> Path:
-    """The tag's file from where open_clip has it; raises BadInput that says where to get it and where to put it."""
-    repository, _, file = known.get("hf_hub", "").rpartition("/")
-    url = known.get("url", "")
-    if repository:
-        url = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{file or HF_SAFE_WEIGHTS_NAME}"
-    place = PLACED / f"{model}.{tag}{Path(url).suffix}"
+def _download(model: str, tag: str, allowed: bool) -> Path:
+    """Fetch the tag's file as open_clip does. Raise BadInput with where to get it and where to put it."""
+    config = open_clip.get_pretrained_cfg(model, tag)
+    repository, _, name = config["hf_hub"].rpartition("/")
+    url = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}"
     reason = f"--weights {tag} downloads them"
     if allowed:
         reason = "the network doesn't answer"
         try:
-            if not repository or hub_answers():
+            if hub_answers():
                 log(f"downloading {url}")
-                return Path(download_pretrained(known))
+                return Path(download_pretrained(config))
         except (OSError, RuntimeError, ValueError) as error:
             reason = f"the download failed ({first_line(error)})"
     raise BadInput(
         f"the weights {tag} of {model} are not on this machine: {reason};"
-        f" by hand, get {url} and place it as {place} (or name it with --weights FILE)"
+        f" by hand, get {url} and place it as {WEIGHTS / f'{model}.{tag}{Path(url).suffix}'}"
     )
 
 
-def needs_hub(model: str) -> bool:
-    """True for architectures whose text tower or tokenizer open_clip takes from the hub."""
+def _needs_hub(model: str) -> bool:
+    """Return whether open_clip takes the architecture's text tower or tokenizer from the hub."""
     config = open_clip.get_model_config(model)
     return any(name in config["text_cfg"] for name in ("hf_model_name", "hf_tokenizer_name"))
 
@@ -203,52 +195,27 @@ def needs_hub(model: str) -> bool:
 # ---------------------------------------------------------------- the activation
 
 
-def _plain(model: str) -> str:
-    return model.removesuffix(TWIN)
+def needs_quick_gelu(model: str, tag: str | None, path: Path) -> bool:
+    """Return whether weights were trained with QuickGELU while the architecture has GELU. open_clip itself only warns.
 
-
-def tag_of_file(model: str, path: Path) -> str | None:
-    """The tag that a file holds, told by the name under which it is published, cached or placed; None: unknown."""
-    for name in (model, _plain(model) + TWIN, _plain(model)):
-        for tag in open_clip.list_pretrained_tags_by_model(name):
-            known = open_clip.get_pretrained_cfg(name, tag)
-            repository = known.get("hf_hub", "").rpartition("/")[0].replace("/", "--")
-            published = known.get("url", "").rsplit("/", 1)[-1]
-            placed = path.stem in (f"{name}.{tag}", f"{_plain(name)}.{tag}")
-            if placed or path.name == published or (repository and f"models--{repository}" in path.parts):
-                return tag
-    return None
-
-
-def matching_activation(model: str, tag: str | None, path: Path, keep: bool = False) -> tuple[str, bool]:
-    """(model, whether to force QuickGELU), so that the activation is the one the weights were trained with. What open_clip's
-    list and OpenAI's own archives tell is named and put right, unless `keep`; of an unknown file only the doubt is named."""
+    open_clip's list says so of a tag, and the archive format of OpenAI's own files. For other files the doubt is logged.
+    """
     has = open_clip.get_model_config(model).get("quick_gelu", False)
-    known = open_clip.get_pretrained_cfg(model, tag) or open_clip.get_pretrained_cfg(_plain(model), tag) if tag else {}
-    wanted = known.get("quick_gelu", False) if known else is_openai_archive(path)
-    if wanted and not has:
-        _tell_mismatch(model, "GELU", tag or path.name, "QuickGELU", keep)
-        return model, not keep
-    if known and has and not wanted and model.endswith(TWIN):
-        _tell_mismatch(model, "QuickGELU", str(tag), "GELU", keep)
-        return model if keep else _plain(model), False
-    if not known and not wanted and (has or _plain(model) + TWIN in open_clip.list_models()):
+    wants = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False) if tag else is_openai_archive(path)
+    if wants and not has:
+        log(f"warning: {model} has GELU but {tag or path.name} was trained with QuickGELU: QuickGELU is used")
+        return True
+    plain = model.removesuffix(TWIN)
+    if not tag and not wants and (has or plain + TWIN in open_clip.list_models()):
         log(
             f"warning: nothing tells whether {path} was trained with {'QuickGELU' if has else 'GELU'}, which {model} has;"
-            f" weights by OpenAI, MetaCLIP and DFN want {_plain(model)}{TWIN}, the wrong one costs some points"
+            f" weights by OpenAI, MetaCLIP and DFN want {plain}{TWIN}, the wrong one costs some points"
         )
-    return model, False
-
-
-def _tell_mismatch(model: str, has: str, weights: str, wanted: str, keep: bool) -> None:
-    done = (
-        f"{has} is kept, as --activation named says" if keep else f"{wanted} is used (--activation named keeps {has})"
-    )
-    log(f"warning: {model} has {has} but {weights} was trained with {wanted}: {done}")
+    return False
 
 
 def is_openai_archive(path: Path) -> bool:
-    """True for OpenAI's own files (ViT-B-32.pt): TorchScript archives, all of them with QuickGELU."""
+    """Return whether the file is one of OpenAI's own (ViT-B-32.pt): a TorchScript archive, always with QuickGELU."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

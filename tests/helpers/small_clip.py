@@ -1,4 +1,4 @@
-"""A small open_clip model with random weights, as files: what the tests of P3's CLIP scripts share."""
+"""A small open_clip model with random weights, as files, for the tests of zero-shot classification."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from P3_clip_zeroshot import main
-from zeroshot.dataset import LabelledImages, list_pictures
-from zeroshot.settings import Settings
+from P3_clip_zeroshot import Settings, main
+from zeroshot.dataset import LabelledImages, list_images
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -25,7 +24,7 @@ NAMES = ["apple", "oak_tree", "willow_tree", "streetcar", "bee", "sweet_pepper"]
 
 
 def save_model(folder: Path, seed: int) -> None:
-    """A random model in open_clip's folder form; weights large enough that pictures and prompts differ."""
+    """Save a random model in open_clip's folder form; weights large enough that images and prompts differ."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CONFIG)
     for parameter in model.parameters():
@@ -38,7 +37,7 @@ def save_model(folder: Path, seed: int) -> None:
 
 
 def save_archive(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tensors as a TorchScript module with their names, as OpenAI published its models."""
+    """Save the tensors as a TorchScript module with their names, as OpenAI published its models."""
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         *parents, leaf = name.split(".")
@@ -51,16 +50,16 @@ def save_archive(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     torch.jit.script(root).save(path)
 
 
-def run(tmp_path: Path, images: Path, clip: str, **more: Any) -> dict[str, Any]:
-    """The script's main with a folder of its own; returns record.json."""
-    given = {"images": images, "model": clip, "output": tmp_path / "out", "cache": tmp_path / "cache", **more}
-    main(Settings(**given))
-    record = given["output"] / "record.json"
-    return json.loads(record.read_text()) if record.is_file() else {}
+def run(tmp_path: Path, images: Path, clip: str, **flags: Any) -> dict[str, Any]:
+    """Run the script's main with outputs below `tmp_path`; return record.json."""
+    flags = {"images": images, "model": clip, "output": tmp_path / "out", "cache": tmp_path / "cache", **flags}
+    main(Settings(**flags))
+    record: dict[str, Any] = json.loads((flags["output"] / "record.json").read_text())
+    return record
 
 
-def pictures_of(images: Path) -> LabelledImages:
-    return list_pictures(images, images.parent / "id2label.json")
+def images_of(folder: Path) -> LabelledImages:
+    return list_images(folder, folder.parent / "id2label.json")
 
 
 def relative(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Label files of any flat form, pictures of any mode, and what is wrong with either, named."""
+"""Label files of any flat form, images of any mode, and one line that names what is wrong with either."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from runtime.cli import BadInput
-from zeroshot.dataset import list_pictures, read_labels
+from zeroshot.dataset import list_images, read_labels
 
 
 @pytest.mark.parametrize(
@@ -29,39 +29,52 @@ def test_labels_of_any_flat_form(content: Any, expected: dict[int, str], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "message"),
     [
-        ('{"0": "oak_tree", "1": "Oak tree"}', "same name"),
-        ('{"0": "cat", "00": "dog"}', "same name or number"),
-        ('{"a": "cat"}', "class id must be a whole number"),
-        ('{"0": ["cat"]}', "name must be text"),
-        ('{"0": ""}', "name must be text"),
+        ('{"0": "oak_tree", "1": "Oak tree"}', "2 classes have the same name"),
+        ('{"cat": 3, "dog": 3}', "2 names have only 1 numbers"),
+        ('{"0": "cat", "00": "dog"}', "2 names have only 1 numbers"),
+        ('{"a": "cat"}', "l.json, a: must be a valid integer.*it is 'a'"),
+        ('{"-1": "cat"}', "l.json, -1: must be greater than or equal to 0"),
+        ('{"0": ["cat"]}', r"l.json, 0: must be a valid string, it is \['cat'\]"),
+        ('{"0": ""}', "l.json, 0: must have at least 1 character, it is ''"),
         ("{}", "no labels"),
         ("7", "no labels"),
         ("{", "not valid JSON"),
     ],
 )
-def test_bad_labels_are_named(content: str, named: str, tmp_path: Path) -> None:
+def test_bad_labels_are_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(content)
-    with pytest.raises(BadInput, match=named):
+    with pytest.raises(BadInput, match=message):
         read_labels(tmp_path / "l.json")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_other_modes_are_converted_and_told(
-    mode: str, tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_modes_are_converted_and_logged_once(
+    mode: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "val").mkdir()
     suffix = "jpg" if mode == "CMYK" else "png"
-    Image.open(labelled / "0_7.png").convert(mode).save(tmp_path / "val" / f"0_1.{suffix}")
-    pictures = list_pictures(tmp_path / "val", labelled.parent / "id2label.json")
-    pictures.decode(1)
-    assert pictures.open(0).mode == "RGB"
-    assert f"mode {mode}" in capsys.readouterr().err
+    for number in (1, 2):
+        Image.open(labelled / "0_7.png").convert(mode).save(tmp_path / "val" / f"0_{number}.{suffix}")
+    images = list_images(tmp_path / "val", labelled.parent / "id2label.json")
+    assert [images.open(index).mode for index in (0, 1)] == ["RGB", "RGB"]
+    assert capsys.readouterr().err.count(f"mode {mode}, such as {images.paths[0]}") == 1
 
 
-def test_deep_pictures_are_named(labelled: Path, tmp_path: Path) -> None:
+def test_deep_images_are_named(labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "val" / "0_1.png")
     with pytest.raises(BadInput, match="0_1.png has mode I;16"):
-        list_pictures(tmp_path / "val", labelled.parent / "id2label.json").decode(1)
+        list_images(tmp_path / "val", labelled.parent / "id2label.json").open(0)
+
+
+def test_images_are_sorted_by_class_and_number(tmp_path: Path) -> None:
+    names = ["0_9.png", "0_10.png", "2_1.png", "10_3.png"]
+    (tmp_path / "val").mkdir()
+    for name in names:
+        (tmp_path / "val" / name).touch()
+    (tmp_path / "id2label.json").write_text(json.dumps({"0": "ant", "2": "bee", "10": "cat"}))
+    images = list_images(tmp_path / "val")
+    assert [path.name for path in images.paths] == names
+    assert images.truth.tolist() == [0, 0, 1, 2]

@@ -1,4 +1,4 @@
-"""Where weights lie, which activation they want, and that every form of a model computes the same."""
+"""Places of weights, the activation they want, and equal results from every form of a model."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_clip import CPU, NAMES, pictures_of, run, save_archive
+from small_clip import CPU, NAMES, images_of, run, save_archive
 
-from P3_clip_zeroshot import main
+from P3_clip_zeroshot import PRESETS, Settings, main
 from runtime.cli import BadInput
 from zeroshot import weights
 from zeroshot.features import encode_all
 from zeroshot.model import load
 from zeroshot.prompts import fillers, templates_of
-from zeroshot.settings import Settings
-from zeroshot.weights import find_weights, matching_activation, resolve, tag_of_file
+from zeroshot.weights import Source, find_weights, needs_quick_gelu, resolve
 
 
 def test_a_weights_file_on_an_architecture_equals_the_whole_folder(
     tiny_clip: str, tiny_weights: Path, labelled: Path
 ) -> None:
-    from_file, pictures = load(resolve("tiny-clip", str(tiny_weights)), CPU), pictures_of(labelled)
+    from_file, images = load(resolve("tiny-clip", str(tiny_weights)), CPU), images_of(labelled)
     whole = load(resolve(tiny_clip, None), CPU)
-    named = [fillers(templates_of("single"), "raw")] * 2
-    left, right = (m.classifier(NAMES, t) for m, t in zip((from_file, whole), named, strict=True))
-    assert torch.equal(left, right)
-    assert not torch.equal(encode_all(from_file, pictures, 8, 1), encode_all(whole, pictures, 8, 1))  # its transform
+    prompts = fillers(templates_of("single"), "raw")
+    assert torch.equal(from_file.classifier(NAMES, prompts).weight, whole.classifier(NAMES, prompts).weight)
+    assert not torch.equal(encode_all(from_file, images, 8, 1), encode_all(whole, images, 8, 1))  # its transform
 
 
 def test_openais_archive_is_read_without_pickle(tiny_weights: Path, tmp_path: Path) -> None:
-    """A TorchScript file in half precision, as ViT-B-32.pt is; it has QuickGELU without being told."""
+    """A TorchScript file in half precision, as ViT-B-32.pt is; QuickGELU is used."""
     halves = {name: tensor.half() for name, tensor in load_file(tiny_weights).items()}
     save_archive(tmp_path / "tiny.pt", halves | {"input_resolution": torch.tensor(48)})
     source = resolve("tiny-clip", str(tmp_path / "tiny.pt"))
@@ -46,7 +45,7 @@ def test_openais_archive_is_read_without_pickle(tiny_weights: Path, tmp_path: Pa
 def test_weights_of_a_tag_are_found_where_a_user_put_them(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "PLACED", tmp_path)
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
     assert find_weights("ViT-B-32", "openai") is None
     placed = tmp_path / "ViT-B-32.openai.safetensors"
     placed.write_bytes(tiny_weights.read_bytes())
@@ -60,22 +59,36 @@ def test_weights_of_a_tag_are_found_where_a_user_put_them(
 @pytest.fixture
 def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No weights in any place where they are looked for, and a hub at an address where nobody answers."""
-    monkeypatch.setattr(weights, "PLACED", tmp_path)
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
     monkeypatch.setattr(weights, "OPENAI_CACHE", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     return tmp_path
 
 
+def test_weights_of_a_tag_are_found_in_the_caches(nothing_here: Path, tiny_weights: Path) -> None:
+    """OpenAI's package writes plain files, the hub's client a folder per repository; the hub's cache comes first."""
+    plain = nothing_here / "ViT-B-32.pt"
+    plain.write_bytes(tiny_weights.read_bytes())
+    assert find_weights("ViT-B-32", "openai") == plain
+    repository = nothing_here / "models--timm--vit_base_patch32_clip_224.openai"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1")
+    cached = repository / "snapshots" / "1" / "open_clip_model.safetensors"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(tiny_weights.read_bytes())
+    assert find_weights("ViT-B-32", "openai") == cached
+
+
 @pytest.mark.parametrize(("download", "why"), [(False, "--weights openai"), (True, "the network doesn't answer")])
 def test_absent_weights_are_one_line_with_place_and_origin(download: bool, why: str, nothing_here: Path) -> None:
     with pytest.raises(BadInput) as error:
         resolve("ViT-B-32", "openai", download=download)
-    told = str(error.value)
-    assert why in told
-    assert "timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors" in told
-    assert str(nothing_here / "ViT-B-32.openai.safetensors") in told
-    assert "\n" not in told
+    message = str(error.value)
+    assert why in message
+    assert "timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors" in message
+    assert str(nothing_here / "ViT-B-32.openai.safetensors") in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("download", [False, True])
@@ -99,57 +112,37 @@ def test_a_bare_command_and_a_local_model_use_no_network(
 
 
 @pytest.mark.parametrize(
-    ("model", "tag", "expected", "told"),
+    ("model", "tag", "forced", "message"),
     [
-        ("ViT-B-32", "openai", ("ViT-B-32", True), "QuickGELU"),
-        ("ViT-B-32-quickgelu", "openai", ("ViT-B-32-quickgelu", False), ""),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", ("ViT-B-32", False), "GELU"),
-        ("ViT-B-32", "laion2b_s34b_b79k", ("ViT-B-32", False), ""),
-        ("roberta-ViT-B-32", "laion2b_s12b_b32k", ("roberta-ViT-B-32", False), ""),
-        ("ViT-B-32", None, ("ViT-B-32", False), "warning: nothing tells"),
-        ("EVA02-L-14", "merged2b_s4b_b131k", ("EVA02-L-14", False), ""),
+        ("ViT-B-32", "openai", True, "ViT-B-32 has GELU but openai was trained with QuickGELU: QuickGELU is used"),
+        ("ViT-B-32-quickgelu", "openai", False, ""),
+        ("ViT-B-32", "laion2b_s34b_b79k", False, ""),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", False, ""),
+        ("ViT-B-32", None, False, "warning: nothing tells"),
+        ("ViT-B-32-quickgelu", None, False, "warning: nothing tells"),
+        ("EVA02-L-14", "merged2b_s4b_b131k", False, ""),
     ],
 )
 def test_the_activation_follows_the_weights_and_a_mismatch_is_named(
-    model: str,
-    tag: str | None,
-    expected: tuple[str, bool],
-    told: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model: str, tag: str | None, forced: bool, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert matching_activation(model, tag, tmp_path / "w.pt") == expected
-    printed = capsys.readouterr().err
-    assert (told in printed) if told else not printed
+    assert needs_quick_gelu(model, tag, tmp_path / "w.pt") == forced
+    output = capsys.readouterr().err
+    assert (message in output) if message else not output
 
 
-def test_a_mismatch_is_named_when_it_is_kept_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert matching_activation("ViT-B-32", "openai", tmp_path / "w.pt", keep=True) == ("ViT-B-32", False)
-    assert "GELU but openai was trained with QuickGELU: GELU is kept" in capsys.readouterr().err
+def test_presets_are_tags_that_open_clip_knows() -> None:
+    assert {(config.model, config.weights) for config in PRESETS.values()} <= set(open_clip.list_pretrained())
 
 
 def test_a_forced_activation_is_that_of_the_quickgelu_variant(tiny_weights: Path, labelled: Path) -> None:
     source = resolve("tiny-clip", str(tiny_weights))
-    forced = load(weights.Source("tiny-clip", None, tiny_weights, (tiny_weights,), quick_gelu=True), CPU)
+    forced = load(Source("tiny-clip", None, tiny_weights, (tiny_weights,), quick_gelu=True), CPU)
     variant = load(resolve("tiny-clip-quickgelu", str(tiny_weights)), CPU)
-    pictures = pictures_of(labelled)
-    left, right, plain = (encode_all(m, pictures, 8, 1) for m in (forced, variant, load(source, CPU)))
+    images = images_of(labelled)
+    left, right, plain = (encode_all(m, images, 8, 1) for m in (forced, variant, load(source, CPU)))
     assert torch.equal(left, right)
     assert not torch.allclose(left, plain, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "tag"),
-    [
-        ("ViT-B-32.pt", "openai"),
-        ("ViT-B-32.datacomp_xl_s13b_b90k.safetensors", "datacomp_xl_s13b_b90k"),
-        ("vit_b_32-quickgelu-laion400m_e32-46683a32.pt", "laion400m_e32"),
-        ("models--timm--vit_base_patch32_clip_224.openai/snapshots/1/open_clip_model.safetensors", "openai"),
-        ("mine.safetensors", None),
-    ],
-)
-def test_the_tag_of_a_file_is_known_by_its_published_name(name: str, tag: str | None) -> None:
-    assert tag_of_file("ViT-B-32", Path("/somewhere") / name) == tag
 
 
 def test_weights_of_another_architecture_are_named(tiny_weights: Path, labelled: Path, tmp_path: Path) -> None:
