@@ -59,7 +59,7 @@ class Benchmark:
     batch: int = 0
     device: Device = "auto"
     seed: int = 0
-    output: Path = ROOT / "runs" / "bench" / "p3_clip.json"
+    record: Path = ROOT / "runs" / "bench" / "p3_clip.json"
 
 
 def make_inputs(folder: Path, benchmark: Benchmark) -> Settings:
@@ -186,8 +186,12 @@ def main(benchmark: Benchmark) -> None:
         agreement = found[f"{name}_agreement"]
         mean, spread = statistics.mean(ratios[name]), statistics.pstdev(ratios[name])
         print(f"ratio to the loop, {title}: {mean:.2f} +- {spread:.2f}  (same predictions: {100 * agreement:.0f} %)")
-    record.metrics = {"images_per_s": found, "ratio": ratios, "first_s": first, "cached_s": second}
-    record.save(benchmark.output)
+    record.metrics["agreement"] = {name: found[f"{name}_agreement"] for name in ratios}
+    record.add_repeats({f"{name}, images/s": found[name] for name in ("batched", *ratios)})
+    record.add_repeats({f"times faster than one {name} at a time": values for name, values in ratios.items()})
+    record.add_repeats({"classifier, s": [found["text_s"]], "first run, s": [first], "cached run, s": [second]})
+    record.add_repeats({"second run, times faster": [first / second]})
+    record.save(benchmark.record)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ RENAMED = (
     ("--contain", "--background-steps"),
     ("--mnistm-judge", "--mnistm-classifier"),
     ("--svhn-judge", "--svhn-classifier"),
+    ("--judge", "--mnistm-classifier"),
+    ("--output", "--record"),
 )
 
 
