@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Measurement:
     """A benchmark of the table; "{output}" in its commands stands for the table's folder."""
 
     name: str
@@ -76,46 +76,48 @@ class Entry:
 
 INVERSION, COMPOSITION = "benchmarks/p3_textual_inversion.py", "benchmarks/p3_composition.py"
 ENTRIES = (
-    Entry("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2"),
-    Entry("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2"),
-    Entry("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2"),
-    Entry("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2"),
-    Entry(
+    Measurement("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2"),
+    Measurement("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2"),
+    Measurement("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2"),
+    Measurement("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2"),
+    Measurement(
         "p3_clip",
         ("benchmarks/p3_clip.py",),
         "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1",
     ),
-    Entry("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", ASSEMBLE),
-    Entry(
+    Measurement("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", ASSEMBLE),
+    Measurement(
         "p3_concepts",
         (INVERSION, "concepts", "--folder", "{output}/p3_concepts/vectors"),
         "--seeds 1 --more-vectors 2 --steps 20 --batch 4 --count 4",
         ASSEMBLE,
     ),
-    Entry(
+    Measurement(
         "p3_course",
         (INVERSION, "graded", "--concepts", "{output}/p3_concepts/vectors"),
         "--names fish relief --repeats 2",
         ASSEMBLE,
         after=("p3_concepts",),
     ),
-    Entry("p3_composition", (COMPOSITION,), "--count 3 --alone 5 --learn 20", ASSEMBLE),
+    Measurement("p3_composition", (COMPOSITION,), "--count 3 --alone 5 --learn 20", ASSEMBLE),
 )
 GPU_ENTRIES = (  # in order of worth; none needs a network
-    Entry("p1_training", ("benchmarks/p1_training.py", "--preset", "gpu"), "--preset tiny --rounds 1", seconds=150),
-    Entry("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", seconds=60),
-    Entry("p2_ddim", ("benchmarks/p2_ddim.py", "--repeats", "2"), "--count 1 --steps 1 --size 64", seconds=120),
-    Entry(
+    Measurement(
+        "p1_training", ("benchmarks/p1_training.py", "--preset", "gpu"), "--preset tiny --rounds 1", seconds=150
+    ),
+    Measurement("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", seconds=60),
+    Measurement("p2_ddim", ("benchmarks/p2_ddim.py", "--repeats", "2"), "--count 1 --steps 1 --size 64", seconds=120),
+    Measurement(
         "p3_speed",
         (INVERSION, "speed", "--model", "random-v1", "--init", "dog", "--batch", "4", "--steps", "5"),
         f"--model {DIFFUSION} --init fish --steps 2 --repeats 2",
         seconds=120,
     ),
-    Entry("p3_large", ("benchmarks/p3_large.py",), f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
+    Measurement("p3_large", ("benchmarks/p3_large.py",), f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
 )
 
 
-def select(settings: Settings, output: Path) -> list[Entry]:
+def select(settings: Settings, output: Path) -> list[Measurement]:
     """Return the requested benchmarks with their commands complete. Raises BadInput for an unknown name."""
     entries = {entry.name: entry for entry in (GPU_ENTRIES if settings.gpu else ENTRIES)}
     if unknown := [name for name in settings.only if name not in entries]:
@@ -137,14 +139,14 @@ def select(settings: Settings, output: Path) -> list[Entry]:
     return selected
 
 
-def step_of(entry: Entry, output: Path) -> Step:
+def step_of(entry: Measurement, output: Path) -> Step:
     """Return the step that measures; it depends on all code and on the shipped weights."""
     measure = (*entry.command, "--record", output / entry.name / "record.json")
     inputs = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
     return Step(entry.name, f"benchmark {entry.name}", (*entry.setup, measure), inputs, entry.after)
 
 
-def rows_of(entry: Entry, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(entry: Measurement, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row per measured quantity; the spread is the standard deviation over the repeats."""
     facts = {name: str(record.get(name)) for name in ("machine", "started", "revision")}
     facts |= {"command": command_line(entry.command), "torch": record["versions"]["torch"]}
@@ -177,7 +179,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> st
     return "\n".join([*lines, ""])
 
 
-def write_table(entries: Sequence[Entry], output: Path, failed: Mapping[str, str]) -> str:
+def write_table(entries: Sequence[Measurement], output: Path, failed: Mapping[str, str]) -> str:
     """Write table.json and table.md of the records that exist; return the latter."""
     records = [(entry, output / entry.name / "record.json") for entry in entries]
     rows = [row for entry, path in records if path.is_file() for row in rows_of(entry, read_json(path))]

@@ -47,21 +47,11 @@ LEVELS = (
     "that and a branch of the network for each concept."
 )
 
-WORLD = {  # held-out concepts of the miniature: token, initial word, two prompts
+WORLD = {  # held-out concepts of the miniature: token, initial word, prompts
     "fish": ("<new1>", "object", "a photo of a {} on a blue background", "a photo of a red {} on a white background"),
-    "cup": (
-        "<new2>",
-        "object",
-        "a photo of a {} on a yellow background",
-        "a photo of a green {} on a white background",
-    ),
-    "ripple": (
-        "<new3>",
-        "unusual",
-        "a photo of a star in the style of {}",
-        "a photo of a blue ring in the style of {}",
-    ),
-}
+    "cup": ("<new2>", "object", "a photo of a {} on a yellow background", "a photo of a green {} on a white background"),
+    "ripple": ("<new3>", "unusual", "a photo of a star in the style of {}", "a photo of a blue ring in the style of {}"),
+}  # fmt: skip
 RECIPE = ("--lr", "1e-2", "--max-loss-weight", "30", "--embedding-noise", "1", "--zoom-out", "0.5")
 STYLED = ("a photo of a <new1> in the style of <new3>", "a red star on a white background in the style of <new3>")
 
@@ -100,36 +90,22 @@ def sections(inputs: Inputs) -> list[Section]:
         f"{case.prefix}_{name}" for name in ("words", "graded", "scores", "together", "layout")
     )
     vectors, ready = inputs.steps / words / "vectors", tuple(step.name for step in case.setup)
-    section = partial(
-        Section,
-        problem="P3",
-        inputs=case.inputs,
-        shipped=not inputs.model,
-        hint="" if inputs.model else HINT,
-    )
+    hint, device = "" if inputs.model else HINT, ("--device", inputs.device)
+    section = partial(Section, problem="P3", inputs=case.inputs, shipped=not inputs.model, hint=hint)
 
     def sample(step: str, embeddings: Path, *flags: str | Path) -> Command:
         place = ("--output", inputs.steps / step / "images", "--record", inputs.steps / step / "record.json")
         model = ("--model", case.model, "--embeddings", embeddings, "--guidance", case.guidance)
-        return ("P3_inference.py", *flags, *model, *place, "--device", inputs.device)
+        return ("P3_inference.py", *flags, *model, *place, *device)
 
     def learn(folder: Path, run: Path, *flags: str) -> Command:
         concepts = ("--model", case.model, "--concepts", folder / "concepts.json")
         place = ("--output", folder / "vectors", "--run", run)
-        return ("P3_textual_inversion.py", *concepts, *flags, *place, "--device", inputs.device)
+        return ("P3_textual_inversion.py", *concepts, *flags, *place, *device)
 
     def grade(step: str, images: str, file: Path) -> Command:
         references = ("--images", inputs.steps / images / "images", "--input", file, "--references", case.references)
-        return (
-            "P3_evaluate.py",
-            *references,
-            "--clip",
-            case.clip,
-            "--output",
-            inputs.steps / step,
-            "--device",
-            inputs.device,
-        )
+        return ("P3_evaluate.py", *references, "--clip", case.clip, "--output", inputs.steps / step, *device)
 
     learning = Step(
         words,
@@ -139,6 +115,7 @@ def sections(inputs: Inputs) -> list[Section]:
         ready,
         {inputs.steps / words / "concepts.json": case.concepts},
     )
+    grading = "P3: grading them as the course does"
 
     # Baselines of the miniature: images and grades with the initial words, from a training that changes nothing
     baselines: tuple[Step, ...] = ()
@@ -153,23 +130,12 @@ def sections(inputs: Inputs) -> list[Section]:
         measure = grade(ordinary_scores, ordinary, place / "input.json")
         baselines = (
             Step(ordinary, title, (keep, draw), case.files, ready, written),
-            Step(ordinary_scores, "P3: grading them as the course does", (measure,), case.files, (ordinary,)),
+            Step(ordinary_scores, grading, (measure,), case.files, (ordinary,)),
         )
         files[case.graded] = partial(with_baselines, case.ungraded, inputs.steps / ordinary_scores / "record.json")
 
-    grading = (
-        Step(
-            graded,
-            "P3: 25 images per prompt with the learned tokens",
-            (sample(graded, vectors, "--input", case.graded),),
-            case.files,
-            (words, *(step.name for step in baselines)),
-            files,
-        ),
-        Step(
-            scores, "P3: grading them as the course does", (grade(scores, graded, case.graded),), case.files, (graded,)
-        ),
-    )
+    draw = sample(graded, vectors, "--input", case.graded)
+    title, after = "P3: 25 images per prompt with the learned tokens", (words, *(step.name for step in baselines))
     all_in_one = sample(together, vectors, "--prompt", *case.prompts)
     result = [
         section(
@@ -183,7 +149,11 @@ def sections(inputs: Inputs) -> list[Section]:
             name=f"{case.prefix}-scores",
             title="How good are the tokens?",
             text=GRADING + ("" if inputs.model else ORDINARY),
-            steps=(*baselines, *grading),
+            steps=(
+                *baselines,
+                Step(graded, title, (draw,), case.files, after, files),
+                Step(scores, grading, (grade(scores, graded, case.graded),), case.files, (graded,)),
+            ),
             elements=lambda: grading_elements(
                 inputs.steps / graded, inputs.steps / scores, "the course's" if inputs.model else "the"
             ),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import p3_composition, table
-from benchmarks.table import ENTRIES, GPU_ENTRIES, Entry, Settings, main, markdown, select, step_of
+from benchmarks.table import ENTRIES, GPU_ENTRIES, Measurement, Settings, main, markdown, select, step_of
 from concepts.composition.multipath import ConductorConfig
 from runtime.cli import BadInput
 from runtime.device import detect
@@ -71,7 +71,7 @@ def test_the_courses_grades_are_of_what_the_same_table_learned(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES, *GPU_ENTRIES], ids=lambda entry: entry.name)
-def test_every_benchmark_has_a_quick_form_and_a_record_that_its_script_knows(entry: Entry) -> None:
+def test_every_benchmark_has_a_quick_form_and_a_record_that_its_script_knows(entry: Measurement) -> None:
     """Every flag is a field of its settings."""
     fields = (ROOT / str(entry.command[0])).read_text()
     words = [*map(str, entry.command), *entry.quick.split(), "--record", "--device"]
@@ -92,9 +92,9 @@ def test_every_gpu_benchmark_is_stopped_at_its_limit_and_the_table_says_so(
     """The first passes its limit, the second is done, and no time is left for the third."""
     done = f"import json, sys; open(sys.argv[2], 'w').write(json.dumps({RECORD!r})); print(sys.argv)"
     entries = (
-        Entry("slow", ("-c", "import time; time.sleep(60)"), "-", seconds=10),
-        Entry("fast", ("-c", done), "-", seconds=60),
-        Entry("late", ("-c", "import time; time.sleep(60)"), "-", seconds=60),
+        Measurement("slow", ("-c", "import time; time.sleep(60)"), "-", seconds=10),
+        Measurement("fast", ("-c", done), "-", seconds=60),
+        Measurement("late", ("-c", "import time; time.sleep(60)"), "-", seconds=60),
     )
     monkeypatch.setattr(table, "select", lambda settings, output: entries)
     monkeypatch.setattr(table, "GRACE", 3)
