@@ -30,6 +30,7 @@ def sections(inputs: Inputs) -> list[Section]:
     sample: Command = ("P2_ddim.py", *flags, "--output", faces / "images", "--record", faces / "record.json")
     if unet and noise and inputs.reference:
         sample += ("--reference", inputs.reference)
+    draw: Command = ("P2_report.py", *flags, "--output", figures)
     files = tuple(path for path in (unet or FACES, noise, inputs.reference) if path)
     weights = relative(unet) if unet else f"shipped weights {relative(FACES)} (64x64, grey)"
     noises = f"noises of {relative(noise)}" if unet and noise else "noises of seeds 0 to 9"
@@ -49,14 +50,7 @@ def sections(inputs: Inputs) -> list[Section]:
             text="With eta above 0 every step adds fresh noise, and the same start leads elsewhere. Between two noises the way matters: "
             "slerp turns one into the other and keeps its length; linear interpolation cuts the corner, and half way the noise is shorter "
             "than any noise in training.",
-            steps=(
-                Step(
-                    "p2_figures",
-                    "P2: figures of eta and interpolation",
-                    (("P2_report.py", *flags, "--output", figures),),
-                    files,
-                ),
-            ),
+            steps=(Step("p2_figures", "P2: figures of eta and interpolation", (draw,), files),),
             elements=lambda: figure_elements(figures),
         ),
     ]

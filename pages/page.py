@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,29 +46,27 @@ class RenderedSection:
 
     section: Section
     steps: list[StepSummary]
-    elements: list[Element] = field(default_factory=list)
-    reason: str = ""
+    elements: list[Element]
+    reason: str
 
 
 def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcome]) -> RenderedSection:
     """Return what a section's steps left in `folder`. A result that cannot be read is a reason, not an error."""
-    summaries = []
+    summaries, reasons = [], []
     for step in section.steps:
         outcome = outcomes[step.name]
         records = [] if outcome.reason else sorted((folder / step.name).glob("record*.json"))
         state = outcome.state if outcome.reason else f"{outcome.seconds:.0f} s"
-        summaries.append(
-            StepSummary(step.title, state, [*map(command_line, step.commands)], [*map(record_of, records)])
-        )
-    reasons = [(step.title, reason) for step in section.steps if (reason := outcomes[step.name].reason)]
-    if reasons:
-        return RenderedSection(section, summaries, reason="\n".join(f"{title}: {reason}" for title, reason in reasons))
-    try:
-        return RenderedSection(section, summaries, section.elements())
-    except Exception as error:  # a file of another version may hold anything; the other sections are still useful
-        return RenderedSection(
-            section, summaries, reason=f"Its results can't be read ({type(error).__name__}: {error})."
-        )
+        commands = [command_line(command) for command in step.commands]
+        summaries.append(StepSummary(step.title, state, commands, [record_of(path) for path in records]))
+        reasons += [f"{step.title}: {outcome.reason}"] if outcome.reason else []
+    elements: list[Element] = []
+    if not reasons:
+        try:
+            elements = section.elements()
+        except Exception as error:  # a file of another version may hold anything; the other sections are still useful
+            reasons = [f"Its results can't be read ({type(error).__name__}: {error})."]
+    return RenderedSection(section, summaries, elements, "\n".join(reasons))
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -91,13 +89,8 @@ def embedded(path: Path) -> dict[str, Any]:
 
 def write_page(path: Path, rendered: Sequence[RenderedSection], command: str) -> None:
     """Write the page atomically; `command` is the one that makes it."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **options)
     steps = {step.title for one in rendered for step in one.steps}
     present = sum(not one.reason for one in rendered)
     html = environment.get_template("page.html").render(

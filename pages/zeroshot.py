@@ -31,6 +31,8 @@ def sections(inputs: Inputs) -> list[Section]:
     miniature, rendered = inputs.steps / "miniature_zeroshot", inputs.steps / "miniature_pictures"
     count = "340" if inputs.quick else "1200"
     render = ("miniature/world.py", "zeroshot", "--count", count, "--seed", "1", "--output", rendered)
+    command = classify(inputs, miniature, "--model", f"local-dir:{relative(CLIP)}", "--images", rendered / "val")
+    title = "P3: zero-shot classification"
     shipped = section(
         name="miniature-zeroshot",
         title="Zero-shot classification with the small CLIP",
@@ -39,13 +41,7 @@ def sections(inputs: Inputs) -> list[Section]:
         shipped=True,
         steps=(
             Step("miniature_pictures", "P3: rendering images to classify", (render,)),
-            Step(
-                "miniature_zeroshot",
-                "P3: zero-shot classification",
-                (classify(inputs, miniature, "--model", f"local-dir:{relative(CLIP)}", "--images", rendered / "val"),),
-                (CLIP,),
-                ("miniature_pictures",),
-            ),
+            Step("miniature_zeroshot", title, (command,), (CLIP,), ("miniature_pictures",)),
         ),
         elements=lambda: result_elements(miniature, "95 %"),
         hint="" if inputs.photographs else HINT,
@@ -60,7 +56,7 @@ def sections(inputs: Inputs) -> list[Section]:
             text=TEXT,
             inputs=f"{relative(photographs)}, ViT-B-32 by OpenAI",
             shipped=False,
-            steps=(Step("p3_zeroshot", "P3: zero-shot classification", (command,), (photographs,)),),
+            steps=(Step("p3_zeroshot", title, (command,), (photographs,)),),
             elements=lambda: result_elements(folder, percent(PUBLISHED)),
             fallback=shipped,
         )
@@ -69,16 +65,8 @@ def sections(inputs: Inputs) -> list[Section]:
 
 def classify(inputs: Inputs, folder: Path, *flags: str | Path) -> Command:
     """Return the command that classifies images into a step's folder."""
-    return (
-        "P3_clip_zeroshot.py",
-        *flags,
-        "--output",
-        folder,
-        "--cache",
-        folder / "classifiers",
-        "--device",
-        inputs.device,
-    )
+    where = ("--output", folder, "--cache", folder / "classifiers", "--device", inputs.device)
+    return ("P3_clip_zeroshot.py", *flags, *where)
 
 
 def result_elements(folder: Path, target: str) -> list[Element]:
