@@ -33,7 +33,7 @@ ASSEMBLE: tuple[Command, ...] = (
     ("miniature/train_clip.py", "convert", "--output", CLIP),
     ("miniature/train_diffusion.py", "assemble", "--clip", CLIP, "--output", DIFFUSION),
 )
-GRACE = 10  # seconds: a benchmark may take this long to stop, and is not started with less
+GRACE = 20  # seconds kept for start-up and for a benchmark that is slow to stop; none is started with less
 
 
 @dataclass(frozen=True)

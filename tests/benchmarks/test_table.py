@@ -89,7 +89,7 @@ def test_a_change_of_the_code_measured_counts() -> None:
 def test_every_gpu_benchmark_is_stopped_at_its_limit_and_the_table_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first passes its limit, the second is done, and no time is left for the third."""
+    """The first passes its own limit, the second is done, the third gets the rest of the time."""
     done = f"import json, sys; open(sys.argv[2], 'w').write(json.dumps({RECORD!r})); print(sys.argv)"
     entries = (
         Measurement("slow", ("-c", "import time; time.sleep(60)"), "-", seconds=10),
@@ -101,7 +101,7 @@ def test_every_gpu_benchmark_is_stopped_at_its_limit_and_the_table_says_so(
     start = time.monotonic()
     with pytest.raises(SystemExit):
         main(Settings(gpu=True, device="cpu", minutes=0.3, output=tmp_path))
-    assert time.monotonic() - start < 0.3 * 60 + 3
+    assert time.monotonic() - start < 0.3 * 60 + 10
     text = (tmp_path / "table.md").read_text()
     assert "## slow\n\nNot measured: stopped at its limit of 10 s" in text
     assert "| s | 1 | - | 1 |" in text
