@@ -13,6 +13,7 @@ benchmark. It names the reason of one that failed or was stopped at its limit, w
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,9 @@ from runtime.steps import Command, Runner, Step, command_line
 
 RUNS = ROOT / "runs" / "bench"
 CLIP, DIFFUSION = "runs/miniature/clip", "runs/miniature/stable_diffusion"
-ASSEMBLE: tuple[Command, ...] = (
-    ("miniature/train_clip.py", "convert", "--output", CLIP),
-    ("miniature/train_diffusion.py", "assemble", "--clip", CLIP, "--output", DIFFUSION),
+ASSEMBLE = (
+    f"miniature/train_clip.py convert --output {CLIP}",
+    f"miniature/train_diffusion.py assemble --clip {CLIP} --output {DIFFUSION}",
 )
 GRACE = 20  # seconds kept for start-up and for a benchmark that is slow to stop; none is started with less
 
@@ -63,10 +64,10 @@ class Measurement:
     """A benchmark of the table; "{output}" in its commands stands for the table's folder."""
 
     name: str
-    command: Command
+    command: str
     quick: str
     """Flags that make it short."""
-    setup: tuple[Command, ...] = ()
+    setup: tuple[str, ...] = ()
     """Commands to run first."""
     after: tuple[str, ...] = ()
     """Benchmarks whose results it reads."""
@@ -74,46 +75,43 @@ class Measurement:
     """Time limit. None = no limit."""
 
 
-INVERSION, COMPOSITION = "benchmarks/p3_textual_inversion.py", "benchmarks/p3_composition.py"
+INVERSION = "benchmarks/p3_textual_inversion.py"
+VECTORS = "{output}/p3_concepts/vectors"
 ENTRIES = (
-    Measurement("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2"),
-    Measurement("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2"),
-    Measurement("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2"),
-    Measurement("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2"),
+    Measurement("p1_accuracy", "benchmarks/p1_accuracy.py", "--seeds 0 1 --count 2"),
+    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2"),
+    Measurement("p1_training", "benchmarks/p1_training.py", "--steps 2 --rounds 2"),
+    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--steps 1 --size 128 --repeats 2"),
     Measurement(
-        "p3_clip",
-        ("benchmarks/p3_clip.py",),
-        "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1",
+        "p3_clip", "benchmarks/p3_clip.py", "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1"
     ),
-    Measurement("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", ASSEMBLE),
+    Measurement("p3_speed", f"{INVERSION} speed", "--steps 2 --repeats 2", ASSEMBLE),
     Measurement(
         "p3_concepts",
-        (INVERSION, "concepts", "--folder", "{output}/p3_concepts/vectors"),
+        f"{INVERSION} concepts --folder {VECTORS}",
         "--seeds 1 --more-vectors 2 --steps 20 --batch 4 --count 4",
         ASSEMBLE,
     ),
     Measurement(
         "p3_course",
-        (INVERSION, "graded", "--concepts", "{output}/p3_concepts/vectors"),
+        f"{INVERSION} graded --concepts {VECTORS}",
         "--names fish relief --repeats 2",
         ASSEMBLE,
         after=("p3_concepts",),
     ),
-    Measurement("p3_composition", (COMPOSITION,), "--count 3 --alone 5 --learn 20", ASSEMBLE),
+    Measurement("p3_composition", "benchmarks/p3_composition.py", "--count 3 --alone 5 --learn 20", ASSEMBLE),
 )
 GPU_ENTRIES = (  # in order of worth; none needs a network
-    Measurement(
-        "p1_training", ("benchmarks/p1_training.py", "--preset", "gpu"), "--preset tiny --rounds 1", seconds=150
-    ),
-    Measurement("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", seconds=60),
-    Measurement("p2_ddim", ("benchmarks/p2_ddim.py", "--repeats", "2"), "--count 1 --steps 1 --size 64", seconds=120),
+    Measurement("p1_training", "benchmarks/p1_training.py --preset gpu", "--preset tiny --rounds 1", seconds=150),
+    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2", seconds=60),
+    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--count 1 --steps 1 --size 64", seconds=120),
     Measurement(
         "p3_speed",
-        (INVERSION, "speed", "--model", "random-v1", "--init", "dog", "--batch", "4", "--steps", "5"),
+        f"{INVERSION} speed --model random-v1 --init dog --batch 4 --steps 5 --repeats 3 --compile off",
         f"--model {DIFFUSION} --init fish --steps 2 --repeats 2",
         seconds=120,
     ),
-    Measurement("p3_large", ("benchmarks/p3_large.py",), f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
+    Measurement("p3_large", "benchmarks/p3_large.py", f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
 )
 
 
@@ -124,32 +122,33 @@ def select(settings: Settings, output: Path) -> list[Measurement]:
         raise BadInput(f"--only {unknown[0]}: known are {', '.join(entries)}")
     selected = []
     for name in settings.only or entries:
-        entry = entries[name]
-        command, setup = entry.command, entry.setup
+        command, setup = entries[name].command, entries[name].setup
         if name == "p1_training" and not (ROOT / "hw2_data" / "digits").is_dir():  # train on digits drawn by code
-            setup += (("hw2_data/prepare.py", "rendered", "--output", "{output}/digits", "--overwrite"),)
-            command += ("--data", "{output}/digits")
+            setup += ("hw2_data/prepare.py rendered --output {output}/digits --overwrite",)
+            command += " --data {output}/digits"
         if settings.quick:
-            command += tuple(entry.quick.split())
-            setup += ASSEMBLE if settings.gpu and DIFFUSION in command else ()
+            command += f" {entries[name].quick}"
+            setup = setup or (ASSEMBLE if DIFFUSION in command else ())
         if settings.gpu:
-            command += ("--device", settings.device)
-        filled = [tuple(str(word).format(output=output) for word in line) for line in (*setup, command)]
-        selected.append(replace(entry, command=filled[-1], setup=tuple(filled[:-1])))
+            command += f" --device {settings.device}"
+        folder = shlex.quote(str(output))
+        filled = [line.format(output=folder) for line in (*setup, command)]
+        selected.append(replace(entries[name], command=filled[-1], setup=tuple(filled[:-1])))
     return selected
 
 
 def step_of(entry: Measurement, output: Path) -> Step:
     """Return the step that measures; it depends on all code and on the shipped weights."""
-    measure = (*entry.command, "--record", output / entry.name / "record.json")
+    setup = [tuple(shlex.split(line)) for line in entry.setup]
+    measure: Command = (*shlex.split(entry.command), "--record", output / entry.name / "record.json")
     inputs = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
-    return Step(entry.name, f"benchmark {entry.name}", (*entry.setup, measure), inputs, entry.after)
+    return Step(entry.name, f"benchmark {entry.name}", (*setup, measure), inputs, entry.after)
 
 
 def rows_of(entry: Measurement, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row per measured quantity; the spread is the standard deviation over the repeats."""
     facts = {name: str(record.get(name)) for name in ("machine", "started", "revision")}
-    facts |= {"command": command_line(entry.command), "torch": record["versions"]["torch"]}
+    facts |= {"command": command_line(shlex.split(entry.command)), "torch": record["versions"]["torch"]}
     return [
         {
             "bench": entry.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +74,8 @@ def test_the_courses_grades_are_of_what_the_same_table_learned(tmp_path: Path) -
 @pytest.mark.parametrize("entry", [*ENTRIES, *GPU_ENTRIES], ids=lambda entry: entry.name)
 def test_every_benchmark_has_a_quick_form_and_a_record_that_its_script_knows(entry: Measurement) -> None:
     """Every flag is a field of its settings."""
-    fields = (ROOT / str(entry.command[0])).read_text()
-    words = [*map(str, entry.command), *entry.quick.split(), "--record", "--device"]
+    fields = (ROOT / entry.command.split()[0]).read_text()
+    words = f"{entry.command} {entry.quick} --record --device".split()
     flags = [word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
     assert entry.quick
     assert "record.add_repeats(" in fields
@@ -91,10 +92,11 @@ def test_every_gpu_benchmark_is_stopped_at_its_limit_and_the_table_says_so(
 ) -> None:
     """The first passes its own limit, the second is done, the third gets the rest of the time."""
     done = f"import json, sys; open(sys.argv[2], 'w').write(json.dumps({RECORD!r})); print(sys.argv)"
+    sleep = "-c 'import time; time.sleep(60)'"
     entries = (
-        Measurement("slow", ("-c", "import time; time.sleep(60)"), "-", seconds=10),
-        Measurement("fast", ("-c", done), "-", seconds=60),
-        Measurement("late", ("-c", "import time; time.sleep(60)"), "-", seconds=60),
+        Measurement("slow", sleep, "-", seconds=10),
+        Measurement("fast", f"-c {shlex.quote(done)}", "-", seconds=60),
+        Measurement("late", sleep, "-", seconds=60),
     )
     monkeypatch.setattr(table, "select", lambda settings, output: entries)
     monkeypatch.setattr(table, "GRACE", 3)
