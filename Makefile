@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := demo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test lint doctor train bench clean
+.PHONY: help setup demo report test lint doctor train bench gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -21,9 +21,10 @@ setup: .venv/.done  ## create .venv and install requirements.txt (about 5 GB, on
 demo: setup  ## all three problems with the shipped weights, scores and one web page (no data, no GPU)
 	@$(RUN) report.py --quick --output "$(DEMO)"
 
-report: setup  ## every figure and table on one web page: make report [DATA=hw2_data] [UNET=UNet.pt] [MODEL=sd-v1-4.ckpt] [JUDGE=Classifier.pth]
+report: setup  ## every figure and table on one web page: make report [DATA=hw2_data] [UNET=UNet.pt] [MODEL=sd-v1-4.ckpt] [CLASSIFIER=Classifier.pth]
+	@$(if $(JUDGE),$(error JUDGE is now CLASSIFIER))
 	@$(RUN) report.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-		$(if $(UNET),--unet "$(UNET)") $(if $(JUDGE),--judge "$(JUDGE)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
+		$(if $(UNET),--unet "$(UNET)") $(if $(CLASSIFIER),--mnistm-classifier "$(CLASSIFIER)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
 
 test: setup  ## all tests (a few minutes)
 	$(RUN) -m pytest
@@ -33,14 +34,17 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy .
 
-doctor: setup  ## what this machine has and how long drawing and training take
+doctor: setup  ## what this machine has and how long sampling and training take
 	@$(RUN) doctor.py
 
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## every side-by-side measurement, one table (hours on two cores; goes on where it was stopped); QUICK=1: all of them short
+bench: setup  ## every side-by-side measurement, one table (hours on two cores; continues where it was stopped); QUICK=1: all of them short
 	@$(RUN) benchmarks/table.py $(if $(QUICK),--quick)
+
+gpu: setup  ## what a GPU measures in at most eight minutes, one table, no network; MINUTES=N: another limit
+	@$(RUN) benchmarks/table.py --gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## remove .venv, runs, the demo's and the report's output
 	rm -rf .venv runs report "$(DEMO)"

@@ -1,4 +1,4 @@
-"""What this machine has: device, bf16, compiler, data, weights, and how long drawing and training take here.
+"""Show what this machine has: device, bf16, compiler, data, weights, and how long sampling and training take here.
 
 python doctor.py        (or: make doctor)
 """
@@ -33,14 +33,15 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the doctor."""
 
     data: Path = ROOT / "hw2_data"
+    """Folder of the course's data."""
     device: Device = "auto"
 
 
 def training_minutes(machine: Machine, preset: str) -> float:
-    """Measured: two steps of forward and backward at the preset's batch (at most 16 pictures on a CPU), scaled up."""
+    """Return the minutes of a P1 training: two measured steps (of at most 16 images on a CPU), scaled up."""
     recipe, device = RECIPES[preset], machine.device
     unet = to_channels_last(UNet(PRESETS[preset]), device)
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
@@ -55,8 +56,8 @@ def training_minutes(machine: Machine, preset: str) -> float:
     return (time.perf_counter() - start) / 2 / batch * recipe.batch * recipe.steps / 60
 
 
-def drawing_minutes(network: Network) -> float:
-    """Measured: `bash hw2_1.sh out` on this device."""
+def digit_minutes(network: Network) -> float:
+    """Return the minutes of `bash hw2_1.sh out`, from measured steps."""
     on_gpu = next(network.unet.parameters()).is_cuda
     batch = 1000 if on_gpu else 100
     return DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), batch).expected_seconds(1000) / 60
@@ -64,7 +65,10 @@ def drawing_minutes(network: Network) -> float:
 
 @torch.inference_mode()
 def face_minutes(machine: Machine) -> float:
-    """Estimated for `bash hw2_2.sh` with the course's ten noises, from the network's commonest layer: 496 GFLOP per picture and step."""
+    """Estimate the minutes of `bash hw2_2.sh` with ten noises from the time of the network's commonest layer.
+
+    The course's network takes 496 GFLOP per image and step.
+    """
     x = torch.randn(1, 128, 256, 256, device=machine.device).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(128, 128, 3, 3, device=machine.device)
     for repeat in range(4):
@@ -77,29 +81,25 @@ def face_minutes(machine: Machine) -> float:
     return (time.perf_counter() - start) / 3 / layer * 496 * 10 * 50 / 60
 
 
-def tell_files(settings: Settings) -> None:
-    """Which data and weights are there."""
-    for name in DATA:
-        found = (settings.data / name).exists()
-        print(f"data     {name:24s}{'found' if found else 'absent (hw2_data/README.md says how to get it)'}")
-    for name, file in WEIGHTS.items():
-        path = ROOT / "checkpoints" / file
-        print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
-
-
 def main(settings: Settings) -> None:
-    """Prints the machine, the files, the times."""
+    """Print the machine, the files and the times."""
     machine = detect(settings.device)
     print(f"device   {machine.device}: {machine.name}")
     print(f"bf16     {'native' if machine.native_bf16 else 'not native: fp32 is used'}")
     print(f"compiler {'found: torch.compile works' if machine.compiler else 'none: eager only'}")
     print("packages " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    tell_files(settings)
+    for name in DATA:
+        present = (settings.data / name).exists()
+        print(f"data     {name:24s}{'found' if present else 'absent (hw2_data/README.md says how to get it)'}")
+    for name, file in WEIGHTS.items():
+        path = ROOT / "checkpoints" / file
+        print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
+
     preset = "gpu" if machine.device.type == "cuda" else "cpu"
     precision = set_up("auto", machine)
     print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
     try:
-        minutes = drawing_minutes(load_network(CHECKPOINT, machine.device))
+        minutes = digit_minutes(load_network(CHECKPOINT, machine.device))
         print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
     except BadInput as error:
         print(f"  bash hw2_1.sh out               not possible: {error}")

@@ -1,12 +1,12 @@
-"""Everything at once: runs all three problems and writes one web page of what came out, report/index.html.
+"""Run all three problems and write one web page of the results, report/index.html.
 
-  python report.py                                           with the data in hw2_data, as far as there are any, else with shipped weights
+  python report.py                                           with the data in hw2_data if present, else with shipped weights
   python report.py --data hw2_data --model sd-v1-4.ckpt --unet face/UNet.pt
-  python report.py --quick --output demo                     shipped weights only, fewer pictures and steps: make demo
+  python report.py --quick --output demo                     shipped weights only, fewer images and steps: make demo
   python report.py --problems P2                             one problem
 
-What a step needs and doesn't find is told on the page. A step is kept as long as its command, its input and the code are the same, so
-the same command goes on where it was stopped.
+The page names the missing inputs of a step. A step is kept while its command, its inputs and the code are the same, so the same command
+continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,119 +19,133 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pages import p1, p2, words, zeroshot
-from pages.content import Part
-from pages.page import View, view_of, write_page
-from pages.sources import DIGITS, Sources
+from pages import inversion, p1, p2, zeroshot
+from pages.elements import Score, Section
+from pages.inputs import DIGITS, Inputs
+from pages.page import RenderedSection, render_section, write_page
 from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect
 from runtime.files import ROOT, output_folder
-from runtime.steps import Runner, short
-
-Problem = Literal["P1", "P2", "P3"]
+from runtime.steps import Runner, relative
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the report."""
 
     output: Path = ROOT / "report"
-    """Folder for index.html and, below steps/, all that it is made from."""
+    """Folder for index.html and, below steps/, everything that it is made from."""
     data: Path = ROOT / "hw2_data"
-    """The course's data, or as much of them as there is."""
+    """The course's data, or a part of them."""
     model: str | None = None
-    """Stable Diffusion v1: a diffusers folder, a hub name, or a single file; None: the miniature."""
+    """Stable Diffusion v1: a diffusers folder, a hub name, or a single file. None = the shipped miniature."""
     unet: Path | None = None
-    """The course's UNet.pt; None: face/UNet.pt in the data, else the shipped faces."""
+    """The course's UNet.pt. None = face/UNet.pt in the data, else the shipped faces."""
     digits: Path = DIGITS
-    """A P1 checkpoint."""
-    judge: Path | None = None
-    """The course's Classifier.pth; None: Classifier.pth in the data, else the shipped judge."""
+    """P1 checkpoint."""
+    mnistm_classifier: Path | None = None
+    """The course's Classifier.pth. None = Classifier.pth in the data, else the shipped classifier."""
     clip: str = "openai/clip-vit-base-patch32"
-    """The CLIP that grades pictures of --model: a transformers folder or a hub name."""
-    problems: tuple[Problem, ...] = ("P1", "P2", "P3")
+    """CLIP that grades the images of --model: a transformers folder or a hub name."""
+    problems: tuple[Literal["P1", "P2", "P3"], ...] = ("P1", "P2", "P3")
     quick: bool = False
-    """Shipped weights only, fewer pictures and steps."""
+    """Use shipped weights only, with fewer images and steps."""
     fresh: bool = False
     """Run every step again."""
     device: Device = "auto"
 
 
-def sources_of(settings: Settings) -> Sources:
-    """All paths absolute, since the steps run in the repository; raises BadInput for a file that is named and not there."""
-    for flag, path in (("--unet", settings.unet), ("--judge", settings.judge), ("--digits", settings.digits)):
+def find_inputs(settings: Settings) -> Inputs:
+    """Return the files of the flags, else those in the data. Raises BadInput for a named file that does not exist."""
+    files = {"unet": settings.unet, "mnistm-classifier": settings.mnistm_classifier, "digits": settings.digits}
+    for flag, path in files.items():
         if path and not path.is_file():
-            raise BadInput(f"{flag} {path} does not exist")
+            raise BadInput(f"--{flag} {path} does not exist")
     if settings.data != Settings.data and not settings.data.is_dir():
         raise BadInput(f"--data {settings.data} is not a folder")
-    if settings.quick and (settings.model or settings.unet or settings.judge):
-        raise BadInput("--quick takes the shipped weights: leave --model, --unet and --judge out, or --quick")
+    if settings.quick and (settings.model or settings.unet or settings.mnistm_classifier):
+        raise BadInput(
+            "--quick takes the shipped weights: leave --model, --unet and --mnistm-classifier out, or --quick"
+        )
     detect(settings.device)
-    model = settings.model and (
-        str(Path(settings.model).resolve()) if Path(settings.model).exists() else settings.model
-    )
-    return Sources(
+
+    def in_data(name: str) -> Path | None:
+        path = settings.data.resolve() / name
+        return path if path.exists() and not settings.quick else None
+
+    def local(name: str) -> str:
+        return str(Path(name).resolve()) if Path(name).exists() else name
+
+    return Inputs(
         steps=settings.output.resolve() / "steps",
-        data=settings.data.resolve(),
-        model=model or None,
-        unet=settings.unet and settings.unet.resolve(),
         digits=settings.digits.resolve(),
-        judge=settings.judge and settings.judge.resolve(),
-        clip=str(Path(settings.clip).resolve()) if Path(settings.clip).exists() else settings.clip,
+        mnistm_classifier=settings.mnistm_classifier.resolve()
+        if settings.mnistm_classifier
+        else in_data("Classifier.pth"),
+        unet=settings.unet.resolve() if settings.unet else in_data("face/UNet.pt"),
+        noise=in_data("face/noise"),
+        reference=in_data("face/GT"),
+        photographs=in_data("clip_zeroshot/val"),
+        textual_inversion=settings.data.resolve() / "textual_inversion",
+        model=local(settings.model) if settings.model else None,
+        clip=local(settings.clip),
         device=settings.device,
         quick=settings.quick,
     )
 
 
-def parts_of(settings: Settings, sources: Sources) -> list[Part]:
-    """All parts of the problems that were asked for, in the order of the page."""
-    found: list[Part] = []
-    if "P1" in settings.problems:
-        found += p1.parts(sources)
-    if "P2" in settings.problems:
-        found += p2.parts(sources)
-    if "P3" in settings.problems:
-        found += [zeroshot.part(sources), *words.parts(sources)]
-    return found
+def sections_of(settings: Settings, inputs: Inputs) -> list[Section]:
+    """Return the sections of the requested problems in the order of the page."""
+    pages = {"P1": (p1,), "P2": (p2,), "P3": (zeroshot, inversion)}
+    return [
+        section
+        for name in pages
+        if name in settings.problems
+        for page in pages[name]
+        for section in page.sections(inputs)
+    ]
 
 
-def run_parts(parts: Sequence[Part], sources: Sources, fresh: bool) -> list[View]:
-    """Every step in turn; where one fails and there is another part for that case, that part as well."""
-    runner = Runner(sources.steps, sum(len(part.steps) for part in parts), fresh)
-    views, waiting = [], list(parts)
+def run_sections(sections: Sequence[Section], folder: Path, fresh: bool) -> list[RenderedSection]:
+    """Run every step in turn. If one fails, its section's fallback is run as well."""
+    runner = Runner(folder, sum(len(section.steps) for section in sections), fresh)
+    rendered, waiting = [], list(sections)
     while waiting:
-        part = waiting.pop(0)
-        outcomes = [runner.run(step) for step in part.steps]
-        views.append(view_of(part, sources.steps, runner.outcomes))
-        if part.instead and not all(outcome.there for outcome in outcomes):
-            runner.total += len(part.instead.steps)
-            waiting.insert(0, part.instead)
-    return views
+        section = waiting.pop(0)
+        outcomes = [runner.run(step) for step in section.steps]
+        rendered.append(render_section(section, folder, runner.outcomes))
+        if section.fallback and any(outcome.reason for outcome in outcomes):
+            runner.total += len(section.fallback.steps)
+            waiting.insert(0, section.fallback)
+    return rendered
 
 
-def print_scores(views: Sequence[View], page: str, seconds: float) -> None:
-    """The table at the top of the page, and where that is."""
-    for view in views:
-        for score in view.shown.scores:
-            wanted = f"  (wanted: {score.wanted})" if score.wanted else ""
-            print(f"{view.part.problem}  {score.what:<58} {score.value}{wanted}")
-        if view.reason:
-            print(f"{view.part.problem}  {view.part.title}: not there. {view.reason.splitlines()[0]}")
-    print(f"{seconds / 60:.1f} minutes. The page: {page}")
+def print_scores(rendered: Sequence[RenderedSection]) -> None:
+    """Print the table at the top of the page."""
+    for one in rendered:
+        for score in one.elements:
+            if isinstance(score, Score):
+                target = f"  (wanted: {score.target})" if score.target else ""
+                print(f"{one.section.problem}  {score.what:<58} {score.value}{target}")
+        if one.reason:
+            print(f"{one.section.problem}  {one.section.title}: not there. {one.reason.splitlines()[0]}")
 
 
 def main(settings: Settings) -> None:
-    """Runs the steps, writes the page, prints the scores; exit code 1 where something is not there."""
+    """Run the steps, write the page, print the scores. Exit code 1 if a section has no results."""
     start = time.perf_counter()
-    sources = sources_of(settings)
-    parts = parts_of(settings, sources)
+    inputs = find_inputs(settings)
+    sections = sections_of(settings, inputs)
     output_folder(settings.output)
-    views = run_parts(parts, sources, settings.fresh)
+
+    rendered = run_sections(sections, inputs.steps, settings.fresh)
     page = settings.output.resolve() / "index.html"
-    write_page(page, views, shlex.join(["python", "report.py", *sys.argv[1:]]))
+    write_page(page, rendered, shlex.join(["python", "report.py", *sys.argv[1:]]))
+
     log("")
-    print_scores(views, short(page), time.perf_counter() - start)
-    if any(view.reason for view in views):
+    print_scores(rendered)
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes. The page: {relative(page)}")
+    if any(one.reason for one in rendered):
         raise SystemExit(1)
 
 

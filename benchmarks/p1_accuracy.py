@@ -39,7 +39,7 @@ class Settings:
     retries: int = 3
     batch: int = 100
     device: Device = "auto"
-    output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_accuracy.json"
+    record: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_accuracy.json"
 
 
 def measure(
@@ -82,8 +82,10 @@ def main(bench: Settings) -> None:
             values = [row[name] for row in found]
             print(f"  {name:40s} {statistics.mean(values):8.4f} +- {statistics.pstdev(values):.4f}")
     record = Record(bench, machine)
-    record.metrics = rows
-    record.save(bench.output)
+    record.add_repeats(
+        {f"{way}: {name}": [row[name] for row in found] for way, found in rows.items() for name in found[0]}
+    )
+    record.save(bench.record)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Settings:
     """Steps of the baseline."""
     seed: int = 0
     device: Device = "auto"
-    output: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_sampling.json"
+    record: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_sampling.json"
 
 
 @torch.inference_mode()
@@ -95,8 +95,9 @@ def main(bench: Settings) -> None:
     print(f"DDPM, {bench.steps} steps, two passes  {baseline:8.2f} s  accuracy {means['ddpm']:.3f}")
     print(f"ratio {statistics.mean(ratios):.1f} +- {statistics.pstdev(ratios):.1f}  (n = {len(ratios)})")
     record = Record(bench, machine)
-    record.metrics = {"default_s": ours, "ddpm_s": baseline, "ratio": ratios, "accuracy": scores}
-    record.save(bench.output)
+    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [baseline], "times faster": ratios})
+    record.add_repeats({f"accuracy, {name}": [mean] for name, mean in means.items()})
+    record.save(bench.record)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def main(settings: Settings) -> None:
     for name, values in (*speeds.items(), ("ratio", ratios)):
         print(f"{name:6s} {statistics.mean(values):8.2f} +- {statistics.pstdev(values):.2f}  (n = {len(values)})")
     record = Record(settings, machine)
-    record.metrics = {"images_per_s": speeds, "ratio": ratios, "batch": recipe.batch}
+    record.metrics["batch"] = recipe.batch
+    record.add_repeats({f"{name}, images/s": values for name, values in speeds.items()} | {"times faster": ratios})
     record.save(settings.record)
 
 

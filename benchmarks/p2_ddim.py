@@ -49,7 +49,7 @@ class Settings:
     precisions: tuple[Kind, ...] | None = None
     """None: what the device has in hardware."""
     device: Device = "auto"
-    output: Path = ROOT / "runs" / "bench" / "p2_ddim.json"
+    record: Path = ROOT / "runs" / "bench" / "p2_ddim.json"
 
 
 @torch.inference_mode()
@@ -179,10 +179,15 @@ def main(bench: Settings) -> None:
         )
         ceiling = matmul_ceiling(machine.device) if on_gpu else None
         for kind in bench.precisions or available(machine):
-            record.metrics[kind] = run(bench, machine, source, kind, noises, steps)
-            show(kind, record.metrics[kind], count, steps, ceiling)
+            result = run(bench, machine, source, kind, noises, steps)
+            show(kind, result, count, steps, ceiling)
+            names = ("baseline_s", "ours_s", "baseline_gb", "ours_gb")
+            record.add_repeats({f"{kind}: {name}": [row[name] for row in result["rows"]] for name in names})
+            record.add_repeats({f"{kind}: times faster": result["ratio"]})
+            record.add_repeats({f"{kind}: MSE on 0..255": [result["mse"]]})
+            record.save(bench.record)
     record.metrics["matmul_tflops"] = ceiling
-    record.save(bench.output)
+    record.save(bench.record)
 
 
 if __name__ == "__main__":

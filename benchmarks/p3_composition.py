@@ -108,7 +108,7 @@ class Settings:
     """What is composed from small objects wants more than a single one."""
     seed: int = 1
     device: Device = "auto"
-    output: Path = ROOT / "runs" / "bench" / "p3_composition.json"
+    record: Path = ROOT / "runs" / "bench" / "p3_composition.json"
 
 
 def main(bench: Settings) -> None:
@@ -134,13 +134,17 @@ def main(bench: Settings) -> None:
             alone(bench, judge, painter, cases, record.metrics["alone"])
             record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
         measure = ablated if bench.ablation else levels
-        record.metrics |= measure(bench, name, cases, judge, painter)
-        record.save(bench.output)
+        rates = measure(bench, name, cases, judge, painter)
+        record.metrics |= rates
+        record.add_repeats({f"{name}: {level}": [rate] for level, rate in rates[name].items()})
+        record.save(bench.record)
     if not bench.ablation:
         record.metrics["time"] = times(painter, bench)
-    record.save(bench.output)
+    for name in ("alone", "possible", "time"):
+        record.add_repeats({f"{name}: {what}": [value] for what, value in record.metrics.get(name, {}).items()})
+    record.save(bench.record)
     print("\n".join(table(record.metrics)))
-    log(f"record: {bench.output}")
+    log(f"record: {bench.record}")
 
 
 # ---------------------------------------------------------------- the model and its vectors
@@ -277,7 +281,7 @@ def levels(
         log(f"{name}, {level}: {rates[level]:.3f}")
     columns = [f"{index}" for index in range(len(sheet[0]))]
     labelled_grid(
-        bench.output.with_name(f"{bench.output.stem}_{name}.png"), torch.cat(sheet), bench.levels, columns, name, 1.0
+        bench.record.with_name(f"{bench.record.stem}_{name}.png"), torch.cat(sheet), bench.levels, columns, name, 1.0
     )
     return {name: rates}
 
@@ -319,7 +323,7 @@ def table(metrics: dict[str, Any]) -> list[str]:
     """A line per case: rates, what is possible, what is wanted."""
     lines = []
     for name, values in metrics.items():
-        if name in ("alone", "possible"):
+        if name in ("alone", "possible", "repeats"):
             continue
         line = f"{name:<8}" + "".join(f"{level:>{len(level) + 2}}{value:7.3f}" for level, value in values.items())
         if name in metrics.get("possible", {}):

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import repository_root  # noqa: F401  # isort: split
 import torch
@@ -52,7 +51,7 @@ class Settings:
     repeats: int = 3
     device: Device = "auto"
     precision: Precision = "auto"
-    output: Path = ROOT / "runs" / "bench" / "p3_large.json"
+    record: Path = ROOT / "runs" / "bench" / "p3_large.json"
 
 
 def main(bench: Settings) -> None:
@@ -71,16 +70,18 @@ def main(bench: Settings) -> None:
         "conductor": lambda: compose(painter, [LayoutRequest(LAYOUT, 0)], "conductor"),
     }
     record = Record(bench, machine)
-    record.metrics = {name: measured(way, bench.repeats, machine.device) for name, way in ways.items()}
-    means = {name: statistics.mean(found["seconds"]) for name, found in record.metrics.items()}
-    for name, seconds in means.items():
-        memory = f"{record.metrics[name]['bytes'] / 1e9:8.2f} GB" if machine.device.type == "cuda" else ""
-        print(f"{name:<10}{seconds:8.2f} s{seconds / means['plain']:8.2f}x{memory}")
-    record.save(bench.output)
+    plain = 0.0
+    for name, way in ways.items():
+        seconds, memory = measured(way, bench.repeats, machine.device)
+        mean = statistics.mean(seconds)
+        plain = plain or mean
+        print(f"{name:<10}{mean:8.2f} s{mean / plain:8.2f}x" + (f"{memory:8.2f} GB" if memory else ""), flush=True)
+        record.add_repeats({f"{name}, s": seconds} | ({f"{name}, GB": [memory]} if memory else {}))
+        record.save(bench.record)
 
 
-def measured(way: Callable[[], Tensor], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of some repeats after one that warms up, and on a GPU the most bytes that were taken, weights included."""
+def measured(way: Callable[[], Tensor], repeats: int, device: torch.device) -> tuple[list[float], float | None]:
+    """Return the seconds of each repeat after a warm-up, and on a GPU the peak memory in GB, weights included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
@@ -88,8 +89,7 @@ def measured(way: Callable[[], Tensor], repeats: int, device: torch.device) -> d
         start = time.perf_counter()
         way()  # hands the picture over to the CPU, so that nothing is left in a queue
         seconds.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"seconds": seconds[1:], "bytes": memory}
+    return seconds[1:], torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 if __name__ == "__main__":

@@ -1,291 +1,221 @@
-"""Runs every benchmark and puts what it found into one table: runs/bench/table/table.md and table.json. (make bench)
+"""Run the benchmarks and write one table of their results, runs/bench/table/table.md and table.json: make bench, make gpu.
 
-Only p3_large.py, which wants a GPU, isn't among them.
-
-  python benchmarks/table.py                               all of them, one after the other; hours on two CPU cores
-  python benchmarks/table.py --quick                       the same with few pictures, steps and repeats: minutes, rough figures
+  python benchmarks/table.py                               all of them in turn; hours on two CPU cores
+  python benchmarks/table.py --quick                       the same with few images, steps and repeats: minutes, rough figures
   python benchmarks/table.py --only p1_sampling p2_ddim    some
-  python benchmarks/table.py --collect                     the table of what was measured before, without measuring
+  python benchmarks/table.py --collect                     the table of earlier measurements, without measuring
+  python benchmarks/table.py --gpu                         what a GPU measures in at most eight minutes, the most important first
+  python benchmarks/table.py --gpu --device cpu --quick --minutes 2      a rehearsal without a GPU
 
-A benchmark that is done is kept while its command, code and input stay the same; --fresh measures again. One that fails is in the table
-with its reason.
+A finished benchmark is kept while its command, code and inputs stay the same; --fresh measures again. The table is written after every
+benchmark. It names the reason of one that failed or was stopped at its limit, with the numbers that it had by then.
 """
 
 from __future__ import annotations
 
+import shlex
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import repository_root  # noqa: F401  # isort: split
 
-from runtime.cli import BadInput, log, run_script
-from runtime.files import ROOT, output_folder, read_json, write_json
-from runtime.steps import Outcome, Runner, Step, shown, write_text
+from runtime.cli import BadInput, check_positive, log, run_script
+from runtime.device import Device, detect
+from runtime.files import ROOT, atomic, output_folder, read_json, write_json
+from runtime.steps import Command, Runner, Step, command_line
 
 RUNS = ROOT / "runs" / "bench"
 CLIP, DIFFUSION = "runs/miniature/clip", "runs/miniature/stable_diffusion"
 ASSEMBLE = (
-    ("miniature/train_clip.py", "convert", "--output", CLIP),
-    ("miniature/train_diffusion.py", "assemble", "--clip", CLIP, "--output", DIFFUSION),
+    f"miniature/train_clip.py convert --output {CLIP}",
+    f"miniature/train_diffusion.py assemble --clip {CLIP} --output {DIFFUSION}",
 )
-Values = dict[str, list[float]]
-"""What is measured -> every repeat."""
+GRACE = 20  # seconds kept for start-up and for a benchmark that is slow to stop; none is started with less
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the table."""
 
     only: tuple[str, ...] = ()
-    """Names of benchmarks; none: all."""
+    """Names of benchmarks. None = all."""
     collect: bool = False
-    """Only makes the table of the records that are there."""
+    """Only write the table of the records that exist."""
     quick: bool = False
-    """Few pictures, steps and repeats, to see all of them work: what they measure so is rough."""
+    """Few images, steps and repeats, to see that all of them run. The figures are rough."""
+    gpu: bool = False
+    """Run the benchmarks that a GPU is needed for, each within its time limit."""
+    minutes: float = 8.0
+    """Time limit of --gpu for all parts together."""
+    device: Device = "cuda"
+    """Device of --gpu."""
     fresh: bool = False
     """Measure again what was measured before."""
     output: Path | None = None
-    """Folder for table.md, table.json and a folder per benchmark with its record; left out: runs/bench/table, or quick beside it."""
+    """Folder for table.md, table.json and a folder per benchmark. None = runs/bench/table, quick or gpu."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A benchmark: its command without --output, what comes before, and the numbers in its record's metrics."""
+class Measurement:
+    """A benchmark of the table; "{output}" in its commands stands for the table's folder."""
 
     name: str
-    command: tuple[str, ...]
+    command: str
     quick: str
     """Flags that make it short."""
-    values: Callable[[dict[str, Any]], Values]
-    before: tuple[tuple[str, ...], ...] = ()
+    setup: tuple[str, ...] = ()
+    """Commands to run first."""
     after: tuple[str, ...] = ()
     """Benchmarks whose results it reads."""
-    vectors: str = ""
-    """The flag that says where learned vectors lie."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    bench: str
-    what: str
-    mean: float
-    spread: float
-    repeats: int
-    command: str
-    machine: str
-    started: str
-    revision: str
-    torch: str
-
-
-# ---------------------------------------------------------------- what each record holds
-
-
-def accuracy_values(metrics: dict[str, Any]) -> Values:
-    """A row per seed, as drawn and with retries."""
-    return {f"{way}: {name}": [row[name] for row in rows] for way, rows in metrics.items() for name in sorted(rows[0])}
-
-
-def sampling_values(metrics: dict[str, Any]) -> Values:
-    """Seconds, ratio, accuracy."""
-    found = {"default sampler, s": metrics["default_s"], "DDPM, two passes, s": [metrics["ddpm_s"]]}
-    accuracy = {f"accuracy, {name}": [statistics.mean(scores)] for name, scores in metrics["accuracy"].items()}
-    return found | {"times faster": metrics["ratio"]} | accuracy
-
-
-def training_values(metrics: dict[str, Any]) -> Values:
-    """Speed of both ways."""
-    speeds = {f"{name}, images/s": values for name, values in metrics["images_per_s"].items()}
-    return speeds | {"times faster": metrics["ratio"]}
-
-
-def ddim_values(metrics: dict[str, Any]) -> Values:
-    """Per precision: seconds, memory, ratio, difference."""
-    found: Values = {}
-    for kind in ("fp32", "tf32", "bf16"):
-        if kind in metrics:
-            one = metrics[kind]
-            keys = ("baseline_s", "ours_s", "baseline_gb", "ours_gb")
-            found |= {f"{kind}: {key}": [row[key] for row in one["rows"]] for key in keys}
-            found |= {f"{kind}: times faster": one["ratio"], f"{kind}: MSE on 0..255": [one["mse"]]}
-    return found
-
-
-def clip_values(metrics: dict[str, Any]) -> Values:
-    """Speed of three ways, and of a second run."""
-    speeds = {f"{name}, images/s": metrics["images_per_s"][name] for name in ("batched", "image", "pair")}
-    ratios = {f"times faster than one {name} at a time": values for name, values in metrics["ratio"].items()}
-    return speeds | ratios | {"second run, times faster": [metrics["first_s"] / metrics["cached_s"]]}
-
-
-def inversion_values(metrics: dict[str, Any]) -> Values:
-    """Seconds per step of both ways, gradient."""
-    kind = metrics["precision"]
-    found = {"plain, s per step, fp32": metrics["plain_s"], f"ours, s per step, {kind}": metrics["ours_s"]}
-    found |= {"times faster": metrics["ratios"], "times faster, by processor time": metrics["cpu_ratios"]}
-    return found | {"gradient, relative difference": [metrics["gradient_difference"]]}
-
-
-def concept_values(metrics: dict[str, Any]) -> Values:
-    """Share of right pictures per question, over concepts and seeds."""
-    rates = metrics["rates"]
-    return {f"{question}: {who}": shares for question, columns in rates.items() for who, shares in columns.items()}
-
-
-def course_values(metrics: dict[str, Any]) -> Values:
-    """Of the course's cases."""
-    return {"share of cases passed": [float(case["passed"]) for case in metrics["cases"]]}
-
-
-def composition_values(metrics: dict[str, Any]) -> Values:
-    """A number per case and level."""
-    return {f"{case}: {level}": [value] for case, levels in metrics.items() for level, value in levels.items()}
+    seconds: float | None = None
+    """Time limit. None = no limit."""
 
 
 INVERSION = "benchmarks/p3_textual_inversion.py"
-BENCHES = (
-    Benchmark("p1_accuracy", ("benchmarks/p1_accuracy.py",), "--seeds 0 1 --count 2", accuracy_values),
-    Benchmark("p1_sampling", ("benchmarks/p1_sampling.py",), "--count 1 --steps 20 --repeats 2", sampling_values),
-    Benchmark("p1_training", ("benchmarks/p1_training.py",), "--steps 2 --rounds 2", training_values),
-    Benchmark("p2_ddim", ("benchmarks/p2_ddim.py",), "--steps 1 --size 128 --repeats 2", ddim_values),
-    Benchmark(
-        "p3_clip",
-        ("benchmarks/p3_clip.py",),
-        "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1",
-        clip_values,
+VECTORS = "{output}/p3_concepts/vectors"
+ENTRIES = (
+    Measurement("p1_accuracy", "benchmarks/p1_accuracy.py", "--seeds 0 1 --count 2"),
+    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2"),
+    Measurement("p1_training", "benchmarks/p1_training.py", "--steps 2 --rounds 2"),
+    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--steps 1 --size 128 --repeats 2"),
+    Measurement(
+        "p3_clip", "benchmarks/p3_clip.py", "--count 32 --batched-count 16 --image-count 8 --pair-count 1 --repeats 1"
     ),
-    Benchmark("p3_speed", (INVERSION, "speed"), "--steps 2 --repeats 2", inversion_values, ASSEMBLE),
-    Benchmark(
+    Measurement("p3_speed", f"{INVERSION} speed", "--steps 2 --repeats 2", ASSEMBLE),
+    Measurement(
         "p3_concepts",
-        (INVERSION, "concepts"),
+        f"{INVERSION} concepts --folder {VECTORS}",
         "--seeds 1 --more-vectors 2 --steps 20 --batch 4 --count 4",
-        concept_values,
         ASSEMBLE,
-        vectors="--folder",
     ),
-    Benchmark(
+    Measurement(
         "p3_course",
-        (INVERSION, "graded"),
+        f"{INVERSION} graded --concepts {VECTORS}",
         "--names fish relief --repeats 2",
-        course_values,
         ASSEMBLE,
-        ("p3_concepts",),
-        "--concepts",
+        after=("p3_concepts",),
     ),
-    Benchmark(
-        "p3_composition",
-        ("benchmarks/p3_composition.py",),
-        "--count 3 --alone 5 --learn 20",
-        composition_values,
-        ASSEMBLE,
+    Measurement("p3_composition", "benchmarks/p3_composition.py", "--count 3 --alone 5 --learn 20", ASSEMBLE),
+)
+GPU_ENTRIES = (  # in order of worth; none needs a network
+    Measurement("p1_training", "benchmarks/p1_training.py --preset gpu", "--preset tiny --rounds 1", seconds=150),
+    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2", seconds=60),
+    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--count 1 --steps 1 --size 64", seconds=120),
+    Measurement(
+        "p3_speed",
+        f"{INVERSION} speed --model random-v1 --init dog --batch 4 --steps 5 --repeats 3 --compile off",
+        f"--model {DIFFUSION} --init fish --steps 2 --repeats 2",
+        seconds=120,
     ),
+    Measurement("p3_large", "benchmarks/p3_large.py", f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
 )
 
 
-# ---------------------------------------------------------------- measuring
+def select(settings: Settings, output: Path) -> list[Measurement]:
+    """Return the requested benchmarks with their commands complete. Raises BadInput for an unknown name."""
+    entries = {entry.name: entry for entry in (GPU_ENTRIES if settings.gpu else ENTRIES)}
+    if unknown := [name for name in settings.only if name not in entries]:
+        raise BadInput(f"--only {unknown[0]}: known are {', '.join(entries)}")
+    selected = []
+    for name in settings.only or entries:
+        command, setup = entries[name].command, entries[name].setup
+        if name == "p1_training" and not (ROOT / "hw2_data" / "digits").is_dir():  # train on digits drawn by code
+            setup += ("hw2_data/prepare.py rendered --output {output}/digits --overwrite",)
+            command += " --data {output}/digits"
+        if settings.quick:
+            command += f" {entries[name].quick}"
+            setup = setup or (ASSEMBLE if DIFFUSION in command else ())
+        if settings.gpu:
+            command += f" --device {settings.device}"
+        folder = shlex.quote(str(output))
+        filled = [line.format(output=folder) for line in (*setup, command)]
+        selected.append(replace(entries[name], command=filled[-1], setup=tuple(filled[:-1])))
+    return selected
 
 
-def with_data(bench: Benchmark, output: Path) -> Benchmark:
-    """Training needs digits: those in hw2_data, else digits drawn by code."""
-    if bench.name != "p1_training" or (ROOT / "hw2_data" / "digits").is_dir():
-        return bench
-    digits = output / "digits"
-    make = ("hw2_data/prepare.py", "rendered", "--output", f"{digits}", "--overwrite")
-    return replace(bench, command=(*bench.command, "--data", f"{digits}"), before=(make,))
+def step_of(entry: Measurement, output: Path) -> Step:
+    """Return the step that measures; it depends on all code and on the shipped weights."""
+    setup = [tuple(shlex.split(line)) for line in entry.setup]
+    measure: Command = (*shlex.split(entry.command), "--record", output / entry.name / "record.json")
+    inputs = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
+    return Step(entry.name, f"benchmark {entry.name}", (*setup, measure), inputs, entry.after)
 
 
-def step_of(bench: Benchmark, output: Path) -> Step:
-    """All of its commands. It reads any of the code and the weights that ship."""
-    places = (bench.vectors, f"{output / 'p3_concepts' / 'vectors'}") if bench.vectors else ()
-    measure = (*bench.command, *places, "--output", f"{record_of(bench, output)}")
-    reads = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
-    return Step(bench.name, f"benchmark {bench.name}", (*bench.before, measure), reads, after=bench.after)
-
-
-def record_of(bench: Benchmark, output: Path) -> Path:
-    """Where its record lies."""
-    return output / bench.name / "record.json"
-
-
-def measure(benches: Sequence[Benchmark], output: Path, fresh: bool) -> dict[str, Outcome]:
-    """Runs them in turn."""
-    runner = Runner(output, len(benches), fresh)
-    for bench in benches:
-        step = step_of(with_data(bench, output), output)
-        runner.run(replace(step, after=tuple(name for name in step.after if name in runner.outcomes)))
-    return runner.outcomes
-
-
-# ---------------------------------------------------------------- the table
-
-
-def rows_of(bench: Benchmark, record: dict[str, Any]) -> list[Row]:
-    """A row per number; the spread is the standard deviation over the repeats."""
-    about = {name: str(record.get(name)) for name in ("machine", "started", "revision")}
+def rows_of(entry: Measurement, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per measured quantity; the spread is the standard deviation over the repeats."""
+    facts = {name: str(record.get(name)) for name in ("machine", "started", "revision")}
+    facts |= {"command": command_line(shlex.split(entry.command)), "torch": record["versions"]["torch"]}
     return [
-        Row(
-            bench=bench.name,
-            what=what,
-            mean=statistics.mean(values),
-            spread=statistics.pstdev(values),
-            repeats=len(values),
-            command=shown(bench.command),
-            torch=record["versions"]["torch"],
-            **about,
-        )
-        for what, values in bench.values(record["metrics"]).items()
+        {
+            "bench": entry.name,
+            "what": what,
+            "mean": statistics.mean(values),
+            "spread": statistics.pstdev(values),
+            "repeats": len(values),
+            **facts,
+        }
+        for what, values in record["metrics"].get("repeats", {}).items()
     ]
 
 
-def markdown(rows: Sequence[Row], failed: dict[str, str]) -> str:
-    """A section per benchmark: command, machine, versions, then its numbers."""
+def markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
+    """Return a section per benchmark: command, machine and versions, its numbers, and why it has none or not all."""
     lines = ["# Benchmarks", "", "Mean and standard deviation over the repeats (n)."]
-    for name in dict.fromkeys(row.bench for row in rows):
-        own = [row for row in rows if row.bench == name]
-        first = own[0]
-        about = f"{first.machine}, torch {first.torch}, revision {first.revision}, {first.started}"
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"`{first.command}`, {about}",
-            "",
-            "| what | mean | spread | n |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {row.what} | {row.mean:.4g} | {f'{row.spread:.2g}' if row.repeats > 1 else '-'} | {row.repeats} |"
-            for row in own
-        ]
-    for name, reason in failed.items():
-        lines += ["", f"## {name}", "", f"Not measured: {reason}"]
+    for name in dict.fromkeys([*(row["bench"] for row in rows), *failed]):
+        lines += ["", f"## {name}", ""]
+        if own := [row for row in rows if row["bench"] == name]:
+            about = "`{command}`, {machine}, torch {torch}, revision {revision}, {started}".format(**own[0])
+            lines += [about, "", "| what | mean | spread | n |", "| --- | --- | --- | --- |"]
+        for row in own:
+            spread = f"{row['spread']:.2g}" if row["repeats"] > 1 else "-"
+            lines.append(f"| {row['what']} | {row['mean']:.4g} | {spread} | {row['repeats']} |")
+        if name in failed:
+            lines += [*([""] if own else []), f"Not {'finished' if own else 'measured'}: {failed[name]}"]
     return "\n".join([*lines, ""])
 
 
+def write_table(entries: Sequence[Measurement], output: Path, failed: Mapping[str, str]) -> str:
+    """Write table.json and table.md of the records that exist; return the latter."""
+    records = [(entry, output / entry.name / "record.json") for entry in entries]
+    rows = [row for entry, path in records if path.is_file() for row in rows_of(entry, read_json(path))]
+    write_json(output / "table.json", {"rows": rows, "failed": failed})
+    text = markdown(rows, failed)
+    with atomic(output / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
 def main(settings: Settings) -> None:
-    """Measures, writes both tables, prints one; exit code 1 where a benchmark failed."""
-    known = {bench.name: bench for bench in BENCHES}
-    if unknown := [name for name in settings.only if name not in known]:
-        raise BadInput(f"--only {unknown[0]}: known are {', '.join(known)}")
-    benches = [known[name] for name in settings.only] or list(BENCHES)
-    if settings.quick:
-        benches = [replace(bench, command=(*bench.command, *bench.quick.split())) for bench in benches]
-    folder = settings.output or RUNS / ("quick" if settings.quick else "table")
-    output = output_folder(folder.resolve())
-    outcomes = {} if settings.collect else measure(benches, output, settings.fresh)
-    failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.there}
-    present = [bench for bench in benches if bench.name not in failed and record_of(bench, output).is_file()]
-    if not present and not failed:
+    """Measure, write the table after every benchmark, print it. Exit code 1 if a benchmark failed."""
+    check_positive(settings, "minutes")
+    default = RUNS / ("gpu" if settings.gpu else "quick" if settings.quick else "table")
+    folder = (settings.output or default).resolve()
+    entries = select(settings, folder)
+    if settings.gpu and not settings.collect:
+        detect(settings.device)
+    output = output_folder(folder)
+    if settings.collect and not any((output / entry.name / "record.json").is_file() for entry in entries):
         raise BadInput(f"--collect: no record below {output}")
-    rows = [row for bench in present for row in rows_of(bench, read_json(record_of(bench, output)))]
-    write_json(output / "table.json", {"rows": [asdict(row) for row in rows], "failed": failed})
-    write_text(output / "table.md", markdown(rows, failed))
-    print(markdown(rows, failed))
+
+    runner, failed = Runner(output, len(entries), settings.fresh), {}
+    end = time.monotonic() + 60 * settings.minutes - GRACE
+    for entry in () if settings.collect else entries:
+        left = end - time.monotonic()
+        limit = min(entry.seconds, left) if settings.gpu and entry.seconds else None
+        if limit is not None and limit < GRACE:
+            failed[entry.name] = f"no time left of {settings.minutes:g} minutes"
+        else:
+            step = step_of(entry, output)
+            step = replace(step, after=tuple(name for name in step.after if name in runner.outcomes))
+            if reason := runner.run(step, limit).reason:
+                failed[entry.name] = reason
+        write_table(entries, output, failed)
+
+    print(write_table(entries, output, failed))
     log(f"table: {output / 'table.md'} and table.json")
     if failed:
         raise SystemExit(1)

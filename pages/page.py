@@ -1,11 +1,11 @@
-"""The page itself: one HTML file with everything in it, made by jinja2 from what the parts show."""
+"""The page itself: one self-contained HTML file, rendered by jinja2."""
 
 from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from pages.content import Part, Shown, plain
+from pages.elements import Element, Section, plain
 from runtime.device import detect
-from runtime.files import read_json
+from runtime.files import atomic, read_json
 from runtime.record import git_revision, versions
-from runtime.steps import Outcome, short, shown, write_text
+from runtime.steps import Outcome, command_line, relative
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROBLEMS = {
     "P1": "P1: digits on demand",
     "P2": "P2: faces from given noise",
-    "P3": "P3: words and pictures",
+    "P3": "P3: words and images",
 }
 TITLE = "Conditional diffusion, DDIM and personalization"
-TOLD = ("seed", "device", "started", "revision")  # of a record, before its settings
+RECORD_FACTS = ("seed", "device", "started", "revision")  # shown before the settings of a record
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A picture as a part of the page."""
-
-    uri: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Made:
-    """A step as the page tells it."""
+class StepSummary:
+    """A step as the page shows it: commands, time or state, and records as rows of texts."""
 
     title: str
     state: str
@@ -49,80 +40,72 @@ class Made:
     records: list[dict[str, Any]]
 
 
-@dataclass
-class View:
-    """A part with what there is to show, or why there is nothing."""
+@dataclass(frozen=True)
+class RenderedSection:
+    """A section with its elements, or the reason why there are none."""
 
-    part: Part
-    shown: Shown = field(default_factory=Shown)
-    reason: str = ""
-    made: list[Made] = field(default_factory=list)
-
-
-def view_of(part: Part, folder: Path, outcomes: dict[str, Outcome]) -> View:
-    """What a part's steps left in `folder`; a result that can't be read is a reason, not an error."""
-    view = View(part, made=[made_of(step.name, step.title, step.commands, folder, outcomes) for step in part.steps])
-    gone = [(step, outcomes[step.name]) for step in part.steps if not outcomes[step.name].there]
-    if gone:
-        view.reason = "\n".join(f"{step.title}: {outcome.reason}" for step, outcome in gone)
-        return view
-    try:
-        view.shown = part.show(folder)
-    except Exception as error:  # whatever a file of another version holds: the rest of the page is worth having
-        view.reason = f"Its results can't be read ({type(error).__name__}: {error})."
-    return view
+    section: Section
+    steps: list[StepSummary]
+    elements: list[Element]
+    reason: str
 
 
-def made_of(
-    name: str, title: str, commands: Sequence[Sequence[str]], folder: Path, outcomes: dict[str, Outcome]
-) -> Made:
-    """Commands, time and the records that they left."""
-    outcome = outcomes[name]
-    took = f"{outcome.seconds:.0f} s" if outcome.there else outcome.state
-    records = [record_of(path) for path in sorted((folder / name).glob("record*.json"))] if outcome.there else []
-    return Made(title, took, [shown(command) for command in commands], records)
+def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcome]) -> RenderedSection:
+    """Return what a section's steps left in `folder`. A result that cannot be read is a reason, not an error."""
+    summaries, reasons = [], []
+    for step in section.steps:
+        outcome = outcomes[step.name]
+        records = [] if outcome.reason else sorted((folder / step.name).glob("record*.json"))
+        state = outcome.state if outcome.reason else f"{outcome.seconds:.0f} s"
+        commands = [command_line(command) for command in step.commands]
+        summaries.append(StepSummary(step.title, state, commands, [record_of(path) for path in records]))
+        reasons += [f"{step.title}: {outcome.reason}"] if outcome.reason else []
+    elements: list[Element] = []
+    if not reasons:
+        try:
+            elements = section.elements()
+        except Exception as error:  # a file of another version may hold anything; the other sections are still useful
+            reasons = [f"Its results can't be read ({type(error).__name__}: {error})."]
+    return RenderedSection(section, summaries, elements, "\n".join(reasons))
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """A record.json as rows of texts: who, when, and every setting that is set."""
+    """Return a record.json as rows of texts: seed, device and revision, then every setting with a value."""
     record = read_json(path)
-    rows = [(name, plain(record[name])) for name in TOLD if record.get(name) is not None]
-    rows += [(name, short(plain(value))) for name, value in record["settings"].items() if value not in (None, "", [])]
-    return {"title": f"{record['script']}, settings and seed", "rows": list(dict(rows).items())}
+    rows = {name: plain(record[name]) for name in RECORD_FACTS if record.get(name) is not None}
+    settings = {name: value for name, value in record["settings"].items() if value not in (None, "", [])}
+    rows |= {name: relative(plain(value)) for name, value in settings.items()}
+    return {"title": f"{record['script']}, settings and seed", "rows": list(rows.items())}
 
 
 @cache
-def embedded(path: Path) -> Embedded:
-    """A PNG or JPEG file as a data URI, with its size."""
-    with Image.open(path) as picture:
-        kind, (width, height) = str(picture.format).lower(), picture.size
+def embedded(path: Path) -> dict[str, Any]:
+    """Return a PNG or JPEG file as a data URI, with its size."""
+    with Image.open(path) as image:
+        kind, (width, height) = str(image.format).lower(), image.size
     content = base64.b64encode(path.read_bytes()).decode()
-    return Embedded(f"data:image/{kind};base64,{content}", width, height)
+    return {"uri": f"data:image/{kind};base64,{content}", "width": width, "height": height}
 
 
-def write_page(path: Path, views: Sequence[View], command: str) -> None:
-    """One file, atomically."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    steps = {made.title: made for view in views for made in view.made}
-    there = sum(not view.reason for view in views)
-    text = environment.get_template("page.html").render(
+def write_page(path: Path, rendered: Sequence[RenderedSection], command: str) -> None:
+    """Write the page atomically; `command` is the one that makes it."""
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **options)
+    steps = {step.title for one in rendered for step in one.steps}
+    present = sum(not one.reason for one in rendered)
+    html = environment.get_template("page.html").render(
         title=TITLE,
-        problems={key: name for key, name in PROBLEMS.items() if any(view.part.problem == key for view in views)},
-        views=views,
+        problems={key: name for key, name in PROBLEMS.items() if any(one.section.problem == key for one in rendered)},
+        rendered=rendered,
         embedded=embedded,
         style=Markup((TEMPLATES / "style.css").read_text()),
         script=Markup((TEMPLATES / "enlarge.js").read_text()),
-        made=time.strftime("%d %B %Y, %H:%M"),
+        date=time.strftime("%d %B %Y, %H:%M"),
         machine=detect("auto").name,
         revision=git_revision(),
-        tally=f"{there} of {len(views)} parts are there, made by {len(steps)} steps.",
+        summary=f"{present} of {len(rendered)} sections have results, made by {len(steps)} steps.",
         command=command,
         versions=versions(),
     )
-    write_text(path, text)
+    with atomic(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")

@@ -30,6 +30,8 @@ RENAMED = (
     ("--mnistm-judge", "--mnistm-classifier"),
     ("--svhn-judge", "--svhn-classifier"),
     ("--checkpoint", "--model"),
+    ("--judge", "--mnistm-classifier"),
+    ("--output", "--record"),
 )
 
 

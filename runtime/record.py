@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +47,10 @@ class Record:
             yield
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    def add_repeats(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Add measurements, {name with its unit: a number per repeat}, to `metrics["repeats"]` for benchmarks/table.py."""
+        self.metrics.setdefault("repeats", {}).update(values)
 
     def save(self, path: Path) -> None:
         """Write the record, atomically."""

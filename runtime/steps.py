@@ -1,4 +1,4 @@
-"""Steps of the report: commands that run once, are kept while nothing that they read changes, and say why where they fail."""
+"""Keyed steps: commands that run once and are kept while their command, inputs and code stay the same."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.cli import log
-from runtime.files import ROOT, atomic, output_folder, write_json
+from runtime.files import ROOT, output_folder, write_json
 
-State = Literal["done", "kept", "failed", "lacking"]
+Command = tuple[str | Path, ...]
 LONGEST_REASON = 12  # lines
 
 
@@ -29,149 +29,121 @@ class Step:
 
     name: str
     title: str
-    commands: tuple[tuple[str, ...], ...]
-    reads: tuple[Path, ...] = ()
-    """Files and folders, not from other steps, whose change has it run again."""
+    commands: tuple[Command, ...]
+    inputs: tuple[Path, ...] = ()
+    """Files and folders, not from other steps. The step runs again when one of them changes."""
     after: tuple[str, ...] = ()
     """Steps whose results it needs."""
-    files: tuple[tuple[Path, Any], ...] = ()
-    """JSON files that it starts from, and what goes into them."""
-    prepare: Callable[[], None] | None = None
-    """Writes what has to be made from results of the steps before."""
+    files: Mapping[Path, Any] = field(default_factory=dict)
+    """JSON files to write before the commands: content, or a function that returns it when the steps before are done."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step went; `reason` says why there is nothing, where there is nothing."""
+    """State of a step after its turn; `reason` says why there is no result."""
 
-    state: State
+    state: Literal["done", "kept", "failed", "lacking"]
     key: str
     seconds: float = 0.0
     reason: str = ""
 
-    @property
-    def there(self) -> bool:
-        """Whether its results can be shown."""
-        return self.state in ("done", "kept")
-
 
 class Runner:
-    """Runs steps in turn below one folder; a step that was done by the same command, code and input is kept."""
+    """Runner of steps below one folder."""
 
     def __init__(self, folder: Path, total: int, fresh: bool = False):
         self.folder, self.total, self.fresh = output_folder(folder), total, fresh
         self.outcomes: dict[str, Outcome] = {}
 
-    def run(self, step: Step) -> Outcome:
-        """Runs it, or finds it done, or says what it lacks; never raises for a step that fails."""
-        start = time.perf_counter()
+    def run(self, step: Step, limit: float | None = None) -> Outcome:
+        """Run a step for at most `limit` seconds, or keep its results. A failure is returned, not raised."""
         log(f"== {len(self.outcomes) + 1}/{self.total} {step.title}")
-        outcome = self.outcomes[step.name] = self._outcome(step)
-        seconds = time.perf_counter() - start
-        how = {"kept": "kept from before", "done": f"{seconds:.0f} s"}.get(outcome.state, outcome.state)
+        outcome = self.outcomes[step.name] = self._outcome(step, limit)
+        how = {"kept": "kept from before", "done": f"{outcome.seconds:.0f} s"}.get(outcome.state, outcome.state)
         log(f"   {how}" + (f": {outcome.reason}" if outcome.reason else ""))
         return outcome
 
-    def _outcome(self, step: Step) -> Outcome:
-        key = self._key(step)
-        missing = [name for name in step.after if not self.outcomes[name].there]
-        if missing:
+    def _outcome(self, step: Step, limit: float | None) -> Outcome:
+        code = [ROOT / script for script, *_ in step.commands] + [init.parent for init in ROOT.glob("*/__init__.py")]
+        contents = [(path, content) for path, content in step.files.items() if not callable(content)]
+        before = [self.outcomes[name].key for name in step.after]
+        facts = json.dumps([file_facts([*code, *step.inputs]), step.commands, contents, before], default=str)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        if missing := [name for name in step.after if self.outcomes[name].reason]:
             return Outcome("lacking", key, reason=f"it needs {', '.join(missing)}, of which there is no result")
+
         mark = self.folder / step.name / "step.json"
-        known = json.loads(mark.read_text()) if mark.is_file() and not self.fresh else {}
-        if known.get("key") == key and known["done"]:
-            return Outcome("kept", key, known["seconds"])
-        if known.get("key") != key:  # else it was interrupted: what can go on from there does
+        last = json.loads(mark.read_text()) if mark.is_file() and not self.fresh else {}
+        if last.get("key") == key and last["done"]:
+            return Outcome("kept", key, last["seconds"])
+        if last.get("key") != key:  # else it was interrupted: a command that can continue does
             shutil.rmtree(mark.parent, ignore_errors=True)
         write_json(mark, {"key": key, "done": False})
-        for path, content in step.files:
-            write_json(path, content)
-        if step.prepare:
-            step.prepare()
+        for path, content in step.files.items():
+            write_json(path, content() if callable(content) else content)
+
         start = time.perf_counter()
-        reason = self._commands(step, mark.parent / "log.txt")
-        seconds = round(time.perf_counter() - start, 1)
-        if not reason:
-            write_json(mark, {"key": key, "done": True, "seconds": seconds})
-        return Outcome("failed" if reason else "done", key, seconds, reason)
-
-    def _key(self, step: Step) -> str:
-        """Everything that its results depend on."""
-        before = [self.outcomes[name].key for name in step.after]
-        return digest([code_of(step.commands), step.commands, str(step.files), before, facts(step.reads)])
-
-    def _commands(self, step: Step, log_file: Path) -> str:
-        """Runs them in turn; why the first of them failed, or nothing."""
         for command in step.commands:
-            log(f"   {shown(command)}")
-            code, output = tee([sys.executable, *map(short, command)])
-            with log_file.open("a") as file:
-                file.write(f"$ {shown(command)}\n{output}\n")
-            if code < 0:
-                return f"ended by {signal.Signals(-code).name}"
-            if code:
-                return reason_of(output) or f"exit code {code}"
-        return ""
+            log(f"   {command_line(command)}")
+            left = limit and max(1.0, limit - time.perf_counter() + start)
+            status, output = run_command([sys.executable, *map(relative, command)], left)
+            with (mark.parent / "log.txt").open("a") as file:
+                file.write(f"$ {command_line(command)}\n{output}\n")
+            if status:
+                reason = failure_reason(output) or f"exit code {status}"
+                reason = f"ended by {signal.Signals(-status).name}" if status < 0 else reason
+                if limit and time.perf_counter() - start >= limit:
+                    reason = f"stopped at its limit of {limit:.0f} s"
+                return Outcome("failed", key, reason=reason)
+        seconds = round(time.perf_counter() - start, 1)
+        write_json(mark, {"key": key, "done": True, "seconds": seconds})
+        return Outcome("done", key, seconds)
 
 
-def code_of(commands: Sequence[Sequence[str]]) -> list[tuple[str, int, int]]:
-    """Return facts about the code behind commands: their scripts, and every package."""
-    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
-    return facts(
-        [ROOT / script for script, *_ in commands] + [file for folder in packages for file in folder.rglob("*.py")]
-    )
+def run_command(command: Sequence[str], limit: float | None = None) -> tuple[int, str]:
+    """Run a command in the repository with its output shown on stderr; return its exit code and output.
 
-
-def digest(values: Any) -> str:
-    """A hash of anything that json can write."""
-    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:24]
-
-
-def facts(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file, and of every file below every folder."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [
-        (str(path), info.st_size, info.st_mtime_ns)
-        for path in sorted(set(files))
-        if path.is_file() and "__pycache__" not in path.parts and (info := path.stat())
-    ]
-
-
-def tee(command: Sequence[str]) -> tuple[int, str]:
-    """(exit code, all that it said), which is shown on stderr as it comes. Ctrl-C reaches the command as well, which is waited for."""
+    After `limit` seconds it is interrupted as by Ctrl-C, ten seconds later killed.
+    """
+    if limit:
+        command = ["timeout", "--foreground", "--signal=INT", "--kill-after=10", f"{limit:.1f}", *command]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
-    said = bytearray()
+    output = bytearray()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     ) as process:
         assert process.stdout
         while part := os.read(process.stdout.fileno(), 65536):
-            said += part
+            output += part
             sys.stderr.write(part.decode(errors="replace"))
             sys.stderr.flush()
-    return process.returncode, said.decode(errors="replace")
+    return process.returncode, output.decode(errors="replace")
 
 
-def reason_of(output: str) -> str:
-    """What a script said last: from its line "error: ..", else its last line of words (tyro frames what it says)."""
+def failure_reason(output: str) -> str:
+    """Return the output from its last line "error: ..", else its last line with letters (tyro draws frames)."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.strip().splitlines()]
     starts = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     worded = [line for line in lines if any(map(str.isalpha, line))]
-    found = lines[starts[-1] :] if starts else (worded or lines)[-1:]
-    return "\n".join(found[:LONGEST_REASON]).removeprefix("error: ")
+    reason = lines[starts[-1] :] if starts else (worded or lines)[-1:]
+    return "\n".join(reason[:LONGEST_REASON]).removeprefix("error: ")
 
 
-def shown(command: Sequence[str]) -> str:
-    """As a reader would type it in the repository."""
-    return shlex.join(["python", *(short(word) for word in command)])
+def file_facts(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return name, size and time of every file, and of every file below every folder."""
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
+    return [
+        (str(path), info.st_size, info.st_mtime_ns)
+        for path in sorted(files)
+        if path.is_file() and "__pycache__" not in path.parts and (info := path.stat())
+    ]
 
 
-def short(word: str | Path) -> str:
-    """A path below the repository as seen from there, where the commands run; anything else as it is."""
-    return str(word).removeprefix(f"{ROOT}{os.sep}")
+def command_line(command: Iterable[str | Path]) -> str:
+    """Return a command as a reader types it in the repository."""
+    return shlex.join(["python", *map(relative, command)])
 
 
-def write_text(path: Path, text: str) -> None:
-    """UTF-8, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def relative(path: str | Path) -> str:
+    """Return a path below the repository relative to it, where commands run; return anything else unchanged."""
+    return str(path).removeprefix(f"{ROOT}{os.sep}")

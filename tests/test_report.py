@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from browser import Tab, browser_tab, find_browser
 from PIL import Image
 
 from P1_model import Network, save_network
-from pages.content import Figure, Gallery, Part, Score, Shown, Table
-from pages.page import view_of, write_page
-from report import Settings, main, parts_of, run_parts, sources_of
+from pages.elements import Element, Figure, Score, Section, Table
+from pages.page import RenderedSection, render_section, write_page
+from report import Settings, find_inputs, main, run_sections, sections_of
 from runtime.cli import BadInput
 from runtime.files import ROOT
-from runtime.steps import Outcome, Runner, Step, reason_of
+from runtime.steps import Outcome, Runner, Step, failure_reason
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, FloatRect, Page
 
 
 def counting(
-    folder: Path, name: str = "a", code: int = 0, after: tuple[str, ...] = (), reads: tuple[Path, ...] = ()
+    folder: Path, name: str = "a", code: int = 0, after: tuple[str, ...] = (), inputs: tuple[Path, ...] = ()
 ) -> Step:
     """A step that adds a letter to a file beside its folder each time it runs, and ends with `code`."""
     script = f"open({str(folder / 'ran')!r}, 'a').write({name!r}); print('error: it broke'); raise SystemExit({code})"
-    return Step(name, f"step {name}", (("-c", script),), reads, after)
+    return Step(name, f"step {name}", (("-c", script),), inputs, after)
 
 
 def ran(folder: Path) -> str:
@@ -56,7 +60,7 @@ def test_changed_input_runs_it_and_all_that_follows_again(tmp_path: Path) -> Non
     for content in ("one", "three"):
         data.write_text(content)
         runner = Runner(tmp_path / "steps", 2)
-        first = runner.run(counting(tmp_path, "a", reads=(data,)))
+        first = runner.run(counting(tmp_path, "a", inputs=(data,)))
         last = runner.run(counting(tmp_path, "b", after=("a",)))
         assert (first.state, last.state) == ("done", "done")
     assert ran(tmp_path) == "abab"
@@ -65,7 +69,7 @@ def test_changed_input_runs_it_and_all_that_follows_again(tmp_path: Path) -> Non
 def test_a_failed_step_gives_its_reason_and_is_tried_again(tmp_path: Path) -> None:
     for _ in range(2):
         outcome = Runner(tmp_path / "steps", 1).run(counting(tmp_path, code=2))
-        assert (outcome.state, outcome.reason, outcome.there) == ("failed", "it broke", False)
+        assert (outcome.state, outcome.reason) == ("failed", "it broke")
     assert ran(tmp_path) == "aa"
 
 
@@ -83,7 +87,7 @@ def test_what_an_interrupted_step_left_is_there_for_the_next_try(tmp_path: Path)
     (steps / "a" / "checkpoint").touch()
     Runner(steps, 1).run(counting(tmp_path, code=130))
     assert (steps / "a" / "checkpoint").exists()
-    Runner(steps, 1).run(replace(counting(tmp_path), title="step a", files=((steps / "a" / "x.json", 1),)))
+    Runner(steps, 1).run(replace(counting(tmp_path), title="step a", files={steps / "a" / "x.json": 1}))
     assert not (steps / "a" / "checkpoint").exists()
 
 
@@ -97,7 +101,7 @@ def test_what_an_interrupted_step_left_is_there_for_the_next_try(tmp_path: Path)
     ],
 )
 def test_the_reason_is_what_the_script_said_last(output: str, reason: str) -> None:
-    assert reason_of(output) == reason
+    assert failure_reason(output) == reason
 
 
 def test_an_ended_process_is_told_by_its_signal(tmp_path: Path) -> None:
@@ -121,49 +125,52 @@ def course_data(folder: Path) -> Path:
     return folder
 
 
-def planned(settings: Settings) -> dict[str, Part]:
-    return {part.name: part for part in parts_of(settings, sources_of(settings))}
+def planned(settings: Settings) -> dict[str, Section]:
+    return {section.name: section for section in sections_of(settings, find_inputs(settings))}
 
 
-def words(part: Part) -> str:
-    return " ".join(word for step in part.steps for command in step.commands for word in command)
+def words(section: Section) -> str:
+    return " ".join(str(word) for step in section.steps for command in step.commands for word in command)
 
 
-def test_without_data_everything_is_made_with_shipped_weights_and_says_how_to_have_more(tmp_path: Path) -> None:
+def test_without_data_everything_is_made_with_shipped_weights_and_hints_at_more(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    parts = planned(Settings(output=tmp_path, data=tmp_path / "empty"))
-    assert not any(part.real for part in parts.values())
-    assert {part.problem for part in parts.values()} == {"P1", "P2", "P3"}
-    assert all("shipped" in part.source for part in parts.values())
-    assert sum(bool(part.hint) for part in parts.values()) >= len(parts) - 1
+    sections = planned(Settings(output=tmp_path, data=tmp_path / "empty"))
+    assert all(section.shipped for section in sections.values())
+    assert {section.problem for section in sections.values()} == {"P1", "P2", "P3"}
+    assert all("shipped" in section.inputs for section in sections.values())
+    assert sum(bool(section.hint) for section in sections.values()) >= len(sections) - 1
 
 
 def test_what_is_given_is_used_and_named(tmp_path: Path) -> None:
     data = course_data(tmp_path / "data")
-    parts = planned(Settings(output=tmp_path, data=data, model="owner/name"))
-    assert all(part.real for name, part in parts.items() if name != "p1-figures")
-    assert f"--model {data / 'face/UNet.pt'}" in words(parts["p2-faces"])
-    assert f"--reference {data / 'face/GT'}" in words(parts["p2-faces"])
-    assert f"--mnistm-classifier {data / 'Classifier.pth'}" in words(parts["p1-scores"])
-    assert "--preset report" in words(parts["p3-zeroshot"])
-    assert "owner/name" in parts["p3-words"].source
+    sections = planned(Settings(output=tmp_path, data=data, model="owner/name"))
+    assert all(not section.shipped for name, section in sections.items() if name != "p1-figures")
+    assert f"--model {data / 'face/UNet.pt'}" in words(sections["p2-faces"])
+    assert f"--reference {data / 'face/GT'}" in words(sections["p2-faces"])
+    assert f"--mnistm-classifier {data / 'Classifier.pth'}" in words(sections["p1-scores"])
+    assert "--preset report" in words(sections["p3-zeroshot"])
+    assert "owner/name" in sections["p3-words"].inputs
 
 
 def test_concepts_of_the_course_are_read_from_its_file(tmp_path: Path) -> None:
     data = course_data(tmp_path / "data")
-    parts = planned(Settings(output=tmp_path, data=data, model="owner/name"))
-    concepts = parts["p3-words"].steps[-1].files[0][1]
-    found = [(one["token"], one["init"], one["kind"]) for one in concepts]
-    assert found == [("<new1>", "dog", "object"), ("<new2>", "painting", "style"), ("<cat>", "cat", "object")]
-    assert "a photo of a <new1> in the style of <new2>" in words(parts["p3-together"])
-    assert "a <new1> next to a <cat>" in words(parts["p3-layout"])
+    sections = planned(Settings(output=tmp_path, data=data, model="owner/name"))
+    (concepts,) = sections["p3-words"].steps[-1].files.values()
+    assert [(one["token"], one["init"], one["kind"]) for one in concepts] == [
+        ("<new1>", "dog", "object"),
+        ("<new2>", "painting", "style"),
+        ("<cat>", "cat", "object"),
+    ]
+    assert "a photo of a <new1> in the style of <new2>" in words(sections["p3-together"])
+    assert "a <new1> next to a <cat>" in words(sections["p3-layout"])
 
 
 def test_quick_leaves_data_alone(tmp_path: Path) -> None:
     data = course_data(tmp_path / "data")
-    parts = planned(Settings(output=tmp_path, data=data, quick=True))
-    assert not any(part.real for part in parts.values())
-    assert str(data) not in " ".join(words(part) for part in parts.values())
+    sections = planned(Settings(output=tmp_path, data=data, quick=True))
+    assert all(section.shipped for section in sections.values())
+    assert str(data) not in " ".join(words(section) for section in sections.values())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def test_quick_leaves_data_alone(tmp_path: Path) -> None:
     [
         ({"unet": Path("absent.pt")}, "--unet absent.pt"),
         ({"data": Path("absent")}, "--data absent"),
-        ({"judge": Path("absent.pth")}, "--classifier absent.pth"),
+        ({"mnistm_classifier": Path("absent.pth")}, "--mnistm-classifier absent.pth"),
         ({"digits": Path("absent.safetensors")}, "--digits absent.safetensors"),
         ({"quick": True, "model": "owner/name"}, "--quick"),
         ({"device": "cuda:99"}, "--device cuda:99"),
@@ -198,61 +205,53 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the page
 
 
-def part_of(name: str, *steps: Step, shown: Shown | None = None, instead: Part | None = None) -> Part:
-    return Part(
-        name,
-        "P1",
-        f"Part {name}",
-        "Text.",
-        "shipped weights",
-        False,
-        steps,
-        lambda _: shown or Shown(),
-        instead=instead,
+def section_of(
+    name: str, *steps: Step, elements: list[Element] | None = None, fallback: Section | None = None
+) -> Section:
+    return Section(
+        name, "P1", f"Section {name}", "Text.", "shipped weights", True, steps, lambda: elements or [], "", fallback
     )
 
 
-def page_of(views: Any, tmp_path: Path) -> str:
-    write_page(tmp_path / "index.html", views, "python report.py")
+def page_of(rendered: list[RenderedSection], tmp_path: Path) -> str:
+    write_page(tmp_path / "index.html", rendered, "python report.py")
     return (tmp_path / "index.html").read_text()
 
 
-def test_a_failed_part_is_on_the_page_with_its_reason(tmp_path: Path) -> None:
-    part = part_of("x", counting(tmp_path, "a", code=2))
+def test_a_failed_section_is_on_the_page_with_its_reason(tmp_path: Path) -> None:
+    section = section_of("x", counting(tmp_path, "a", code=2))
     runner = Runner(tmp_path / "steps", 1)
-    runner.run(part.steps[0])
-    html = page_of([view_of(part, tmp_path / "steps", runner.outcomes)], tmp_path)
+    runner.run(section.steps[0])
+    html = page_of([render_section(section, tmp_path / "steps", runner.outcomes)], tmp_path)
     assert "Not shown." in html
     assert "step a: it broke" in html
 
 
 def test_results_that_cannot_be_read_are_a_reason(tmp_path: Path) -> None:
-    def broken(folder: Path) -> Shown:
+    def broken() -> list[Element]:
         raise KeyError("accuracy")
 
-    part = replace(part_of("x", Step("a", "step a", ())), show=broken)
-    view = view_of(part, tmp_path, {"a": Outcome("done", "key")})
-    assert "KeyError: 'accuracy'" in view.reason
+    section = replace(section_of("x", Step("a", "step a", ())), elements=broken)
+    assert "KeyError: 'accuracy'" in render_section(section, tmp_path, {"a": Outcome("done", "key")}).reason
 
 
-def test_another_part_is_run_where_one_fails(tmp_path: Path) -> None:
-    good = part_of("good", counting(tmp_path, "b"), shown=Shown([Score("right", "100 %")]))
-    part = part_of("bad", counting(tmp_path, "a", code=2), instead=good)
-    sources = replace(sources_of(Settings(output=tmp_path)), steps=tmp_path / "steps")
-    views = run_parts([part], sources, fresh=False)
-    assert [(view.part.name, bool(view.reason)) for view in views] == [("bad", True), ("good", False)]
+def test_the_fallback_is_run_when_a_section_fails(tmp_path: Path) -> None:
+    good = section_of("good", counting(tmp_path, "b"), elements=[Score("right", "100 %")])
+    section = section_of("bad", counting(tmp_path, "a", code=2), fallback=good)
+    rendered = run_sections([section], tmp_path / "steps", fresh=False)
+    assert [(one.section.name, bool(one.reason)) for one in rendered] == [("bad", True), ("good", False)]
     assert ran(tmp_path) == "ab"
 
 
 def test_texts_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
     Image.new("RGB", (28, 28), "red").save(tmp_path / "a.png")
-    shown = Shown(
-        [Score("<new1> & more", "1 < 2")],
-        [Figure(tmp_path / "a.png", 'a "<new1>"'), Gallery((tmp_path / "a.png",) * 3, "three")],
-        [Table("caption <b>", ("head",), (("PASS",),))],
-    )
-    part = part_of("x", shown=shown)
-    html = page_of([view_of(part, tmp_path, {})], tmp_path)
+    elements: list[Element] = [
+        Score("<new1> & more", "1 < 2"),
+        Figure('a "<new1>"', (tmp_path / "a.png",)),
+        Figure("three", (tmp_path / "a.png",) * 3),
+        Table("caption <b>", ("head",), (("PASS",),)),
+    ]
+    html = page_of([render_section(section_of("x", elements=elements), tmp_path, {})], tmp_path)
     assert "<new1>" not in html
     assert html.count('<img src="data:image/png;base64,') == 4
     assert not re.search(r"(?:src|href)=\"(?!#|data:)", html)
@@ -303,59 +302,78 @@ def test_one_command_makes_a_page_of_its_own(report_page: Path) -> None:
     record = json.loads((report_page.parent / "steps/p1_grades_retries/record.json").read_text())
     assert f"{100 * record['metrics']['mean']:.1f} %" in html
     assert html.count("<figure") == 3
-    assert len(list((report_page.parent / "steps/p1_digits_retries/pictures").rglob("*.png"))) == 1000
-    for told in ("torch", "P1_inference.py", "seed", "one noise for each whole column"):
-        assert told in html
+    assert len(list((report_page.parent / "steps/p1_digits_retries/images").rglob("*.png"))) == 1000
+    for text in ("torch", "P1_inference.py", "seed", "one noise for each whole column"):
+        assert text in html
 
 
 @pytest.fixture(scope="module")
-def tab() -> Iterator[Tab]:
-    program = find_browser()
+def browser() -> Iterator[Browser]:
+    """Debian's chromium without a window or a connection of its own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not program:
         pytest.skip("no chromium is installed (Debian: apt install chromium)")
-    with browser_tab(program) as opened:
+    flags = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=program, args=flags.split(), timeout=120_000)
         yield opened
+        opened.close()
+
+
+@contextmanager
+def opened(browser: Browser, path: Path, **options: Any) -> Iterator[Page]:
+    """The page in a fresh profile; its console must stay without errors."""
+    context = browser.new_context(**options)
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "assert") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(path.as_uri())
+    yield page
+    context.close()
+    assert errors == []
+
+
+def box_of(page: Page, selector: str) -> FloatRect:
+    box = page.locator(selector).first.bounding_box()
+    assert box, f"{selector} is not visible"
+    return box
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(report_page: Path, tab: Tab, scheme: str) -> None:
-    """No complaint in the console, every picture there, ink and paper apart, a click enlarges and another puts it back."""
-    tab.size(1100, 900)
-    tab.scheme(scheme)
-    tab.open(report_page.as_uri())
-    assert (
-        tab.evaluate("[...document.querySelectorAll('.zoom img')].filter(i => i.complete && i.naturalWidth).length")
-        == 3
-    )
-    paper, ink = (
-        tab.evaluate(
-            f"getComputedStyle(document.body).{name}.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+def test_the_page_in_a_browser(report_page: Path, browser: Browser, scheme: str) -> None:
+    """Every image is loaded, text and background contrast, a click enlarges an image and another closes it."""
+    with opened(browser, report_page, viewport={"width": 1100, "height": 900}, color_scheme=scheme) as page:
+        assert (
+            page.evaluate(
+                "[...document.querySelectorAll('.zoom img')].filter(i => i.complete && i.naturalWidth).length"
+            )
+            == 3
         )
-        for name in ("backgroundColor", "color")
-    )
-    assert (paper > ink + 450) if scheme == "light" else (ink > paper + 450)
-    small = tab.evaluate("document.querySelector('.zoom img').getBoundingClientRect().width")
-    tab.click(".zoom")
-    assert tab.evaluate("document.getElementById('large').open")
-    assert tab.evaluate("document.querySelector('#large img').naturalWidth") > 100
-    assert tab.evaluate("document.querySelector('#large img').getBoundingClientRect().width") > small
-    tab.click("#large img")
-    assert not tab.evaluate("document.getElementById('large').open")
-    assert tab.errors == []
+        paper, ink = (
+            sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{name}"))[:3]))
+            for name in ("backgroundColor", "color")
+        )
+        assert (paper > ink + 450) if scheme == "light" else (ink > paper + 450)
+        small = box_of(page, ".zoom img")
+        page.locator(".zoom").first.click()
+        assert page.locator("#large").is_visible()
+        assert page.evaluate("document.querySelector('#large img').naturalWidth") > 100
+        assert box_of(page, "#large img")["width"] > small["width"]
+        page.locator("#large img").click()
+        assert not page.locator("#large").is_visible()
 
 
 @pytest.mark.slow
-def test_the_page_on_a_phone(report_page: Path, tab: Tab) -> None:
+def test_the_page_on_a_phone(report_page: Path, browser: Browser) -> None:
     """390 pixels: nothing sticks out sideways, text is readable, what is pressed is large enough."""
-    tab.size(390, 844)
-    tab.open(report_page.as_uri())
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    assert tab.evaluate("parseFloat(getComputedStyle(document.querySelector('p')).fontSize)") >= 16
-    assert tab.evaluate("document.querySelector('.zoom').getBoundingClientRect().width") > 300
-    tab.click(".zoom")
-    box = tab.evaluate("(({left, right}) => [left, right])(document.getElementById('large').getBoundingClientRect())")
-    assert box[0] >= 0
-    assert box[1] <= 390
-    assert tab.errors == []
+    with opened(browser, report_page, viewport={"width": 390, "height": 844}, is_mobile=True) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('p')).fontSize)") >= 16
+        assert box_of(page, ".zoom")["width"] > 300
+        page.locator(".zoom").first.click()
+        large = box_of(page, "#large")
+        assert large["x"] >= 0
+        assert large["x"] + large["width"] <= 390

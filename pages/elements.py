@@ -1,0 +1,78 @@
+"""The elements of the page: sections, and the figures, tables and scores that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.steps import Step
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Images under one caption; several are laid out as a gallery."""
+
+    caption: str
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a head."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number for the table at the top of the page and the last lines of the demo."""
+
+    what: str
+    value: str
+    target: str = ""
+
+
+Element = Figure | Table | Score
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the page with the steps behind it."""
+
+    name: str
+    problem: str
+    title: str
+    text: str
+    inputs: str
+    """Weights and data in use, for the reader."""
+    shipped: bool
+    """Whether these all come with the repository."""
+    steps: tuple[Step, ...]
+    elements: Callable[[], list[Element]]
+    """Reads the steps' results."""
+    hint: str = ""
+    """How to have the section with the course's files."""
+    fallback: Section | None = None
+    """Section to run as well when a step fails."""
+
+
+def percent(value: float) -> str:
+    """0.98765 -> 98.8 %."""
+    return f"{100 * value:.1f} %"
+
+
+def plain(value: Any) -> str:
+    """Return a value as text, floats with six digits."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def settings_table(caption: str, values: Mapping[str, Any]) -> Table:
+    """Return a table of names and values without the empty ones."""
+    rows = tuple((name, plain(value)) for name, value in values.items() if value not in (None, "", [], {}))
+    return Table(caption, ("setting", "value"), rows)

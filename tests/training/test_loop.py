@@ -1,0 +1,194 @@
+"""The loop of every training: it continues where it stopped, refuses other facts, saves nothing broken and stops on a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runtime.cli import BadInput
+from runtime.device import detect
+from runtime.record import Record
+from training.ema import Ema
+from training.loop import LoopConfig, Trained, TrainingRun
+from training.schedule import LearningRate
+
+CONSTANT = LearningRate(0.1, 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a script would have."""
+
+    seed: int = 0
+
+
+def make_run(folder: Path, steps: int, facts: dict[str, Any] | None = None, **changes: Any) -> TrainingRun:
+    """A line that learns w = 1 by plain gradient descent from 0."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=0.9)
+    config = replace(LoopConfig("test", folder, steps, 1, CONSTANT, log_every=1, save_every=2), **changes)
+    record = Record(Settings(), detect("cpu"))
+    return TrainingRun(config, facts or {}, Trained(network, optimizer, Ema(network, 0.5)), record)
+
+
+def loss_of(run: TrainingRun) -> Tensor:
+    weight = next(run.trained.network.parameters())
+    return ((weight - 1) ** 2).sum()
+
+
+def weight_of(run: TrainingRun) -> float:
+    return next(run.trained.network.parameters()).item()
+
+
+def train(run: TrainingRun, stop_at: int | None = None) -> TrainingRun:
+    for step in run:
+        run.update(loss_of(run))
+        if step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return run
+
+
+def test_every_step_comes_once_and_in_order(tmp_path: Path) -> None:
+    run, steps = make_run(tmp_path, 5), []
+    for step in run:
+        steps.append(step)
+        run.update(loss_of(run))
+    assert steps == [0, 1, 2, 3, 4]
+    assert run.done
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole = train(make_run(tmp_path / "whole", 9))
+    stopped = train(make_run(tmp_path / "parts", 9), stop_at=4)
+    assert stopped.step == 4
+    with pytest.raises(SystemExit, match="130"):
+        stopped.finish()
+    parts = train(make_run(tmp_path / "parts", 9))
+    assert parts.resumed
+    for one, other in zip(whole.trained.parts().values(), parts.trained.parts().values(), strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_the_scripts_plain_values_survive_a_stop(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 4)
+    run.history["scores"] = [0.5]
+    train(run, stop_at=2)
+    assert make_run(tmp_path, 4).history == {"scores": [0.5]}
+
+
+def test_more_steps_are_fine_and_fewer_are_refused(tmp_path: Path) -> None:
+    train(make_run(tmp_path, 4))
+    assert train(make_run(tmp_path, 6)).step == 6
+    with pytest.raises(BadInput, match="steps 6, not 5"):
+        make_run(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [({"lr": 1, "data": [1, 2]}, "lr 2, not 1"), ({"lr": 2, "data": [1, 3]}, r"data \[1, 2\], not \[1, 3\]")],
+)
+def test_another_fact_is_one_line_with_both_values_and_a_way_on(
+    tmp_path: Path, facts: dict[str, Any], message: str
+) -> None:
+    train(make_run(tmp_path, 4, {"lr": 2, "data": (1, 2)}))
+    assert make_run(tmp_path, 4, {"lr": 2, "data": (1, 2)}).done
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(BadInput, match=f"checkpoint.pt was trained with {message}: .* --run OTHER") as error:
+        make_run(tmp_path, 4, facts, elsewhere="--run OTHER")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+    train(make_run(tmp_path, 2))
+    with pytest.raises(BadInput, match="is not a checkpoint of other"):
+        make_run(tmp_path, 2, kind="other")
+    torch.save({"kind": "test", "step": 2}, tmp_path / "checkpoint.pt")
+    with pytest.raises(BadInput, match="earlier version"):
+        make_run(tmp_path, 2)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 9)
+
+    def go() -> None:
+        for step in run:
+            run.update(loss_of(run) * (float("nan") if step == 4 else 1))
+
+    with pytest.raises(BadInput, match=r"the loss is nan at step 5: .*checkpoint.pt keeps the last good state"):
+        go()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_several_losses_add_their_gradients_and_are_computed_one_by_one(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def losses(run: TrainingRun) -> Iterator[Tensor]:
+        for part in ("first", "second"):
+            events.append(part)
+            yield loss_of(run) / 2
+            grad = next(run.trained.network.parameters()).grad
+            events.append(f"{part} propagated: {grad is not None}")
+
+    run, plain = make_run(tmp_path / "parts", 1), train(make_run(tmp_path / "plain", 1))
+    for _ in run:
+        run.update(losses(run))
+    assert events == ["first", "first propagated: True", "second", "second propagated: True"]
+    assert weight_of(run) == weight_of(plain)
+
+
+def test_constraints_apply_between_the_optimizer_and_the_average(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1)
+
+    def cap() -> None:
+        with torch.no_grad():
+            next(run.trained.network.parameters()).clamp_(max=0.05)
+
+    for _ in run:
+        run.update(loss_of(run), after_step=cap)
+    assert run.trained.ema is not None
+    averaged = next(run.trained.ema.module.parameters())
+    assert weight_of(run) == pytest.approx(0.05)
+    assert averaged.item() == pytest.approx(0.05)
+
+
+def test_the_gradient_norm_is_capped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1, max_grad_norm=0.5)
+    for _ in run:
+        run.update(loss_of(run))  # the gradient is -2
+    assert weight_of(run) == pytest.approx(0.5 * 0.1)
+
+
+def test_the_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
+    run, rates = make_run(tmp_path, 4, lr=LearningRate(0.4, 4, 0.0)), []
+    for _ in run:
+        run.update(loss_of(run))
+        rates.append(run.trained.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_every_counts_steps_and_the_last_one(tmp_path: Path) -> None:
+    run, due, never = make_run(tmp_path, 7), [], []
+    for _ in run:
+        run.update(loss_of(run))
+        due += [run.step] * run.every(3)
+        never += [run.step] * run.every(0)
+    assert due == [3, 6, 7]
+    assert never == [7]
+
+
+def test_the_end_writes_a_record(tmp_path: Path) -> None:
+    train(make_run(tmp_path, 3)).finish(accuracy=0.5)
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert {"step": 3, "processes": 1, "accuracy": 0.5}.items() <= metrics.items()
+    assert metrics["loss"] > 0
