@@ -30,7 +30,7 @@ def sections(inputs: Inputs) -> list[Section]:
     weights = f"{'shipped' if shipped else 'your'} weights {relative(inputs.digits)}"
     modes = ["retries"] if inputs.quick else ["retries", "plain"]
     wanted = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "sweep"]
-    draw = ("P1_report.py", "--checkpoint", inputs.digits, "--output", figures, "--device", inputs.device, "--figures")
+    draw = ("P1_report.py", "--model", inputs.digits, "--output", figures, "--device", inputs.device, "--figures")
     return [
         Section(
             name="p1-scores",
@@ -70,7 +70,7 @@ def sample_and_grade(inputs: Inputs, mode: str) -> tuple[Step, Step]:
     """Return the step that draws the 1,000 digits and the step that grades them."""
     sampled, graded = f"p1_digits_{mode}", f"p1_grades_{mode}"
     images, device = inputs.steps / sampled / "images", ("--device", inputs.device)
-    sample: Command = ("P1_inference.py", "--output", images, "--checkpoint", inputs.digits, *device)
+    sample: Command = ("P1_inference.py", "--output", images, "--model", inputs.digits, *device)
     sample += ("--retries", "0" if mode == "plain" else "3", "--record", inputs.steps / sampled / "record.json")
     grade = ("P1_classifier.py", "grade", images, *device, "--record", inputs.steps / graded / "record.json")
     classifier = (inputs.mnistm_classifier,) if inputs.mnistm_classifier else ()
