@@ -89,7 +89,8 @@ class EmbeddingConditioning(nn.Module):
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Map t, digit, domain, each [B] int64, to [B,embedding]."""
-        return self.time(sinusoid(t, self.width)) + self.digit(digit) + self.domain(domain)
+        embedding: Tensor = self.time(sinusoid(t, self.width)) + self.digit(digit) + self.domain(domain)
+        return embedding
 
 
 class OneHotConditioning(nn.Module):
@@ -118,7 +119,8 @@ class OneHotConditioning(nn.Module):
             ],
             dim=1,
         )
-        return self.time((t.float() / self.timesteps)[:, None]) + self.context(context.float())
+        embedding: Tensor = self.time((t.float() / self.timesteps)[:, None]) + self.context(context.float())
+        return embedding
 
 
 # ---------------------------------------------------------------- blocks
@@ -162,7 +164,8 @@ class ResidualBlock(nn.Module):
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.skip(x) + h
+        out: Tensor = self.skip(x) + h
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -181,7 +184,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
         attended = self.attend(q, k, v)  # [B, heads, H*W, C/heads]
-        return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
+        out: Tensor = x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
+        return out
 
 
 class Downsample(nn.Conv2d):
@@ -240,26 +244,17 @@ class UNet(nn.Module):
         self.config = config
         kinds = {"embedding": EmbeddingConditioning, "onehot": OneHotConditioning}
         self.conditioning = kinds[config.conditioning](config)
+
+        def residual(inputs: int, outputs: int) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, config.embedding)
+
+        def attention(channels: int) -> SelfAttention:
+            return SelfAttention(channels, config.head_channels)
+
         pixels = IMAGE_SHAPE[0] * config.patch**2
         self.first = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
-        skips = self._build_down(config)
-        width = config.channels[-1]
-        self.middle = Stage(self._residual(width, width), self._attention(width), self._residual(width, width))
-        self._build_up(config, skips)
-        self.last = nn.Sequential(
-            group_norm(config.channels[0]),
-            nn.SiLU(),
-            zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
-        )
 
-    def _residual(self, inputs: int, outputs: int) -> ResidualBlock:
-        return ResidualBlock(inputs, outputs, self.config.embedding)
-
-    def _attention(self, channels: int) -> SelfAttention:
-        return SelfAttention(channels, self.config.head_channels)
-
-    def _build_down(self, config: ModelConfig) -> list[int]:
-        """Build `self.down`; return the channels of every skip connection."""
+        # down: every stage leaves a skip connection of `skips[k]` channels
         self.down, width = nn.ModuleList(), config.channels[0]
         skips = [width]
         for level, (channels, attend) in enumerate(zip(config.channels, config.attention, strict=True)):
@@ -267,26 +262,30 @@ class UNet(nn.Module):
                 self.down.append(Stage(Downsample(width, channels)))
                 skips.append(width := channels)
             for _ in range(config.blocks):
-                attention = [self._attention(channels)] if attend else []
-                self.down.append(Stage(self._residual(width, channels), *attention))
+                self.down.append(Stage(residual(width, channels), *([attention(channels)] if attend else [])))
                 skips.append(width := channels)
-        return skips
 
-    def _build_up(self, config: ModelConfig, skips: list[int]) -> None:
-        """Build `self.up`: every stage takes one skip connection, the last of a level also doubles the resolution."""
-        self.up, width = nn.ModuleList(), config.channels[-1]
-        for level in reversed(range(len(config.channels))):
-            channels = config.channels[level]
+        self.middle = Stage(residual(width, width), attention(width), residual(width, width))
+
+        # up: every stage takes one skip connection, the last of a level also doubles the resolution
+        self.up = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(config.channels))):
             for block in range(config.blocks + 1):
                 # a 1x1 convolution mixes the skip connection in, so that the 3x3 ones stay narrow
                 merge = Pointwise(width + skips.pop(), channels)
-                layers: list[nn.Module] = [merge, self._residual(channels, channels)]
+                layers: list[nn.Module] = [merge, residual(channels, channels)]
                 width = channels
                 if config.attention[level]:
-                    layers.append(self._attention(channels))
+                    layers.append(attention(channels))
                 if level and block == config.blocks:
                     layers.append(Upsample(channels, width := config.channels[level - 1]))
                 self.up.append(Stage(*layers))
+
+        self.last = nn.Sequential(
+            group_norm(config.channels[0]),
+            nn.SiLU(),
+            zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
+        )
 
     def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Predict eps or v; a skip connection goes from every stage of the way down to one of the way up."""
@@ -316,7 +315,8 @@ class Network:
 
     def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor]) -> Tensor:
         """Return the output for x [B,3,28,28] at step t; labels are (digit, domain), each [B]."""
-        return self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
+        output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
+        return output
 
 
 def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float32) -> None:

@@ -195,7 +195,8 @@ def main(settings: Settings) -> None:
 
         # the loss and one optimizer step
         def network(x: Tensor, t: Tensor, digit: Tensor = digit, domain: Tensor = domain) -> Tensor:
-            return model(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
+            output: Tensor = model(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
+            return output
 
         with accelerator.autocast():
             loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight)

@@ -24,7 +24,7 @@ ROOMS = {
     "faces": {"diffusion", "training", "runtime", "P1_model"},
     "zeroshot": {"diffusion", "training", "runtime"},
     "concepts": {"diffusion", "training", "runtime"},
-    "pages": {"runtime"},
+    "pages": {"runtime", "concepts"},  # concepts: the course's file formats
 }
 FOLDERS = {"benchmarks", "hw2_data", "miniature"}
 SLOW = {
