@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, sample
@@ -30,7 +29,6 @@ from P1_model import (
 )
 from runtime.cli import BadInput
 from runtime.images import to_uint8
-from training.cpu_layers import write_out_layers
 
 CPU = torch.device("cpu")
 FullDisk = Callable[[int], AbstractContextManager[None]]
@@ -71,25 +69,6 @@ def test_time_digit_and_domain_change_the_output(conditioning: str, position: in
     before = unet(*given)
     given[position] = torch.tensor([value])
     assert float((unet(*given) - before).abs().max()) > 1e-4
-
-
-def test_layers_written_out_for_a_cpu_give_the_same_outputs_and_gradients() -> None:
-    unet, given, operations = awake(UNet(TINY["embedding"])).requires_grad_(True), inputs(2), []
-
-    def backend(graph: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
-        operations.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    explicit = copy.deepcopy(unet)
-    write_out_layers(explicit)
-    assert explicit.state_dict().keys() == unet.state_dict().keys()
-    results = []
-    for network in (unet, torch.compile(explicit, backend=backend)):
-        output = network(*given)
-        results.append((output, *torch.autograd.grad(output.square().sum(), network.parameters())))
-    assert operations
-    assert not any(word in name for name in operations for word in ("interpolate", "scaled_dot_product", "group_norm"))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_every_picture_of_a_batch_has_its_own_labels() -> None:

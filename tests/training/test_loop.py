@@ -26,13 +26,13 @@ CONSTANT = LearningRate(0.1, 0, 0.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a script would have."""
+    """The settings of a script, for the record."""
 
     seed: int = 0
 
 
 def make_run(folder: Path, steps: int, facts: dict[str, Any] | None = None, **changes: Any) -> TrainingRun:
-    """A line that learns w = 1 by plain gradient descent from 0."""
+    """Return a run that fits one weight to 1 by gradient descent from 0."""
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=0.9)
@@ -109,10 +109,17 @@ def test_another_fact_is_one_line_with_both_values_and_a_way_on(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_layout_or_version_is_refused(tmp_path: Path) -> None:
     train(make_run(tmp_path, 2))
     with pytest.raises(BadInput, match="is not a checkpoint of other"):
         make_run(tmp_path, 2, kind="other")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["parts"]["model"] = nn.Linear(2, 2).state_dict()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        BadInput, match="checkpoint.pt is of another layout or damaged: move it away, or give --output OTHER"
+    ):
+        make_run(tmp_path, 2)
     torch.save({"kind": "test", "step": 2}, tmp_path / "checkpoint.pt")
     with pytest.raises(BadInput, match="earlier version"):
         make_run(tmp_path, 2)

@@ -1,0 +1,47 @@
+"""SIGINT and SIGTERM: the first one requests a stop, and the handlers before are restored."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from training.signals import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_requests_a_stop_and_raises_nothing(number: int) -> None:
+    with StopSignals() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_sigterm_still_waits_for_the_checkpoint() -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_handlers_are_restored_even_after_an_error(number: int) -> None:
+    before = signal.getsignal(number)
+    during = []
+
+    def fail() -> None:
+        with StopSignals():
+            during.append(signal.getsignal(number))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert signal.getsignal(number) == before != during[0]
