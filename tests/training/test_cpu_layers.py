@@ -33,7 +33,7 @@ def test_layers_written_out_for_a_cpu_give_the_same_outputs_and_gradients() -> N
     results = []
     for network in (unet, compiled):
         output = network(x, t, digit, domain)
-        results.append((output, *torch.autograd.grad(output.square().sum(), network.parameters())))
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(network.parameters()))))
     assert operations
     assert not any(word in name for name in operations for word in ("interpolate", "scaled_dot_product", "group_norm"))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

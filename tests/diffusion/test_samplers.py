@@ -1,0 +1,210 @@
+"""Samplers, against diffusers, against loops written from the rules' description, and with a denoiser that predicts the clean images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from gaussian import SHAPE, gaussian
+from torch import Tensor
+
+from diffusion.noise import draw, generators
+from diffusion.samplers import ddim, ddpm, dpm_solver
+from diffusion.schedule import Prediction, Schedule, cosine, linear, make_schedule, target
+from diffusion.steps import Rule, Steps, step_rule
+
+CPU = torch.device("cpu")
+PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction"}  # our name: diffusers' name
+
+
+def smooth(x: Tensor, t: int) -> Tensor:
+    """Return a smooth function of x and t that amplifies nothing: a stand-in for a network."""
+    return 0.6 * x.tanh() + 0.2 * math.sin(t)
+
+
+def clean_images() -> Tensor:
+    """Return x0 inside [-1, 1], so that no clamp changes it."""
+    return gaussian(5).clamp(-0.9, 0.9)
+
+
+def oracle(x0: Tensor, schedule: Schedule) -> Callable[[Tensor, int], Tensor]:
+    """Return a denoiser that always predicts x0."""
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        alpha_bar = torch.tensor(schedule.alpha_bar_at(t), dtype=torch.float64)
+        eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        return target(x0, eps, alpha_bar, schedule.prediction)
+
+    return denoise
+
+
+# ---------------------------------------------------------------- samplers against references
+
+
+DIFFUSERS_OPTIONS: dict[Rule, dict[str, Any]] = {  # with these, diffusers follows each rule
+    "homework": {"steps_offset": 1, "set_alpha_to_one": False},
+    "diffusers": {},
+    "ddim": {"clip_sample": False},
+    "trailing": {"timestep_spacing": "trailing"},
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("rule", DIFFUSERS_OPTIONS)
+def test_each_ddim_update_equals_diffusers(rule: Rule, prediction: Prediction, eta: float) -> None:
+    schedule = linear(1000, prediction=prediction)
+    reference: Any = DDIMScheduler(1000, 1e-4, 0.02, prediction_type=PREDICTIONS[prediction], **DIFFUSERS_OPTIONS[rule])
+    reference.set_timesteps(10)
+    steps = step_rule(rule, 1000, 10)
+    assert [t for t, _ in steps.pairs] == reference.timesteps.tolist()
+    for (t, previous), seeds in zip(steps.pairs, [(k, k + 100) for k in range(10)], strict=True):
+        x, output = gaussian(t).float(), gaussian(t + 1).float()
+        noise = draw(generators(seeds), SHAPE[1:], CPU)
+        expected = reference.step(output, t, x, eta, variance_noise=noise).prev_sample
+        one = Steps(((t, previous),), steps.clamp)
+        images = ddim(lambda *_, output=output: output, x, schedule, one, generators(seeds), eta)
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+
+
+DESCRIBED: dict[
+    Rule, tuple[range, int | None, bool]
+] = {  # timesteps of 50 steps, the step of alpha_bar at the end (None: 1), clamp
+    "homework": (range(981, 0, -20), 0, True),
+    "ddim": (range(980, -1, -20), None, False),
+    "diffusers": (range(980, -1, -20), None, True),
+    "trailing": (range(999, 18, -20), None, True),
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rule", DESCRIBED)
+def test_each_rule_equals_a_loop_written_from_its_description(rule: Rule, eta: float) -> None:
+    times, end, clamp = DESCRIBED[rule]
+    alpha_bars = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float().double()
+    streams, start = generators([1, 2]), gaussian(3)
+    x = start
+    for t, after in zip(times, [*times[1:], end], strict=True):
+        alpha_bar = alpha_bars[t]
+        alpha_bar_prev = alpha_bars.new_ones(()) if after is None else alpha_bars[after]
+        eps = smooth(x, t)
+        x0 = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        x0 = x0.clamp(-1, 1) if clamp else x0
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+        x = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
+        if sigma:
+            x = x + sigma * draw(streams, SHAPE[1:], CPU)
+    images = ddim(smooth, start, linear(1000), step_rule(rule, 1000, 50), generators([1, 2]), eta)
+    torch.testing.assert_close(images, x, rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_without_eta_draws_no_noise() -> None:
+    streams = generators([1, 2])
+    ddim(smooth, gaussian(3), linear(100), step_rule("trailing", 100, 5), streams)
+    assert torch.equal(draw(streams, (4,), CPU), draw(generators([1, 2]), (4,), CPU))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_equals_diffusers(prediction: Prediction) -> None:
+    schedule = linear(60, prediction=prediction)
+    reference: Any = DDPMScheduler(
+        60, 1e-4, 0.02, variance_type="fixed_small", clip_sample=True, prediction_type=PREDICTIONS[prediction]
+    )
+    streams, start = generators([1, 2]), gaussian(3).float()
+    x = start
+    for t in reversed(range(60)):
+        x = reference.step(smooth(x, t), t, x, generator=streams).prev_sample
+    images = ddpm(smooth, start, schedule, generators([1, 2]))
+    torch.testing.assert_close(images, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dpm_solver_equals_diffusers_driven_by_hand(prediction: Prediction) -> None:
+    reference: Any = DPMSolverMultistepScheduler(
+        1000,
+        1e-4,
+        0.02,
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    reference.set_timesteps(8)
+    x = start = gaussian(3).float()
+    for t in reference.timesteps:
+        x = reference.step(smooth(x, int(t)), t, x).prev_sample
+    images = dpm_solver(smooth, start, linear(1000, prediction=prediction), 8)
+    torch.testing.assert_close(images, x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 21])
+def test_dpm_solver_refuses_steps_that_do_not_fit(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"{steps} steps"):
+        dpm_solver(smooth, gaussian(3), cosine(20), steps)
+
+
+def test_dpm_solver_returns_images_within_the_range() -> None:
+    images = dpm_solver(oracle(3 * gaussian(5), linear(1000)), gaussian(3), linear(1000), 4)
+    assert float(images.abs().max()) == 1.0
+
+
+# ---------------------------------------------------------------- samplers with a denoiser that predicts the clean images
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["ddim", "diffusers", "trailing"])
+def test_ddim_recovers_the_images_that_the_denoiser_predicts(
+    rule: Rule, eta: float, prediction: Prediction, name: str
+) -> None:
+    schedule, x0 = make_schedule(name, 100, prediction), clean_images()
+    images = ddim(oracle(x0, schedule), gaussian(3), schedule, step_rule(rule, 100, 7), generators([1, 2]), eta)
+    torch.testing.assert_close(images, x0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_recovers_the_images_that_the_denoiser_predicts(prediction: Prediction, name: str) -> None:
+    schedule, x0 = make_schedule(name, 200, prediction), clean_images()
+    images = ddpm(oracle(x0, schedule), gaussian(3), schedule, generators([1, 2]))
+    torch.testing.assert_close(images, x0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dpm_solver_recovers_the_images_that_the_denoiser_predicts(prediction: Prediction, name: str) -> None:
+    schedule, x0 = make_schedule(name, 100, prediction), clean_images()
+    images = dpm_solver(oracle(x0, schedule), gaussian(3), schedule, 7)
+    torch.testing.assert_close(images, x0, rtol=0, atol=1e-4)  # diffusers works in float32
+
+
+def test_homework_rule_ends_at_the_first_noise_level() -> None:
+    schedule, x0, start = linear(1000), clean_images(), gaussian(3)
+    images = ddim(oracle(x0, schedule), start, schedule, step_rule("homework", 1000, 50))
+    alpha_bar, first = schedule.alpha_bar_at(0), schedule.alpha_bar_at(981)
+    eps = (start - math.sqrt(first) * x0) / math.sqrt(1 - first)  # eta 0 keeps it along the path
+    torch.testing.assert_close(images, math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps, rtol=0, atol=1e-9)
+
+
+def test_ddim_passes_the_state_on_arrival_at_every_step_to_its_callback() -> None:
+    schedule, x0 = linear(100), clean_images()
+    states: dict[int, Tensor] = {}
+    images = ddim(
+        oracle(x0, schedule),
+        gaussian(3),
+        schedule,
+        step_rule("ddim", 100, 5),
+        callback=lambda t, x: states.update({t: x}),
+    )
+    assert list(states) == [60, 40, 20, 0]
+    assert torch.equal(states[0], images)
+
+
+def test_ddpm_calls_its_callback_at_every_step_down_to_0() -> None:
+    arrivals: list[int] = []
+    ddpm(smooth, gaussian(3), linear(10), generators([1, 2]), callback=lambda t, _: arrivals.append(t))
+    assert arrivals == list(reversed(range(10)))
