@@ -110,7 +110,8 @@ class DigitClassifier(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Map [N,3,28,28] uint8 to logits [N,10]."""
-        return self.network[-1](self.features(images))
+        logits: Tensor = self.network[-1](self.features(images))
+        return logits
 
 
 # ---------------------------------------------------------------- classifier files

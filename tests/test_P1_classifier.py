@@ -1,4 +1,4 @@
-"""Judges and grading: the course's rule to the letter, its judges' files, and measures that see what accuracy hides."""
+"""Classifiers and grading: the course's rule to the letter, its classifiers' files, and metrics beyond accuracy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import os
 import shutil
 import signal
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -22,8 +23,19 @@ from torch import Tensor
 from torchvision import transforms
 
 import P1_classifier
-from digits import classifier, metrics
-from digits.classifier import DigitClassifier, accuracy, grade_folder, load_classifier, quality, shipped_classifiers
+from digits import metrics
+from digits.classifier import (
+    ClassifierConfig,
+    DigitClassifier,
+    accuracy,
+    grade_folder,
+    hub_classifier,
+    load_classifier,
+    make_lenet,
+    make_resnet,
+    quality,
+    shipped_classifiers,
+)
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
 from P1_classifier import Grade, Train, train
 from P1_dataloader import read_picture
@@ -33,78 +45,80 @@ from training.draws import Draws
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
-BARS = {"mnistm": 0.98, "svhn": 0.94}  # on real validation pictures; measured 0.991 and 0.956
+BARS = {"mnistm": 0.98, "svhn": 0.94}  # on real validation images; measured 0.991 and 0.956
 
 
 # ---------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(scope="module")
-def real_pictures() -> dict[str, tuple[Tensor, Tensor]]:
-    """Per domain (images [N,3,28,28] uint8, digits [N]) of 1,000 validation pictures, straight from the packed data."""
+def real_images() -> dict[str, tuple[Tensor, Tensor]]:
+    """Load 1,000 validation images per domain from the packed data: images [N,3,28,28] uint8 and digits [N]."""
     archive = SHARED / "digits.tar.gz"
     if not archive.is_file():
         pytest.skip("the real digits are not on this machine")
     with tarfile.open(archive) as packed:
-        files = {m.name: packed.extractfile(m).read() for m in packed if m.isfile()}  # type: ignore[union-attr]
-    found = {}
+        files = {
+            member.name: cast(IO[bytes], packed.extractfile(member)).read() for member in packed if member.isfile()
+        }
+    result = {}
     for name in DOMAINS:
         rows = list(csv.DictReader(io.StringIO(files[f"digits/{name}/val.csv"].decode())))
         rows = rows[:: len(rows) // 1000][:1000]
-        pictures = [read_picture(io.BytesIO(files[f"digits/{name}/data/{row['image_name']}"])) for row in rows]  # type: ignore[arg-type]
-        images = torch.stack([torch.from_numpy(p.copy()) for p in pictures])
-        found[name] = (images, torch.tensor([int(row["label"]) for row in rows]))
-    return found
+        contents: list[Any] = [io.BytesIO(files[f"digits/{name}/data/{row['image_name']}"]) for row in rows]
+        images = torch.stack([torch.from_numpy(read_picture(content).copy()) for content in contents])
+        result[name] = (images, torch.tensor([int(row["label"]) for row in rows]))
+    return result
 
 
 @pytest.fixture(scope="module")
 def shipped() -> list[DigitClassifier]:
-    """The judges in checkpoints/."""
+    """Load the classifiers in checkpoints/."""
     return shipped_classifiers(CPU)
 
 
 @pytest.fixture
 def graded(tmp_path: Path) -> Path:
-    """A folder as hw2_1.sh leaves it: 3 pictures per digit and domain, some larger, grey or with a palette."""
+    """Write a folder as hw2_1.sh does: 3 images per digit and domain, some larger, grey or with a palette."""
     for domain in DOMAINS:
         (tmp_path / "out" / domain).mkdir(parents=True)
         for index in range(30):
             size = 40 if index % 7 == 0 else 28
             pixels = patches(1, size, seed=index)[0].permute(1, 2, 0)
-            picture = Image.fromarray(pixels.numpy())
-            picture = picture.convert("L") if index % 5 == 1 else picture.convert("P") if index % 5 == 2 else picture
-            picture.save(tmp_path / "out" / domain / f"{index % 10}_{index // 10 + 1:03d}.png")
+            image = Image.fromarray(pixels.numpy())
+            image = image.convert("L") if index % 5 == 1 else image.convert("P") if index % 5 == 2 else image
+            image.save(tmp_path / "out" / domain / f"{index % 10}_{index // 10 + 1:03d}.png")
     return tmp_path / "out"
 
 
 def patches(count: int, size: int = 28, seed: int = 0) -> Tensor:
-    """[count,3,size,size] uint8: large patches of random colour, which even a random network tells apart."""
+    """Draw [count,3,size,size] uint8: large patches of random colour, which even a random network distinguishes."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
     return torch.nn.functional.interpolate(coarse.float(), size=(size, size)).to(torch.uint8)
 
 
-def random_judge(domain: int) -> DigitClassifier:
-    """The course's LeNet with random weights, centred so that it sees every digit somewhere, and a reference of patches."""
+def random_classifier(domain: int) -> DigitClassifier:
+    """Return the course's LeNet with random weights, centred so that it predicts every digit, and a reference of patches."""
     torch.manual_seed(domain)
-    judge = DigitClassifier(classifier.make_lenet(), domain)
-    judge.network[-1].bias -= judge(patches(200)).mean(0)
-    features = judge.features(patches(200))
-    judge.reference = make_reference(features[:100], features[100:], 100, 100)
-    return judge
+    classifier = DigitClassifier(make_lenet(), domain)
+    classifier.network[-1].bias -= classifier(patches(200)).mean(0)
+    features = classifier.features(patches(200))
+    classifier.reference = make_reference(features[:100], features[100:], 100, 100)
+    return classifier
 
 
 def course_file(path: Path) -> Path:
-    """A file laid out as Classifier.pth, with random weights."""
-    torch.save({"state_dict": classifier.make_lenet().state_dict(), "optimizer": {"state": {}}}, path)
+    """Write a file with the layout of Classifier.pth and random weights."""
+    torch.save({"state_dict": make_lenet().state_dict(), "optimizer": {"state": {}}}, path)
     return path
 
 
 # ---------------------------------------------------------------- the rule
 
 
-def course_confusion(folder: Path, judge: DigitClassifier) -> list[list[int]]:
-    """The course's grading, written a second time with torchvision's transforms, picture by picture."""
+def course_confusion(folder: Path, classifier: DigitClassifier) -> list[list[int]]:
+    """Grade as the course does, written a second time with torchvision's transforms, one image at a time."""
     prepare = transforms.Compose(
         [transforms.Resize((28, 28)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     )
@@ -112,50 +126,50 @@ def course_confusion(folder: Path, judge: DigitClassifier) -> list[list[int]]:
     for path in folder.iterdir():
         image = prepare(Image.open(path).convert("RGB"))
         with torch.no_grad():
-            counts[int(path.name[0])][int(judge.network(image[None]).argmax())] += 1
+            counts[int(path.name[0])][int(classifier.network(image[None]).argmax())] += 1
     return counts
 
 
 def test_a_folder_is_graded_as_the_course_grades_it(graded: Path) -> None:
-    judges = [random_judge(0), random_judge(1)]
-    result = grade_folder(graded, judges)
-    for name, judge in zip(DOMAINS, judges, strict=True):
-        expected = course_confusion(graded / name, judge)
-        assert sum(1 for column in zip(*expected, strict=True) if any(column)) > 2, "the judge must tell pictures apart"
+    classifiers = [random_classifier(0), random_classifier(1)]
+    result = grade_folder(graded, classifiers)
+    for name, classifier in zip(DOMAINS, classifiers, strict=True):
+        expected = course_confusion(graded / name, classifier)
+        assert sum(any(column) for column in zip(*expected, strict=True)) > 2  # else a constant would pass
         assert result[name]["confusion"] == expected
         assert result[name]["accuracy"] == pytest.approx(sum(expected[d][d] for d in range(10)) / 30)
 
 
-def test_the_mean_is_that_of_the_two_domains_and_not_of_the_pictures(graded: Path) -> None:
+def test_the_mean_is_over_the_two_domains_and_not_over_the_images(graded: Path) -> None:
     for path in (graded / "svhn").glob("*_00[23].png"):
         path.unlink()
-    result = grade_folder(graded, [random_judge(0), random_judge(1)])
+    result = grade_folder(graded, [random_classifier(0), random_classifier(1)])
     assert result["mean"] == pytest.approx((result["mnistm"]["accuracy"] + result["svhn"]["accuracy"]) / 2)
 
 
-def test_accuracy_asks_each_domains_own_judge() -> None:
-    judges = [random_judge(0), random_judge(1)]
+def test_accuracy_uses_the_classifier_of_each_domain() -> None:
+    classifiers = [random_classifier(0), random_classifier(1)]
     images = patches(40)
     domains = torch.arange(40) % 2
-    digits = torch.where(domains == 0, judges[0](images).argmax(1), (judges[1](images).argmax(1) + 1) % 10)
-    assert accuracy(judges, images, digits, domains) == [1.0, 0.0]
+    digits = torch.where(domains == 0, classifiers[0](images).argmax(1), (classifiers[1](images).argmax(1) + 1) % 10)
+    assert accuracy(classifiers, images, digits, domains) == [1.0, 0.0]
 
 
-def test_accuracy_of_no_pictures_is_nan() -> None:
-    judges = [DigitClassifier(classifier.make_resnet(classifier.ClassifierConfig()), domain) for domain in (0, 1)]
+def test_accuracy_of_no_images_is_nan() -> None:
+    classifiers = [DigitClassifier(make_resnet(ClassifierConfig()), domain) for domain in (0, 1)]
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
-    shares = accuracy(judges, images, torch.zeros(2), torch.zeros(2))
+    shares = accuracy(classifiers, images, torch.zeros(2), torch.zeros(2))
     assert shares[1] != shares[1]
 
 
-# ---------------------------------------------------------------- the course's judges
+# ---------------------------------------------------------------- the course's classifiers
 
 
-def test_the_courses_mnistm_classifier_reads_real_digits(real_pictures: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_the_courses_mnistm_classifier_reads_real_digits(real_images: dict[str, tuple[Tensor, Tensor]]) -> None:
     path = SHARED / "homework" / "Classifier.pth"
     if not path.is_file():
         pytest.skip("the course's Classifier.pth is not on this machine")
-    images, digits = real_pictures["mnistm"]
+    images, digits = real_images["mnistm"]
     assert accuracy([load_classifier(path, CPU)], images, digits, torch.zeros(len(images)))[0] >= 0.93
 
 
@@ -164,12 +178,12 @@ def test_timms_resnet34_is_the_svhn_classifier(tmp_path: Path) -> None:
     network = timm.create_model("resnet34", num_classes=10).eval()
     network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
     save_file(network.state_dict(), tmp_path / "resnet34.safetensors")
-    judge = load_classifier(tmp_path / "resnet34.safetensors", CPU)
+    classifier = load_classifier(tmp_path / "resnet34.safetensors", CPU)
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         expected = network(images / 127.5 - 1)
-    assert judge.domain == 1
-    torch.testing.assert_close(judge(images), expected, rtol=1e-4, atol=1e-4)
+    assert classifier.domain == 1
+    torch.testing.assert_close(classifier(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +194,11 @@ def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(models, "load_state_dict_from_hf", unreachable)
     with pytest.raises(BadInput, match=r"edadaltocg/resnet34_svhn can't be loaded \(no route"):
-        classifier.hub_classifier(CPU)
+        hub_classifier(CPU)
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
-    state = classifier.make_lenet().state_dict()
+    state = make_lenet().state_dict()
     state["fc1.weight"] = state["fc1.weight"][:, :200].clone()
     torch.save({"state_dict": state, "optimizer": {}}, tmp_path / "odd.pth")
     with pytest.raises(BadInput, match=r"odd\.pth.*fc1\.weight"):
@@ -192,45 +206,45 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3)])
-def test_a_file_that_holds_no_judge_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_file_without_a_classifier_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(BadInput, match=r"other\.pth is no digit classifier"):
         load_classifier(tmp_path / "other.pth", CPU)
 
 
-# ---------------------------------------------------------------- our judges
+# ---------------------------------------------------------------- our classifiers
 
 
 @pytest.mark.parametrize("domain", [0, 1])
-def test_a_shipped_judge_reaches_its_bar_on_real_pictures(
-    shipped: list[DigitClassifier], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+def test_a_shipped_classifier_reaches_its_bar_on_real_images(
+    shipped: list[DigitClassifier], real_images: dict[str, tuple[Tensor, Tensor]], domain: int
 ) -> None:
-    images, digits = real_pictures[DOMAINS[domain]]
+    images, digits = real_images[DOMAINS[domain]]
     assert accuracy([shipped[domain]], images, digits, torch.zeros(len(images)))[0] >= BARS[DOMAINS[domain]]
 
 
 @pytest.mark.parametrize("domain", [0, 1])
-def test_a_shipped_judge_tells_real_pictures_from_noise_and_from_five_pictures_repeated(
-    shipped: list[DigitClassifier], real_pictures: dict[str, tuple[Tensor, Tensor]], domain: int
+def test_a_shipped_classifier_distinguishes_real_images_from_noise_and_from_five_repeated_images(
+    shipped: list[DigitClassifier], real_images: dict[str, tuple[Tensor, Tensor]], domain: int
 ) -> None:
-    images, _ = real_pictures[DOMAINS[domain]]
+    images, _ = real_images[DOMAINS[domain]]
     noise = torch.randint(0, 256, (300, 3, 28, 28), dtype=torch.uint8)
     few = images[:5].repeat(60, 1, 1, 1)
-    real, strange, repeated = (quality(shipped[domain], pictures) for pictures in (images[:300], noise, few))
+    real, strange, repeated = (quality(shipped[domain], sample) for sample in (images[:300], noise, few))
     assert real["memorised"] < 0.03
     assert min(real["precision"], real["recall"]) > 0.85
     assert strange["frechet"] > 10 * real["frechet"]
     assert repeated["recall"] < 0.05
 
 
-def test_a_shipped_judge_knows_its_training_pictures(shipped: list[DigitClassifier]) -> None:
-    for judge in shipped:
-        assert judge.reference
-        assert memorised(judge.reference.train[:200], judge.reference) == 1
+def test_a_shipped_classifier_recognises_its_training_images(shipped: list[DigitClassifier]) -> None:
+    for classifier in shipped:
+        assert classifier.reference
+        assert memorised(classifier.reference.train[:200], classifier.reference) == 1
 
 
 @pytest.mark.parametrize(("domain", "fold"), [(0, 1), (1, 2)])
-def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_file(
+def test_training_writes_a_classifier_that_loads_and_the_same_seed_gives_the_same_file(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], domain: int, fold: Any
 ) -> None:
     name_of: Any = DOMAINS[domain]
@@ -243,10 +257,11 @@ def test_training_writes_a_judge_that_loads_and_the_same_seed_gives_the_same_fil
     for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert first.reference
-    assert torch.equal(first.reference.train, second.reference.train)  # type: ignore[union-attr]
+    assert second.reference
+    assert torch.equal(first.reference.train, second.reference.train)
 
 
-def test_augmented_pictures_stay_in_range_and_differ() -> None:
+def test_augmented_images_stay_in_range_and_differ() -> None:
     draws = Draws(0, 0, slice(0, 8), 8, CPU)
     x = P1_classifier.augment(torch.rand(1, 3, 28, 28).expand(8, -1, -1, -1) * 2 - 1, draws, recolour=1)
     assert x.abs().max() <= 1
@@ -297,7 +312,7 @@ def test_precision_falls_for_strangers_and_recall_for_missing_variety() -> None:
     assert strange["recall"] > 0.95
 
 
-def test_copies_of_training_pictures_are_memorised_and_new_ones_are_not() -> None:
+def test_copies_of_training_images_are_memorised_and_new_ones_are_not() -> None:
     torch.manual_seed(0)
     train, val, new = torch.randn(3, 1000, 8).unbind()
     reference = make_reference(train, val, 1000, 1000)
@@ -312,16 +327,16 @@ def test_a_reference_survives_its_file(tmp_path: Path) -> None:
     assert memorised(back.train, back) == 1
 
 
-def test_quality_of_a_handful_of_pictures_is_nan() -> None:
-    judge = random_judge(0)
-    assert all(value != value for value in quality(judge, torch.zeros(3, 3, 28, 28, dtype=torch.uint8)).values())
+def test_quality_of_a_handful_of_images_is_nan() -> None:
+    classifier = random_classifier(0)
+    assert all(value != value for value in quality(classifier, torch.zeros(3, 3, 28, 28, dtype=torch.uint8)).values())
 
 
 # ---------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"batch": 0}, "--batch 0"),
         ({"epochs": 0}, "--epochs 0"),
@@ -332,16 +347,16 @@ def test_quality_of_a_handful_of_pictures_is_nan() -> None:
         ({"ema": math.nan}, "--ema nan"),
     ],
 )
-def test_a_judge_of_bad_numbers_is_not_written(
-    given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path
+def test_a_classifier_of_bad_numbers_is_not_written(
+    flags: dict[str, Any], message: str, digits_folder: Path, tmp_path: Path
 ) -> None:
     settings = Train("svhn", data=digits_folder, output=tmp_path / "run", epochs=8, batch=10, device="cpu")
-    with pytest.raises(BadInput, match=named):
-        train(replace(settings, **given))
+    with pytest.raises(BadInput, match=message):
+        train(replace(settings, **flags))
     assert not (tmp_path / "run" / "classifier.safetensors").exists()
 
 
-def test_a_judge_that_has_no_place_is_told_before_the_work(digits_folder: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_folder_is_refused_before_the_work(digits_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classifier.safetensors").mkdir()
     with pytest.raises(BadInput, match="--output .* is a folder"):
         train(Train("svhn", data=digits_folder, output=tmp_path))
@@ -374,7 +389,7 @@ def test_a_stopped_training_goes_on_to_the_same_classifier(
 
 
 def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of `P1_classifier.py grade ...`."""
+    """Run `P1_classifier.py grade ..`; return its exit code."""
     monkeypatch.setattr("sys.argv", ["P1_classifier.py", "grade", *map(str, arguments)])
     command: Any = Train | Grade
     with pytest.raises(SystemExit) as leaving:
@@ -382,7 +397,7 @@ def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(leaving.value.code or 0)
 
 
-def test_grading_prints_the_three_numbers_with_four_decimals_and_leaves_the_folder_alone(
+def test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged(
     graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, record = sorted(graded.rglob("*")), tmp_path / "record.json"
@@ -405,7 +420,7 @@ def break_png(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "svhn"), "svhn does not exist"),
         (lambda folder: [p.unlink() for p in (folder / "svhn").iterdir()], "svhn is empty"),
@@ -416,12 +431,17 @@ def break_png(folder: Path) -> None:
     ids=["missing", "empty", "name", "folder", "broken"],
 )
 def test_a_folder_that_cannot_be_graded_is_refused_in_one_line(
-    graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage, told: str
+    graded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
 ) -> None:
     damage(graded)
     assert grade_command(monkeypatch, graded, "--record", tmp_path / "record.json") == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -432,7 +452,7 @@ def test_a_record_inside_the_graded_folder_is_refused(
     assert "inside the graded folder" in capsys.readouterr().err
 
 
-def test_a_judge_of_the_other_domain_is_refused(
+def test_a_classifier_of_the_other_domain_is_refused(
     graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     course = course_file(tmp_path / "Classifier.pth")

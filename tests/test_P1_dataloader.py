@@ -1,4 +1,4 @@
-"""What P1_dataloader promises: checked data, a cache that is right or made anew, and balanced draws."""
+"""P1's data: checked files, a cache that is valid or rebuilt, and balanced draws."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from benchmarks.plain_p1 import DigitFolder
 from P1_dataloader import (
     BalancedIndex,
     Digits,
+    Split,
     load_digits,
     load_domain,
     read_csv,
@@ -32,7 +33,7 @@ MNISTM, SVHN = 0, 1
 FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
-def picture(seed: int = 99, size: int = 28, mode: str = "RGB") -> Image.Image:
+def random_image(seed: int = 99, size: int = 28, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 
@@ -57,17 +58,19 @@ def test_of_domain_keeps_one_domain(digits_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_cache_holds_the_same_tensors_as_the_plain_reader(digits_folder: Path, split: str) -> None:
+def test_cache_holds_the_same_tensors_as_the_plain_reader(digits_folder: Path, split: Split) -> None:
     data = load_digits(digits_folder, split).of_domain(SVHN)
     folder = digits_folder / "svhn"
-    items = list(DigitFolder(folder, read_csv(folder / f"{split}.csv"), SVHN))
-    images, digits, domains = map(torch.stack, zip(*items, strict=True))
+    reader = DigitFolder(folder, read_csv(folder / f"{split}.csv"), SVHN)
+    images, digits, domains = (
+        torch.stack(tensors) for tensors in zip(*(reader[k] for k in range(len(reader))), strict=True)
+    )
     assert torch.equal(to_float(data.images), images)
     assert torch.equal(data.digits, digits.argmax(1))
     assert torch.equal(data.domains, domains.argmax(1))
 
 
-def test_plain_reader_gives_one_hot_labels_and_pictures_from_minus_1_to_1(digits_folder: Path) -> None:
+def test_plain_reader_gives_one_hot_labels_and_images_from_minus_1_to_1(digits_folder: Path) -> None:
     folder = digits_folder / "mnistm"
     image, digit, domain = DigitFolder(folder, read_csv(folder / "train.csv"), MNISTM)[7]
     assert digit.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
@@ -76,16 +79,16 @@ def test_plain_reader_gives_one_hot_labels_and_pictures_from_minus_1_to_1(digits
     assert 0.9 < float(image.max()) <= 1
 
 
-def test_every_grey_level_survives_the_way_to_float_and_back() -> None:
+def test_every_grey_level_survives_the_conversion_to_float_and_back() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(levels)), levels)
 
 
-def test_to_uint8_clamps_what_lies_outside() -> None:
+def test_to_uint8_clamps_values_outside_the_range() -> None:
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_val_csv_is_the_validation_split_where_there_is_one(digits_folder: Path) -> None:
+def test_val_csv_is_the_validation_split(digits_folder: Path) -> None:
     assert load_digits(digits_folder, "val").digits.tolist() == [3, 1, 4, 1] * 2
 
 
@@ -111,11 +114,11 @@ def test_held_out_rows_are_always_the_same(digits_folder: Path) -> None:
 # ---------------------------------------------------------------- the cache
 
 
-def test_cache_is_used_instead_of_the_pictures(digits_folder: Path) -> None:
+def test_cache_is_used_instead_of_the_image_files(digits_folder: Path) -> None:
     before = load_digits(digits_folder, "train")
     path = digits_folder / "mnistm" / "data" / "00000.png"
     status = path.stat()
-    path.write_bytes(b"x" * status.st_size)  # unreadable, but neither its size nor its time tells
+    path.write_bytes(b"x" * status.st_size)  # unreadable, but of the same size and time
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert torch.equal(load_digits(digits_folder, "train").images, before.images)
 
@@ -128,11 +131,11 @@ def test_valid_cache_is_not_written_again(digits_folder: Path) -> None:
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_cache_is_rebuilt_when_a_picture_changes(digits_folder: Path) -> None:
+def test_cache_is_rebuilt_when_an_image_changes(digits_folder: Path) -> None:
     load_digits(digits_folder, "train")
-    picture().save(digits_folder / "mnistm" / "data" / "00003.png")
+    random_image().save(digits_folder / "mnistm" / "data" / "00003.png")
     images = load_digits(digits_folder, "train").images
-    assert np.array_equal(images[3].permute(1, 2, 0).numpy(), np.asarray(picture()))
+    assert np.array_equal(images[3].permute(1, 2, 0).numpy(), np.asarray(random_image()))
 
 
 def test_cache_is_rebuilt_when_a_label_changes(digits_folder: Path) -> None:
@@ -168,7 +171,7 @@ def flip_a_byte(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage", [flip_a_byte, lambda content: content[:-100], lambda _: b""], ids=["flipped bit", "truncated", "empty"]
 )
-def test_damaged_cache_is_made_anew(digits_folder: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_cache_is_rebuilt(digits_folder: Path, damage: Callable[[bytes], bytes]) -> None:
     before = load_digits(digits_folder, "train").of_domain(MNISTM).images.clone()
     cache = cache_of(digits_folder)
     replacement = cache.with_name("damaged")
@@ -180,7 +183,7 @@ def test_damaged_cache_is_made_anew(digits_folder: Path, damage: Callable[[bytes
 
 @pytest.fixture
 def read_only(digits_folder: Path) -> Iterator[Path]:
-    """The data in a folder that this process may read and not write, even when it runs as root."""
+    """Copy the data to a folder that this process may read and not write, even when it runs as root."""
     if not hasattr(os, "seteuid"):
         pytest.skip("permissions as on Unix are needed")
     with tempfile.TemporaryDirectory() as outer:
@@ -262,7 +265,7 @@ def test_missing_folder_says_how_to_make_the_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_val", [True, False], ids=["with val.csv", "without val.csv"])
-def test_missing_picture_is_named_with_its_row_in_the_csv(digits_folder: Path, with_val: bool) -> None:
+def test_missing_image_is_named_with_its_row_in_the_csv(digits_folder: Path, with_val: bool) -> None:
     if not with_val:
         (digits_folder / "mnistm" / "val.csv").unlink()
     (digits_folder / "mnistm" / "data" / "00037.png").unlink()
@@ -271,7 +274,7 @@ def test_missing_picture_is_named_with_its_row_in_the_csv(digits_folder: Path, w
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_picture_is_named(digits_folder: Path, split: str) -> None:
+def test_a_damaged_image_is_named(digits_folder: Path, split: str) -> None:
     name = {"train": "00017.png", "val": "00042.png"}[split]
     path = digits_folder / "mnistm" / "data" / name
     path.write_bytes(path.read_bytes()[:300])
@@ -279,36 +282,36 @@ def test_a_damaged_picture_is_named(digits_folder: Path, split: str) -> None:
         load_digits(digits_folder, "train")
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("not a picture")
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("not an image")
     with pytest.raises(BadInput, match=r"a\.png is not a readable picture"):
         read_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])
-def test_grey_and_palette_pictures_are_converted(tmp_path: Path, mode: str) -> None:
-    picture(mode=mode).save(tmp_path / "a.png")
-    expected = np.asarray(picture(mode=mode).convert("RGB")).transpose(2, 0, 1)
+def test_grey_and_palette_images_are_converted(tmp_path: Path, mode: str) -> None:
+    random_image(mode=mode).save(tmp_path / "a.png")
+    expected = np.asarray(random_image(mode=mode).convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(read_picture(tmp_path / "a.png"), expected)
 
 
-def test_a_picture_of_another_size_is_resized(tmp_path: Path) -> None:
+def test_an_image_of_another_size_is_resized(tmp_path: Path) -> None:
     Image.new("RGB", (56, 40), (10, 200, 30)).save(tmp_path / "a.png")
-    found = read_picture(tmp_path / "a.png")
-    assert found.shape == (3, 28, 28)
-    assert found.reshape(3, -1).T.tolist() == [[10, 200, 30]] * 784
+    image = read_picture(tmp_path / "a.png")
+    assert image.shape == (3, 28, 28)
+    assert image.reshape(3, -1).T.tolist() == [[10, 200, 30]] * 784
 
 
 def test_a_domain_of_another_size_gives_one_warning(digits_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     paths = sorted((digits_folder / "svhn" / "data").iterdir())
     for path in paths[3:]:
-        picture(size=32).save(path)
+        random_image(size=32).save(path)
     load_digits(digits_folder, "train")
     warning = f"is 32x32: resized to 28x28 (and {len(paths) - 4} more pictures of other sizes)"
     assert capfd.readouterr().err.count(warning) == 1
 
 
-def test_a_single_picture_leaves_none_to_hold_out(digits_folder: Path) -> None:
+def test_a_single_image_leaves_none_to_hold_out(digits_folder: Path) -> None:
     table = digits_folder / "svhn" / "train.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:2]))
     (digits_folder / "svhn" / "val.csv").unlink(missing_ok=True)
@@ -328,7 +331,7 @@ SVHN_COUNTS = (53, 152, 117, 90, 80, 75, 62, 61, 54, 50)  # the course's imbalan
 
 
 def digits(svhn: tuple[int, ...] = SVHN_COUNTS, mnistm: tuple[int, ...] = (20,) * 9 + (120,)) -> Digits:
-    """Labels with these counts per digit, shuffled; the pictures hold nothing."""
+    """Return shuffled labels with these counts per digit; the images are empty."""
     rows = [(MNISTM, d) for d, n in enumerate(mnistm) for _ in range(n)]
     rows += [(SVHN, d) for d, n in enumerate(svhn) for _ in range(n)]
     shuffled = torch.tensor(rows)[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))]
@@ -336,7 +339,7 @@ def digits(svhn: tuple[int, ...] = SVHN_COUNTS, mnistm: tuple[int, ...] = (20,) 
 
 
 def shares(data: Digits, svhn: float | None = 0.5, by_digit: bool = True) -> torch.Tensor:
-    """[2,10] share of the draws that each domain's digits get."""
+    """Return the share of the draws [2,10] per domain and digit."""
     uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
     rows = BalancedIndex(data, svhn, by_digit)(*uniform)
     return torch.bincount(data.domains[rows] * 10 + data.digits[rows], minlength=20).view(2, 10) / DRAWS
@@ -346,7 +349,7 @@ def test_domains_come_equally_often() -> None:
     assert shares(digits()).sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
 
 
-def test_svhn_gets_the_share_that_is_asked_for() -> None:
+def test_svhn_gets_its_chosen_share() -> None:
     assert shares(digits(), 0.7).sum(1).tolist() == pytest.approx([0.3, 0.7], abs=0.01)
 
 
@@ -369,7 +372,7 @@ def test_domains_keep_their_shares_when_balancing_is_off(by_digit: bool) -> None
     assert float(shares(digits(), None, by_digit)[MNISTM].sum()) == pytest.approx(300 / total, abs=0.01)
 
 
-def test_every_picture_of_a_digit_comes_equally_often() -> None:
+def test_every_image_of_a_digit_comes_equally_often() -> None:
     data = digits()
     uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
     hits = torch.bincount(BalancedIndex(data)(*uniform), minlength=len(data)).float()
@@ -387,14 +390,13 @@ def test_the_edges_of_the_unit_square_are_rows_of_the_data(svhn: tuple[int, ...]
 
 
 @pytest.mark.parametrize("missing", [0, 5, 9])
-def test_a_digit_without_pictures_is_never_drawn_and_the_others_stay_equal(missing: int) -> None:
+def test_a_digit_without_images_is_never_drawn_and_the_others_stay_equal(missing: int) -> None:
     counts = [*SVHN_COUNTS]
     counts[missing] = 0
     expected = [0.0 if digit == missing else 0.5 / 9 for digit in range(10)]
     assert shares(digits(tuple(counts)))[SVHN].tolist() == pytest.approx(expected, abs=0.005)
 
 
-def test_a_digit_without_pictures_does_not_change_the_shares_of_the_domains() -> None:
+def test_a_digit_without_images_does_not_change_the_shares_of_the_domains() -> None:
     svhn = (30,) * 9 + (0,)
-    found = shares(digits(svhn, mnistm=(27,) * 10), svhn=None)
-    assert found.sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+    assert shares(digits(svhn, mnistm=(27,) * 10), svhn=None).sum(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)

@@ -1,4 +1,4 @@
-"""What P1_model and P1_inference promise: the network's layout, its checkpoints, and pictures that stand alone."""
+"""P1's U-Net, its checkpoints, and samples that do not depend on their batch."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ TINY = {
 
 
 def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, t, digit, domain."""
+    """Return x, t, digit and domain."""
     x = torch.randn(batch, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     return x, torch.full((batch,), 400), torch.full((batch,), 3), torch.full((batch,), 1)
 
 
-def awake(unet: UNet) -> UNet:
-    """The network with small random weights where it was zero."""
+def without_zeros(unet: UNet) -> UNet:
+    """Give the zero-initialised weights small random values; return the network."""
     for parameter in unet.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
@@ -57,7 +57,7 @@ def awake(unet: UNet) -> UNet:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_every_preset_maps_pictures_to_zero_outputs_of_their_shape(preset: str) -> None:
+def test_every_preset_maps_images_to_zero_outputs_of_their_shape(preset: str) -> None:
     x, *labels = inputs()
     assert torch.equal(UNet(PRESETS[preset])(x, *labels), torch.zeros(1, 3, 28, 28))
 
@@ -65,52 +65,56 @@ def test_every_preset_maps_pictures_to_zero_outputs_of_their_shape(preset: str) 
 @pytest.mark.parametrize("conditioning", TINY)
 @pytest.mark.parametrize(("position", "value"), [(1, 10), (2, 4), (2, NO_DIGIT), (3, 0), (3, NO_DOMAIN)])
 def test_time_digit_and_domain_change_the_output(conditioning: str, position: int, value: int) -> None:
-    unet, given = awake(UNet(TINY[conditioning])), list(inputs())
-    before = unet(*given)
-    given[position] = torch.tensor([value])
-    assert float((unet(*given) - before).abs().max()) > 1e-4
+    unet, arguments = without_zeros(UNet(TINY[conditioning])), list(inputs())
+    before = unet(*arguments)
+    arguments[position] = torch.tensor([value])
+    assert float((unet(*arguments) - before).abs().max()) > 1e-4
 
 
-def test_every_picture_of_a_batch_has_its_own_labels() -> None:
-    unet, (x, *_) = awake(UNet(TINY["embedding"])), inputs()
+def test_every_image_of_a_batch_has_its_own_labels() -> None:
+    unet, (x, *_) = without_zeros(UNet(TINY["embedding"])), inputs()
     t, digit, domain = torch.tensor([400, 10]), torch.tensor([3, NO_DIGIT]), torch.tensor([1, 0])
     together = unet(torch.cat([x, x]), t, digit, domain)
     alone = [unet(x, t[k : k + 1], digit[k : k + 1], domain[k : k + 1]) for k in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def seen_context(digit: int, domain: int) -> list[float]:
-    """What the one-hot context's first layer is given."""
-    seen: list[Tensor] = []
+def context_input(digit: int, domain: int) -> list[float]:
+    """Return the input of the one-hot context's first layer."""
     conditioning = OneHotConditioning(TINY["onehot"])
-    conditioning.context[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    inputs = record_inputs(conditioning.context[0])
     conditioning(torch.tensor([5]), torch.tensor([digit]), torch.tensor([domain]))
-    return seen[0][0].tolist()
+    return inputs[0][0].tolist()
+
+
+def record_inputs(layer: nn.Module) -> list[Tensor]:
+    """Return a list that collects the layer's inputs."""
+    inputs: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    return inputs
 
 
 @pytest.mark.parametrize(
     ("digit", "domain", "ones"), [(3, 1, {3, 11}), (0, 0, {0, 10}), (NO_DIGIT, 1, {11}), (3, NO_DOMAIN, {3})]
 )
-def test_one_hot_context_has_a_one_per_label_that_is_given(digit: int, domain: int, ones: set[int]) -> None:
-    assert seen_context(digit, domain) == [float(place in ones) for place in range(12)]
+def test_one_hot_context_has_a_one_per_label(digit: int, domain: int, ones: set[int]) -> None:
+    assert context_input(digit, domain) == [float(place in ones) for place in range(12)]
 
 
 def test_one_hot_context_without_labels_is_all_zeros() -> None:
-    assert seen_context(NO_DIGIT, NO_DOMAIN) == [0.0] * 12
+    assert context_input(NO_DIGIT, NO_DOMAIN) == [0.0] * 12
 
 
-def test_one_hot_conditioning_is_told_the_share_of_the_timesteps() -> None:
-    seen: list[Tensor] = []
+def test_one_hot_conditioning_receives_the_time_as_a_share_of_all_timesteps() -> None:
     conditioning = OneHotConditioning(replace(TINY["onehot"], timesteps=500))
-    conditioning.time[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    inputs = record_inputs(conditioning.time[0])
     conditioning(torch.tensor([125]), torch.tensor([0]), torch.tensor([0]))
-    assert seen[0].tolist() == [[0.25]]
+    assert inputs[0].tolist() == [[0.25]]
 
 
 def test_sinusoid_holds_sines_then_cosines_from_frequency_1_down() -> None:
-    found = sinusoid(torch.tensor([3]), 4)[0]
     expected = torch.tensor([3.0, 0.03])
-    torch.testing.assert_close(found, torch.cat([expected.sin(), expected.cos()]))
+    torch.testing.assert_close(sinusoid(torch.tensor([3]), 4)[0], torch.cat([expected.sin(), expected.cos()]))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -126,7 +130,7 @@ def test_cpu_preset_stays_below_4_million_parameters() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) < 4_000_000
 
 
-def test_cpu_preset_stays_below_half_a_gflop_per_picture() -> None:
+def test_cpu_preset_stays_below_half_a_gflop_per_image() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         labels = [torch.ones(1, dtype=torch.long) for _ in range(3)]
         UNet(PRESETS["cpu"])(torch.ones(1, 3, 28, 28), *labels)
@@ -149,17 +153,17 @@ def test_config_refuses_an_unknown_name() -> None:
 
 def test_network_comes_back_as_it_was_saved(tmp_path: Path, tiny_network: Network) -> None:
     save_network(tmp_path / "n.safetensors", tiny_network)
-    found = load_network(tmp_path / "n.safetensors", CPU)
-    torch.testing.assert_close(found.unet.state_dict(), tiny_network.unet.state_dict(), rtol=0, atol=0)
-    assert found.unet.config == tiny_network.unet.config
+    loaded = load_network(tmp_path / "n.safetensors", CPU)
+    torch.testing.assert_close(loaded.unet.state_dict(), tiny_network.unet.state_dict(), rtol=0, atol=0)
+    assert loaded.unet.config == tiny_network.unet.config
 
 
 def test_schedule_sampler_and_origin_come_back(tmp_path: Path, tiny_network: Network) -> None:
     save_network(tmp_path / "n.safetensors", tiny_network)
-    found = load_network(tmp_path / "n.safetensors", CPU)
-    assert torch.equal(found.schedule.alpha_bar, tiny_network.schedule.alpha_bar)
-    assert found.schedule.prediction == "v"
-    assert (found.schedule_name, found.sampler, found.origin) == (
+    loaded = load_network(tmp_path / "n.safetensors", CPU)
+    assert torch.equal(loaded.schedule.alpha_bar, tiny_network.schedule.alpha_bar)
+    assert loaded.schedule.prediction == "v"
+    assert (loaded.schedule_name, loaded.sampler, loaded.origin) == (
         "cosine",
         tiny_network.sampler,
         tiny_network.origin,
@@ -171,9 +175,9 @@ def test_fp16_halves_the_file_and_loads_as_fp32(tmp_path: Path, tiny_network: Ne
     save_network(full, tiny_network)
     save_network(half, tiny_network, torch.float16)
     assert half.stat().st_size < 0.6 * full.stat().st_size
-    found = load_network(half, CPU).unet.state_dict()
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    torch.testing.assert_close(found, tiny_network.unet.state_dict(), rtol=1e-3, atol=1e-6)
+    loaded = load_network(half, CPU).unet.state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    torch.testing.assert_close(loaded, tiny_network.unet.state_dict(), rtol=1e-3, atol=1e-6)
 
 
 def test_loaded_network_is_ready_to_sample(tmp_path: Path, tiny_network: Network) -> None:
@@ -195,7 +199,7 @@ def test_saving_on_a_full_disk_is_an_os_error_and_keeps_the_old_file(
 
 
 def damaged(path: Path, network: Network, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
-    """A saved network after `change` has worked on its weights and its metadata."""
+    """Save a network, let `change` edit its weights and metadata, and return the path."""
     save_network(path, network)
     weights = load_file(path)
     metadata = {"network": json.dumps(saved_header(path))}
@@ -207,7 +211,8 @@ def damaged(path: Path, network: Network, change: Callable[[dict[str, Tensor], d
 def saved_header(path: Path) -> dict[str, object]:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["network"])
+    header: dict[str, object] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["network"])
+    return header
 
 
 def test_truncated_network_is_named(tmp_path: Path, tiny_network: Network) -> None:
@@ -282,38 +287,36 @@ SAMPLERS = {
     "ddim eta 1": DigitSamplerConfig("ddim", 4, eta=1.0),
     "ddpm": DigitSamplerConfig("ddpm"),
 }
-WANTED = DigitRequest(7, 1, seed=123)
+SEVEN = DigitRequest(7, 1, seed=123)
 OTHERS = [DigitRequest(digit, 0, seed=digit) for digit in range(4)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_a_picture_is_the_same_alone_and_anywhere_in_a_batch(
-    tiny_network: Network, sampler: DigitSamplerConfig
-) -> None:
-    alone = sample(tiny_network, [WANTED], sampler)[0]
-    second_of_five = sample(tiny_network, [OTHERS[0], WANTED, *OTHERS[1:]], sampler)[1]
-    last_of_three = sample(tiny_network, [*OTHERS[:2], WANTED], sampler)[2]
+def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(tiny_network: Network, sampler: DigitSamplerConfig) -> None:
+    alone = sample(tiny_network, [SEVEN], sampler)[0]
+    second_of_five = sample(tiny_network, [OTHERS[0], SEVEN, *OTHERS[1:]], sampler)[1]
+    last_of_three = sample(tiny_network, [*OTHERS[:2], SEVEN], sampler)[2]
     for together in (second_of_five, last_of_three):
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
         assert int((to_uint8(together).int() - to_uint8(alone).int()).abs().max()) <= 1
 
 
-def test_pictures_come_as_a_finite_batch_of_rgb(tiny_network: Network) -> None:
+def test_samples_are_a_finite_batch_of_rgb_images(tiny_network: Network) -> None:
     images = sample(tiny_network, OTHERS, SAMPLERS["dpm"])
     assert tuple(images.shape) == (4, 3, 28, 28)
     assert bool(images.isfinite().all())
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 124}, {"digit": 6}, {"domain": 0}, {"digit": NO_DIGIT}, {"domain": NO_DOMAIN}]
+    "changes", [{"seed": 124}, {"digit": 6}, {"domain": 0}, {"digit": NO_DIGIT}, {"domain": NO_DOMAIN}]
 )
-def test_seed_digit_and_domain_change_the_picture(tiny_network: Network, changed: dict[str, int]) -> None:
-    first, second = (sample(tiny_network, [p], SAMPLERS["ddim"]) for p in (WANTED, replace(WANTED, **changed)))
+def test_seed_digit_and_domain_change_the_image(tiny_network: Network, changes: dict[str, int]) -> None:
+    first, second = (sample(tiny_network, [p], SAMPLERS["ddim"]) for p in (SEVEN, replace(SEVEN, **changes)))
     assert float((first - second).abs().max()) > 1e-3
 
 
 def test_eta_adds_noise_to_the_same_start(tiny_network: Network) -> None:
-    still, noisy = (sample(tiny_network, [WANTED], SAMPLERS[name]) for name in ("ddim", "ddim eta 1"))
+    still, noisy = (sample(tiny_network, [SEVEN], SAMPLERS[name]) for name in ("ddim", "ddim eta 1"))
     assert float((still - noisy).abs().max()) > 0.1
 
 
@@ -324,29 +327,29 @@ def test_without_a_digit_guidance_changes_nothing(tiny_network: Network) -> None
 
 
 def test_guidance_pushes_towards_the_digit(tiny_network: Network) -> None:
-    plain, strong = (sample(tiny_network, [WANTED], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
+    plain, strong = (sample(tiny_network, [SEVEN], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
     assert float((plain - strong).abs().max()) > 1e-3
 
 
-def test_a_run_in_batches_draws_the_same_pictures_as_one_batch(tiny_network: Network) -> None:
-    pictures = [*OTHERS, WANTED]
-    whole = sample(tiny_network, pictures, SAMPLERS["ddim"])
+def test_a_run_in_batches_samples_the_same_images_as_one_batch(tiny_network: Network) -> None:
+    requests = [*OTHERS, SEVEN]
+    whole = sample(tiny_network, requests, SAMPLERS["ddim"])
     torch.testing.assert_close(
-        DigitSampler(tiny_network, SAMPLERS["ddim"], 2).images(pictures, "test"), whole, rtol=0, atol=1e-4
+        DigitSampler(tiny_network, SAMPLERS["ddim"], 2).images(requests, "test"), whole, rtol=0, atol=1e-4
     )
 
 
-def test_a_run_of_one_batch_shape_gives_the_same_bytes_however_many_pictures_follow(tiny_network: Network) -> None:
+def test_a_run_of_one_batch_shape_gives_the_same_bytes_however_many_images_follow(tiny_network: Network) -> None:
     few, many = (DigitSampler(tiny_network, SAMPLERS["ddim eta 1"], 4).images((OTHERS * 2)[:n], "test") for n in (5, 8))
     assert torch.equal(few, many[:5])
 
 
-def test_graded_pictures_come_by_domain_digit_and_index() -> None:
-    found = [(p.domain, p.digit) for p in graded_requests(0, 2, digits=(3, 7))]
-    assert found == [(0, 3), (0, 3), (0, 7), (0, 7), (1, 3), (1, 3), (1, 7), (1, 7)]
+def test_graded_requests_come_by_domain_digit_and_index() -> None:
+    order = [(request.domain, request.digit) for request in graded_requests(0, 2, digits=(3, 7))]
+    assert order == [(0, 3), (0, 3), (0, 7), (0, 7), (1, 3), (1, 3), (1, 7), (1, 7)]
 
 
-def test_a_graded_pictures_seed_does_not_depend_on_what_else_is_asked_for() -> None:
+def test_the_seed_of_a_graded_request_does_not_depend_on_the_other_requests() -> None:
     whole = graded_requests(0, 50)
     assert len({p.seed for p in whole}) == 1000
     assert set(graded_requests(0, 5, digits=(7,), domains=(1,))) < set(whole)

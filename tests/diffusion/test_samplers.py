@@ -71,9 +71,8 @@ def test_each_ddim_update_equals_diffusers(rule: Rule, prediction: Prediction, e
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
 
 
-DESCRIBED: dict[
-    Rule, tuple[range, int | None, bool]
-] = {  # timesteps of 50 steps, the step of alpha_bar at the end (None: 1), clamp
+# per rule: the timesteps of 50 steps, the step of alpha_bar at the end (None: alpha_bar = 1), clamp
+DESCRIBED: dict[Rule, tuple[range, int | None, bool]] = {
     "homework": (range(981, 0, -20), 0, True),
     "ddim": (range(980, -1, -20), None, False),
     "diffusers": (range(980, -1, -20), None, True),
