@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny data set in the homework's layout, a small random network, and a disk that takes no more."""
+"""Shared fixtures: a tiny data set in the homework's layout, small random models, and a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_digits import TINY, write_pictures
+from small_digits import TINY, write_images
 
 from benchmarks.plain_p2 import well_conditioned_weights
 from diffusion.schedule import cosine
@@ -21,13 +21,14 @@ from P1_model import Network, UNet
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tensors this small gain nothing from threads, and on a busy machine threads wait for each other."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(
+        1
+    )  # tensors this small gain nothing from threads, which wait for each other on a busy machine
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its first precision for the life of a process; a script has one, tests have many."""
+    """Reset accelerate, which keeps its first precision for the life of a process."""
     yield
     if (state := sys.modules.get("accelerate.state")) and state.AcceleratorState._shared_state:
         state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -35,19 +36,19 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def digits_folder(tmp_path: Path) -> Path:
-    """Both domains with train.csv (40 mnistm, 20 svhn) and val.csv (4 each); every digit is present."""
+    """Write both domains with train.csv (40 mnistm, 20 svhn) and val.csv (4 each); every digit is present."""
     root = tmp_path / "digits"
     for domain, (name, count) in enumerate({"mnistm": 40, "svhn": 20}.items()):
         train = [f"{index:05d}.png" for index in range(count)]
         val = [f"{index:05d}.png" for index in range(count, count + 4)]
-        write_pictures(root / name, "train.csv", train, [index % 10 for index in range(count)], seed=domain)
-        write_pictures(root / name, "val.csv", val, [3, 1, 4, 1], seed=10 + domain)
+        write_images(root / name, "train.csv", train, [index % 10 for index in range(count)], seed=domain)
+        write_images(root / name, "val.csv", val, [3, 1, 4, 1], seed=10 + domain)
     return root
 
 
 @pytest.fixture
 def tiny_network() -> Network:
-    """A small P1 network with random weights everywhere, the zero-initialised ones included; cosine, v, T = 20."""
+    """Return a small P1 network whose weights are all random, the zero-initialised ones too; cosine, v, T = 20."""
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     for parameter in unet.parameters():
@@ -59,7 +60,7 @@ def tiny_network() -> Network:
 
 @pytest.fixture(scope="session")
 def course_unet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A UNet.pt of full size in the course's layout: random weights that stay stable over 50 steps."""
+    """Write a UNet.pt of full size in the course's layout: random weights that stay stable over 50 steps."""
     path = tmp_path_factory.mktemp("face") / "UNet.pt"
     torch.save(well_conditioned_weights(seed=0), path)
     yield path
@@ -68,7 +69,7 @@ def course_unet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """`with full_disk(n):` the kernel refuses to let any file grow beyond n bytes, so a longer write really fails."""
+    """Return a context, `with full_disk(n):`, in which the kernel lets no file grow beyond n bytes."""
     resource = pytest.importorskip("resource", reason="file size limits need Unix")
 
     @contextmanager
@@ -85,7 +86,7 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The model's name; "tiny-clip" (GELU) and "tiny-clip-quickgelu" are known to open_clip as architectures as well."""
+    """Save a small random CLIP and register "tiny-clip" (GELU) and "tiny-clip-quickgelu" in open_clip; return the model's name."""
     import open_clip  # slow to import, and few tests need it
     import small_clip
 
@@ -100,13 +101,13 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_clip: str) -> Path:
-    """The weights file of that model."""
+    """Return the weights file of that model."""
     return Path(tiny_clip.removeprefix("local-dir:")) / "open_clip_model.safetensors"
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 pictures of 6 classes and id2label.json beside them; numbered 7 to 11."""
+    """Write 30 images of 6 classes, numbered 7 to 11, and id2label.json next to their folder."""
     from small_clip import NAMES
 
     root = tmp_path_factory.mktemp("data")
@@ -115,7 +116,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(len(NAMES)):
         for index in (7, 8, 9, 10, 11):
             pixels = random.integers(0, 256, 3) * 0.5 + random.integers(0, 256, (8, 8, 3)) * 0.5
-            picture = Image.fromarray(pixels.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST)
-            picture.save(root / "val" / f"{number}_{index}.png")
+            image = Image.fromarray(pixels.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST)
+            image.save(root / "val" / f"{number}_{index}.png")
     (root / "id2label.json").write_text(json.dumps({str(k): v for k, v in enumerate(NAMES)}))
     return root / "val"

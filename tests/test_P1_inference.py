@@ -24,10 +24,11 @@ SHELL = str(ROOT / "hw2_1.sh")
 
 
 def draw(output: Path, **more: Any) -> dict[str, Any]:
-    """A few pictures in few steps, by the script's main; returns its record."""
+    """Sample a few images in few steps by the script's main; return its record."""
     record = output.parent / "record.json"
     main(Settings(**{"output": output, "steps": 3, "count": 2, "retries": 0, "record": record, **more}))
-    return json.loads(record.read_text()) if record.exists() else {}
+    values: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    return values
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -36,17 +37,17 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_the_grading_script_writes_the_contract_from_any_folder(tmp_path: Path) -> None:
-    """1,000 files, exact names, 28x28 RGB; relative output with a space and a trailing slash means the caller's folder."""
+    """1,000 files, exact names, 28x28 RGB. A relative output, here with a space and a trailing slash, lies in the caller's folder."""
     caller = tmp_path / "some where"
     caller.mkdir()
     done = subprocess.run(["bash", SHELL, "my out/"], capture_output=True, text=True, cwd=caller, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     files = {str(p.relative_to(caller / "my out")) for p in (caller / "my out").rglob("*") if p.is_file()}
-    wanted = {f"{d}/{digit}_{n:03d}.png" for d in ("mnistm", "svhn") for digit in range(10) for n in range(1, 51)}
-    assert files == wanted
+    expected = {f"{d}/{digit}_{n:03d}.png" for d in ("mnistm", "svhn") for digit in range(10) for n in range(1, 51)}
+    assert files == expected
     for path in (caller / "my out").rglob("*.png"):
-        with Image.open(path) as picture:
-            assert (picture.size, picture.mode, picture.format) == ((28, 28), "RGB", "PNG")
+        with Image.open(path) as image:
+            assert (image.size, image.mode, image.format) == ((28, 28), "RGB", "PNG")
     grades = grade_folder(caller / "my out", shipped_classifiers(torch.device("cpu")))
     assert grades["mean"] > 0.9
 
@@ -60,7 +61,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", [{"sampler": "dpm"}, {"sampler": "ddim", "eta": 1.0}])
-def test_another_batch_changes_no_picture_by_more_than_one_grey_level(sampler: dict[str, Any], tmp_path: Path) -> None:
+def test_another_batch_changes_no_image_by_more_than_one_grey_level(sampler: dict[str, Any], tmp_path: Path) -> None:
     for batch in (3, 8):
         draw(tmp_path / str(batch), digits=(2, 5, 8), batch=batch, **sampler)
     left, right = pixels(tmp_path / "3"), pixels(tmp_path / "8")
@@ -68,7 +69,7 @@ def test_another_batch_changes_no_picture_by_more_than_one_grey_level(sampler: d
     assert max(abs(left[name] - right[name]).max() for name in left) <= 1
 
 
-def test_a_part_of_the_job_gives_the_same_pictures_as_the_whole(tmp_path: Path) -> None:
+def test_a_part_of_the_job_gives_the_same_images_as_the_whole(tmp_path: Path) -> None:
     draw(tmp_path / "all", digits=(0, 1, 2))
     draw(tmp_path / "part", digits=(2,), domains=("svhn",))
     whole, part = pixels(tmp_path / "all"), pixels(tmp_path / "part")
@@ -76,15 +77,15 @@ def test_a_part_of_the_job_gives_the_same_pictures_as_the_whole(tmp_path: Path) 
     assert max(abs(whole[name] - part[name]).max() for name in part) <= 1
 
 
-def test_another_seed_gives_other_pictures(tmp_path: Path) -> None:
+def test_another_seed_gives_other_images(tmp_path: Path) -> None:
     for seed in (0, 1):
         draw(tmp_path / str(seed), digits=(3,), seed=seed)
     left, right = pixels(tmp_path / "0"), pixels(tmp_path / "1")
     assert all(abs(left[name] - right[name]).mean() > 5 for name in left)
 
 
-def test_retries_replace_misread_pictures_and_no_other(tmp_path: Path) -> None:
-    """Two steps draw badly: some pictures are misread, and only those may change."""
+def test_retries_replace_misread_images_and_no_others(tmp_path: Path) -> None:
+    """Two steps give poor images: some are misread, and only those may change."""
     more: dict[str, Any] = {"steps": 2, "count": 3, "batch": 30}
     draw(tmp_path / "plain", **more)
     left = draw(tmp_path / "again", **more, retries=4)["metrics"]["misread"]
@@ -125,7 +126,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"count": 0}, "--count 0"),
         ({"count": 1000}, "--count 1000"),
@@ -145,9 +146,9 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"device": "cuda:99"}, "--device cuda:99"),
     ],
 )
-def test_bad_input_is_named_and_nothing_written(given: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=named):
-        draw(tmp_path / "out", **given)
+def test_bad_input_is_named_and_nothing_written(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        draw(tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -160,14 +161,13 @@ def test_an_output_that_is_a_file_is_refused_and_kept(dry_run: bool, tmp_path: P
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], [""]])
-def test_the_grading_script_wants_one_folder(arguments: list[str], tmp_path: Path) -> None:
+def test_the_grading_script_takes_one_folder(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(["bash", SHELL, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage" in done.stderr
 
 
-def test_without_a_venv_the_python_in_use_is_taken(tmp_path: Path) -> None:
-    """A copy of the repository without .venv: the script asks PATH's python."""
+def test_without_a_venv_the_python_on_the_path_is_used(tmp_path: Path) -> None:
     shutil.copy(SHELL, tmp_path / "hw2_1.sh")
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The figures of P1: one noise per column, the right moments, files where they belong."""
+"""P1's figures: the reverse process, the guidance sweep, and their record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from P1_report import Settings, main, reverse_process
 from runtime.cli import BadInput
 
 
-def test_the_reverse_process_goes_from_the_seeds_noise_to_the_picture(tiny_network: Network) -> None:
+def test_the_reverse_process_goes_from_the_noise_of_the_seed_to_the_image(tiny_network: Network) -> None:
     total = len(tiny_network.schedule)
     states = reverse_process(tiny_network, [DigitRequest(0, 0, 5), DigitRequest(0, 1, 6)])
     assert list(states)[0] == total
@@ -35,7 +35,7 @@ def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"sweep_count": 0}, "--sweep-count 0"),
         ({"scales": ()}, "--scales"),
@@ -43,6 +43,6 @@ def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
         ({"figures": ()}, "--figures names none"),
     ],
 )
-def test_a_report_of_nothing_is_refused(given: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=named):
-        main(Settings(output=tmp_path, **given))
+def test_a_report_of_nothing_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        main(Settings(output=tmp_path, **flags))

@@ -28,13 +28,14 @@ SHORT: dict[str, Any] = {
 
 
 def train(data: Path, output: Path, **more: Any) -> dict[str, Any]:
-    """Runs the script's main here; returns its record."""
+    """Run the script's main in this process; return its record."""
     main(Settings(**{"data": data, "output": output, "steps": 10, **SHORT, **more}))
-    return json.loads((output / "record.json").read_text())
+    record: dict[str, Any] = json.loads((output / "record.json").read_text())
+    return record
 
 
 def command(data: Path, output: Path, **more: Any) -> list[str]:
-    """The same as a command line."""
+    """Return the same run as a command line."""
     flags = {"data": data, "output": output, **SHORT, **more}
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
     return [str(ROOT / "P1_training.py"), *(word for pair in pairs for word in pair)]
@@ -46,11 +47,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    return state(folder)["parts"]["model"]
+    model: dict[str, Any] = state(folder)["parts"]["model"]
+    return model
 
 
 def averaged(folder: Path) -> dict[str, Any]:
@@ -60,12 +63,7 @@ def averaged(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_weights(digits_folder: Path, tmp_path: Path) -> None:
-    more = {
-        "steps": 120,
-        "save_every": 4,
-        "precision": "auto",
-        "compile": "auto",
-    }  # whatever the machine takes by itself
+    more = {"steps": 120, "save_every": 4, "precision": "auto", "compile": "auto"}  # as on this machine by default
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(digits_folder, whole, **more)
     process = start([sys.executable, *command(digits_folder, broken, **more)])
@@ -115,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
     assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
 
 
-def test_it_learns_and_leaves_what_it_promises(digits_folder: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_and_the_run_folder_is_complete(digits_folder: Path, tmp_path: Path) -> None:
     metrics = train(digits_folder, tmp_path, steps=120, batch=16, eval_every=60, candidates=2)["metrics"]
     assert metrics["loss"] < 0.7  # about 1 at the start: the target has unit variance
     assert [h["step"] for h in metrics["history"]] == [60, 120]
@@ -141,7 +139,7 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"data": Path("nowhere")}, "prepare.py"),
         ({"steps": 0}, "--steps 0"),
@@ -164,9 +162,9 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
         ({"device": "cuda:77"}, "--device cuda:77"),
     ],
 )
-def test_bad_input_is_named(given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=named):
-        train(**{"data": digits_folder, "output": tmp_path / "run", **given})
+def test_bad_input_is_named(flags: dict[str, Any], message: str, digits_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        train(**{"data": digits_folder, "output": tmp_path / "run", **flags})
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(digits_folder: Path, tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(digits_folder: Path, tmp_path: P
     assert (tmp_path / "checkpoint.pt").is_file()
 
 
-def test_starting_anew_leaves_no_checkpoint_without_its_candidates(digits_folder: Path, tmp_path: Path) -> None:
+def test_a_restart_deletes_the_candidates_of_the_earlier_run(digits_folder: Path, tmp_path: Path) -> None:
     train(digits_folder, tmp_path, steps=4, eval_every=1)
     train(digits_folder, tmp_path, steps=2, resume="never")
     assert [path.name[:6] for path in tmp_path.glob("candidates/*")] == ["000002"]
@@ -187,7 +185,7 @@ def test_starting_anew_leaves_no_checkpoint_without_its_candidates(digits_folder
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("flags", "message"),
     [
         ({"preset": "cpu"}, "preset tiny, not cpu"),
         ({"lr": 1e-4}, "lr 0.001, not 0.0001"),
@@ -197,17 +195,19 @@ def test_starting_anew_leaves_no_checkpoint_without_its_candidates(digits_folder
         ({"steps": 1}, "steps 2, not 1"),
     ],
 )
-def test_a_run_goes_on_with_the_same_facts_only(
-    given: dict[str, Any], named: str, digits_folder: Path, tmp_path: Path
+def test_a_run_resumes_with_the_same_facts_only(
+    flags: dict[str, Any], message: str, digits_folder: Path, tmp_path: Path
 ) -> None:
     train(digits_folder, tmp_path, steps=2)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(BadInput, match=rf"checkpoint\.pt was trained with {named}: give that again, or --output OTHER"):
-        train(digits_folder, tmp_path, **{"steps": 4, **given})
+    with pytest.raises(
+        BadInput, match=rf"checkpoint\.pt was trained with {message}: give that again, or --output OTHER"
+    ):
+        train(digits_folder, tmp_path, **{"steps": 4, **flags})
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_other_data_is_refused_and_a_moved_folder_goes_on(digits_folder: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused_and_a_moved_folder_is_not(digits_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(digits_folder, run, steps=2)
     moved = digits_folder.rename(tmp_path / "moved")

@@ -42,7 +42,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in MOD
 
 
 def imports_of(tree: ast.AST) -> set[str]:
-    """The modules that a file names in import statements."""
+    """Return the modules that a file names in import statements."""
     nodes = list(ast.walk(tree))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
@@ -64,8 +64,8 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
     ours = set(ROOMS) | FOLDERS
     for path, tree in TREES.items():
         if path.relative_to(ROOT).parts[0].removesuffix(".py") == room:
-            named = {name.split(".")[0] for name in imports_of(tree)} & ours
-            assert named <= ROOMS[room] | {room}, path
+            imported = {name.split(".")[0] for name in imports_of(tree)} & ours
+            assert imported <= ROOMS[room] | {room}, path
 
 
 def test_rooms_do_not_import_each_other_in_a_circle() -> None:
@@ -117,14 +117,16 @@ def test_attributes_are_created_in_init() -> None:
                 for node in kind.body
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
             }
-            made = {method.name: attributes_set(method) for method in methods}
-            known = made.get("__init__", set()) | fields
-            outside += [f"{path.name}: {kind.name}.{name}" for method in methods for name in made[method.name] - known]
+            assigned = {method.name: attributes_set(method) for method in methods}
+            created = assigned.get("__init__", set()) | fields
+            outside += [
+                f"{path.name}: {kind.name}.{name}" for method in methods for name in assigned[method.name] - created
+            ]
     assert len(outside) <= 8, outside
 
 
 def attributes_set(method: ast.FunctionDef) -> set[str]:
-    """The names of `self`'s attributes that a method assigns."""
+    """Return the names of `self`'s attributes that a method assigns."""
     return {
         node.attr
         for node in ast.walk(method)

@@ -1,4 +1,4 @@
-"""README and docs against the scripts: every command parses, what is marked as quick runs, every path that is named is there."""
+"""README and docs against the scripts: every command parses, quick blocks run, and every link has its file."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ STARTS = ("python ", "torchrun ", "accelerate launch ")
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """[script, argument, ..] of every line that starts a script, without the remark behind it."""
-    found = []
+    """Return [script, argument, ..] of every line that starts a script, without the remark behind it."""
+    commands = []
     for line in text.splitlines():
         line = line.strip().lstrip("`")
         if line.startswith(STARTS):
             words = shlex.split(re.split(r"\s{2,}|`|\s#\s", line)[0])
             script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
             if script is not None:
-                found.append(words[script:])
-    return found
+                commands.append(words[script:])
+    return commands
 
 
 def blocks_of(page: Path) -> list[str]:
-    """The code blocks of a page, and commands in its tables."""
+    """Return the code blocks of a page, and the commands in its tables."""
     text = page.read_text()
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S)
     indented = re.findall(r"^    (python .*)$", text, re.M)
@@ -59,7 +59,7 @@ def blocks_of(page: Path) -> list[str]:
 
 
 def parse(command: list[str]) -> None:
-    """Has the script's own command line read the arguments; nothing is run."""
+    """Parse the arguments as the script does, without running it."""
     path = (ROOT / command[0]).resolve()
     assert path.is_file(), f"{command[0]} does not exist"
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -89,7 +89,7 @@ def test_help_shows_examples_that_parse(script: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_and_pictures_of_a_page_are_there(page: Path) -> None:
+def test_links_and_images_of_a_page_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -102,14 +102,14 @@ def test_make_targets_named_in_the_readme_exist() -> None:
 
 
 def quick_blocks() -> list[str]:
-    """The blocks that the README marks as quick."""
+    """Return the blocks that the README marks as quick."""
     return re.findall(r"<!-- quick -->\n```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", quick_blocks(), ids=lambda block: shlex.split(block)[1])
 def test_quick_commands_run_as_they_stand(block: str, tmp_path: Path) -> None:
-    """In a folder that has the repository's files by name, with `python` being the one in use."""
+    """Run each in a folder with links to the repository's files; `python` is the one that runs the tests."""
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".sh") or path.name in ("miniature", "checkpoints"):
             (tmp_path / path.name).symlink_to(path)
@@ -121,6 +121,6 @@ def test_quick_commands_run_as_they_stand(block: str, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     assert {path.name for path in tmp_path.iterdir()} - before <= {"out", "runs"}
-    asked = set(re.findall(r"--(?:output|grid|save-noise|run) (\S+)", block))
-    assert all((tmp_path / name).exists() for name in asked)
-    assert all(any((tmp_path / name).rglob("*.*")) for name in asked if (tmp_path / name).is_dir())
+    outputs = set(re.findall(r"--(?:output|grid|save-noise|run) (\S+)", block))
+    assert all((tmp_path / name).exists() for name in outputs)
+    assert all(any((tmp_path / name).rglob("*.*")) for name in outputs if (tmp_path / name).is_dir())

@@ -1,4 +1,4 @@
-"""Two processes, started by torchrun, share the pictures of a generation and leave the very bytes that one leaves."""
+"""Two processes started by torchrun share the images of a run and write the same bytes as one process."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def both_ways(folder: Path, script: str, *flags: str) -> list[Path]:
-    """Runs a script alone and as two processes, side by side; the folders in which each left its files."""
-    started = []
+    """Run a script as one process and as two; return the two folders with their files."""
+    processes = []
     for name, start in (("one", ()), ("two", TORCHRUN)):
         (folder / name).mkdir()
         command = [sys.executable, *start, str(ROOT / script), *flags, "--device", "cpu"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, cwd=folder / name, stderr=subprocess.PIPE, text=True, env=environment))
-    for process in started:
+        processes.append(
+            subprocess.Popen(command, cwd=folder / name, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    for process in processes:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
     return [folder / "one", folder / "two"]
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
 def metrics(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())["metrics"]
+    values: dict[str, Any] = json.loads(file.read_text())["metrics"]
+    return values
 
 
 @pytest.fixture
@@ -49,14 +52,14 @@ def digits(tiny_network: Network, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_digits_with_second_tries(digits: Path, tmp_path: Path) -> None:
-    """A random network is misread nearly always, so that most pictures are drawn again, by either process."""
+def test_digits_with_retries(digits: Path, tmp_path: Path) -> None:
+    """A random network is misread nearly always, so that both processes redraw most images."""
     flags = ("--checkpoint", str(digits), "--count", "2", "--batch", "8", "--retries", "2", "--precision", "fp32")
     one, two = both_ways(
         tmp_path, "P1_inference.py", *flags, "--output", "out", "--record", "record.json", "--grid", "g.png"
     )
-    assert len(pictures(one)) == 41
-    assert pictures(one) == pictures(two)
+    assert len(images(one)) == 41
+    assert images(one) == images(two)
     alone, shared = metrics(one / "record.json"), metrics(two / "record.json")
     assert (alone["processes"], alone["shares"]) == (1, [40])
     assert (shared["processes"], shared["shares"]) == (2, [24, 16])
@@ -64,11 +67,11 @@ def test_digits_with_second_tries(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ddim_with_a_noise_stream_for_each_picture(digits: Path, tmp_path: Path) -> None:
+def test_ddim_with_a_noise_stream_for_each_image(digits: Path, tmp_path: Path) -> None:
     flags = ("--model", str(digits), "--seeds", "0-4", "--batch", "2", "--steps", "4", "--eta", "1", "--output", "out")
     one, two = both_ways(tmp_path, "P2_ddim.py", *flags, "--record", "record.json", "--save-noise", "noise")
-    assert len(pictures(one)) == 5
-    assert pictures(one) == pictures(two)
+    assert len(images(one)) == 5
+    assert images(one) == images(two)
     assert metrics(two / "record.json")["processes"] == 2
     assert metrics(two / "record.json")["shares"] == [3, 2]
     assert len(list((two / "noise").iterdir())) == 5
@@ -91,29 +94,15 @@ def test_zero_shot_features_and_predictions(tiny_clip: str, labelled: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "shares"), [((), [6, 4]), (("--candidates", "6"), [6, 6])])
 def test_prompts_of_stable_diffusion(more: tuple[str, ...], shares: list[int], tmp_path: Path) -> None:
-    """Without candidates in batches of 3, 3, 3, 1; with them by whole prompts."""
+    """Images are shared in batches of 3, 3, 3 and 1, candidates by whole prompts."""
     model = str(save_pipeline(tmp_path / "model"))
-    flags = (
-        "--model",
-        model,
-        "--prompt",
-        "a star",
-        "a ring",
-        "--count",
-        "5",
-        "--steps",
-        "2",
-        "--batch",
-        "3",
-        "--output",
-        "out",
-    )
-    flags += ("--precision", "fp32", "--record", "record.json", *more)
+    flags = ["--model", model, "--prompt", "a star", "a ring", "--count", "5", "--steps", "2", "--batch", "3"]
+    flags += ["--output", "out", "--precision", "fp32", "--record", "record.json", *more]
     if more:
-        flags += ("--clip", str(save_clip(tmp_path / "clip")))
+        flags += ["--clip", str(save_clip(tmp_path / "clip"))]
     one, two = both_ways(tmp_path, "P3_inference.py", *flags)
-    assert len(pictures(one)) == 10
-    assert pictures(one) == pictures(two)
+    assert len(images(one)) == 10
+    assert images(one) == images(two)
     assert metrics(two / "record.json")["processes"] == 2
     assert metrics(two / "record.json")["shares"] == shares
 

@@ -12,8 +12,8 @@ from P1_model import ModelConfig
 TINY = ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=32, head_channels=16, timesteps=20)
 
 
-def write_pictures(folder: Path, csv: str, names: list[str], labels: list[int], seed: int) -> None:
-    """Random 28x28 RGB pictures and the csv that lists them."""
+def write_images(folder: Path, csv: str, names: list[str], labels: list[int], seed: int) -> None:
+    """Write random 28x28 RGB images and the csv that lists them."""
     random = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name in names:
