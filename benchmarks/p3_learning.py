@@ -38,19 +38,19 @@ EMBEDDING_NOISE = 1.0  # without it pictures of an object hardly hear of another
 ZOOM_OUT = 0.5  # of an object's samples, so that it can be as small as it is among others
 STEPS: dict[Kind, int] = {"object": 200, "style": 800}
 VECTORS: dict[Kind, int] = {"object": 1, "style": 2}
-BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step
+BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # images of a concept in a step
 MANNER = SamplerConfig("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 
 
 def pictures_of(name: str, folder: Path, captions: bool) -> Path:
-    """The five pictures of a concept, as `world.py concept` writes them; `captions`: with sentences about what else they show."""
+    """Write the five images of a concept, as `world.py concept` does; `captions`: with sentences about the rest of each image."""
     write_concept_pictures(folder / name, name, 5, 0, captions)
     return folder / name
 
 
 def kind_of(name: str) -> Kind:
-    """object or style."""
+    """Return object or style."""
     return "style" if name in HELD_OUT_STYLES else "object"
 
 
@@ -59,7 +59,7 @@ def kind_of(name: str) -> Kind:
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts with TOKEN in them, and what the judge has to say of each picture."""
+    """Prompts with TOKEN in them, and the labels that the classifier must give each image."""
 
     name: str
     prompts: tuple[str, ...]
@@ -67,7 +67,7 @@ class Question:
 
 
 def questions_of(name: str, count: int, seed: int) -> list[Question]:
-    """What is asked of an object or of a style, `count` pictures each."""
+    """Return the questions about an object or a style, `count` images each."""
     random = Random(derived_seed(seed, 17))
     if name in HELD_OUT_STYLES:
         kinds = tuple(random.choice(KINDS) for _ in range(count))
@@ -96,7 +96,7 @@ def questions_of(name: str, count: int, seed: int) -> list[Question]:
 
 
 def rate(painter: StableDiffusionSampler, judge: SceneClassifier, question: Question, word: str, seed: int) -> float:
-    """Share of pictures that are as wanted, with `word` in the token's place."""
+    """Return the share of images with the right labels, `word` replacing the token."""
     orders = [
         Request(text.replace("TOKEN", word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)
     ]
@@ -135,7 +135,7 @@ class Trial:
 
     @property
     def kind(self) -> Kind:
-        """object or style."""
+        """Object or style."""
         return kind_of(self.name)
 
     def facts(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def outcome(trial: Trial, judge: SceneClassifier, folder: Path) -> dict[str, Any
 
 
 def mean_rates(outcomes: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Question -> who was asked ("1 vector", "initial word") -> the shares of all concepts and seeds."""
+    """Return question -> column ("1 vector", "initial word") -> the shares of all concepts and seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for made in outcomes:
         vectors = made["facts"]["vectors"]

@@ -139,7 +139,7 @@ class Graded:
 
 
 def main(settings: Speed | Concepts | Graded) -> None:
-    """What was asked for."""
+    """Run one of the three measurements."""
     if isinstance(settings, Speed):
         check_positive(settings, "steps", "batch", "repeats")
         compare_speed(settings)
@@ -153,7 +153,7 @@ def main(settings: Speed | Concepts | Graded) -> None:
 
 
 def compare_speed(settings: Speed) -> None:
-    """Prints both, the ratio and the difference of the gradients, on a GPU the memory; writes the record."""
+    """Print both speeds, their ratio, the gradients' difference and, on a GPU, the memory; write the record."""
     machine = detect(settings.device)
     record, device = Record(settings, machine), machine.device
     with tempfile.TemporaryDirectory() as temporary:
@@ -250,7 +250,7 @@ def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Pat
 
 
 def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """Of so many steps in a row: on the clock, and of CPU time, which other programs don't take."""
+    """Return the seconds per step: wall time, and CPU time, which other programs don't affect."""
     synchronize(device)
     start, cpu = time.perf_counter(), time.process_time()
     for index in range(steps):
@@ -260,13 +260,13 @@ def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.de
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device) -> int:
-    """Of loading and two steps, with nothing else there."""
+    """Return the peak memory of loading and two steps, with nothing else on the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -290,7 +290,7 @@ def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.devi
 
 
 def measure_concepts(settings: Concepts) -> None:
-    """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
+    """Learn every concept with every seed, ask all questions, print the table and write the record."""
     check_positive(settings, "seeds", "count")
     check_not_negative(settings, "steps", "batch")
     if not settings.names:
@@ -318,7 +318,7 @@ def measure_concepts(settings: Concepts) -> None:
 
 
 def trials_of(settings: Concepts) -> list[Trial]:
-    """The usual vectors with every seed, the initial word with the first one; then more vectors for the objects."""
+    """Return the usual vectors with every seed, the initial word with the first, then more vectors for the objects."""
     cases = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
     cases += [(name, n, 0) for n in settings.more_vectors for name in settings.names if name in HELD_OUT_KINDS]
     return [
@@ -345,7 +345,7 @@ def flags_of(settings: Concepts, name: str, seed: int) -> dict[str, Any]:
 
 
 def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
-    """A line per question and column: mean, spread over concepts and seeds, what is wanted."""
+    """Return a line per question and column: mean, spread over concepts and seeds, target."""
     lines = [f"{'share of pictures that are right':<34}{'of':<14}{'mean':>7}{'spread':>8}{'runs':>6}{'wanted':>8}"]
     for question, columns in rates.items():
         for who, shares in columns.items():
@@ -359,7 +359,7 @@ def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def grade_course(settings: Graded) -> None:
-    """Baselines, pictures, grades; prints how many cases passed."""
+    """Make baselines, images and grades; print how many cases passed."""
     if settings.repeats < 2:
         raise BadInput(f"--repeats {settings.repeats}: a deviation takes two or more")
     machine = detect(settings.device)

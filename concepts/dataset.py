@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from PIL import Image, ImageOps
+from pydantic import ConfigDict, Strict
 from torch import Tensor
 
 from concepts.embeddings import require_token, text_width, tokenize
@@ -17,6 +18,7 @@ from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
 from runtime.files import read_json
 from runtime.seeds import derived_seed
+from runtime.validation import validate
 from training.draws import Draws
 
 if TYPE_CHECKING:
@@ -39,12 +41,12 @@ class ConceptSet:
     """Folder; 00.txt next to 00.png may hold sentences for that image, see `read_sentences`."""
     init: str
     kind: Kind = "object"
-    vectors: int = 1
+    vectors: Annotated[int, Strict()] = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         require_token(self.token, "--token")
-        if self.kind not in TEMPLATES:
-            raise BadInput(f"{self.token}: kind {self.kind!r} is neither object nor style")
         if not 1 <= self.vectors <= MAX_VECTORS:
             raise BadInput(f"--vectors {self.vectors}: give 1 to {MAX_VECTORS}")
 
@@ -67,21 +69,11 @@ def read_concepts(path: Path) -> list[ConceptSet]:
     content = read_json(path)
     if not isinstance(content, list) or not content:
         raise BadInput(f'{path}: wanted a list such as [{{"token": "<new1>", "images": "dog", "init": "dog"}}]')
-    concepts = [_concept(path, number, entry) for number, entry in enumerate(content)]
+    concepts = validate(list[ConceptSet], content, str(path))
     tokens = [concept.token for concept in concepts]
     if twice := {token for token in tokens if tokens.count(token) > 1}:
         raise BadInput(f"{path}: {', '.join(sorted(twice))} is there twice")
-    return concepts
-
-
-def _concept(path: Path, number: int, entry: Any) -> ConceptSet:
-    types = {"token": str, "images": str, "init": str, "kind": str, "vectors": int}
-    if not isinstance(entry, dict) or not {"token", "images", "init"} <= set(entry):
-        raise BadInput(f"{path}, entry {number}: wants token, images and init")
-    for name, value in entry.items():
-        if name not in types or not isinstance(value, types[name]):
-            raise BadInput(f"{path}, entry {number}: {name} {value!r} is not known there, or not of its type")
-    return ConceptSet(**entry | {"images": path.parent / entry["images"]})
+    return [replace(concept, images=path.parent / concept.images) for concept in concepts]
 
 
 # ---------------------------------------------------------------- files

@@ -541,9 +541,14 @@ def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images
     ("content", "message"),
     [
         ([], "wanted a list"),
-        ([{"token": "<a>"}], "entry 0: wants token, images and init"),
-        ([{"token": "<a>", "images": "x", "init": "dog", "vectors": "2"}], "entry 0: vectors '2'"),
-        ([{"token": "<a>", "images": "x", "init": "dog", "kind": "animal"}], "animal"),
+        ([{"token": "<a>"}], r"concepts\.json, \[0\]\.images is missing"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "vectors": "2"}], r"\[0\]\.vectors: must .*, it is '2'"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "size": 2}], r"\[0\]\.size is not known here"),
+        ([{"token": "a", "images": "x", "init": "dog"}], "--token a: a token is a word in angle brackets"),
+        (
+            [{"token": "<a>", "images": "x", "init": "dog", "kind": "animal"}],
+            r"\[0\]\.kind: must be 'object' or 'style', it is 'animal'",
+        ),
         ([{"token": "<a>", "images": "x", "init": "dog"}] * 2, "<a> is there twice"),
     ],
 )
