@@ -13,6 +13,9 @@ the token: "a {} on a bench". What the sentences describe, the token need not re
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -164,23 +167,15 @@ def main(settings: Settings) -> None:
         per_concept = len(batch) / len(concepts)
         parts = batch.split(settings.accumulate)
         part_losses = (inversion.loss(part, settings.max_loss_weight) * (len(part) / per_concept) for part in parts)
-        cap_norms = partial(inversion.cap_norms, settings.max_norm) if settings.max_norm else None
-        try:
-            run.update(part_losses, after_step=cap_norms)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise BadInput(out_of_memory_message(settings, step)) from None
+        with out_of_memory_advice(settings, step):
+            run.update(part_losses, after_step=partial(inversion.cap_norms, settings.max_norm or math.inf))
 
         # now and then: read the loss; sample images with the tokens and keep the best vectors
         if run.every(settings.log_every):
             losses.append((run.step, record.metrics["loss"]))
         if run.is_main and run.every(settings.validate_every):
             with record.timed("validation"):
-                validation = validator.run(run.step)
-            run.log.show(run.step, **{f"score {token}": score for token, score in validation.scores.items()})
-            for token, images in validation.images.items():
-                run.log.image(run.step, token, torch.cat(list(images), 2))
+                validator.run(run.step, run.log)
 
     if run.is_main and run.done:
         for token, vectors in validator.chosen().items():
@@ -191,12 +186,8 @@ def main(settings: Settings) -> None:
             steps, means = zip(*losses, strict=True)
             line_figure(folder / "loss.png", steps, {"loss": {"mean": list(means)}}, "step", "Textual inversion")
         log(f"progress and record: {folder}")
-    run.finish(
-        concepts=[asdict(concept) for concept in concepts],
-        precision=precision,
-        losses=dict(losses),
-        scores=validator.scores(),
-    )
+    learned = [asdict(concept) for concept in concepts]
+    run.finish(concepts=learned, precision=precision, losses=dict(losses), scores=validator.scores())
 
 
 def check(settings: Settings) -> None:
@@ -235,14 +226,20 @@ def facts_of(settings: Settings, data: list[ConceptData]) -> dict[str, Any]:
     }
 
 
-def out_of_memory_message(settings: Settings, step: int) -> str:
-    """Return what to do about memory that is too small."""
-    finer = [n for n in range(settings.accumulate + 1, settings.batch + 1) if settings.batch % n == 0]
-    ways = [f"--accumulate {finer[0]}"] * bool(finer) + ["--low-memory"] * (not settings.low_memory)
-    return (
-        f"out of memory at step {step:,} with --batch {settings.batch} in {settings.accumulate} parts:"
-        f" try {' or '.join(ways) or 'a smaller --batch'}; the same command goes on from the last checkpoint"
-    )
+@contextmanager
+def out_of_memory_advice(settings: Settings, step: int) -> Iterator[None]:
+    """Raise BadInput that names the ways on if memory ends within the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        finer = [n for n in range(settings.accumulate + 1, settings.batch + 1) if settings.batch % n == 0]
+        ways = [f"--accumulate {finer[0]}"] * bool(finer) + ["--low-memory"] * (not settings.low_memory)
+        raise BadInput(
+            f"out of memory at step {step:,} with --batch {settings.batch} in {settings.accumulate} parts:"
+            f" try {' or '.join(ways) or 'a smaller --batch'}; the same command goes on from the last checkpoint"
+        ) from None
 
 
 if __name__ == "__main__":

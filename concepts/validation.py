@@ -17,6 +17,7 @@ from diffusion.guidance import Guidance
 from runtime.batches import in_batches
 from runtime.images import labelled_grid, line_figure
 from runtime.seeds import derived_seed
+from training.log import TrainingLog
 
 if TYPE_CHECKING:
     from concepts.clip_scores import Scorer
@@ -53,8 +54,8 @@ class Validator:
     validations: list[Validation] = field(default_factory=list)
     best: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
-    def run(self, step: int) -> Validation:
-        """Sample every concept, score the images, keep the best vectors and draw the figures."""
+    def run(self, step: int, log: TrainingLog) -> None:
+        """Sample every concept, score the images, keep the best vectors; draw the figures and log to TensorBoard."""
         validation, vectors, pipe = Validation(step, {}, {}), self.inversion.learned(), self.inversion.pipe
         vae_device = pipe.vae.device  # the CPU, where training needs no autoencoder
         pipe.vae.to(self.inversion.device)
@@ -72,7 +73,9 @@ class Validator:
         pipe.vae.to(vae_device)
         self.validations.append(validation)
         self.draw_figures()
-        return validation
+        log.show(step, **{f"score {token}": score for token, score in validation.scores.items()})
+        for token, images in validation.images.items():
+            log.image(step, token, torch.cat(list(images), 2))
 
     def _prompts(self, data: ConceptData) -> list[str]:
         return [text.replace("{}", data.concept.token) for text in self.prompts or PROMPTS[data.concept.kind]]
