@@ -17,7 +17,6 @@ Needs the miniature: python miniature/train_clip.py convert --output runs/miniat
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,14 +39,23 @@ from benchmarks.p3_composition_cases import (
     question,
     with_reference,
 )
-from benchmarks.p3_learning import BATCHES, EMBEDDING_NOISE, INITIAL, LR, MAX_LOSS_WEIGHT, STEPS, ZOOM_OUT, pictures_of
+from benchmarks.p3_learning import (
+    BATCHES,
+    EMBEDDING_NOISE,
+    INITIAL,
+    LR,
+    MAX_LOSS_WEIGHT,
+    STEPS,
+    ZOOM_OUT,
+    learn,
+    pictures_of,
+)
 from benchmarks.p3_textual_inversion import MODEL
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
-from concepts.embeddings import file_of, install, read_vectors, save_vectors
+from concepts.embeddings import file_of, install, read_vectors
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import InversionArgs, Run
 from diffusion.guidance import Guidance
 from miniature.judge_model import SceneClassifier, load_scene_classifier
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
@@ -156,7 +164,7 @@ def painter_of(bench: Settings, device: torch.device) -> StableDiffusionSampler:
         folder = bench.embeddings or KEPT / learned_name(bench)
         for name in INITIAL:
             pictures_of(name, PICTURES, True)
-        learn(bench, folder)
+        learn_absent(bench, folder)
     pipe = load_pipeline(bench.model, device, torch.float32)
     for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
         install(pipe, read_vectors(file_of(folder, f"<{name}>")))
@@ -176,26 +184,16 @@ def learned_name(bench: Settings) -> str:
     return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{EMBEDDING_NOISE}", f"{ZOOM_OUT}"])
 
 
-def learn(bench: Settings, folder: Path) -> None:
-    """All concepts that have no file yet: the objects in one run, the styles in another."""
+def learn_absent(bench: Settings, folder: Path) -> None:
+    """Learn all concepts that have no file yet: the objects in one run, the styles in another."""
     for kind, names in NAMES.items():
         absent = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
+        flags = {"model": bench.model, "device": bench.device, "steps": bench.learn or LEARN[kind], "lr": LR}
+        flags |= {"batch": BATCHES[kind], "max_loss_weight": MAX_LOSS_WEIGHT}
+        flags |= {"embedding_noise": EMBEDDING_NOISE, "zoom_out": ZOOM_OUT}
         if absent:
-            learn_together(bench, folder, kind, absent)
-
-
-def learn_together(bench: Settings, folder: Path, kind: Kind, names: Sequence[str]) -> None:
-    """One run for all of them; a file each."""
-    with tempfile.TemporaryDirectory() as temporary:
-        concepts = [ConceptSet(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in names]
-        how: dict[str, Any] = {"batch": BATCHES[kind], "lr": LR, "max_loss_weight": MAX_LOSS_WEIGHT}
-        how |= {"embedding_noise": EMBEDDING_NOISE, "zoom_out": ZOOM_OUT}
-        steps = bench.learn or LEARN[kind]
-        run = Run(InversionArgs(bench.model, steps, run=Path(temporary), device=bench.device, **how), concepts)
-        for _ in progress(range(steps), f"learning {', '.join(names)}"):
-            run.one_step()
-        for token, rows in run.learner.learned().items():
-            save_vectors(file_of(folder, token), token, rows, f"{bench.model}, {steps} steps")
+            concepts = [ConceptSet(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in absent]
+            learn(concepts, folder, flags)
 
 
 # ---------------------------------------------------------------- drawing and judging

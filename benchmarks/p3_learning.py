@@ -1,9 +1,13 @@
-"""What the judge sees in pictures of a concept that the miniature learned: questions, and one concept's share of right answers, kept on
-disk so that a long measurement goes on where it stopped."""
+"""How well the miniature learned a concept: questions, and the share of images that its scene classifier finds right.
+
+Outcomes stay on disk, so that a long measurement continues where it stopped.
+"""
 
 from __future__ import annotations
 
-import zlib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,17 +17,17 @@ from typing import Any
 import torch
 
 from concepts.dataset import ConceptSet, Kind
-from concepts.embeddings import file_of, install, read_vectors, save_vectors
+from concepts.embeddings import file_of, install, read_vectors
+from concepts.inversion import weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import InversionArgs, Run
 from diffusion.guidance import Guidance
 from miniature.judge_model import SceneClassifier
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, HELD_OUT_KINDS, HELD_OUT_STYLES, KINDS, fits
 from runtime.cli import log
 from runtime.device import detect
-from runtime.files import read_json, write_json
+from runtime.files import ROOT, read_json, write_json
 from runtime.seeds import derived_seed
 from zeroshot.prompts import article
 
@@ -34,19 +38,19 @@ EMBEDDING_NOISE = 1.0  # without it pictures of an object hardly hear of another
 ZOOM_OUT = 0.5  # of an object's samples, so that it can be as small as it is among others
 STEPS: dict[Kind, int] = {"object": 200, "style": 800}
 VECTORS: dict[Kind, int] = {"object": 1, "style": 2}
-BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # pictures of a concept in a step
+BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # images of a concept in a step
 MANNER = SamplerConfig("dpm", 25, Guidance(5.0))
 TOKEN = "<new>"
 
 
 def pictures_of(name: str, folder: Path, captions: bool) -> Path:
-    """The five pictures of a concept, as `world.py concept` writes them; `captions`: with sentences about what else they show."""
+    """Write the five images of a concept, as `world.py concept` does; `captions`: with sentences about the rest of each image."""
     write_concept_pictures(folder / name, name, 5, 0, captions)
     return folder / name
 
 
 def kind_of(name: str) -> Kind:
-    """object or style."""
+    """Return object or style."""
     return "style" if name in HELD_OUT_STYLES else "object"
 
 
@@ -55,7 +59,7 @@ def kind_of(name: str) -> Kind:
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts with TOKEN in them, and what the judge has to say of each picture."""
+    """Prompts with TOKEN in them, and the labels that the classifier must give each image."""
 
     name: str
     prompts: tuple[str, ...]
@@ -63,7 +67,7 @@ class Question:
 
 
 def questions_of(name: str, count: int, seed: int) -> list[Question]:
-    """What is asked of an object or of a style, `count` pictures each."""
+    """Return the questions about an object or a style, `count` images each."""
     random = Random(derived_seed(seed, 17))
     if name in HELD_OUT_STYLES:
         kinds = tuple(random.choice(KINDS) for _ in range(count))
@@ -92,7 +96,7 @@ def questions_of(name: str, count: int, seed: int) -> list[Question]:
 
 
 def rate(painter: StableDiffusionSampler, judge: SceneClassifier, question: Question, word: str, seed: int) -> float:
-    """Share of pictures that are as wanted, with `word` in the token's place."""
+    """Return the share of images with the right labels, `word` replacing the token."""
     orders = [
         Request(text.replace("TOKEN", word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)
     ]
@@ -103,74 +107,80 @@ def rate(painter: StableDiffusionSampler, judge: SceneClassifier, question: Ques
 # ---------------------------------------------------------------- one concept
 
 
+def learn(concepts: Sequence[ConceptSet], folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Run P3_textual_inversion.py with these flags, leave the vectors in `folder` and return the record."""
+    with tempfile.TemporaryDirectory() as temporary:
+        entries = [asdict(concept) | {"images": f"{concept.images.absolute()}"} for concept in concepts]
+        write_json(Path(temporary) / "concepts.json", entries)
+        command = [sys.executable, f"{ROOT / 'P3_textual_inversion.py'}", "--concepts", f"{temporary}/concepts.json"]
+        command += ["--output", f"{folder}", "--run", f"{temporary}/run", "--validate-every", "0"]
+        command += [str(x) for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return dict(read_json(Path(temporary) / "run" / "record.json"))
+
+
 @dataclass(frozen=True)
 class Trial:
-    """A concept to learn with a number of vectors and a seed, how, and how many pictures each question takes."""
+    """A concept to learn with a number of vectors, and how many images each question takes."""
 
     name: str
     vectors: int
-    recipe: InversionArgs
+    flags: dict[str, Any]
+    """Flags of P3_textual_inversion.py, by field name; model, seed and device among them."""
     count: int
     captions: bool
-    """Learns from sentences about what else the pictures show."""
+    """Learn from sentences about the rest of each image."""
     initial: bool
-    """Asks the initial word the same questions."""
+    """Also ask the same questions with the initial word."""
 
     @property
     def kind(self) -> Kind:
-        """object or style."""
+        """Object or style."""
         return kind_of(self.name)
 
     def facts(self) -> dict[str, Any]:
-        """All that its outcome depends on; the model by its weights."""
-        how = {key: value for key, value in asdict(self.recipe).items() if key not in ("run", "device", "model")}
-        weights = [zlib.crc32(file.read_bytes()) for file in sorted(Path(self.recipe.model).rglob("*.safetensors"))]
-        asked = {
+        """Return everything that the outcome depends on; the model by its weights."""
+        return {
             "name": self.name,
             "vectors": self.vectors,
             "count": self.count,
             "captions": self.captions,
             "initial": self.initial,
+            "flags": {name: value for name, value in self.flags.items() if name not in ("device", "model")},
+            "weights": weights_fingerprint(Path(self.flags["model"])),
         }
-        return asked | {"recipe": {key: str(value) for key, value in how.items()}, "weights": weights}
 
 
 def outcome(trial: Trial, judge: SceneClassifier, folder: Path) -> dict[str, Any]:
-    """Of `folder`, if this trial was made there before; else learns, asks, and leaves it there: vectors and outcome.json."""
-    place = folder / f"{trial.name}-{trial.vectors}-{trial.recipe.seed}"
+    """Learn the concept and ask the questions, unless `folder` holds the outcome of the same trial.
+
+    Vectors and outcome.json stay there.
+    """
+    seed = trial.flags["seed"]
+    place = folder / f"{trial.name}-{trial.vectors}-{seed}"
     file, facts = place / "outcome.json", trial.facts()
     if file.is_file() and (kept := read_json(file))["facts"] == facts:
         log(f"{place}: as before")
         return dict(kept)
-    seconds = learn(trial, place)
-    pipe = load_pipeline(trial.recipe.model, detect(trial.recipe.device).device, torch.float32)
-    install(pipe, read_vectors(file_of(place, TOKEN)))
-    painter, rates = StableDiffusionSampler(pipe, MANNER), {}
-    for question in questions_of(trial.name, trial.count, trial.recipe.seed):
-        words = {"learned": TOKEN} | ({"initial": INITIAL[trial.name]} if trial.initial else {})
-        rates[question.name] = {
-            how: rate(painter, judge, question, word, trial.recipe.seed) for how, word in words.items()
-        }
-        log(f"{place.name}, {question.name}: {rates[question.name]}")
-    made = {"facts": facts, "seconds": round(seconds, 1), "rates": rates}
-    write_json(file, made)
-    return made
 
-
-def learn(trial: Trial, place: Path) -> float:
-    """Leaves the vectors in `place`; returns the seconds of the training alone."""
     images = pictures_of(trial.name, place, trial.captions)
     concept = ConceptSet(TOKEN, images, INITIAL[trial.name], trial.kind, trial.vectors)
-    run = Run(trial.recipe, [concept])
-    with run.record.timed("learning"):
-        while not run.done:
-            run.one_step()
-    save_vectors(file_of(place, TOKEN), TOKEN, run.learner.learned()[TOKEN], f"{trial.recipe.model}, {run.step} steps")
-    return run.record.timings["learning"]
+    timings = learn([concept], place, trial.flags)["timings_s"]
+
+    pipe = load_pipeline(trial.flags["model"], detect(trial.flags["device"]).device, torch.float32)
+    install(pipe, read_vectors(file_of(place, TOKEN)))
+    painter, rates = StableDiffusionSampler(pipe, MANNER), {}
+    for question in questions_of(trial.name, trial.count, seed):
+        words = {"learned": TOKEN} | ({"initial": INITIAL[trial.name]} if trial.initial else {})
+        rates[question.name] = {how: rate(painter, judge, question, word, seed) for how, word in words.items()}
+        log(f"{place.name}, {question.name}: {rates[question.name]}")
+    result = {"facts": facts, "seconds": round(timings["training"] - timings["validation"], 1), "rates": rates}
+    write_json(file, result)
+    return result
 
 
 def mean_rates(outcomes: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Question -> who was asked ("1 vector", "initial word") -> the shares of all concepts and seeds."""
+    """Return question -> column ("1 vector", "initial word") -> the shares of all concepts and seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for made in outcomes:
         vectors = made["facts"]["vectors"]

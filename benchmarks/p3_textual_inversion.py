@@ -16,14 +16,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import repository_root  # noqa: F401  # isort: split
 import torch
 import tyro
-from accelerate import Accelerator
 
 from benchmarks.p3_course import Course, token_of
 from benchmarks.p3_learning import (
@@ -43,20 +43,22 @@ from benchmarks.p3_learning import (
     pictures_of,
 )
 from benchmarks.plain_p3 import Plain, save_random_v1
-from concepts.dataset import ConceptSet
+from concepts.dataset import Augmentation, ConceptData, ConceptSet
 from concepts.embeddings import file_of, read_vectors, save_vectors
-from concepts.inversion import InversionBatch, TextualInversion
+from concepts.inversion import TextualInversion, prepare_frozen
 from concepts.stable_diffusion import load_pipeline
-from concepts.training import InversionArgs, Run
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
-from runtime.device import AutoOnOff, Device, Precision, detect, set_up
+from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, atomic
 from runtime.record import Record
+from training.loop import LoopConfig, Trained, TrainingRun
+from training.schedule import LearningRate
 
 MODEL = "runs/miniature/stable_diffusion"
 BENCH = ROOT / "runs" / "bench"
+LEARNING_RATE = 5e-3  # P3_textual_inversion.py's default, for both methods
 WANTED = {
     "object": 0.93,
     "object and colour": 0.80,
@@ -137,7 +139,7 @@ class Graded:
 
 
 def main(settings: Speed | Concepts | Graded) -> None:
-    """What was asked for."""
+    """Run one of the three measurements."""
     if isinstance(settings, Speed):
         check_positive(settings, "steps", "batch", "repeats")
         compare_speed(settings)
@@ -151,25 +153,17 @@ def main(settings: Speed | Concepts | Graded) -> None:
 
 
 def compare_speed(settings: Speed) -> None:
-    """Prints both, the ratio and the difference of the gradients, on a GPU the memory; writes the record."""
+    """Print both speeds, their ratio, the gradients' difference and, on a GPU, the memory; write the record."""
     machine = detect(settings.device)
     record, device = Record(settings, machine), machine.device
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_random_v1(folder / "v1") if settings.model == "random-v1" else settings.model
+        settings = replace(settings, model=model)
         concept = ConceptSet("<bench>", pictures_of("fish", folder, False), settings.init)
-        recipe = InversionArgs(
-            model,
-            batch=settings.batch,
-            device=settings.device,
-            run=folder / "run",
-            precision=settings.precision,
-            compile=settings.compile,
-            seed=settings.seed,
-        )
         set_up("fp32", machine)  # without TF32, which would round both
-        difference = gradient_difference(recipe, concept, device)
-        found = side_by_side(settings, recipe, concept, device)
+        difference = gradient_difference(settings, concept, device)
+        found = side_by_side(settings, concept, machine, folder / "run")
     ratios = {
         kind: [plain / ours for plain, ours in zip(found[f"plain{kind}_s"], found[f"ours{kind}_s"], strict=True)]
         for kind in ("", "_cpu")
@@ -196,20 +190,21 @@ def compare_speed(settings: Speed) -> None:
     log(f"record: {settings.record}")
 
 
-def side_by_side(settings: Speed, recipe: InversionArgs, concept: ConceptSet, device: torch.device) -> dict[str, Any]:
-    """Seconds per step in turn, so that a busy machine disturbs both alike; on a GPU the peak memory of each alone."""
-    samples = samples_of(settings, recipe, concept)
+def side_by_side(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Return seconds per step, in turn, so that a busy machine disturbs both alike; on a GPU the peak memory of each alone."""
+    device = machine.device
+    precision = set_up(settings.precision, machine)
+    _, data = prepared(settings, concept, device, torch.float32)
+    samples = [data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)]
 
     def plain() -> Callable[[int], object]:
-        made = Plain(recipe.model, concept, device, recipe.lr)
-        return lambda step: made.step(samples[step % len(samples)])
+        method = Plain(settings.model, concept, device, LEARNING_RATE)
+        return lambda step: method.step(samples[step % len(samples)])
 
     def ours() -> Callable[[int], object]:
-        run = Run(recipe, [concept])
-        found["precision"] = run.precision
-        return lambda _: run.one_step()
+        return our_step(settings, concept, machine, folder)
 
-    found: dict[str, Any] = {"plain_s": [], "ours_s": [], "plain_cpu_s": [], "ours_cpu_s": []}
+    found: dict[str, Any] = {"plain_s": [], "ours_s": [], "plain_cpu_s": [], "ours_cpu_s": [], "precision": precision}
     if device.type == "cuda":
         found |= {"plain_bytes": peak_bytes(plain, device), "ours_bytes": peak_bytes(ours, device)}
     steps = {"plain": plain(), "ours": ours()}
@@ -223,14 +218,39 @@ def side_by_side(settings: Speed, recipe: InversionArgs, concept: ConceptSet, de
     return found
 
 
-def samples_of(settings: Speed, recipe: InversionArgs, concept: ConceptSet) -> list[InversionBatch]:
-    """What both learn from: noise, timesteps, sentences."""
-    learner, whole = Run(recipe, [concept]).learner, slice(settings.batch)
-    return [learner.batch(step, whole, settings.batch) for step in range(settings.steps)]
+def prepared(
+    settings: Speed, concept: ConceptSet, device: torch.device, dtype: torch.dtype
+) -> tuple[TextualInversion, ConceptData]:
+    """Return the frozen model with the concept's token, and its encoded images."""
+    pipe = load_pipeline(settings.model, device, dtype)
+    inversion = TextualInversion(pipe, [concept], settings.seed)
+    data = ConceptData(pipe, concept, settings.seed, Augmentation())
+    pipe.vae.to("cpu")
+    return inversion, data
+
+
+def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> Callable[[int], object]:
+    """Return the step of P3_textual_inversion.py with its defaults."""
+    device, batch = machine.device, settings.batch
+    precision = set_up(settings.precision, machine)
+    inversion, data = prepared(settings, concept, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    worthwhile = settings.compile == "on" or device.type == "cuda"
+    prepare_frozen(inversion.pipe, precision, worthwhile and should_compile(settings.compile, machine))
+    embeddings = inversion.embeddings.learned
+    optimizer = torch.optim.AdamW(embeddings.parameters(), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    config = LoopConfig("benchmark", folder, 10**9, batch, LearningRate(LEARNING_RATE, 25, 0.5), save_every=0)
+    run = TrainingRun(config, {}, Trained(embeddings, optimizer), Record(settings, machine), resume=False)
+    steps = iter(run)
+
+    def step(_: int) -> None:
+        samples = data.batch(next(steps), slice(batch), batch)
+        run.update(inversion.loss(samples), after_step=partial(inversion.cap_norms, 1.0))
+
+    return step
 
 
 def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """Of so many steps in a row: on the clock, and of CPU time, which other programs don't take."""
+    """Return the seconds per step: wall time, and CPU time, which other programs don't affect."""
     synchronize(device)
     start, cpu = time.perf_counter(), time.process_time()
     for index in range(steps):
@@ -240,13 +260,13 @@ def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.de
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device) -> int:
-    """Of loading and two steps, with nothing else there."""
+    """Return the peak memory of loading and two steps, with nothing else on the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -255,21 +275,22 @@ def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.devic
     return torch.cuda.max_memory_allocated(device)
 
 
-def gradient_difference(recipe: InversionArgs, concept: ConceptSet, device: torch.device) -> float:
-    """Relative, of the new row's gradient in fp32 on the same sample."""
-    learner = TextualInversion(load_pipeline(recipe.model, device, torch.float32), [concept], recipe.seed, False, True)
-    sample = learner.batch(0, slice(recipe.batch), recipe.batch)
-    learner.backward(Accelerator(cpu=device.type == "cpu"), learner.parameter, sample, 1)
-    theirs = Plain(recipe.model, concept, device, 1e-3).gradient(sample)
-    assert learner.parameter.rows.grad is not None
-    return float((learner.parameter.rows.grad[0] - theirs).norm() / theirs.norm())
+def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.device) -> float:
+    """Return the relative difference of the new row's gradients in fp32 on the same samples."""
+    inversion, data = prepared(settings, concept, device, torch.float32)
+    samples = data.batch(0, slice(settings.batch), settings.batch)
+    inversion.loss(samples).backward()
+    ours = inversion.embeddings.learned.weight.grad
+    theirs = Plain(settings.model, concept, device, LEARNING_RATE).gradient(samples)
+    assert ours is not None
+    return float((ours[0] - theirs).norm() / theirs.norm())
 
 
 # ---------------------------------------------------------------- concepts
 
 
 def measure_concepts(settings: Concepts) -> None:
-    """Learns every concept with every seed, asks all questions, prints the table, writes the record."""
+    """Learn every concept with every seed, ask all questions, print the table and write the record."""
     check_positive(settings, "seeds", "count")
     check_not_negative(settings, "steps", "batch")
     if not settings.names:
@@ -297,14 +318,14 @@ def measure_concepts(settings: Concepts) -> None:
 
 
 def trials_of(settings: Concepts) -> list[Trial]:
-    """The usual vectors with every seed, the initial word with the first one; then more vectors for the objects."""
+    """Return the usual vectors with every seed, the initial word with the first, then more vectors for the objects."""
     cases = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
     cases += [(name, n, 0) for n in settings.more_vectors for name in settings.names if name in HELD_OUT_KINDS]
     return [
         Trial(
             name,
             vectors,
-            recipe_of(settings, name, settings.seed + seed),
+            flags_of(settings, name, settings.seed + seed),
             settings.count,
             settings.captions,
             vectors == VECTORS[kind_of(name)] and not seed,
@@ -313,26 +334,18 @@ def trials_of(settings: Concepts) -> list[Trial]:
     ]
 
 
-def recipe_of(settings: Concepts, name: str, seed: int) -> InversionArgs:
-    """As P3_textual_inversion.py has it, but for what the flags say."""
-    return InversionArgs(
-        settings.model,
-        steps=settings.steps or STEPS[kind_of(name)],
-        batch=settings.batch or BATCHES[kind_of(name)],
-        lr=settings.lr,
-        max_norm=settings.max_norm,
-        max_loss_weight=settings.max_loss_weight,
-        embedding_noise=settings.embedding_noise,
-        zoom_out=settings.zoom_out,
-        seed=seed,
-        device=settings.device,
-        precision=settings.precision,
-        run=settings.folder / "no-checkpoint",
-    )
+def flags_of(settings: Concepts, name: str, seed: int) -> dict[str, Any]:
+    """Return the flags of P3_textual_inversion.py for this concept and seed."""
+    same = ("model", "lr", "max_norm", "max_loss_weight", "embedding_noise", "zoom_out", "device", "precision")
+    return {flag: getattr(settings, flag) for flag in same} | {
+        "steps": settings.steps or STEPS[kind_of(name)],
+        "batch": settings.batch or BATCHES[kind_of(name)],
+        "seed": seed,
+    }
 
 
 def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
-    """A line per question and column: mean, spread over concepts and seeds, what is wanted."""
+    """Return a line per question and column: mean, spread over concepts and seeds, target."""
     lines = [f"{'share of pictures that are right':<34}{'of':<14}{'mean':>7}{'spread':>8}{'runs':>6}{'wanted':>8}"]
     for question, columns in rates.items():
         for who, shares in columns.items():
@@ -346,7 +359,7 @@ def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def grade_course(settings: Graded) -> None:
-    """Baselines, pictures, grades; prints how many cases passed."""
+    """Make baselines, images and grades; print how many cases passed."""
     if settings.repeats < 2:
         raise BadInput(f"--repeats {settings.repeats}: a deviation takes two or more")
     machine = detect(settings.device)

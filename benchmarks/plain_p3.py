@@ -1,5 +1,8 @@
-"""Textual inversion as widely copied, for comparison: the text encoder's whole table is AdamW's parameter, its old rows are put back
-after every step, each step's pictures go through the autoencoder; fp32, eager. Reading the pictures anew is left out, in its favour."""
+"""Textual inversion as widely copied, for comparison.
+
+The text encoder's whole table is AdamW's parameter, and its old rows are restored after every step. Each step's images go through the
+autoencoder; fp32, eager. Reading the files at every step is left out, in its favour.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,14 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from concepts.dataset import ConceptSet, read_pictures, square
+from concepts.dataset import ConceptSet, InversionBatch, read_images, square
 from concepts.embeddings import install
-from concepts.inversion import InversionBatch
 from concepts.single_file import make_parts, make_scheduler, make_tokenizer
 from concepts.stable_diffusion import WITHOUT, load_pipeline
 
 
 class Plain:
-    """The model with a token, and its steps."""
+    """A model with one token, which learns it in the plain way."""
 
     def __init__(self, model: str, concept: ConceptSet, device: torch.device, lr: float):
         self.pipe = load_pipeline(model, device, torch.float32)
@@ -30,10 +32,10 @@ class Plain:
         self.before = self.table.detach().clone()
         self.optimizer = torch.optim.AdamW([self.table], lr)
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        self.x = square(read_pictures(concept.images), side).to(device)
+        self.x = square(read_images(concept.images), side).to(device)
 
     def step(self, sample: InversionBatch) -> None:
-        """One step on this sample's noise, timesteps and sentences; the pictures are encoded anew."""
+        """Take one step on these samples' noise, timesteps and sentences; the images are encoded again."""
         rows = torch.arange(len(sample.t), device=self.x.device) % len(self.x)
         with torch.no_grad():
             x0 = self.pipe.vae.encode(self.x[rows]).latent_dist.sample() * self.pipe.vae.config.scaling_factor
@@ -43,30 +45,33 @@ class Plain:
             self.table[:-1] = self.before[:-1]
 
     def gradient(self, sample: InversionBatch) -> Tensor:
-        """Of the new row."""
+        """Return the gradient [width] of the new row."""
         self.optimizer.zero_grad()
         text = self.pipe.text_encoder(sample.tokens)[0]
         noisy = self.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
         out = self.pipe.unet(noisy, sample.t, encoder_hidden_states=text).sample
         torch.nn.functional.mse_loss(out, sample.eps).backward()
-        assert self.table.grad is not None
-        return self.table.grad[-1]
+        gradient = self.table.grad
+        assert gradient is not None
+        return cast(Tensor, gradient[-1])
 
 
 def save_random_v1(folder: Path) -> str:
-    """A diffusers folder in Stable Diffusion v1's layout with random weights in fp16, 2 GB: for speed and memory, which don't depend on
-    what a model knows. Weights are small, so that nothing overflows."""
+    """Write a diffusers folder in Stable Diffusion v1's layout with random fp16 weights, 2 GB, and return it.
+
+    Speed and memory don't depend on the weights. They are small, so that nothing overflows.
+    """
     parts, stream = make_parts(), torch.Generator().manual_seed(0)
     for part in parts.values():
         values = {name: random_weight(name, tensor, stream) for name, tensor in part.state_dict().items()}
         part.load_state_dict(values, assign=True)
-    made = cast(Any, StableDiffusionPipeline)
-    made(**parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT).save_pretrained(folder)
+    pipeline = cast(Any, StableDiffusionPipeline)
+    pipeline(**parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT).save_pretrained(folder)
     return str(folder)
 
 
 def random_weight(name: str, like: Tensor, stream: torch.Generator) -> Tensor:
-    """Matrices and kernels at random; norms that change nothing."""
+    """Return random matrices and kernels; norms keep their input."""
     if like.dim() > 1:
         return (torch.randn(like.shape, generator=stream) * 0.02).half()
     return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0).half()

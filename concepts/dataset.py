@@ -1,122 +1,111 @@
-"""What textual inversion learns from: the pictures of each concept, as a model's autoencoder sees them, and sentences with its token."""
+"""What textual inversion learns from: each concept's images, as the model's autoencoder encodes them, and sentences with its token."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image, ImageOps
+from pydantic import ConfigDict, Strict
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, pad, pil_to_tensor, resize
 
-from concepts.embeddings import require_token
+from concepts.embeddings import require_token, text_width, tokenize
 from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
 from runtime.files import read_json
+from runtime.seeds import derived_seed
+from runtime.validation import validate
+from training.draws import Draws
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 Kind = Literal["object", "style"]
+Crop = Literal["center", "random"]
 TEMPLATES: dict[str, tuple[str, ...]] = {"object": OBJECT, "style": STYLE}
-VALIDATION_PROMPTS = {  # what looks at the progress ask for, unless told otherwise: likeness, and whether other words are still heard
-    "object": ("a photo of a {}", "a {} on a blue background"),
-    "style": ("a picture in the style of {}", "a red house in the style of {}"),
-}
-MOST_VECTORS = 8
-SENTENCES = ".txt"
+MAX_VECTORS = 8
+SMALLER_VIEWS = 8  # of every image of an object, with `zoom_out`
 
 
 @dataclass(frozen=True)
 class ConceptSet:
-    """One thing to learn."""
+    """One concept to learn: a token, its images, and the word that its embeddings start from."""
 
     token: str
-    """Its name in prompts, such as <new1>."""
     images: Path
-    """Folder of its pictures; 00.txt beside 00.png may hold sentences for that picture, see `sentences_beside`."""
+    """Folder; 00.txt next to 00.png may hold sentences for that image, see `read_sentences`."""
     init: str
-    """An ordinary word for it, which its vectors start from."""
     kind: Kind = "object"
-    vectors: int = 1
+    vectors: Annotated[int, Strict()] = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        """Raises BadInput for what no concept can be."""
         require_token(self.token, "--token")
-        if self.kind not in TEMPLATES:
-            raise BadInput(f"{self.token}: kind {self.kind!r} is neither object nor style")
-        if not 1 <= self.vectors <= MOST_VECTORS:
-            raise BadInput(f"--vectors {self.vectors}: give 1 to {MOST_VECTORS}")
+        if not 1 <= self.vectors <= MAX_VECTORS:
+            raise BadInput(f"--vectors {self.vectors}: give 1 to {MAX_VECTORS}")
 
     @property
     def key(self) -> int:
-        """Of its random numbers: a concept learns alone as it does among others."""
+        """Key of the concept's random numbers: it learns the same alone and among others."""
         return zlib.crc32(self.token.encode())
 
     @property
     def sentences(self) -> list[str]:
-        """Every template with the token in it."""
+        """Every template of the kind, with the token filled in."""
         return [template.format(self.token) for template in TEMPLATES[self.kind]]
 
 
 def read_concepts(path: Path) -> list[ConceptSet]:
-    """A json list of objects with token, images, init and, where not object and 1, kind and vectors; folders may be relative to the
-    file. Raises BadInput."""
+    """Read a JSON list of objects with token, images, init and, optionally, kind and vectors.
+
+    Image folders may be relative to the file. Raise BadInput.
+    """
     content = read_json(path)
     if not isinstance(content, list) or not content:
         raise BadInput(f'{path}: wanted a list such as [{{"token": "<new1>", "images": "dog", "init": "dog"}}]')
-    concepts = [_concept(path, number, entry) for number, entry in enumerate(content)]
+    concepts = validate(list[ConceptSet], content, str(path))
     tokens = [concept.token for concept in concepts]
     if twice := {token for token in tokens if tokens.count(token) > 1}:
         raise BadInput(f"{path}: {', '.join(sorted(twice))} is there twice")
-    return concepts
+    return [replace(concept, images=path.parent / concept.images) for concept in concepts]
 
 
-def _concept(path: Path, number: int, entry: Any) -> ConceptSet:
-    types = {"token": str, "images": str, "init": str, "kind": str, "vectors": int}
-    if not isinstance(entry, dict) or not {"token", "images", "init"} <= set(entry):
-        raise BadInput(f"{path}, entry {number}: wants token, images and init")
-    for name, value in entry.items():
-        if name not in types or not isinstance(value, types[name]):
-            raise BadInput(f"{path}, entry {number}: {name} {value!r} is not known there, or not of its type")
-    return ConceptSet(**entry | {"images": path.parent / entry["images"]})
+# ---------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------- pictures
+def image_files(folder: Path) -> list[Path]:
+    """Return a folder's images by name; log other files, except sentences of an image.
 
-
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder by name; other files, but for sentences beside a picture, are skipped with a line.
-    Raises BadInput where there is none."""
+    Raise BadInput for a folder without images.
+    """
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder")
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    found = [path for path in files if path.suffix.lower() in known]
-    beside = {path.with_suffix(SENTENCES) for path in found}
+    images = [path for path in files if path.suffix.lower() in readable]
+    sentences = {path.with_suffix(".txt") for path in images}
     for path in files:
-        if path not in found and path not in beside:
+        if path not in images and path not in sentences:
             log(f"{path} is no picture: skipped")
-    if not found:
+    if not images:
         raise BadInput(f"--images {folder} holds no picture")
-    if len(found) == 1:
+    if len(images) == 1:
         log(f"--images {folder} holds one picture only: what is learned may be that picture rather than its subject")
-    return found
+    return images
 
 
-def read_pictures(folder: Path) -> list[Image.Image]:
-    """All pictures of a folder by name, upright, on white where they are transparent. Raises BadInput where there is none, or one can't
-    be read."""
-    return [upright(path) for path in picture_files(folder)]
+def read_sentences(image: Path, token: str) -> list[str]:
+    """Return the lines of 00.txt next to 00.png with the token for {}, or [] without such a file.
 
-
-def sentences_beside(picture: Path, token: str) -> list[str]:
-    """The lines of 00.txt beside 00.png, with the token for {}: sentences that also tell what isn't the concept. None without such a
-    file; raises BadInput for lines without {}."""
-    file = picture.with_suffix(SENTENCES)
+    They describe the rest of the image, so that the token need not. Raise BadInput for lines without {}.
+    """
+    file = image.with_suffix(".txt")
     if not file.is_file():
         return []
     try:
@@ -129,37 +118,53 @@ def sentences_beside(picture: Path, token: str) -> list[str]:
     return [line.replace("{}", token) for line in lines]
 
 
-def upright(path: Path) -> Image.Image:
-    """RGB, turned as its EXIF data says, transparent parts white; raises BadInput."""
+def read_images(folder: Path) -> list[Image.Image]:
+    """Return all images of a folder by name, as `read_image` does; raise BadInput."""
+    return [read_image(path) for path in image_files(folder)]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return an image in RGB, rotated as its EXIF data says, on white where it is transparent; raise BadInput."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode[0] in "IF":  # more than 8 bit: there is no telling what is white
-                raise BadInput(f"{path} has mode {picture.mode}: save it with 8 bits per channel")
-            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # more than 8 bit: the value of white is unknown
+                raise BadInput(f"{path} has mode {image.mode}: save it with 8 bits per channel")
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path} is not a readable picture: {error}") from None
 
 
-def scaled(picture: Image.Image, side: int) -> Tensor:
-    """[3,H,W] in -1..1, the shorter of H and W being `side`."""
-    fitted = resize(picture, [side], InterpolationMode.LANCZOS)
-    return pil_to_tensor(fitted).float() / 127.5 - 1
+# ---------------------------------------------------------------- tensors
 
 
-def square(pictures: Sequence[Image.Image], side: int) -> Tensor:
-    """[N,3,side,side] in -1..1: the middle of each."""
-    return torch.stack([center_crop(scaled(picture, side), [side, side]) for picture in pictures])
+def scaled(image: Image.Image, side: int) -> Tensor:
+    """Return an image as [3,H,W] in -1..1, the shorter of H and W being `side`."""
+    from torchvision.transforms import InterpolationMode  # slow to import
+    from torchvision.transforms.functional import pil_to_tensor, resize
+
+    pixels: Tensor = pil_to_tensor(resize(image, [side], InterpolationMode.LANCZOS))
+    return pixels.float() / 127.5 - 1
 
 
-def zoomed_out(x: Tensor, stream: torch.Generator) -> Tensor:
-    """[N,3,S,S] in -1..1 -> the same: each picture at 0.6 to 0.95 of its size, somewhere in a frame that its edges fill."""
+def square(images: Sequence[Image.Image], side: int) -> Tensor:
+    """Return the centre crop of each image: [N,3,side,side] in -1..1."""
+    from torchvision.transforms.functional import center_crop  # slow to import
+
+    return torch.stack([center_crop(scaled(image, side), [side, side]) for image in images])
+
+
+def zoomed_out(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images [N,3,S,S] in -1..1 at 0.6 to 0.95 of their size, somewhere in a frame filled with their edges."""
+    from torchvision.transforms import InterpolationMode  # slow to import
+    from torchvision.transforms.functional import pad, resize
+
     side, views = x.shape[-1], []
     for image in x:
-        share, right, down = torch.rand(3, generator=stream).tolist()
+        share, right, down = torch.rand(3, generator=generator).tolist()
         size = round(side * (0.6 + 0.35 * share))
         left, top = int(right * (side - size + 1)), int(down * (side - size + 1))
         small = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
@@ -169,10 +174,120 @@ def zoomed_out(x: Tensor, stream: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def posteriors(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """x [N,3,H,W] in -1..1 -> [N,2,2,4,h,w] float32 in the U-Net's scale: both flips; mean and standard deviation."""
-    found = []
+    """Encode images [N,3,H,W] in -1..1 and their mirror images: [N,2,2,4,h,w] float32 in the U-Net's scale.
+
+    The second dimension is the flip, the third mean and standard deviation.
+    """
+    moments = []
     for image in x:
         pair = torch.stack([image, image.flip(-1)]).to(vae.device, vae.dtype)
         posterior = vae.encode(pair).latent_dist
-        found.append(torch.stack([posterior.mean, posterior.std], 1).float() * vae.config["scaling_factor"])
-    return torch.stack(found)
+        moments.append(torch.stack([posterior.mean, posterior.std], 1).float() * vae.config["scaling_factor"])
+    return torch.stack(moments)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training samples vary."""
+
+    crop: Crop = "center"
+    flip: bool = True
+    zoom_out: float = 0.0
+    """Share of an object's samples that show it smaller; a style, which smaller strokes would change, has none."""
+    embedding_noise: float = 0.0
+    """Norm of the noise on the learned embeddings, in multiples of their own."""
+
+
+@dataclass
+class InversionBatch:
+    """Training samples: clean latents and noise [B,4,h,w], timesteps [B], token ids [B,77], embedding noise [B,77,width]."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    tokens: Tensor
+    embedding_noise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def split(self, parts: int) -> list[InversionBatch]:
+        """Return the samples in at most `parts` batches of one size, the last may be smaller."""
+        size = -(-len(self) // parts)
+        return [InversionBatch(*tensors) for tensors in zip(*(x.split(size) for x in self._tensors()), strict=True)]
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[InversionBatch]) -> InversionBatch:
+        """Return the samples of all batches in one."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*(batch._tensors() for batch in batches), strict=True)))
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class ConceptData:
+    """The encoded images and sentences of one concept, from which batches are drawn.
+
+    `tokens` [N,S,77] are the ids of each image's sentences, of which the first `counts` [N] differ.
+    `moments` [N,V,2,4,h,w] are the posteriors of its views: both flips of the whole image, then those of smaller ones.
+    With random crops there are none, since every sample is encoded when it is drawn.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, concept: ConceptSet, seed: int, augmentation: Augmentation):
+        """Encode the images; the pipeline's tokenizer must know the token. Raise BadInput."""
+        self.concept, self.seed, self.augmentation = concept, seed, augmentation
+        self.device, self.vae, self.width = pipe.unet.device, pipe.vae, text_width(pipe)
+        self.timesteps = len(pipe.scheduler.alphas_cumprod)
+        self.latent_shape = (pipe.unet.config["in_channels"], *[pipe.unet.config["sample_size"]] * 2)
+        self.side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+
+        files = image_files(concept.images)
+        self.images = [read_image(file) for file in files]
+        sentences = [read_sentences(file, concept.token) or concept.sentences for file in files]
+        longest = max(map(len, sentences))
+        tokens = torch.stack([tokenize(pipe, (own * longest)[:longest]) for own in sentences])
+        self.tokens = tokens.to(self.device)
+        self.counts = torch.tensor([len(own) for own in sentences], device=self.device)
+        self.fingerprint = zlib.crc32(b"".join(image.tobytes() for image in self.images) + tokens.numpy().tobytes())
+        self.moments = None if augmentation.crop == "random" else self._encode_views()
+
+    def _encode_views(self) -> Tensor:
+        views = [square(self.images, self.side)]
+        if self.augmentation.zoom_out and self.concept.kind == "object":
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.concept.key, 1))
+            views += [zoomed_out(views[0], generator) for _ in range(SMALLER_VIEWS)]
+        return torch.cat([posteriors(self.vae, view) for view in views], 1)
+
+    def batch(self, step: int, rows: slice, total: int) -> InversionBatch:
+        """Draw samples `rows` of the `total` of this step."""
+        draws = Draws(derived_seed(self.seed, self.concept.key), step, rows, total, self.device)
+        which, mirrored, sentence = draws.uniform(), draws.uniform(), draws.uniform()
+        t = draws.timesteps(self.timesteps)
+        eps, posterior_noise = draws.normal(*self.latent_shape), draws.normal(*self.latent_shape)
+
+        image = (which * len(self.images)).long()
+        flip = (mirrored < 0.5).long() * self.augmentation.flip
+        if self.moments is None:
+            moments = self._random_crops(image, draws)[torch.arange(len(flip)), flip]
+        else:
+            smaller = self.moments.shape[1] > 2
+            zoom = draws.uniform() / self.augmentation.zoom_out if smaller else torch.ones_like(which)
+            view = flip + 2 * torch.where(zoom < 1, 1 + (zoom * SMALLER_VIEWS).long(), 0)
+            moments = self.moments[image, view]
+        mean, std = moments.unbind(1)
+        tokens = self.tokens[image, (sentence * self.counts[image]).long()]
+        noise = draws.normal(tokens.shape[1], self.width) * (self.augmentation.embedding_noise / self.width**0.5)
+        return InversionBatch(mean + std * posterior_noise, eps, t, tokens, noise)
+
+    def _random_crops(self, which: Tensor, draws: Draws) -> Tensor:
+        """Encode random squares [B,2,2,4,h,w] of at least seven tenths of the shorter side."""
+        size, right, down = draws.uniform(), draws.uniform(), draws.uniform()
+        crops = []
+        for index, s, x, y in zip(which.tolist(), size.tolist(), right.tolist(), down.tolist(), strict=True):
+            image = scaled(self.images[index], round(self.side / (0.7 + 0.3 * s)))
+            left, top = int(x * (image.shape[2] - self.side + 1)), int(y * (image.shape[1] - self.side + 1))
+            crops.append(image[:, top : top + self.side, left : left + self.side])
+        return posteriors(self.vae, torch.stack(crops))

@@ -1,5 +1,7 @@
-"""Sentences of textual inversion (Gal et al. 2022, arXiv 2208.01618), written for this project: {} is the token. They say nothing that a
-picture could contradict, so that all that is common to the pictures has to go into the token."""
+"""Training sentences of textual inversion (Gal et al. 2022, arXiv 2208.01618), written for this project; {} is the token.
+
+They say nothing that an image could contradict, so that everything that the images share is learned by the token.
+"""
 
 from __future__ import annotations
 

@@ -1,31 +1,38 @@
-"""Looks at the progress of textual inversion: pictures by a few-step solver, their scores, the best vectors so far, figures."""
+"""Validation of textual inversion: images by a few-step solver, their CLIP scores, the best vectors so far, figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from concepts.clip_scores import TEXT_WEIGHT, Scorer
-from concepts.dataset import VALIDATION_PROMPTS
-from concepts.inversion import ConceptData, TextualInversion
+from concepts.dataset import ConceptData
+from concepts.inversion import TextualInversion
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from diffusion.guidance import Guidance
 from runtime.batches import in_batches
 from runtime.images import labelled_grid, line_figure
 from runtime.seeds import derived_seed
+from training.log import TrainingLog
 
-IMAGES = 4  # pictures of every look
+if TYPE_CHECKING:
+    from concepts.clip_scores import Scorer
+
+IMAGES = 4  # per concept
 SAMPLER = SamplerConfig(solver="dpm", steps=15, guidance=Guidance(5.0))
+PROMPTS = {  # default validation prompts: subject fidelity, prompt fidelity
+    "object": ("a photo of a {}", "a {} on a blue background"),
+    "style": ("a picture in the style of {}", "a red house in the style of {}"),
+}
 
 
 @dataclass
 class Validation:
-    """One look: per token the pictures [SHOWN,3,H,W] uint8, and a score where a CLIP is at hand."""
+    """Per token the images [IMAGES,3,H,W] uint8 of one step and, with a CLIP, their score."""
 
     step: int
     images: dict[str, Tensor]
@@ -34,91 +41,91 @@ class Validation:
 
 @dataclass
 class Validator:
-    """All looks of a run, and per token the vectors that scored best. `prompts` have {} for the token; none: those of the kind."""
+    """All validations of a run, and per token the vectors with the best score.
 
-    learner: TextualInversion
+    `prompts` have {} for the token; () = two for the concept's kind.
+    """
+
+    inversion: TextualInversion
+    data: Sequence[ConceptData]
     prompts: Sequence[str]
     scorer: Scorer | None
     folder: Path
-    taken: list[Validation] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
     best: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
-    def take(self, step: int) -> Validation:
-        """Draws every concept, scores it, keeps the best rows."""
-        look, rows = Validation(step, {}, {}), self.learner.learned()
-        with self.learner.decoder(), torch.compiler.set_stance("force_eager"):  # a few pictures don't pay for compiling
-            painter = StableDiffusionSampler(self.learner.pipe, SAMPLER)
-            for lesson in self.learner.lessons:
-                orders = self._orders(lesson)
-                images = torch.cat(
-                    [made[: len(chunk)] for chunk, made in in_batches(painter.sample_images, orders, IMAGES)]
-                )
-                look.images[lesson.concept.token] = images
+    def run(self, step: int, log: TrainingLog) -> None:
+        """Sample every concept, score the images, keep the best vectors; draw the figures and log to TensorBoard."""
+        validation, vectors, pipe = Validation(step, {}, {}), self.inversion.learned(), self.inversion.pipe
+        vae_device = pipe.vae.device  # the CPU, where training needs no autoencoder
+        pipe.vae.to(self.inversion.device)
+        with torch.compiler.set_stance("force_eager"):  # compiling does not pay for a few images
+            sampler = StableDiffusionSampler(pipe, SAMPLER)
+            for data in self.data:
+                token, requests = data.concept.token, self._requests(data)
+                batches = in_batches(sampler.sample_images, requests, IMAGES)
+                images = torch.cat([images[: len(chunk)] for chunk, images in batches])
+                validation.images[token] = images
                 if self.scorer:
-                    self._keep(look, lesson, self._score(self.scorer, lesson, orders, images), rows)
-        self.taken.append(look)
-        self.draw()
-        return look
+                    score = validation.scores[token] = self._score(self.scorer, data, requests, images)
+                    if token not in self.best or score > self.best[token][0]:
+                        self.best[token] = (score, vectors[token])
+        pipe.vae.to(vae_device)
+        self.validations.append(validation)
+        self.draw_figures()
+        log.show(step, **{f"score {token}": score for token, score in validation.scores.items()})
+        for token, images in validation.images.items():
+            log.image(step, token, torch.cat(list(images), 2))
 
-    def _prompts(self, lesson: ConceptData) -> list[str]:
-        return [
-            text.replace("{}", lesson.concept.token) for text in self.prompts or VALIDATION_PROMPTS[lesson.concept.kind]
-        ]
+    def _prompts(self, data: ConceptData) -> list[str]:
+        return [text.replace("{}", data.concept.token) for text in self.prompts or PROMPTS[data.concept.kind]]
 
-    def _orders(self, lesson: ConceptData) -> list[Request]:
-        prompts, seed = self._prompts(lesson), self.learner.seed
-        return [Request(prompts[k % len(prompts)], derived_seed(seed, lesson.concept.key, k)) for k in range(IMAGES)]
+    def _requests(self, data: ConceptData) -> list[Request]:
+        prompts = self._prompts(data)
+        seeds = [derived_seed(data.seed, data.concept.key, k) for k in range(IMAGES)]
+        return [Request(prompts[k % len(prompts)], seed) for k, seed in enumerate(seeds)]
 
-    def _keep(self, look: Validation, lesson: ConceptData, score: float, rows: dict[str, Tensor]) -> None:
-        token = lesson.concept.token
-        look.scores[token] = score
-        if token not in self.best or score > self.best[token][0]:
-            self.best[token] = (score, rows[token])
+    def _score(self, scorer: Scorer, data: ConceptData, requests: Sequence[Request], images: Tensor) -> float:
+        """Return the mean of image + 2.5 x text; for the text, the initial word replaces the token."""
+        from concepts.clip_scores import TEXT_WEIGHT  # slow to import
 
-    def _score(self, scorer: Scorer, lesson: ConceptData, orders: Sequence[Request], images: Tensor) -> float:
-        """Mean of image + 2.5 x text, the text being the prompt with the initial word in the token's place."""
-        features, references = scorer.encode(images), scorer.encode(lesson.pictures)
-        likeness = scorer.image_scores(features, references)
-        texts = [order.prompt.replace(lesson.concept.token, lesson.concept.init) for order in orders]
-        fit = torch.stack([scorer.text_scores(features[k : k + 1], text)[0] for k, text in enumerate(texts)])
-        return float((likeness + TEXT_WEIGHT * fit).mean())
+        features = scorer.encode(images)
+        image_scores = scorer.image_scores(features, scorer.encode(data.images))
+        texts = [request.prompt.replace(data.concept.token, data.concept.init) for request in requests]
+        text_scores = [scorer.text_scores(features[k : k + 1], text)[0] for k, text in enumerate(texts)]
+        return float((image_scores + TEXT_WEIGHT * torch.stack(text_scores)).mean())
 
-    # ------------------------------------------------ what is left
+    # ------------------------------------------------ results
 
     def chosen(self) -> dict[str, Tensor]:
-        """Per token the vectors that scored best, or the last ones."""
-        last = self.learner.learned()
-        return {token: self.best[token][1] if token in self.best else rows for token, rows in last.items()}
+        """Return per token the vectors with the best score, or the last ones if there are no scores."""
+        return self.inversion.learned() | {token: vectors for token, (_, vectors) in self.best.items()}
 
     def scores(self) -> dict[str, dict[int, float]]:
-        """Per token the scores by step."""
-        tokens = [lesson.concept.token for lesson in self.learner.lessons]
-        return {token: {x.step: x.scores[token] for x in self.taken if token in x.scores} for token in tokens}
+        """Return per token the scores by step."""
+        tokens = [data.concept.token for data in self.data]
+        return {token: {v.step: v.scores[token] for v in self.validations if token in v.scores} for token in tokens}
 
-    def pictures(self) -> list[Path]:
-        """The figures of the progress, one per token."""
-        return [self._figure(lesson) for lesson in self.learner.lessons]
-
-    def _figure(self, lesson: ConceptData) -> Path:
-        return self.folder / f"progress_{lesson.concept.token.strip('<>')}.png"
-
-    def draw(self) -> None:
-        """progress_NAME.png per token, a row per look; scores.png where there are several scores."""
-        for lesson in self.learner.lessons:
-            token = lesson.concept.token
-            names = [f"{x.step:,}" + (f"\n{x.scores[token]:.1f}" if token in x.scores else "") for x in self.taken]
-            images = torch.cat([look.images[token] for look in self.taken])
-            columns, told = [f"{k + 1}" for k in range(IMAGES)], " / ".join(self._prompts(lesson))
-            labelled_grid(self._figure(lesson), images, names, columns, f"{told}, by step", inch=1.2)
-        steps = [look.step for look in self.taken if look.scores]
+    def draw_figures(self) -> None:
+        """Write progress_NAME.png per token, a row per validation, and scores.png if there are several scores."""
+        for data in self.data:
+            token = data.concept.token
+            scores = [f"\n{v.scores[token]:.1f}" if token in v.scores else "" for v in self.validations]
+            rows = [f"{v.step:,}{score}" for v, score in zip(self.validations, scores, strict=True)]
+            images = torch.cat([v.images[token] for v in self.validations])
+            columns, title = [f"{k + 1}" for k in range(IMAGES)], f"{' / '.join(self._prompts(data))}, by step"
+            labelled_grid(self.folder / f"progress_{token.strip('<>')}.png", images, rows, columns, title, inch=1.2)
+        steps = [v.step for v in self.validations if v.scores]
         if len(steps) > 1:
-            lines = {token: list(found.values()) for token, found in self.scores().items()}
+            lines = {token: list(scores.values()) for token, scores in self.scores().items()}
             line_figure(self.folder / "scores.png", steps, {"image + 2.5 x text": lines}, "step", "Textual inversion")
 
-    def state(self) -> dict[str, Any]:
-        """Plain types and tensors, for a checkpoint."""
-        return {"looks": [(look.step, look.images, look.scores) for look in self.taken], "best": self.best}
+    # ------------------------------------------------ checkpoint
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
-        self.taken, self.best = [Validation(*look) for look in state["looks"]], state["best"]
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors for a checkpoint."""
+        return {"validations": [(v.step, v.images, v.scores) for v in self.validations], "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.validations, self.best = [Validation(*values) for values in state["validations"]], state["best"]

@@ -35,7 +35,7 @@ def _message(error: ErrorDetails, where: str) -> str:
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] == "missing":
         return f"{place} is missing"
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         return f"{place} is not known here"
     rule = re.sub(r"^[A-Z]\w* should ", "must ", error["msg"])
     return f"{place}: {rule}, it is {_shortened(repr(error['input']))}"

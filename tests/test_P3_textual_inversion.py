@@ -1,27 +1,37 @@
-"""Textual inversion: the gradient is the plain method's, only the new rows change, runs go on to the bit, pictures are read as they are
-meant."""
+"""Textual inversion: the plain method's gradient, only new embeddings change, runs continue exactly, images are read upright."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
+from torch import Tensor
 
-from concepts.dataset import ConceptSet, read_concepts, read_pictures, square, zoomed_out
+import P3_textual_inversion
+from concepts.dataset import (
+    Augmentation,
+    ConceptData,
+    ConceptSet,
+    InversionBatch,
+    read_concepts,
+    read_images,
+    square,
+    zoomed_out,
+)
 from concepts.embeddings import install
-from concepts.inversion import TextualInversion
+from concepts.inversion import TextualInversion, prepare_frozen
 from concepts.stable_diffusion import load_pipeline, suit_training
-from concepts.training import InversionArgs, Run
 from P3_textual_inversion import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -41,7 +51,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def settings(tmp_path: Path, model: str, images: Path | None, /, **changes: Any) -> Settings:
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "model": model,
         "images": images,
         "init": "star",
@@ -55,18 +65,38 @@ def settings(tmp_path: Path, model: str, images: Path | None, /, **changes: Any)
         "run": tmp_path / "run",
         "output": tmp_path / "learned",
     }
-    return Settings(**given | changes)
+    return Settings(**fields | changes)
 
 
-def learner(model: str, concepts: list[ConceptSet], crops: bool = False) -> TextualInversion:
-    return TextualInversion(load_pipeline(model, CPU, torch.float32), concepts, 0, crops, True)
+def vectors_of(output: Path, token: str = TOKEN) -> Tensor:
+    return load_file(output / f"learned_{token.strip('<>')}.safetensors")[token]
 
 
-def gradient(model: str, concepts: list[ConceptSet], parts: int = 1) -> Any:
-    one = learner(model, concepts)
-    sample = one.batch(3, slice(4), 4)
-    one.backward(Accelerator(cpu=True), one.parameter, sample, parts)
-    return one, sample, one.parameter.rows.grad
+def record_of(run: Path) -> Any:
+    return json.loads((run / "record.json").read_text())
+
+
+def checkpoint_of(run: Path) -> Any:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def prepared(model: str, *concepts: ConceptSet, **augmentation: Any) -> tuple[TextualInversion, list[ConceptData]]:
+    pipe = load_pipeline(model, CPU, torch.float32)
+    inversion = TextualInversion(pipe, concepts, 0)
+    return inversion, [ConceptData(pipe, concept, 0, Augmentation(**augmentation)) for concept in concepts]
+
+
+def batch_of(data: list[ConceptData], step: int = 3, rows: slice = slice(4), total: int = 4) -> InversionBatch:
+    return InversionBatch.concatenate([each.batch(step, rows, total) for each in data])
+
+
+def gradient(model: str, *concepts: ConceptSet) -> tuple[TextualInversion, InversionBatch, Tensor]:
+    inversion, data = prepared(model, *concepts)
+    batch = batch_of(data)
+    (inversion.loss(batch) * len(concepts)).backward()
+    grad = inversion.embeddings.learned.weight.grad
+    assert grad is not None
+    return inversion, batch, grad
 
 
 # ---------------------------------------------------------------- the gradient
@@ -74,47 +104,49 @@ def gradient(model: str, concepts: list[ConceptSet], parts: int = 1) -> Any:
 
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_the_gradient_is_that_of_the_plain_method(model: str, images: Path, vectors: int) -> None:
-    """Plain: the whole table is the parameter, and pictures go through the autoencoder."""
-    one, sample, ours = gradient(model, [ConceptSet(TOKEN, images, "star", vectors=vectors)])
+    """Plain: the whole table is the parameter, and images go through the autoencoder."""
+    inversion, batch, ours = gradient(model, ConceptSet(TOKEN, images, "star", vectors=vectors))
     pipe = load_pipeline(model, CPU, torch.float32)
-    install(pipe, {TOKEN: one.parameter.rows.detach()})
+    install(pipe, inversion.learned())
     table = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    noisy = pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
-    out = pipe.unet(noisy, sample.t, encoder_hidden_states=pipe.text_encoder(sample.tokens)[0]).sample
-    torch.nn.functional.mse_loss(out, sample.eps).backward()
+    noisy = pipe.scheduler.add_noise(batch.x0, batch.eps, batch.t)
+    out = pipe.unet(noisy, batch.t, encoder_hidden_states=pipe.text_encoder(batch.tokens)[0]).sample
+    torch.nn.functional.mse_loss(out, batch.eps).backward()
     assert table.grad is not None
-    theirs = table.grad[one.first :]
+    theirs = table.grad[-vectors:]
     assert theirs.norm() > 0
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_the_cached_posterior_is_the_autoencoders(model: str, images: Path) -> None:
-    one = learner(model, [ConceptSet(TOKEN, images, "star")])
+    _, (data,) = prepared(model, ConceptSet(TOKEN, images, "star"))
     pipe = load_pipeline(model, CPU, torch.float32)
-    x = square(read_pictures(images), 64)
-    moments = one.lessons[0].moments
+    x, moments = square(read_images(images), 64), data.moments
     assert moments is not None
-    for flip, pictures in ((0, x), (1, x.flip(-1))):
-        posterior = pipe.vae.encode(pictures).latent_dist
-        scale = pipe.vae.config["scaling_factor"]
+    for flip, pixels in ((0, x), (1, x.flip(-1))):
+        posterior = pipe.vae.encode(pixels).latent_dist
+        scale = pipe.vae.config.scaling_factor
         torch.testing.assert_close(moments[:, flip, 0], posterior.mean * scale, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(moments[:, flip, 1], posterior.std * scale, rtol=1e-4, atol=1e-5)
 
 
-def test_parts_of_a_batch_add_up(model: str, images: Path) -> None:
-    concepts = [ConceptSet(TOKEN, images, "star")]
-    whole, parts = gradient(model, concepts)[2], gradient(model, concepts, 2)[2]
-    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
+def test_parts_of_a_batch_add_up(tmp_path: Path, model: str, images: Path) -> None:
+    learned = []
+    for parts in (1, 3):
+        output, run = tmp_path / f"learned{parts}", tmp_path / f"run{parts}"
+        main(settings(tmp_path, model, images, batch=6, steps=3, accumulate=parts, output=output, run=run))
+        learned.append(vectors_of(output))
+    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
 
 
 def test_a_concept_learns_among_others_as_it_does_alone(model: str, images: Path) -> None:
     first, second = ConceptSet(TOKEN, images, "star"), ConceptSet("<new2>", images, "moon", "style", 2)
-    alone = gradient(model, [second])[2]
-    together = gradient(model, [first, second])[2]
+    alone = gradient(model, second)[2]
+    together = gradient(model, first, second)[2]
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-7)
 
 
-def test_smaller_views_hold_the_whole_picture_on_its_own_edges() -> None:
+def test_smaller_views_hold_the_whole_image_on_its_own_edges() -> None:
     x = torch.full((6, 3, 64, 64), -0.5)
     x[:, :, 24:40, 24:40] = 1.0
     views = zoomed_out(x, torch.Generator().manual_seed(0))
@@ -125,218 +157,276 @@ def test_smaller_views_hold_the_whole_picture_on_its_own_edges() -> None:
     torch.testing.assert_close(views[:, :, 0], x[:, :, 0])
 
 
-def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(model: str, images: Path) -> None:
-    """The same noise, so that samples differ where the view does; and half of them, by 400 draws."""
-    for kind, low, high in (("object", 0.4, 0.6), ("style", 0.0, 0.0)):
-        concepts = [ConceptSet(TOKEN, images, "star", kind)]  # type: ignore[arg-type]
-        pipes = [load_pipeline(model, CPU, torch.float32) for _ in range(2)]
-        whole, some = (
-            TextualInversion(p, concepts, 0, False, True, share) for p, share in zip(pipes, (0.0, 0.5), strict=True)
-        )
-        first, second = (each.batch(0, slice(400), 400) for each in (whole, some))
-        assert torch.equal(first.tokens, second.tokens)
-        assert torch.equal(first.eps, second.eps)
-        differ = (first.x0 - second.x0).abs().amax((1, 2, 3)) > 1e-3
-        assert low <= float(differ.float().mean()) <= high
+@pytest.mark.parametrize(("kind", "low", "high"), [("object", 0.4, 0.6), ("style", 0.0, 0.0)])
+def test_a_share_of_an_objects_samples_is_smaller_and_none_of_a_styles(
+    model: str, images: Path, kind: Any, low: float, high: float
+) -> None:
+    """The noise is the same, so that samples differ where the view does: half of them, by 400 draws."""
+    concept = ConceptSet(TOKEN, images, "star", kind)
+    whole, smaller = (batch_of(prepared(model, concept, zoom_out=share)[1], 0, slice(400), 400) for share in (0.0, 0.5))
+    assert torch.equal(whole.tokens, smaller.tokens)
+    assert torch.equal(whole.eps, smaller.eps)
+    differ = (whole.x0 - smaller.x0).abs().amax((1, 2, 3)) > 1e-3
+    assert low <= float(differ.float().mean()) <= high
 
 
-def test_blurred_rows_are_read_a_little_off_and_no_others(model: str, images: Path) -> None:
-    """By noise as long as asked, of each sample's own, whatever share of a batch is asked for."""
-    one = learner(model, [ConceptSet(TOKEN, images, "star", vectors=2)])
-    plain = one.batch(0, slice(6), 6)
-    one.embedding_noise = 0.5
-    sample, part = one.batch(0, slice(6), 6), one.batch(0, slice(2, 4), 6)
-    assert torch.equal(sample.x0, plain.x0)
-    assert torch.equal(sample.tokens, plain.tokens)
-    assert torch.equal(sample.embedding_noise[2:4], part.embedding_noise)
-    before = one.table(sample.tokens).detach()
-    one.table.embedding_noise = sample.embedding_noise
-    off = (one.table(sample.tokens) - before).detach()
-    new = sample.tokens >= one.first
-    assert not off[~new].any()
-    length = off[new].norm(dim=1) / before[new].norm(dim=1)
+def test_embedding_noise_changes_learned_embeddings_only_and_inside_the_block_only(model: str, images: Path) -> None:
+    """Each has noise of its own, of the given norm, whichever rows of a batch a process draws."""
+    concept = ConceptSet(TOKEN, images, "star", vectors=2)
+    inversion, data = prepared(model, concept, embedding_noise=0.5)
+    batch, part = batch_of(data, 0, slice(6), 6), batch_of(data, 0, slice(2, 4), 6)
+    plain = batch_of(prepared(model, concept)[1], 0, slice(6), 6)
+    assert torch.equal(batch.x0, plain.x0)
+    assert torch.equal(batch.tokens, plain.tokens)
+    assert torch.equal(batch.embedding_noise[2:4], part.embedding_noise)
+    assert not plain.embedding_noise.any()
+
+    embeddings = inversion.embeddings
+    before = embeddings(batch.tokens).detach()
+    with embeddings.noise(batch.embedding_noise):
+        change = (embeddings(batch.tokens) - before).detach()
+    assert torch.equal(embeddings(batch.tokens), before)
+    new = batch.tokens >= embeddings.first
+    assert not change[~new].any()
+    length = change[new].norm(dim=1) / before[new].norm(dim=1)
     assert 0.3 < float(length.mean()) < 0.7
     assert len({round(float(x), 5) for x in length}) == int(new.sum())
-    quiet, loud = float(one.loss(plain, 1).detach()), float(one.loss(sample, 1).detach())
-    assert quiet != loud
-    one.embedding_noise = 0.0
-    assert float(one.loss(plain, 1).detach()) == quiet
+    assert float(inversion.loss(plain).detach()) != float(inversion.loss(batch).detach())
 
 
-def test_random_crops_are_cut_from_the_picture(model: str, images: Path) -> None:
-    one = learner(model, [ConceptSet(TOKEN, images, "star")], crops=True)
-    sample = one.batch(0, slice(4), 4)
-    assert sample.x0.shape == (4, 4, 16, 16)
-    assert one.lessons[0].moments is None
+def test_random_crops_are_cut_from_the_image(model: str, images: Path) -> None:
+    _, (data,) = prepared(model, ConceptSet(TOKEN, images, "star"), crop="random")
+    assert data.batch(0, slice(4), 4).x0.shape == (4, 4, 16, 16)
+    assert data.moments is None
 
 
-def test_strong_noise_weighs_more_where_asked(model: str, images: Path) -> None:
-    one = learner(model, [ConceptSet(TOKEN, images, "star")])
-    sample = one.batch(3, slice(4), 4)
-    one.max_loss_weight = 10.0
-    noisy = one.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
-    text = one.pipe.text_encoder(sample.tokens)[0]
-    error = (one.pipe.unet(noisy, sample.t, encoder_hidden_states=text).sample - sample.eps).square().mean((1, 2, 3))
-    weight = (1 / one.pipe.scheduler.alphas_cumprod[sample.t]).clamp(max=10)
+def test_noisy_steps_weigh_more_up_to_the_cap(model: str, images: Path) -> None:
+    inversion, data = prepared(model, ConceptSet(TOKEN, images, "star"))
+    batch, pipe = batch_of(data), inversion.pipe
+    noisy = pipe.scheduler.add_noise(batch.x0, batch.eps, batch.t)
+    text = pipe.text_encoder(batch.tokens)[0]
+    error = (pipe.unet(noisy, batch.t, encoder_hidden_states=text).sample - batch.eps).square().mean((1, 2, 3))
+    weight = (1 / pipe.scheduler.alphas_cumprod[batch.t]).clamp(max=10)
     assert weight.max() > 2
-    torch.testing.assert_close(one.loss(sample, 1), (weight * error).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inversion.loss(batch, 10.0), (weight * error).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_low_memory_keeps_less_and_gives_the_same_gradient(tmp_path: Path, model: str, images: Path) -> None:
+def test_low_memory_keeps_less_and_gives_the_same_gradient(model: str, images: Path) -> None:
     kept, gradients = [], []
     for low in (False, True):
-        run = Run(settings(tmp_path, model, images, low_memory=low), [ConceptSet(TOKEN, images, "star")])
-        sample, sizes = run.learner.batch(0, slice(2), 2), []
+        inversion, data = prepared(model, ConceptSet(TOKEN, images, "star"))
+        prepare_frozen(inversion.pipe, "fp32", low_memory=low)
+        sizes: list[int] = []
 
-        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(tensor.numel())
             return tensor
 
-        run.learner.table.rows = run.learner.parameter.rows
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = run.learner.loss(sample, 1)
+            loss = inversion.loss(batch_of(data, 0, slice(2), 2))
             kept.append(sum(sizes))
         loss.backward()
-        gradients.append(run.learner.parameter.rows.grad)
+        gradients.append(inversion.embeddings.learned.weight.grad)
     assert kept[1] < 0.7 * kept[0]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_attention_that_trains_quickly_says_the_same(model: str, images: Path) -> None:
-    one = learner(model, [ConceptSet(TOKEN, images, "star")])
-    sample, losses = one.batch(3, slice(4), 4), []
+def test_attention_that_trains_quickly_gives_the_same_loss(model: str, images: Path) -> None:
+    inversion, data = prepared(model, ConceptSet(TOKEN, images, "star"))
+    batch, losses = batch_of(data), []
     for plain in (False, True):
-        for network in (one.pipe.unet, one.pipe.text_encoder) if plain else ():
+        for network in (inversion.pipe.unet, inversion.pipe.text_encoder) if plain else ():
             suit_training(network, CPU, "bf16")
-        losses.append(one.loss(sample, 1).detach())
-    assert one.pipe.text_encoder.config._attn_implementation == "eager"
+        losses.append(inversion.loss(batch).detach())
+    assert inversion.pipe.text_encoder.config._attn_implementation == "eager"
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- whole runs
 
 
-def test_only_the_new_rows_change(tmp_path: Path, model: str, images: Path) -> None:
-    run = Run(settings(tmp_path, model, images), [ConceptSet(TOKEN, images, "star", vectors=2)])
-    before, fresh = run.learner.learned()[TOKEN], load_pipeline(model, CPU, torch.float32)
-    run.train()
-    assert not torch.equal(run.learner.learned()[TOKEN], before)
-    pipe = run.learner.pipe
+def test_only_the_new_embeddings_change(model: str, images: Path) -> None:
+    inversion, data = prepared(model, ConceptSet(TOKEN, images, "star", vectors=2))
+    before = inversion.learned()[TOKEN]
+    trainable = [
+        parameter
+        for part in (inversion.pipe.unet, inversion.pipe.vae, inversion.pipe.text_encoder)
+        for parameter in part.parameters()
+        if parameter.requires_grad
+    ]
+    assert [tuple(parameter.shape) for parameter in trainable] == [(2, WIDTH)]
+    inversion.loss(batch_of(data)).backward()
+    torch.optim.AdamW(trainable, 0.1).step()
+    assert not torch.equal(inversion.learned()[TOKEN], before)
+    fresh = load_pipeline(model, CPU, torch.float32)
     for part in ("unet", "vae", "text_encoder"):
-        now = {
-            name.replace("token_embedding.table", "token_embedding"): x
-            for name, x in getattr(pipe, part).state_dict().items()
+        state = {
+            name.replace("token_embedding.table", "token_embedding"): tensor
+            for name, tensor in getattr(inversion.pipe, part).state_dict().items()
         }
         for name, tensor in getattr(fresh, part).state_dict().items():
-            assert torch.equal(now[name], tensor), name
+            assert torch.equal(state[name], tensor), name
 
 
-def test_it_leaves_vectors_pictures_and_a_record(tmp_path: Path, model: str, images: Path) -> None:
+def test_it_leaves_vectors_images_and_a_record(tmp_path: Path, model: str, images: Path) -> None:
     main(settings(tmp_path, model, images, vectors=2))
-    saved = load_file(tmp_path / "learned" / "learned_new1.safetensors")
-    assert saved[TOKEN].shape == (2, WIDTH)
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["metrics"]["step"] == 6
+    assert vectors_of(tmp_path / "learned").shape == (2, WIDTH)
+    metrics = record_of(tmp_path / "run")["metrics"]
+    assert metrics["step"] == 6
+    assert list(metrics["losses"]) == ["2", "4", "6"]
     for name in ("progress_new1.png", "loss.png"):
         assert Image.open(tmp_path / "run" / name).width > 100
 
 
 def test_scores_choose_the_best_vectors(tmp_path: Path, model: str, images: Path) -> None:
-    clip = save_clip(tmp_path / "clip")
-    run = Run(settings(tmp_path, model, images, clip=str(clip)), [ConceptSet(TOKEN, images, "star")])
-    run.train()
-    scores = [look.scores[TOKEN] for look in run.looks.taken]
-    assert len(scores) == 2
-    assert run.looks.best[TOKEN][0] == max(scores)
-    assert torch.equal(run.looks.chosen()[TOKEN], run.looks.best[TOKEN][1])
+    main(settings(tmp_path, model, images, clip=str(save_clip(tmp_path / "clip"))))
+    scores = record_of(tmp_path / "run")["metrics"]["scores"][TOKEN]
+    assert list(scores) == ["3", "6"]
+    best_score, best_vectors = checkpoint_of(tmp_path / "run")["parts"]["validator"]["best"][TOKEN]
+    assert best_score == max(scores.values())
+    assert torch.equal(vectors_of(tmp_path / "learned"), best_vectors)
 
 
-def test_rows_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
-    run = Run(settings(tmp_path, model, images, lr=5.0, max_norm=0.9), [ConceptSet(TOKEN, images, "star")])
-    run.train()
-    assert run.learner.learned()[TOKEN].norm() <= 0.9 * run.learner.word_norms[0] * 1.0001
+def test_embeddings_stay_as_long_as_words(tmp_path: Path, model: str, images: Path) -> None:
+    main(settings(tmp_path, model, images, lr=5.0, max_norm=0.9))
+    pipe = load_pipeline(model, CPU, torch.float32)
+    (word,) = pipe.tokenizer("star", add_special_tokens=False).input_ids
+    norm = pipe.text_encoder.get_input_embeddings().weight[word].norm()
+    assert vectors_of(tmp_path / "learned").norm() <= 0.9 * norm * 1.0001
 
 
-def test_every_token_has_a_run_folder_of_its_own(model: str, images: Path) -> None:
-    names = []
-    for tokens in (("<a>",), ("<b>",), ("<a>", "<b>")):
-        concepts = [ConceptSet(token, images, "star") for token in tokens]
-        run = Run(InversionArgs(model, device="cpu", precision="fp32", clip=None), concepts)
-        names.append(run.folder.relative_to(ROOT).as_posix())
-    assert names == [f"runs/p3_textual_inversion/{name}" for name in ("a", "b", "a+b")]
+def test_every_set_of_tokens_has_a_run_folder_of_its_own(
+    tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(P3_textual_inversion, "RUNS", tmp_path / "runs")
+    entries = [{"token": token, "images": str(images), "init": "star"} for token in ("<a>", "<b>")]
+    (tmp_path / "concepts.json").write_text(json.dumps(entries))
+    short: dict[str, Any] = {"run": None, "steps": 1, "validate_every": 0}
+    main(settings(tmp_path, model, images, token="<a>", **short))
+    main(settings(tmp_path, model, None, concepts=tmp_path / "concepts.json", **short))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a", "a+b"]
 
 
 def test_an_end_of_memory_names_what_helps_and_keeps_the_checkpoint(
     tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = settings(tmp_path, model, images, batch=6, accumulate=2, validate_every=0)
-    original, calls = TextualInversion.backward, []
+    original, calls = TextualInversion.loss, []
 
-    def backward(self: TextualInversion, *arguments: Any) -> torch.Tensor:
+    def loss(self: TextualInversion, *arguments: Any) -> Tensor:
         calls.append(1)
-        if len(calls) > 4:
+        if len(calls) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, *arguments)
 
-    monkeypatch.setattr(TextualInversion, "backward", backward)
+    monkeypatch.setattr(TextualInversion, "loss", loss)
     with pytest.raises(BadInput, match="at step 4 with --batch 6 in 2 parts: try --accumulate 3 or --low-memory"):
-        main(given)
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+        main(settings(tmp_path, model, images, batch=6, accumulate=2, validate_every=0))
+    assert checkpoint_of(tmp_path / "run")["step"] == 4
 
 
-def command(given: Settings) -> list[str]:
-    flags = [
-        "--model",
-        given.model,
-        "--images",
-        str(given.images),
-        "--init",
-        "star",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
-    flags += [
-        "--steps",
-        str(given.steps),
-        "--batch",
-        "2",
-        "--validate-every",
-        "0",
-        "--save-every",
-        "1",
-        "--log-every",
-        "1",
-    ]
-    return [
-        sys.executable,
-        str(ROOT / "P3_textual_inversion.py"),
-        *flags,
-        "--run",
-        str(given.run),
-        "--output",
-        str(given.output),
-    ]
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"lr": 0.01}, "lr 0.005, not 0.01"),
+        ({"seed": 5}, "seed 0, not 5"),
+        ({"batch": 4}, "batch 2, not 4"),
+        ({"max_norm": 2.0}, "max_norm 1.0, not 2.0"),
+        ({"crop": "random"}, "crop center, not random"),
+        ({"max_loss_weight": 5.0}, "max_loss_weight 1.0, not 5.0"),
+        ({"flip": False}, "flip True, not False"),
+        ({"zoom_out": 0.5}, "zoom_out 0.0, not 0.5"),
+        ({"embedding_noise": 1.0}, "embedding_noise 0.0, not 1.0"),
+        ({"steps": 1}, "steps 2, not 1"),
+        ({"init": "moon"}, r"concepts .*star.*, not .*moon"),
+        ({"kind": "style"}, r"concepts .*object.*, not .*style"),
+        ({"vectors": 2}, r"concepts .*1.*, not .*2"),
+        ({"images": "others"}, "images and sentences"),
+        ({"model": "others"}, "model"),
+    ],
+)
+def test_a_finished_run_refuses_what_would_have_learned_something_else(
+    tmp_path: Path, model: str, images: Path, changes: dict[str, Any], fact: str
+) -> None:
+    """Nothing is written again, neither the vectors nor the record with settings that were not used."""
+    if changes == {"images": "others"}:
+        changes = {"images": save_pictures(tmp_path / "others", 3, seed=1)}
+    if changes == {"model": "others"}:
+        other = load_pipeline(model, CPU, torch.float32)
+        other.unet.conv_out.bias.data += 1
+        other.save_pretrained(tmp_path / "others")
+        changes = {"model": str(tmp_path / "others")}
+    short: dict[str, Any] = {"steps": 2, "validate_every": 0}
+    main(settings(tmp_path, model, images, **short))
+    files = [tmp_path / "learned" / "learned_new1.safetensors", tmp_path / "run" / "record.json"]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(BadInput, match=f"was trained with {fact}.*: give that again, or --run OTHER") as error:
+        main(settings(tmp_path, model, images, **short | changes))
+    assert "\n" not in str(error.value)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_run_continues_with_moved_folders_and_everything_that_is_free(
+    tmp_path: Path, model: str, images: Path
+) -> None:
+    main(settings(tmp_path, model, images, steps=2))
+    moved = shutil.copytree(model, tmp_path / "moved")
+    free: dict[str, Any] = {"accumulate": 2, "low_memory": True, "log_every": 1, "save_every": 3, "validate_every": 0}
+    main(settings(tmp_path, f"{moved}/", images.rename(tmp_path / "elsewhere"), steps=4, **free))
+    assert record_of(tmp_path / "run")["metrics"]["step"] == 4
+
+
+def test_a_checkpoint_of_an_earlier_version_is_answered_in_one_line(tmp_path: Path, model: str, images: Path) -> None:
+    (tmp_path / "run").mkdir()
+    state = {"kind": "textual inversion", "facts": {}, "step": 3, "rows": torch.zeros(1, WIDTH)}
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(BadInput, match="earlier version or is damaged: move it away, or give --run OTHER"):
+        main(settings(tmp_path, model, images))
+
+
+def command(chosen: Settings, *more: str) -> list[str]:
+    flags = (
+        f"--init star --device cpu --precision fp32 --steps {chosen.steps} --batch 2 --validate-every 0 --log-every 1"
+    )
+    paths = [f"--model={chosen.model}", f"--images={chosen.images}", f"--run={chosen.run}", f"--output={chosen.output}"]
+    return [str(ROOT / "P3_textual_inversion.py"), *flags.split(), "--save-every", "1", *paths, *more]
+
+
+def start_and_stop(chosen: Settings, number: signal.Signals) -> tuple[int, str]:
+    """Run the command and send a signal once it has written a checkpoint; return the exit code and stderr."""
+    assert chosen.run is not None
+    checkpoint, start = chosen.run / "checkpoint.pt", time.time()
+    process = subprocess.Popen(
+        [sys.executable, *command(chosen)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (checkpoint.is_file() and checkpoint.stat().st_mtime > start):
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    return process.returncode, errors
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, model: str, images: Path) -> None:
-    """SIGKILL at some step, then the same command; against a run that nobody disturbed."""
-    broken = settings(tmp_path, model, images, steps=40)
-    process = subprocess.Popen(command(broken), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    checkpoint = broken.run / "checkpoint.pt"
-    while not checkpoint.is_file() and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (broken.output / "learned_new1.safetensors").exists()
-    done = subprocess.run(command(broken), capture_output=True, text=True, timeout=900)
+def test_a_stopped_and_a_killed_run_go_on_to_the_same_bits(tmp_path: Path, model: str, images: Path) -> None:
+    """SIGTERM at some step, SIGKILL at another, then the same command; against a run that nobody disturbed."""
+    broken = settings(tmp_path, model, images, steps=120)
+    code, errors = start_and_stop(broken, signal.SIGTERM)
+    assert code == 130
+    assert f"stopped at step {checkpoint_of(tmp_path / 'run')['step']}; the same command goes on" in errors
+    assert start_and_stop(broken, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not broken.output.joinpath("learned_new1.safetensors").exists()
+    done = subprocess.run([sys.executable, *command(broken)], capture_output=True, text=True, timeout=900)
     assert "going on at step" in done.stderr
-    whole = settings(tmp_path, model, images, steps=40, run=tmp_path / "run2", output=tmp_path / "learned2")
-    subprocess.run(command(whole), capture_output=True, timeout=900, check=True)
-    files = [folder / "learned_new1.safetensors" for folder in (broken.output, whole.output)]
-    assert torch.equal(load_file(files[0])[TOKEN], load_file(files[1])[TOKEN])
+    whole = settings(tmp_path, model, images, steps=120, run=tmp_path / "run2", output=tmp_path / "learned2")
+    subprocess.run([sys.executable, *command(whole)], capture_output=True, timeout=900, check=True)
+    assert torch.equal(vectors_of(broken.output), vectors_of(whole.output))
+
+    other = subprocess.run([sys.executable, *command(whole, "--lr", "1")], capture_output=True, text=True, timeout=900)
+    assert other.returncode == 2
+    assert "was trained with lr 0.005, not 1.0" in other.stderr
+    assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
@@ -344,23 +434,21 @@ def test_two_processes_learn_like_one(tmp_path: Path, model: str, images: Path) 
     one = settings(tmp_path, model, images, run=tmp_path / "run1", output=tmp_path / "learned1")
     two = settings(tmp_path, model, images, run=tmp_path / "run2", output=tmp_path / "learned2")
     torchrun = [
-        sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node",
         "2",
         "--",
-    ]  # else it takes --run for a flag of its own
-    for launch, given in (([sys.executable], one), (torchrun, two)):
-        done = subprocess.run(launch + command(given)[1:], capture_output=True, text=True, timeout=900)
+    ]  # else --run is torchrun's
+    for launch, chosen in (([], one), (torchrun, two)):
+        done = subprocess.run([sys.executable, *launch, *command(chosen)], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((two.run / "record.json").read_text())["metrics"]["processes"] == 2
-    files = [folder / "learned_new1.safetensors" for folder in (one.output, two.output)]
-    torch.testing.assert_close(*[load_file(file)[TOKEN] for file in files], rtol=1e-3, atol=1e-5)
+    assert record_of(tmp_path / "run2")["metrics"]["processes"] == 2
+    torch.testing.assert_close(vectors_of(one.output), vectors_of(two.output), rtol=1e-3, atol=1e-5)
 
 
-# ---------------------------------------------------------------- pictures and bad input
+# ---------------------------------------------------------------- images and bad input
 
 
 def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
@@ -371,7 +459,7 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20)).save(folder / "b.jpg", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(folder / "a.png")
     (folder / "notes.txt").write_text("no picture")
-    clear, turned = read_pictures(folder)
+    clear, turned = read_images(folder)
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert turned.size == (20, 40)
 
@@ -406,40 +494,39 @@ def test_an_empty_folder_and_a_broken_picture_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     with pytest.raises(BadInput, match="holds no picture"):
-        read_pictures(folder)
+        read_images(folder)
     (folder / "x.png").write_bytes(b"nothing")
     with pytest.raises(BadInput, match=r"x\.png is not a readable picture"):
-        read_pictures(folder)
+        read_images(folder)
 
 
 def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_pictures(tmp_path / "images", 1)
     (folder / "paper.pdf").write_bytes(b"%PDF")
-    assert len(read_pictures(folder)) == 1
+    assert len(read_images(folder)) == 1
     told = capsys.readouterr().err
     assert "paper.pdf is no picture: skipped" in told
     assert "one picture only" in told
     Image.new("I;16", (8, 8)).save(folder / "deep.png")
     with pytest.raises(BadInput, match=r"deep\.png has mode I;16"):
-        read_pictures(folder)
+        read_images(folder)
 
 
-def test_sentences_beside_a_picture_are_that_pictures_own(tmp_path: Path, model: str) -> None:
+def test_sentences_next_to_an_image_are_that_images_own(tmp_path: Path, model: str) -> None:
     folder = save_pictures(tmp_path / "images", 2)
     (folder / "0.txt").write_text("a red {} on a bench\n\n{} at night\n")
-    one = learner(model, [ConceptSet(TOKEN, folder, "star")])
-    lesson = one.lessons[0]
-    assert lesson.counts.tolist() == [2, len(lesson.concept.sentences)]
-    words = [one.pipe.tokenizer.decode(ids, skip_special_tokens=True) for ids in lesson.tokens[0, :3]]
+    inversion, (data,) = prepared(model, ConceptSet(TOKEN, folder, "star"))
+    assert data.counts.tolist() == [2, len(data.concept.sentences)]
+    words = [inversion.pipe.tokenizer.decode(ids, skip_special_tokens=True) for ids in data.tokens[0, :3]]
     assert words[0] == words[2] != words[1]
-    used = torch.cat([one.batch(step, slice(0, 8), 8).tokens for step in range(6)])
-    own = (used[:, None] == lesson.tokens[0, :2]).all(-1).any(1)
-    others = (used[:, None] == lesson.tokens[1]).all(-1).any(1)
+    tokens = torch.cat([data.batch(step, slice(0, 8), 8).tokens for step in range(6)])
+    own = (tokens[:, None] == data.tokens[0, :2]).all(-1).any(1)
+    others = (tokens[:, None] == data.tokens[1]).all(-1).any(1)
     assert (own | others).all()
     assert 12 < own.sum() < 36
     (folder / "1.txt").write_text("no place for it\n")
     with pytest.raises(BadInput, match=r"1\.txt, line 1: 'no place for it' wants \{\} where <new1> stands"):
-        learner(model, [ConceptSet(TOKEN, folder, "star")])
+        prepared(model, ConceptSet(TOKEN, folder, "star"))
 
 
 def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images: Path) -> None:
@@ -454,9 +541,14 @@ def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images
     ("content", "message"),
     [
         ([], "wanted a list"),
-        ([{"token": "<a>"}], "entry 0: wants token, images and init"),
-        ([{"token": "<a>", "images": "x", "init": "dog", "vectors": "2"}], "entry 0: vectors '2'"),
-        ([{"token": "<a>", "images": "x", "init": "dog", "kind": "animal"}], "animal"),
+        ([{"token": "<a>"}], r"concepts\.json, \[0\]\.images is missing"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "vectors": "2"}], r"\[0\]\.vectors: must .*, it is '2'"),
+        ([{"token": "<a>", "images": "x", "init": "dog", "size": 2}], r"\[0\]\.size is not known here"),
+        ([{"token": "a", "images": "x", "init": "dog"}], "--token a: a token is a word in angle brackets"),
+        (
+            [{"token": "<a>", "images": "x", "init": "dog", "kind": "animal"}],
+            r"\[0\]\.kind: must be 'object' or 'style', it is 'animal'",
+        ),
         ([{"token": "<a>", "images": "x", "init": "dog"}] * 2, "<a> is there twice"),
     ],
 )
@@ -464,11 +556,3 @@ def test_bad_lists_of_concepts_are_named(tmp_path: Path, content: Any, message: 
     (tmp_path / "concepts.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match=message):
         read_concepts(tmp_path / "concepts.json")
-
-
-def test_another_runs_checkpoint_is_not_taken(tmp_path: Path, model: str, images: Path) -> None:
-    main(settings(tmp_path, model, images))
-    with pytest.raises(BadInput, match="another run"):
-        main(settings(tmp_path, model, images, seed=5))
-    with pytest.raises(BadInput, match="another run, its pictures"):
-        main(settings(tmp_path, model, save_pictures(tmp_path / "others", 3, seed=1)))

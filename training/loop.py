@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class Trained:
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     extra: dict[str, Stateful] = field(default_factory=dict)
+    average_gradients: bool = False  # over processes, in every update; for a network that DDP does not wrap
 
     def parts(self) -> dict[str, Stateful]:
         """Return everything with a state, by the name it has in the checkpoint."""
@@ -179,6 +180,9 @@ class TrainingRun:
         for loss in [losses] if isinstance(losses, Tensor) else losses:
             self.accelerator.backward(loss) if self.accelerator else loss.backward()
             total = total.to(loss.device) + loss.detach()
+        if self.accelerator and trained.average_gradients:
+            for parameter in trained.network.parameters():
+                parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
 
         for group in trained.optimizer.param_groups:
             group["lr"] = config.lr.at(self.step, config.steps)

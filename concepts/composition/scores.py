@@ -15,7 +15,7 @@ from torch import Tensor
 from concepts.clip_scores import Scorer
 from concepts.composition.layout import Layout, bounds
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
-from concepts.dataset import read_pictures
+from concepts.dataset import read_images
 from concepts.sampling import StableDiffusionSampler
 from runtime.images import labelled_grid
 
@@ -35,7 +35,7 @@ def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[s
         features = scorer.encode(cut_out(images, mask))
         columns = {"text": scorer.text_scores(features, region.plain)}
         if region.images:
-            columns["image"] = scorer.image_scores(features, scorer.encode(read_pictures(region.images)))
+            columns["image"] = scorer.image_scores(features, scorer.encode(read_images(region.images)))
         name = region.token if region.token not in found[0] else f"{region.token} {number}"
         for row, scores in enumerate(found):
             scores[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}

@@ -1,4 +1,4 @@
-"""Learned tokens: files of every layout in the wild are read, ours are read by diffusers, and nothing else in a pipeline changes."""
+"""Learned tokens: every common file layout is read, diffusers reads ours, and nothing else in a pipeline changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_tokens_are_found_in_prompts() -> None:
 
 
 @pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<a/b>", "<a><b>"])
-def test_what_is_no_token_is_refused(token: str) -> None:
+def test_other_words_are_refused_as_tokens(token: str) -> None:
     with pytest.raises(BadInput, match="--token"):
         require_token(token, "--token")
 
@@ -53,7 +53,7 @@ def test_what_is_no_token_is_refused(token: str) -> None:
     [
         ("learned_embeds.bin", {"<new1>": ROWS}),
         ("learned_new1.pt", ROWS),
-        ("new1.ckpt", {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "whatever"}),
+        ("new1.ckpt", {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "placeholder"}),
         ("new1.pt", {"string_to_token": {"*": 9}, "string_to_param": nn.ParameterDict({"*": nn.Parameter(ROWS)})}),
         ("any.pt", {"string_to_param": {"*": ROWS}, "name": "<new1>"}),
         ("new1.bin", {"emb_params": ROWS}),
@@ -61,17 +61,17 @@ def test_what_is_no_token_is_refused(token: str) -> None:
 )
 def test_every_layout_is_read(tmp_path: Path, name: str, content: Any) -> None:
     torch.save(content, tmp_path / name)
-    found = read_vectors(tmp_path / name)
-    assert list(found) == ["<new1>"]
-    assert torch.equal(found["<new1>"], ROWS)
-    assert not found["<new1>"].requires_grad
+    vectors = read_vectors(tmp_path / name)
+    assert list(vectors) == ["<new1>"]
+    assert torch.equal(vectors["<new1>"], ROWS)
+    assert not vectors["<new1>"].requires_grad
 
 
 def test_a_single_vector_may_lack_its_first_dimension(tmp_path: Path) -> None:
     torch.save({"<new1>": ROWS[0].half()}, tmp_path / "a.bin")
-    found = read_vectors(tmp_path / "a.bin")["<new1>"]
-    assert found.shape == (1, WIDTH)
-    assert found.dtype == torch.float32
+    vectors = read_vectors(tmp_path / "a.bin")["<new1>"]
+    assert vectors.shape == (1, WIDTH)
+    assert vectors.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -92,22 +92,22 @@ def test_other_content_is_refused_with_the_file(tmp_path: Path, content: Any, me
         read_vectors(tmp_path / "x.pt")
 
 
-def test_what_is_saved_is_found_by_its_token(tmp_path: Path) -> None:
+def test_saved_vectors_are_loaded_by_token(tmp_path: Path) -> None:
     save_vectors(file_of(tmp_path, "<new1>"), "<new1>", ROWS, "test")
     save_vectors(file_of(tmp_path, "<new2>"), "<new2>", ROWS + 1, "test")
-    found = find_vectors(["<new2>", "<absent>"], [tmp_path])
-    assert list(found) == ["<new2>"]
-    assert torch.equal(found["<new2>"], ROWS + 1)
+    vectors = find_vectors(["<new2>", "<absent>"], [tmp_path])
+    assert list(vectors) == ["<new2>"]
+    assert torch.equal(vectors["<new2>"], ROWS + 1)
     assert list(load_file(tmp_path / "learned_new1.safetensors")) == ["<new1>"]
 
 
-def test_the_first_place_counts(tmp_path: Path) -> None:
+def test_the_first_folder_with_a_token_counts(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 2.0)):
         save_vectors(tmp_path / name / "x.safetensors", "<new1>", torch.full((1, 4), value), "test")
     assert find_vectors(["<new1>"], [tmp_path / "b", tmp_path / "a"])["<new1>"].mean() == 2
 
 
-def test_a_place_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--embeddings"):
         find_vectors(["<new1>"], [tmp_path / "absent"])
 
@@ -120,12 +120,12 @@ def test_diffusers_reads_what_is_saved_and_encodes_alike(tmp_path: Path, model: 
     install(ours, read_vectors(path))
     theirs.load_textual_inversion(str(tmp_path), weight_name=path.name)
     prompt = "a photo of a <new1> on a red background."
-    wanted = theirs.encode_prompt(prompt, CPU, 1, False)[0]
-    assert torch.equal(encode(ours, [prompt]), wanted)
-    assert not torch.equal(wanted, theirs.encode_prompt(prompt.replace("<new1>", "star"), CPU, 1, False)[0])
+    expected = theirs.encode_prompt(prompt, CPU, 1, False)[0]
+    assert torch.equal(encode(ours, [prompt]), expected)
+    assert not torch.equal(expected, theirs.encode_prompt(prompt.replace("<new1>", "star"), CPU, 1, False)[0])
 
 
-def test_installing_leaves_every_other_tensor_as_it_was(model: str) -> None:
+def test_installing_changes_no_other_tensor(model: str) -> None:
     before, after = pipeline(model), pipeline(model)
     old = len(before.tokenizer)
     install(after, {"<new1>": ROWS, "<new2>": ROWS[:1] + 3})
@@ -170,7 +170,7 @@ def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_truncated_file_is_told(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     save_file({"<new1>": ROWS}, tmp_path / "x.safetensors")
     content = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(content[:-9])
