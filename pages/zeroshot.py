@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pages.elements import Element, Figure, Score, Section, Table, percent, settings_table
 from pages.inputs import CLIP, Inputs
@@ -97,12 +96,9 @@ def result_elements(folder: Path, target: str) -> list[Element]:
     ]
 
 
-def case_row(case: Any) -> tuple[str, ...]:
-    """Return a row of a case: fields, or the printed line "Failed Cases: ('1.png', 'GT:oak', 'Predicted:elm')"."""
-    if isinstance(case, str):
-        kind, fields = case.split(": ", 1)
-        file, *names = ast.literal_eval(fields)
-        truth, predicted = names[0].removeprefix("GT:"), names[-1].removeprefix("Predicted:")
-        return ("right" if kind.startswith("Success") else "wrong", file, truth, predicted)
-    truth, predicted = case["truth"], case["predicted"]
-    return ("right" if truth == predicted else "wrong", case["file"], truth, predicted)
+def case_row(line: str) -> tuple[str, ...]:
+    """Return a table row of a printed case: "Failed Cases: ('1.png', 'GT:oak', 'Predicted:elm')"."""
+    kind, fields = line.split(": ", 1)
+    file, *names = ast.literal_eval(fields)
+    truth, predicted = names[0].removeprefix("GT:"), names[-1].removeprefix("Predicted:")
+    return ("right" if kind.startswith("Success") else "wrong", file, truth, predicted)
