@@ -148,8 +148,8 @@ def main(bench: Settings) -> None:
         record.save(bench.record)
     if not bench.ablation:
         record.metrics["time"] = times(painter, bench)
-    for name in ("alone", "possible", "time"):
-        record.add_repeats({f"{name}: {what}": [value] for what, value in record.metrics.get(name, {}).items()})
+    for group in ("alone", "possible", "time"):
+        record.add_repeats({f"{group}: {what}": [value] for what, value in record.metrics.get(group, {}).items()})
     record.save(bench.record)
     print("\n".join(table(record.metrics)))
     log(f"record: {bench.record}")
