@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from runtime.cli import BadInput, log
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 FOLDER = ROOT / "checkpoints" / "p3"  # where training puts them and generation looks for them
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
