@@ -42,7 +42,7 @@ class Settings:
     clip: str = "openai/clip-vit-base-patch32"
     """A transformers folder or a hub name; the baselines are meant for the default."""
     resizing: Resizing = "torchvision"
-    """torchvision = as transformers 5 does, pillow = as it did when the course was graded (0.3 % of the pixels differ by one grey level)."""
+    """torchvision = as transformers 5 does. pillow = as when the course was graded; 0.3 % of the pixels differ by one grey level."""
     batch: int = 0
     """Images at once. 0 = 32 on a CPU, 256 on a GPU."""
     device: Device = "auto"

@@ -135,7 +135,7 @@ def main(settings: Settings) -> None:
         if layout:
             layout.check_resolution(*sampler.shape[1:])
         assert sampler.shape  # raises BadInput for a size that the model doesn't support
-        to_channels_last(pipe.unet)
+        to_channels_last(pipe.unet, machine.device)
         pays = settings.compile == "on" or machine.device.type == "cuda" and count >= COMPILE_COUNT and not layout
         if pays and should_compile(settings.compile, machine):
             pipe.unet.compile()

@@ -69,7 +69,7 @@ class Scorer:
     @torch.inference_mode()
     def _encode(self, images: list[Image.Image | Tensor]) -> Tensor:
         pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.model.device)
-        return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return normalized(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.inference_mode()
     def encode_text(self, text: str) -> Tensor:
@@ -78,7 +78,7 @@ class Scorer:
         tokens = self.processor.tokenizer(text, return_tensors="pt", truncation=True, max_length=most)
         if (length := len(self.processor.tokenizer(text).input_ids)) > most:
             log(f"{length} tokens, CLIP reads the first {most - 1} and the end: {text!r}")
-        return unit(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
+        return normalized(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
 
     def image_scores(self, features: Tensor, references: Tensor) -> Tensor:
         """Return [N] from features [N,D] and [R,D]: the mean over the references of 100 x cosine."""
@@ -89,9 +89,10 @@ class Scorer:
         return (features @ self.encode_text(text).T)[:, 0] * self.scale
 
 
-def unit(features: Tensor) -> Tensor:
+def normalized(features: Tensor) -> Tensor:
     """Return [N,D] of length 1, on the CPU."""
-    return (features / features.norm(dim=-1, keepdim=True)).cpu()
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return unit.cpu()
 
 
 def rank(image_scores: Tensor, text_scores: Tensor) -> Tensor:

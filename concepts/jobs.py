@@ -95,6 +95,8 @@ def learning_commands(tokens: Sequence[str], model: str, file: Path | None, refe
         style = concept is not None and any(f"style of {token}" in prompt for prompt in concept.prompts)
         images = references / concept.key if concept else "FOLDER"
         word = "painting" if style else concept.source.split()[-1].lower() if concept else "WORD"
-        command = f'python P3_textual_inversion.py --model "{model}" --images "{images}" --token "{token}" --init {word}'
+        command = (
+            f'python P3_textual_inversion.py --model "{model}" --images "{images}" --token "{token}" --init {word}'
+        )
         commands.append(command + (" --kind style" if style else ""))
     return commands

@@ -70,7 +70,8 @@ class StableDiffusionSampler:
     @property
     def device(self) -> torch.device:
         """The device of the U-Net."""
-        return self.pipe.unet.device
+        device: torch.device = self.pipe.unet.device
+        return device
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -107,7 +108,8 @@ class StableDiffusionSampler:
     def network(self, x: Tensor, t: int, text: Tensor) -> Tensor:
         """Return eps of x [N,4,h,w] float32 at timestep t, conditioned on text [N,77,width]."""
         x = x.to(self.pipe.unet.dtype).contiguous(memory_format=torch.channels_last)
-        return self.pipe.unet(x, t, encoder_hidden_states=text).sample.float()
+        eps: Tensor = self.pipe.unet(x, t, encoder_hidden_states=text).sample
+        return eps.float()
 
     def denoiser(self, prompts: Sequence[str]) -> Denoise:
         """Return the guided denoiser of a batch with these prompts."""
@@ -136,7 +138,8 @@ class StableDiffusionSampler:
         """Return the posterior means [N,4,h,w] float32 of images [N,3,H,W] in -1..1; large images go one at a time."""
         vae = self.pipe.vae
         pieces = images.to(vae.device, vae.dtype).split(1 if images[0].numel() > IMAGE else len(images))
-        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * vae.config.scaling_factor
+        scaling: float = vae.config.scaling_factor
+        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * scaling
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

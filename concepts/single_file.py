@@ -124,7 +124,8 @@ def make_scheduler() -> PNDMScheduler:
     """
     from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
-    return PNDMScheduler(**SCHEDULER)
+    scheduler: PNDMScheduler = PNDMScheduler(**SCHEDULER)
+    return scheduler
 
 
 # ---------------------------------------------------------------- the file

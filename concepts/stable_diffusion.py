@@ -82,10 +82,8 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
     path = Path(model)
     if path.is_file():
         parts = load_parts(path, device, dtype)
-        # the constructor has no types: it is the same for all pipelines
-        pipe = cast(Any, StableDiffusionPipeline)(
-            **parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT
-        )
+        make: Any = StableDiffusionPipeline  # an untyped constructor
+        pipe: StableDiffusionPipeline = make(**parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT)
     else:
         pipe = _load_folder(path if path.is_dir() else _from_hub(model), dtype)
     try:

@@ -60,8 +60,8 @@ def key_distance(keys: Tensor, expected: Tensor) -> Tensor:
 
     It is a mean over positions and channels; that of the base branch and the mean of the concepts' add up.
     """
-    branches = keys.unflatten(0, (-1, len(expected)))
-    distances = (branches - expected).square().mean((2, 3)).sum(1)
+    branches: Tensor = keys.unflatten(0, (-1, len(expected)))
+    distances: Tensor = (branches - expected).square().mean((2, 3)).sum(1)
     return distances[0] + (distances[1:].mean() if len(distances) > 1 else 0)
 
 

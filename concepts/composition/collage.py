@@ -59,7 +59,8 @@ def cut_to_fit(image: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
     y, x = half_height + (top + bottom) / 2, half_width + (left + right) / 2
     rows = slice(round(y - scale * height), round(y + scale * height))
     columns = slice(round(x - scale * width), round(x + scale * width))
-    return resize(layers[:, rows, columns], [height, width], antialias=True)
+    window: Tensor = resize(layers[:, rows, columns], [height, width], antialias=True)
+    return window
 
 
 def clear_regions(images: Tensor, inside: Tensor) -> Tensor:

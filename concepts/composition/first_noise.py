@@ -56,7 +56,8 @@ def remove_low(noise: Tensor) -> Tensor:
     height, width = noise.shape[-2:]
     down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)
     high = (down**2 + across**2 > LOW**2).to(noise)
-    return torch.fft.ifft2(torch.fft.fft2(noise) * high).real
+    filtered: Tensor = torch.fft.ifft2(torch.fft.fft2(noise) * high)
+    return filtered.real
 
 
 def sketch(

@@ -130,7 +130,8 @@ def hard_masks(soft_masks: Tensor, height: int, width: int) -> Tensor:
     """
     shares = F.interpolate(soft_masks, size=(height, width), mode="area")
     first, second = torch.cat([shares, shares.new_zeros(2, *shares.shape[1:])]).topk(2, 0).values
-    return ((shares == first) & (first > second) & (shares > shares.amax((2, 3), keepdim=True) / 2)).float()
+    masks: Tensor = (shares == first) & (first > second) & (shares > shares.amax((2, 3), keepdim=True) / 2)
+    return masks.float()
 
 
 def is_placed(soft_masks: Tensor) -> Tensor:
