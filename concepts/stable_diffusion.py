@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
 from runtime.files import read_json
-from runtime.hub import first_line, hub_answers, quiet_libraries
+from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -131,7 +130,7 @@ def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.d
 
 def _index_from_hub(model: str) -> Path:
     """Fetch model_index.json alone."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or Path(model).suffix in FILES:
+    if not is_hub_name(model) or Path(model).suffix in FILES:
         raise BadInput(f"--model {model} does not exist: {WANTED}")
     from huggingface_hub import hf_hub_download
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from concepts import clip_scores
-from concepts.clip_scores import Scorer, open_pictures, rank
+from concepts.clip_scores import Scorer, open_images, rank
 from miniature.clip_model import PREPROCESSING, Size, SmallClip, make_processor, model_config, to_transformers
 from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT, write_json
+from runtime.images import open_image
 
 CPU = torch.device("cpu")
 SIZE = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
@@ -100,7 +103,8 @@ def run(root: Path, clip: Path | str, **more: Any) -> dict[str, Any]:
     paths = {"images": root / "out", "input": root / "input.json", "references": root / "references"}
     settings = Settings(**{**paths, "clip": str(clip), "output": root / "runs", "device": "cpu", **more})
     main(settings)
-    return json.loads((settings.output / "record.json").read_text())["metrics"]
+    metrics: dict[str, Any] = json.loads((settings.output / "record.json").read_text())["metrics"]
+    return metrics
 
 
 def plain_scores(root: Path, clip: Path, key: str, prompt: int) -> list[tuple[float, float]]:
@@ -178,8 +182,12 @@ def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip:
 
 def test_every_file_is_decoded_once(graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    plain = clip_scores.open_picture
-    monkeypatch.setattr(clip_scores, "open_picture", lambda path: (opened.append(path), plain(path))[1])
+
+    def counted(path: Path) -> Tensor:
+        opened.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr(clip_scores, "open_image", counted)
     run(graded, clip, output=tmp_path)
     assert len(opened) == len(set(opened)) == 3 * 25 + 3 + 2
 
@@ -207,7 +215,7 @@ def test_tensors_and_pil_pictures_have_the_same_features(graded: Path, clip: Pat
     scorer = Scorer.load(str(clip), CPU)
     paths = sorted((graded / "references" / "0").iterdir())
     pictures = [Image.open(path).convert("RGB") for path in paths]
-    assert torch.equal(scorer.encode(pictures), scorer.encode(open_pictures(paths)))
+    assert torch.equal(scorer.encode(pictures), scorer.encode(open_images(paths)))
 
 
 def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
@@ -215,7 +223,7 @@ def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
     scorer, picture = Scorer.load(str(clip), CPU, "pillow"), Image.open(paths[0]).convert("RGB")
     small = picture.resize((64, 96), Image.Resampling.BICUBIC).crop((0, 16, 64, 80))
     wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
-    found = scorer.processor(images=open_pictures(paths[:1]), return_tensors="pt").pixel_values
+    found = scorer.processor(images=open_images(paths[:1]), return_tensors="pt").pixel_values
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
@@ -228,7 +236,8 @@ def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixtu
 
 
 def test_tokens_added_to_an_old_configuration_leave_the_pooling_at_the_end(clip: Path, tmp_path: Path) -> None:
-    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    model: Any = CLIPModel.from_pretrained(clip)
+    processor: Any = CLIPProcessor.from_pretrained(clip)
     processor.tokenizer.add_tokens(["<new1>"])
     model.text_model.resize_token_embeddings(len(processor.tokenizer))
     model.config.text_config.eos_token_id = 2
@@ -353,7 +362,7 @@ def without_words(folder: Path) -> None:
         (folder / name).unlink()
 
 
-SPOILED = {
+SPOILED: dict[str, Callable[[Path], object]] = {
     "the weights lack 1 tensors, such as visual_projection.weight": without_a_tensor,
     "--clip .*clip: ": truncated,
     "type 'siglip'": lambda folder: changed(folder, None, model_type="siglip"),

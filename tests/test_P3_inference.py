@@ -18,12 +18,11 @@ from concepts import jobs
 from concepts.clip_scores import Scorer
 from concepts.composition.multipath import ConductorConfig
 from concepts.embeddings import file_of, save_vectors
-from concepts.jobs import Settings
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
-from P3_inference import main
+from P3_inference import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.images import open_image
@@ -171,12 +170,12 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"candidates": 3}, "--candidates 3"),
         ({"interval": (0.5, 0.5)}, "--interval"),
         ({"size": 65}, "--size 65"),
-        ({"means": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
-        ({"means": ConductorConfig(align=float("inf"))}, "--align inf"),
-        ({"means": ConductorConfig(background_steps=1.5)}, "--background-steps 1.5"),
-        ({"means": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
-        ({"means": ConductorConfig(inject=())}, "--inject"),
-        ({"means": ConductorConfig(refine=True)}, "need a --layout"),
+        ({"config": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
+        ({"config": ConductorConfig(align=float("inf"))}, "--align inf"),
+        ({"config": ConductorConfig(background_steps=1.5)}, "--background-steps 1.5"),
+        ({"config": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
+        ({"config": ConductorConfig(inject=())}, "--inject"),
+        ({"config": ConductorConfig(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"model": "/nowhere"}, "/nowhere"),

@@ -1,4 +1,4 @@
-"""What P3_model and P3_checkpoint promise: folders and single files load whole or not at all, offline, and no file's code is run."""
+"""Stable Diffusion in folders and single files: loaded whole or not at all, offline, and no file's code is run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from open_clip.tokenizer import SimpleTokenizer
 from original_layout import Call, hollow, layout, pretended, save_lightning, save_sparse, weight
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concepts.single_file import make_scheduler, make_tokenizer
-from concepts.stable_diffusion import KINDS, check_model, load_pipeline
+from concepts.stable_diffusion import KINDS, WITHOUT, check_model, load_pipeline
 from miniature.diffusion_parts import make_unet
 from runtime.cli import BadInput
 
@@ -253,21 +255,21 @@ def test_the_schedule_is_stable_diffusion_v1s() -> None:
 
 
 def small_pipeline() -> StableDiffusionPipeline:
-    """Random weights; the miniature's kind of U-Net, an autoencoder with attention, as Stable Diffusion's has."""
+    """Random weights; the miniature's U-Net, an autoencoder with attention as Stable Diffusion's."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=16)
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return StableDiffusionPipeline(
-        unet=make_unet((16, 32), 32, side=8),
-        vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **text)),
-        tokenizer=make_tokenizer(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
+    parts: dict[str, Any] = {
+        "unet": make_unet((16, 32), 32, side=8),
+        "vae": vae,
+        "text_encoder": CLIPTextModel(config),
+        "tokenizer": make_tokenizer(),
+        "scheduler": make_scheduler(),
+    }
+    return StableDiffusionPipeline(**parts, **WITHOUT)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
 from concepts.clip_scores import Scorer
 from concepts.composition.layout import Region, box_mask, make_layout
-from concepts.composition.scores import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
+from concepts.composition.scores import COLOURS, cut_out, draw_layout, draw_outlines, mean_scores, scores_inside
 from concepts.embeddings import file_of, save_vectors
-from concepts.jobs import Settings
-from P3_inference import main
+from P3_inference import Settings, main
 from runtime.cli import BadInput
 
 CPU = torch.device("cpu")
@@ -122,7 +121,6 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
         ({"size": 20, "dry_run": True}, "--size 20"),
         ({"steps": 2000, "dry_run": True}, "--steps 2000"),
         ({"compile": "on"}, "--compile on"),
-        ({"interval": (0.0, 0.5)}, "--interval"),
         ({"layout": "none.json"}, "none.json"),
         ({"layout": "auto"}, "--layout auto needs a --prompt"),
         ({"layout": "auto", "prompt": ("a star",)}, "names no object's token"),
@@ -149,7 +147,7 @@ def test_a_region_too_small_is_named_before_drawing(given: Path, model: str, dry
 
 
 def test_the_plan_shows_each_region_in_its_colour() -> None:
-    shown = layout_picture(PLAN, 64)
+    shown = draw_layout(PLAN, 64)
     assert shown[:, 60, 4].tolist() == list(COLOURS[0])
     assert shown[:, 60, 60].tolist() == list(COLOURS[1])
     assert shown[:, 4, 4].tolist() == [210] * 3
@@ -157,7 +155,7 @@ def test_the_plan_shows_each_region_in_its_colour() -> None:
 
 def test_outlines_leave_the_rest_of_a_picture() -> None:
     images = torch.full((1, 3, 64, 64), 9, dtype=torch.uint8)
-    shown = with_outlines(images, PLAN)
+    shown = draw_outlines(images, PLAN)
     assert shown.shape == (1, 3, 256, 256)
     assert shown[0, :, 64, 60].tolist() == list(COLOURS[0])
     assert shown[0, :, 160, 60].tolist() == [9] * 3
@@ -187,4 +185,4 @@ def test_scores_see_only_what_is_inside_the_mask(tmp_path: Path) -> None:
     assert [row["<new2>"] for row in found] != [row["<new2>"] for row in changed]
     alone = scorer.text_scores(scorer.encode(cut_out(images, LEFT[::8, ::8])), "a star")
     assert found[0]["<new1>"]["text"] == pytest.approx(float(alone[0]), abs=1e-3)
-    assert means_of(found)["<new1>"]["text"] == pytest.approx(float(alone.mean()), abs=1e-2)
+    assert mean_scores(found)["<new1>"]["text"] == pytest.approx(float(alone.mean()), abs=1e-2)
