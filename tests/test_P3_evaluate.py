@@ -49,14 +49,14 @@ INPUT: dict[str, Any] = {
 
 
 def random_picture(random: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Coarse random blocks: unlike each other also when they are made small."""
+    """Coarse random blocks: they differ also at small sizes."""
     pixels = random.integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP in transformers' form, with weights large enough that pictures and prompts differ."""
+    """Save a CLIP in transformers' format, with weights large enough that images and prompts differ."""
     import open_clip
 
     folder, tokenizer = tmp_path_factory.mktemp("clip"), make_tokenizer()
@@ -94,12 +94,11 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(graded: Path, tmp_path: Path) -> Path:
-    """The same, to be spoiled."""
     return shutil.copytree(graded, tmp_path / "graded")
 
 
 def run(root: Path, clip: Path | str, **more: Any) -> dict[str, Any]:
-    """The script's main; returns the record's metrics."""
+    """Run the script; return the record's metrics."""
     paths = {"images": root / "out", "input": root / "input.json", "references": root / "references"}
     settings = Settings(**{**paths, "clip": str(clip), "output": root / "runs", "device": "cpu", **more})
     main(settings)
@@ -167,8 +166,8 @@ def test_both_scores_must_reach_the_baseline(metrics: dict[str, Any]) -> None:
 def test_a_score_that_just_reaches_the_baseline_passes(metrics: dict[str, Any], copy: Path, clip: Path) -> None:
     reached = [metrics["cases"][2][name] for name in ("image_score", "text_score")]
     above = [reached[0], float(np.nextafter(reached[1], 1000))]
-    for wanted, passed in ((reached, True), (above, False)):
-        write_json(copy / "input.json", {"ring": INPUT["ring"] | {"baseline": [wanted]}})
+    for baseline, passed in ((reached, True), (above, False)):
+        write_json(copy / "input.json", {"ring": INPUT["ring"] | {"baseline": [baseline]}})
         assert run(copy, clip)["cases"][0]["passed"] is passed
 
 
@@ -222,9 +221,9 @@ def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
     paths = sorted((graded / "references" / "0").iterdir())
     scorer, picture = Scorer.load(str(clip), CPU, "pillow"), Image.open(paths[0]).convert("RGB")
     small = picture.resize((64, 96), Image.Resampling.BICUBIC).crop((0, 16, 64, 80))
-    wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
-    found = scorer.processor(images=open_images(paths[:1]), return_tensors="pt").pixel_values
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    expected = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = scorer.processor(images=open_images(paths[:1]), return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 
 def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,12 +28,12 @@ def write(path: Path, content: Any) -> Path:
 
 def test_every_field_of_every_concept_is_read_in_order(tmp_path: Path) -> None:
     style = {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["Paris in the style of <new2>."]}
-    found = read_input(write(tmp_path / "input.json", {"style": style, "0": DOG}))
-    assert [(one.key, one.source, one.token, one.prompts) for one in found] == [
+    concepts = read_input(write(tmp_path / "input.json", {"style": style, "0": DOG}))
+    assert [(one.key, one.source, one.token, one.prompts) for one in concepts] == [
         ("style", "David Revoy", "<new2>", ["Paris in the style of <new2>."]),
         ("0", "dog", "<new1>", DOG["prompt"]),
     ]
-    assert [(one.clip_prompts, one.baselines) for one in found] == [
+    assert [(one.clip_prompts, one.baselines) for one in concepts] == [
         ([], []),
         (DOG["prompt_4_clip_eval"], [(79.0, 34.5), (74.0, 35.0)]),
     ]

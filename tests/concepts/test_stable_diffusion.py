@@ -33,7 +33,7 @@ CROSS = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the hub; what asks is told that it is out of reach."""
+    """No test reaches the hub: it is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("concepts.stable_diffusion.hub_answers", lambda: False)
 
@@ -84,10 +84,10 @@ def test_a_full_size_lightning_checkpoint_gives_every_tensor_its_place(full_size
     assert time.perf_counter() - start < 10
     pipe = load(full_size, torch.float16)
     assert_ready(pipe, torch.float16)
-    found, places = weights(pipe), list(layout())
-    assert {f"{part}.{name}" for part, name, *_ in places} == set(found)
+    loaded, places = weights(pipe), list(layout())
+    assert {f"{part}.{name}" for part, name, *_ in places} == set(loaded)
     for part, name, original, shape in places:
-        assert torch.equal(found[f"{part}.{name}"].flatten(), weight(original, shape).flatten()), original
+        assert torch.equal(loaded[f"{part}.{name}"].flatten(), weight(original, shape).flatten()), original
 
 
 @pytest.mark.slow
@@ -230,9 +230,9 @@ def test_the_tokenizer_gives_clips_ids() -> None:
     assert ids == [49406, 320, 1125, 539, 320, 2368] + [49407] * 71
     assert len(tokenizer) == 49408
     assert tokenizer.model_max_length == 77
-    known = SimpleTokenizer()
+    original = SimpleTokenizer()
     for text in ("It's 20% off, café naïve!! 🐱 <new1>", "  Many   SPACES\nlines", "日本語", "x" * 40, "don't; 1234.5"):
-        assert tokenizer(text).input_ids == [49406, *known.encode(text), 49407]
+        assert tokenizer(text).input_ids == [49406, *original.encode(text), 49407]
 
 
 def test_an_added_token_comes_after_all_others() -> None:
@@ -281,7 +281,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(small: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
     return Path(shutil.copytree(small, tmp_path / "pipe"))
 
 
@@ -293,11 +292,11 @@ def test_a_folder_loads_as_it_was_saved_and_draws(small: Path) -> None:
     check_model(str(small))
     pipe = load(small)
     assert_ready(pipe, torch.float32)
-    found = weights(pipe)
-    assert all(torch.equal(found[name], value) for name, value in weights(small_pipeline()).items())
+    loaded = weights(pipe)
+    assert all(torch.equal(loaded[name], value) for name, value in weights(small_pipeline()).items())
     assert pipe.scheduler.config.steps_offset == 1
-    made: Any = pipe("a cat", num_inference_steps=2, height=16, width=16, output_type="np")
-    assert made.images.shape == (1, 16, 16, 3)
+    output: Any = pipe("a cat", num_inference_steps=2, height=16, width=16, output_type="np")
+    assert output.images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -309,8 +308,8 @@ def test_a_folder_comes_in_one_dtype_whatever_it_was_saved_in(
     original.save_pretrained(tmp_path / "pipe")
     pipe = load(tmp_path / "pipe", dtype)
     assert_ready(pipe, dtype)
-    found = weights(pipe)
-    assert all(torch.equal(found[name], value.to(dtype)) for name, value in weights(original).items())
+    loaded = weights(pipe)
+    assert all(torch.equal(loaded[name], value.to(dtype)) for name, value in weights(original).items())
 
 
 def test_names_of_older_folders_are_understood(folder: Path) -> None:
@@ -323,8 +322,8 @@ def test_names_of_older_folders_are_understood(folder: Path) -> None:
     for new, before in renamed.items():
         old = {name.replace(f".{new}.", f".{before}."): value for name, value in old.items()}
     save_file(old, file, {"format": "pt"})
-    found = weights(load(folder))
-    assert all(torch.equal(found[name], value) for name, value in weights(small_pipeline()).items())
+    loaded = weights(load(folder))
+    assert all(torch.equal(loaded[name], value) for name, value in weights(small_pipeline()).items())
 
 
 @pytest.mark.parametrize(

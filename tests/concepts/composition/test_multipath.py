@@ -103,7 +103,7 @@ def injecting(pieces: Any, **changes: Any) -> ConductorConfig:
 
 @contextmanager
 def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What every attention layer and residual block returns."""
+    """Record what every attention layer and residual block returns."""
     outputs: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, module in unet.named_modules():
@@ -258,7 +258,7 @@ def test_the_batch_is_what_calls_one_after_the_other_are(
 
 
 def halves(left: Tensor, right: Tensor) -> Tensor:
-    """The left half of one, the right half of the other; states [1,P,C] of square maps or maps [1,C,h,w]."""
+    """Join the left half of one and the right half of the other; states [1,P,C] of square maps or maps [1,C,h,w]."""
     side = left.shape[-1] if left.dim() == 4 else round(left.shape[1] ** 0.5)
     is_left = torch.arange(side) < side // 2
     return torch.where(is_left if left.dim() == 4 else is_left.repeat(side)[:, None], left, right)
@@ -284,7 +284,7 @@ def text_by_region(unet: nn.Module, texts: Sequence[Tensor]) -> Any:
 
 
 def replaced(unet: nn.Module, alone: Sequence[dict[str, Tensor]], pieces: Any) -> Any:
-    """The layers of the up blocks with the outputs of the concepts' branches."""
+    """Replace outputs in the up blocks by those of the concepts' branches."""
 
     def hook_of(name: str, module: nn.Module) -> Any:
         injected = "attention" in pieces and name.endswith(ATTENTION)
@@ -622,10 +622,10 @@ def test_clusters_are_found_and_the_same_in_every_run() -> None:
     centres = 10 * torch.eye(3, 5)
     truth = torch.arange(60) % 3
     rows = centres[truth] + torch.randn(60, 5, generator=stream)
-    found = kmeans(rows, 3)
-    assert all(len(found[truth == k].unique()) == 1 for k in range(3))
-    assert len(found.unique()) == 3
-    assert torch.equal(kmeans(rows, 3), found)
+    labels = kmeans(rows, 3)
+    assert all(len(labels[truth == k].unique()) == 1 for k in range(3))
+    assert len(labels.unique()) == 3
+    assert torch.equal(kmeans(rows, 3), labels)
 
 
 def test_bounding_boxes() -> None:
@@ -645,10 +645,10 @@ def test_recorded_attention_is_the_layers(sampler: StableDiffusionSampler) -> No
     with torch.no_grad(), watch_self_attention(unet) as attention:
         sampler.network(torch.randn(1, 4, 16, 16), 500, text)
     hook.remove()
-    found = attention.probabilities()
-    torch.testing.assert_close(found.sum(2), torch.ones(1, 64))
+    probabilities = attention.probabilities()
+    torch.testing.assert_close(probabilities.sum(2), torch.ones(1, 64))
     if layer.heads == 1:
-        torch.testing.assert_close(layer.to_out[0](found @ layer.to_v(ends[0])), ends[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.to_out[0](probabilities @ layer.to_v(ends[0])), ends[1], rtol=1e-4, atol=1e-5)
 
 
 def test_masks_are_refined_on_the_way(sampler: StableDiffusionSampler) -> None:
