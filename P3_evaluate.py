@@ -75,7 +75,7 @@ class GradedPrompt:
 
 
 @dataclass(frozen=True)
-class Grade:
+class PromptGrade:
     """The scores [25] of a prompt's images, and its best images [3,H,W] uint8, small."""
 
     graded: GradedPrompt
@@ -179,7 +179,7 @@ def shorten(names: list[str]) -> str:
 # ---------------------------------------------------------------- grading
 
 
-def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) -> Grade:
+def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) -> PromptGrade:
     """Score a prompt's images by features of its references [R,D]."""
     from torchvision.transforms.v2.functional import resize
 
@@ -187,13 +187,13 @@ def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) 
     features = scorer.encode(images, batch)
     image, text = scorer.image_scores(features, references), scorer.text_scores(features, prompt.text)
     best = rank(image, text)[:BEST].tolist()
-    return Grade(prompt, image, text, [resize(images[index], [SHOWN, SHOWN]) for index in best])
+    return PromptGrade(prompt, image, text, [resize(images[index], [SHOWN, SHOWN]) for index in best])
 
 
 # ---------------------------------------------------------------- results
 
 
-def table(grades: list[Grade]) -> list[str]:
+def table(grades: list[PromptGrade]) -> list[str]:
     """Return a line per prompt, and how many passed."""
     width = max(7, *(len(grade.graded.name) for grade in grades))
     lines = [f"{'prompt':<{width}}  {'image':>7} {'wanted':>7}  {'text':>7} {'wanted':>7}"]
@@ -204,7 +204,7 @@ def table(grades: list[Grade]) -> list[str]:
     return [*lines, f"{sum(grade.passed for grade in grades)} of {len(grades)} cases passed"]
 
 
-def as_json(grade: Grade) -> dict[str, Any]:
+def as_json(grade: PromptGrade) -> dict[str, Any]:
     """Return a prompt with the scores of each of its images, in the order of their files."""
     prompt, ranks = grade.graded, {index: rank for rank, index in enumerate(grade.order, 1)}
     scores = zip(prompt.paths, grade.image.tolist(), grade.text.tolist(), strict=True)
@@ -223,7 +223,7 @@ def as_json(grade: Grade) -> dict[str, Any]:
     }
 
 
-def best_figure(path: Path, grades: list[Grade], title: str) -> None:
+def best_figure(path: Path, grades: list[PromptGrade], title: str) -> None:
     """Write a row per prompt with its best five images, the best on the left, and their scores."""
     from matplotlib.figure import Figure
 
@@ -239,7 +239,7 @@ def best_figure(path: Path, grades: list[Grade], title: str) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def draw_row(row: Any, grade: Grade) -> None:
+def draw_row(row: Any, grade: PromptGrade) -> None:
     """Draw one prompt: its text and verdict above, file number and scores under each image."""
     for axis, image, index in zip(row, grade.best_images, grade.order, strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy())

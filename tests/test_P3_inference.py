@@ -101,11 +101,11 @@ def test_a_file_that_does_not_belong_is_named_and_kept(folder: Path, model: str)
 
 
 def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str) -> None:
-    painter = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
-    orders = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
-    together = painter.sample_images(orders).int()
-    for order, image in zip(orders, together, strict=True):
-        assert (painter.sample_images([order])[0].int() - image).abs().max() <= 1
+    sampler = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
+    requests = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
+    together = sampler.sample_images(requests).int()
+    for request, image in zip(requests, together, strict=True):
+        assert (sampler.sample_images([request])[0].int() - image).abs().max() <= 1
     assert (together[0] - together[1]).abs().max() > 20
 
 

@@ -32,7 +32,7 @@ from concepts.composition.alignment import align_to_references
 from concepts.composition.collage import MIDDLE, paste
 from concepts.composition.first_noise import predicted_background, with_sketch
 from concepts.composition.layout import Layout, Region, is_placed, mask_seed, outside, stack_soft_masks
-from concepts.composition.refinement import refine_masks, watch_self_attention
+from concepts.composition.refinement import record_self_attention, refine_masks
 from concepts.composition.routing import BranchRouting, Piece, RegionMasks, routed
 from concepts.sampling import Request, StableDiffusionSampler
 from diffusion.guidance import Denoise
@@ -302,7 +302,7 @@ class MultipathDenoiser:
         rows = x.repeat(len(self.text) // len(x), 1, 1, 1)
         with ExitStack() as stack:
             refines = self.sampler.step_of(t) in self.refine_steps
-            attention = stack.enter_context(watch_self_attention(unet)) if refines else None
+            attention = stack.enter_context(record_self_attention(unet)) if refines else None
             stack.enter_context(routed(unet, routing))
             out = self.sampler.network(rows, t, self.text)
         if attention:

@@ -22,7 +22,7 @@ RESTARTS, ROUNDS = 10, 20  # of k-means
 
 
 @dataclass
-class SelfAttention:
+class RecordedAttention:
     """Queries and keys of a self-attention layer in one U-Net call."""
 
     heads: int
@@ -37,10 +37,10 @@ class SelfAttention:
 
 
 @contextmanager
-def watch_self_attention(unet: Any) -> Iterator[SelfAttention]:
+def record_self_attention(unet: Any) -> Iterator[RecordedAttention]:
     """Record the last self-attention at half the latents' resolution (32x32 for images of 512 pixels) within the block."""
     layer = unet.up_blocks[-2].attentions[-1].transformer_blocks[-1].attn1
-    attention = SelfAttention(layer.heads)
+    attention = RecordedAttention(layer.heads)
     hooks = [
         part.register_forward_hook(lambda _, __, out, name=name: attention.states.__setitem__(name, out))
         for name, part in (("q", layer.to_q), ("k", layer.to_k))

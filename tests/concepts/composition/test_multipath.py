@@ -32,7 +32,7 @@ from concepts.composition.multipath import (
     contain,
     passes,
 )
-from concepts.composition.refinement import bounding_box, kmeans, refine_masks, watch_self_attention
+from concepts.composition.refinement import bounding_box, kmeans, record_self_attention, refine_masks
 from concepts.embeddings import install
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
@@ -642,7 +642,7 @@ def test_recorded_attention_is_the_layers(sampler: StableDiffusionSampler) -> No
     layer = unet.up_blocks[-2].attentions[-1].transformer_blocks[-1].attn1
     ends: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _, args, out: ends.extend((args[0], out)))
-    with torch.no_grad(), watch_self_attention(unet) as attention:
+    with torch.no_grad(), record_self_attention(unet) as attention:
         sampler.network(torch.randn(1, 4, 16, 16), 500, text)
     hook.remove()
     probabilities = attention.probabilities()
