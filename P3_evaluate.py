@@ -1,26 +1,23 @@
-"""Grades pictures of learned concepts as the course does: CLIP image and text score of each prompt's best five of 25, PASS or FAIL.
+"""Grades images of learned concepts as the course does: CLIP image and text score of each prompt's best five of 25, PASS or FAIL.
 
-  python P3_evaluate.py --images out                                 pictures of hw2_3.sh; OpenAI's ViT-B/32, downloaded once
+  python P3_evaluate.py --images out                                 images of hw2_3.sh; OpenAI's ViT-B/32, downloaded once
   python P3_evaluate.py --images out --clip FOLDER                   any CLIP as a transformers folder: nothing is downloaded
   python P3_evaluate.py --images out --input other.json --references pictures
 
-Pictures are {images}/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png, n = 0 .. 24, references {references}/{key}/*.jpg, as many as
-there are. PASS needs both averages to reach the baseline of input.json. concepts/clip_scores.py says how the scores are made.
+Images are {images}/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png, n = 0 .. 24; references are all of {references}/{key}/*.jpg.
+PASS needs both averages to reach the baseline of input.json. concepts/clip_scores.py defines the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
-from concepts.clip_scores import Resizing, Scorer, open_pictures, rank
+from concepts.clip_scores import Resizing, Scorer, open_images, rank
 from concepts.course_format import IMAGES_PER_PROMPT, CourseConcept, find_images, image_path, read_input
 from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect, set_up
@@ -29,7 +26,7 @@ from runtime.record import Record
 
 DATA = ROOT / "hw2_data" / "textual_inversion"
 BEST = 5
-SHOWN = 256  # pixels of a picture's side in the figure
+SHOWN = 256  # pixels of an image's side in the figure
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,17 @@ class Settings:
     """Flags."""
 
     images: Path
-    """Folder that hw2_3.sh wrote: {key}/{prompt}/ with exactly 25 pictures each."""
+    """Folder that hw2_3.sh wrote: {key}/{prompt}/ with exactly 25 images each."""
     input: Path = DATA / "input.json"
-    """Concepts, prompts in plain words, baselines."""
+    """Concepts, prompts in ordinary words, baselines."""
     references: Path = DATA
-    """Folder with a folder of pictures for each key."""
+    """Folder with a folder of images for each key."""
     clip: str = "openai/clip-vit-base-patch32"
-    """A transformers folder or a hub name; the baselines are meant for this one."""
+    """A transformers folder or a hub name; the baselines are meant for the default."""
     resizing: Resizing = "torchvision"
-    """As transformers 5 does; pillow: as it did when the course was graded (0.3 % of the pixels differ by one grey level)."""
+    """torchvision = as transformers 5 does. pillow = as when the course was graded; 0.3 % of the pixels differ by one grey level."""
     batch: int = 0
-    """Pictures at once; 0: 32 on a CPU, 256 on a GPU."""
+    """Images at once. 0 = 32 on a CPU, 256 on a GPU."""
     device: Device = "auto"
     output: Path = ROOT / "runs" / "p3_evaluate"
     """Folder for record.json and best.png."""
@@ -55,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class GradedPrompt:
-    """One prompt with its 25 pictures."""
+    """One prompt and its 25 images."""
 
     concept: CourseConcept
     prompt: int
@@ -68,7 +65,7 @@ class GradedPrompt:
 
     @property
     def text(self) -> str:
-        """The prompt that its pictures are graded with."""
+        """The prompt in ordinary words, with which its images are graded."""
         return self.concept.clip_prompts[self.prompt]
 
     @property
@@ -78,17 +75,17 @@ class GradedPrompt:
 
 
 @dataclass(frozen=True)
-class Graded:
-    """A case's scores [25], and its best pictures [3,H,W] uint8, small."""
+class PromptGrade:
+    """The scores [25] of a prompt's images, and its best images [3,H,W] uint8, small."""
 
-    case: GradedPrompt
+    graded: GradedPrompt
     image: Tensor
     text: Tensor
-    pictures: list[Tensor]
+    best_images: list[Tensor]
 
     @cached_property
     def order(self) -> list[int]:
-        """The pictures, best first."""
+        """The images, best first."""
         return rank(self.image, self.text).tolist()
 
     @cached_property
@@ -99,8 +96,8 @@ class Graded:
 
     @property
     def passed(self) -> bool:
-        """Both reach the baseline."""
-        return all(mean >= wanted for mean, wanted in zip(self.means, self.case.baseline, strict=True))
+        """Whether both reach the baseline."""
+        return all(mean >= limit for mean, limit in zip(self.means, self.graded.baseline, strict=True))
 
     @property
     def verdict(self) -> str:
@@ -108,169 +105,150 @@ class Graded:
         return "PASS" if self.passed else "FAIL"
 
 
+def main(settings: Settings) -> None:
+    """Find every file before any work, then grade prompt by prompt."""
+    if settings.batch < 0:
+        raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
+    if settings.output.resolve().is_relative_to(settings.images.resolve()):
+        raise BadInput(f"--output {settings.output} lies in --images, where only graded pictures may be; name another")
+
+    # every file, then the model
+    concepts = read_input(settings.input, graded=True)
+    prompts = [find_images_of(settings.images, one, index) for one in concepts for index in range(len(one.prompts))]
+    references = {concept.key: find_images(settings.references / concept.key) for concept in concepts}
+    machine = detect(settings.device)
+    set_up("fp32", machine)
+    record = Record(settings, machine)
+    with record.timed("model"):
+        scorer = Scorer.load(settings.clip, machine.device, settings.resizing)
+    output_folder(settings.output)
+    if abs(scorer.scale - 100) > 0.5:
+        log(f"text scores are logits_per_image: {scorer.scale:.2f} x cosine with this CLIP, 100 with the course's")
+
+    # each file is decoded and encoded once
+    grades = []
+    with record.timed("grading"):
+        features = {key: scorer.encode(open_images(paths), settings.batch) for key, paths in references.items()}
+        for prompt in prompts:
+            grades.append(grade(scorer, prompt, features[prompt.concept.key], settings.batch))
+            image, text = grades[-1].means
+            print(f"{prompt.name}: {prompt.text}")
+            print(f"CLIP Image Score: {image:.2f}\nCLIP Text Score: {text:.2f}\n{grades[-1].verdict}", flush=True)
+
+    # the table, the figure, the record
+    lines = table(grades)
+    print("", *lines, sep="\n")
+    record.metrics = {
+        "clip": settings.clip,
+        "logit_scale": scorer.scale,
+        "references": {key: [path.name for path in paths] for key, paths in references.items()},
+        "passed": sum(result.passed for result in grades),
+        "cases": [as_json(result) for result in grades],
+    }
+    best_figure(settings.output / "best.png", grades, f"{settings.clip}: {lines[-1]}; image / text score")
+    record.save(settings.output / "record.json")
+    log(f"best.png and record.json in {settings.output}")
+
+
 # ---------------------------------------------------------------- files
 
 
-def find_case(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt:
-    """The 25 pictures of a prompt; raises BadInput where one is missing or anything else is there."""
+def find_images_of(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt:
+    """Return a prompt with its 25 images; raise BadInput if one is missing or anything else is there."""
     paths = [image_path(images, concept.key, prompt, n) for n in range(IMAGES_PER_PROMPT)]
     folder = paths[0].parent
     if not folder.is_dir():
         raise BadInput(
             f"{folder} is not a folder; prompt {prompt} of concept {concept.key!r} needs its {IMAGES_PER_PROMPT} pictures there"
         )
-    found = {path.name for path in folder.iterdir()}
-    wanted = [path.name for path in paths]
-    missing, strange = [name for name in wanted if name not in found], sorted(found.difference(wanted))
+    names, expected = {path.name for path in folder.iterdir()}, [path.name for path in paths]
+    missing, strange = [name for name in expected if name not in names], sorted(names.difference(expected))
     if missing or strange:
-        parts = [
-            f"{what} {listed(names)}" for what, names in (("missing:", missing), ("not wanted:", strange)) if names
-        ]
+        parts = [f"{what} {shorten(some)}" for what, some in (("missing:", missing), ("not wanted:", strange)) if some]
         raise BadInput(
-            f"{folder} holds {len(found)} files, wanted exactly {IMAGES_PER_PROMPT} pictures; {', '.join(parts)}"
+            f"{folder} holds {len(names)} files, wanted exactly {IMAGES_PER_PROMPT} pictures; {', '.join(parts)}"
         )
     return GradedPrompt(concept, prompt, paths)
 
 
-def listed(names: list[str]) -> str:
-    """The first three, and how many more."""
+def shorten(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ---------------------------------------------------------------- grading
 
 
-def grade(scorer: Scorer, case: GradedPrompt, references: Tensor, batch: int) -> Graded:
-    """Every picture is decoded and encoded once, for both scores."""
-    pictures = open_pictures(case.paths)
-    features = scorer.encode(pictures, batch)
-    image, text = scorer.image_scores(features, references), scorer.text_scores(features, case.text)
+def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) -> PromptGrade:
+    """Score a prompt's images by features of its references [R,D]."""
+    from torchvision.transforms.v2.functional import resize
+
+    images = open_images(prompt.paths)
+    features = scorer.encode(images, batch)
+    image, text = scorer.image_scores(features, references), scorer.text_scores(features, prompt.text)
     best = rank(image, text)[:BEST].tolist()
-    return Graded(case, image, text, [resize(pictures[index], [SHOWN, SHOWN]) for index in best])
-
-
-def grade_all(
-    scorer: Scorer, cases: list[GradedPrompt], references: dict[str, tuple[Path, ...]], batch: int
-) -> Iterator[Graded]:
-    """Case by case, each concept's references encoded once."""
-    known = {key: scorer.encode(open_pictures(paths), batch) for key, paths in references.items()}
-    for case in cases:
-        yield grade(scorer, case, known[case.concept.key], batch)
+    return PromptGrade(prompt, image, text, [resize(images[index], [SHOWN, SHOWN]) for index in best])
 
 
 # ---------------------------------------------------------------- results
 
 
-def table(results: list[Graded]) -> list[str]:
-    """A line per prompt, and how many passed."""
-    width = max(7, *(len(result.case.name) for result in results))
+def table(grades: list[PromptGrade]) -> list[str]:
+    """Return a line per prompt, and how many passed."""
+    width = max(7, *(len(grade.graded.name) for grade in grades))
     lines = [f"{'prompt':<{width}}  {'image':>7} {'wanted':>7}  {'text':>7} {'wanted':>7}"]
-    for result in results:
-        (image, text), (least_image, least_text) = result.means, result.case.baseline
-        numbers = f"{image:7.2f} {least_image:7.2f}  {text:7.2f} {least_text:7.2f}"
-        lines.append(f"{result.case.name:<{width}}  {numbers}  {result.verdict}")
-    return [*lines, f"{sum(result.passed for result in results)} of {len(results)} cases passed"]
+    for grade in grades:
+        (image, text), (image_limit, text_limit) = grade.means, grade.graded.baseline
+        numbers = f"{image:7.2f} {image_limit:7.2f}  {text:7.2f} {text_limit:7.2f}"
+        lines.append(f"{grade.graded.name:<{width}}  {numbers}  {grade.verdict}")
+    return [*lines, f"{sum(grade.passed for grade in grades)} of {len(grades)} cases passed"]
 
 
-def print_scores(result: Graded) -> None:
-    """The scores of one prompt, in the grader's lines."""
-    image, text = result.means
-    print(f"{result.case.name}: {result.case.text}")
-    print(f"CLIP Image Score: {image:.2f}\nCLIP Text Score: {text:.2f}\n{result.verdict}", flush=True)
-
-
-def as_json(result: Graded) -> dict[str, Any]:
-    """A case with the scores of each of its pictures, in the order of their files."""
-    case, places = result.case, {index: place for place, index in enumerate(result.order, 1)}
-    scores = zip(case.paths, result.image.tolist(), result.text.tolist(), strict=True)
+def as_json(grade: PromptGrade) -> dict[str, Any]:
+    """Return a prompt with the scores of each of its images, in the order of their files."""
+    prompt, ranks = grade.graded, {index: rank for rank, index in enumerate(grade.order, 1)}
+    scores = zip(prompt.paths, grade.image.tolist(), grade.text.tolist(), strict=True)
     return {
-        "key": case.concept.key,
-        "prompt": case.prompt,
-        "text": case.text,
-        "image_score": result.means[0],
-        "text_score": result.means[1],
-        "baseline": case.baseline,
-        "passed": result.passed,
+        "key": prompt.concept.key,
+        "prompt": prompt.prompt,
+        "text": prompt.text,
+        "image_score": grade.means[0],
+        "text_score": grade.means[1],
+        "baseline": prompt.baseline,
+        "passed": grade.passed,
         "pictures": [
-            {"file": path.name, "image_score": image, "text_score": text, "rank": places[n]}
+            {"file": path.name, "image_score": image, "text_score": text, "rank": ranks[n]}
             for n, (path, image, text) in enumerate(scores)
         ],
     }
 
 
-def best_figure(path: Path, results: list[Graded], title: str) -> None:
-    """A row per prompt with its best five pictures, the best on the left, and their scores."""
-    inch = min(2.4, 400 / len(results))  # a figure can't be higher than 65,000 pixels
-    height = inch * len(results) + 0.5
+def best_figure(path: Path, grades: list[PromptGrade], title: str) -> None:
+    """Write a row per prompt with its best five images, the best on the left, and their scores."""
+    from matplotlib.figure import Figure
+
+    inch = min(2.4, 400 / len(grades))  # a figure can't be higher than 65,000 pixels
+    height = inch * len(grades) + 0.5
     figure = Figure(figsize=(9, height))
     figure.suptitle(title, fontsize=10, parse_math=False, y=1 - 0.1 / height, va="top")
-    axes = figure.subplots(len(results), BEST, squeeze=False)
-    for row, result in zip(axes, results, strict=True):
-        draw_row(row, result)
+    axes = figure.subplots(len(grades), BEST, squeeze=False)
+    for row, grade in zip(axes, grades, strict=True):
+        draw_row(row, grade)
     figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.85 / height, wspace=0.04, hspace=0.42)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def draw_row(row: Any, result: Graded) -> None:
-    """One prompt: its text and verdict above, file number and scores under each picture."""
-    for axis, picture, index in zip(row, result.pictures, result.order, strict=False):
-        axis.imshow(picture.permute(1, 2, 0).numpy())
+def draw_row(row: Any, grade: PromptGrade) -> None:
+    """Draw one prompt: its text and verdict above, file number and scores under each image."""
+    for axis, image, index in zip(row, grade.best_images, grade.order, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set(xticks=[], yticks=[])
-        axis.set_xlabel(f"{index}: {result.image[index]:.2f} / {result.text[index]:.2f}", fontsize=8)
-    image, text = result.means
-    heading = f"{result.case.name}  image {image:.2f}, text {text:.2f}: {result.verdict}\n{result.case.text[:110]}"
+        axis.set_xlabel(f"{index}: {grade.image[index]:.2f} / {grade.text[index]:.2f}", fontsize=8)
+    image_mean, text_mean = grade.means
+    scores = f"image {image_mean:.2f}, text {text_mean:.2f}: {grade.verdict}"
+    heading = f"{grade.graded.name}  {scores}\n{grade.graded.text[:110]}"
     row[0].set_title(heading, loc="left", fontsize=8, parse_math=False)  # runs over its neighbours, which have none
-
-
-# ---------------------------------------------------------------- the command
-
-
-def check(settings: Settings) -> None:
-    """Raises BadInput for flags that make no sense."""
-    if settings.batch < 0:
-        raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
-    if settings.output.resolve().is_relative_to(settings.images.resolve()):
-        raise BadInput(f"--output {settings.output} lies in --images, where only graded pictures may be; name another")
-
-
-def main(settings: Settings) -> None:
-    """Finds every file before any work, then grades prompt by prompt."""
-    check(settings)
-    concepts = read_input(settings.input, graded=True)
-    cases = [find_case(settings.images, one, prompt) for one in concepts for prompt in range(len(one.prompts))]
-    references = {one.key: find_images(settings.references / one.key) for one in concepts}
-    machine = detect(settings.device)
-    set_up("fp32", machine)
-    record, results = Record(settings, machine), []
-    with record.timed("model"):
-        scorer = Scorer.load(settings.clip, machine.device, settings.resizing)
-    output_folder(settings.output)
-    if abs(scorer.scale - 100) > 0.5:
-        log(f"text scores are logits_per_image: {scorer.scale:.2f} x cosine with this CLIP, 100 with the course's")
-    with record.timed("grading"):
-        for result in grade_all(scorer, cases, references, settings.batch):
-            print_scores(result)
-            results.append(result)
-    write_results(settings, scorer, references, results, record)
-
-
-def write_results(
-    settings: Settings, scorer: Scorer, references: dict[str, tuple[Path, ...]], results: list[Graded], record: Record
-) -> None:
-    """Table to stdout, figure and record to the folder."""
-    lines = table(results)
-    print("", *lines, sep="\n")
-    record.metrics = {
-        "clip": settings.clip,
-        "logit_scale": scorer.scale,
-        "references": {key: [path.name for path in paths] for key, paths in references.items()},
-        "passed": sum(result.passed for result in results),
-        "cases": [as_json(result) for result in results],
-    }
-    best_figure(settings.output / "best.png", results, f"{settings.clip}: {lines[-1]}; image / text score")
-    record.save(settings.output / "record.json")
-    log(f"best.png and record.json in {settings.output}")
 
 
 if __name__ == "__main__":

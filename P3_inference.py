@@ -1,245 +1,341 @@
-"""Draws prompts with learned tokens, such as "a <new1> in the style of <new2>", by Stable Diffusion v1.
+"""Samples images of prompts with learned tokens, such as "a <new1> in the style of <new2>", by Stable Diffusion v1.
 
-  python P3_inference.py --input input.json --model sd-v1-4.ckpt --output out        25 pictures per prompt, as hw2_3.sh and the grader want
+  python P3_inference.py --input input.json --model sd-v1-4.ckpt --output out        25 images per prompt, as hw2_3.sh and the grader want
   python P3_inference.py --prompt "a <new1> next to a <new2>" --model DIR --output out --count 4
-  python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, draws nothing
+  python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, samples nothing
   python P3_inference.py --input input.json --model DIR --output out --candidates 50 --clip CLIP --references pictures
   python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places
-  torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the pictures
+  torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the images
   python P3_inference.py --layout auto --prompt "a <new1> next to a <new2>" --words dog cat --model DIR --output out --draw-layout a.png
 
-Vectors of tokens are looked for in --embeddings, then in checkpoints/p3. Guidance: uncond + scale * (cond - uncond). Picture n of a prompt
-has a seed of its own: it is the same in any batch. --candidates draws more and keeps the best by image + 2.5 x text score.
+Token embeddings are searched in --embeddings, then in checkpoints/p3. Guidance: uncond + scale * (cond - uncond). Image n of a prompt has
+its own seed: it is the same in any batch. --candidates samples more and keeps the best by image + 2.5 x text score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from concepts.clip_scores import Scorer, open_pictures, rank
-from concepts.composition.layout import Layout
-from concepts.composition.multipath import LayoutRequest, Level, compose, passes
-from concepts.composition.scores import MOST, layout_picture, levels_figure, means_of, scores_inside
-from concepts.course_format import remove, stale_files
-from concepts.embeddings import Vectors, install, require_width
-from concepts.jobs import Job, Settings, check, jobs_of, vectors_of
-from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler, generate_batches
+from concepts.clip_scores import Scorer, open_images, rank
+from concepts.composition.layout import Layout, auto_layout, read_layout
+from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose, passes
+from concepts.composition.scores import FIGURE_ROWS, draw_layout, levels_figure, mean_scores, scores_inside
+from concepts.course_format import IMAGES_PER_PROMPT, remove, stale_files
+from concepts.embeddings import Vectors, install, require_width, tokens_in
+from concepts.jobs import Job, find_job_vectors, graded_jobs, layout_job, prompt_jobs
+from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler, generate_batches
 from concepts.stable_diffusion import check_model, load_pipeline
 from diffusion.guidance import Guidance
-from runtime.cli import BadInput, run_script
-from runtime.device import Machine, detect, set_up, should_compile
+from runtime.cli import BadInput, check_fractions, check_positive, run_script
+from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.distributed import Shard, sharing
-from runtime.files import check_disk_space, check_writable_file, output_folder, read_json
+from runtime.files import ROOT, check_disk_space, check_writable_file, output_folder, read_json
 from runtime.images import open_image, save_image
 from runtime.record import Record
 
-SIDE = 512  # of Stable Diffusion v1's pictures
+SIZE = 512  # of Stable Diffusion v1's images
 TIMESTEPS = 1000  # of its schedule
+COMPILE_COUNT = 50  # images from which on compiling pays
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags."""
+
+    model: str
+    """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
+    output: Path
+    """Folder: {key}/{prompt}/source{key}_prompt{prompt}_{n}.png with --input, {prompt}_{n}.png with --prompt, {level}_{n}.png with
+    --layout."""
+    input: Path | None = None
+    """The course's input.json: tokens and prompts."""
+    prompt: tuple[str, ...] = ()
+    """Instead of --input: any prompts."""
+    count: int = 4
+    """Images of each --prompt, or of the --layout."""
+    layout: str | None = None
+    """A json file that gives each concept its place. auto = the tokens of --prompt side by side."""
+    level: Level = "conductor"
+    """How a layout's concepts are kept apart. joint = not at all, regional = by their prompts, conductor = by branches too."""
+    words: tuple[str, ...] = ()
+    """With --layout auto: ordinary words for the prompt's tokens, in their order. Default: object."""
+    draw_layout: Path | None = None
+    """Also write the layout as an image."""
+    config: ConductorConfig = ConductorConfig()
+    figure: Path | None = None
+    """Also write a figure: layout, joint, regional, conductor side by side, masks shown."""
+    scores: bool = False
+    """Also score each concept inside its mask with --clip: text, and similarity to its images if the layout names them."""
+    embeddings: tuple[Path, ...] = ()
+    """Files and folders with learned tokens, searched before checkpoints/p3."""
+    solver: Solver = "dpm"
+    """dpm = DPM-Solver++ (2M), ddim = DDIM at eta 0."""
+    steps: int = 25
+    """Steps of the solver."""
+    guidance: float = 7.5
+    """Scale of classifier-free guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Apply guidance only while t / T is in this range."""
+    guidance_rescale: float = 0.0
+    """0..1: reduces the contrast that guidance adds. 0 = off."""
+    negative: str = ""
+    """What images should not show."""
+    size: int | None = None
+    """Height and width in pixels. None = the model's own."""
+    candidates: int = 0
+    """Images sampled per prompt, of which the best are kept. 0 = as many as are kept."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """The CLIP for --candidates and --scores: a transformers folder or a hub name."""
+    references: Path = ROOT / "hw2_data" / "textual_inversion"
+    """For --candidates with --input: folder with a folder of images per key."""
+    batch: int = 0
+    """Images at once. 0 = on a GPU 64, or as many as memory allows; 8 on a CPU."""
+    seed: int = 0
+    device: Device = "auto"
+    precision: Precision = "auto"
+    """auto = bf16 if the hardware has it."""
+    compile: AutoOnOff = "auto"
+    """torch.compile of the U-Net. auto = on CUDA, for fifty images or more."""
+    dry_run: bool = False
+    """Check file, tokens, model and disk; write nothing but --draw-layout."""
+    record: Path = ROOT / "runs" / "p3_inference" / "record.json"
+    """JSON record of the run."""
 
 
 def main(settings: Settings) -> None:
-    """Checks all, then draws, then records; raises BadInput before anything is written."""
+    """Check everything before anything is written; sample; score; record."""
     check(settings)
     jobs = jobs_of(settings)
+    layout = jobs[0].layout
     machine = detect(settings.device)
-    vectors = vectors_of(settings, jobs)
+    vectors = find_job_vectors(jobs, settings.embeddings, settings.model, settings.input, settings.references)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
     check_disk_space(settings.output, bytes_needed(settings, jobs))
-    check_figures(settings)
+    for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
+        if path:
+            check_writable_file(path, flag)
     if settings.dry_run:
-        check_outline(settings, jobs, vectors)
-        if settings.needs_clip:
-            Scorer.load(settings.clip, torch.device("cpu"))
-        print_plan(settings, machine, jobs, vectors)
-        if settings.draw_layout and jobs[0].layout:
-            save_image(settings.draw_layout, layout_picture(jobs[0].layout))
+        dry_run(settings, jobs, vectors, machine)
         return
-    record = Record(settings, machine)
+
+    # the model with its tokens, and the CLIP
+    record, count = Record(settings, machine), sum(len(job.seeds) for job in jobs)
     with record.timed("loading"):
-        painter, scorer = prepare(settings, machine, vectors, sum(len(job.seeds) for job in jobs))
-    if jobs[0].layout:
-        jobs[0].layout.check_resolution(*painter.shape[1:])
+        dtype = torch.bfloat16 if set_up(settings.precision, machine) == "bf16" else torch.float32
+        pipe = load_pipeline(settings.model, machine.device, dtype)
+        install(pipe, vectors)
+        sampler = StableDiffusionSampler(pipe, sampler_config(settings))
+        if layout:
+            layout.check_resolution(*sampler.shape[1:])
+        assert sampler.shape  # raises BadInput for a size that the model doesn't support
+        to_channels_last(pipe.unet, machine.device)
+        pays = settings.compile == "on" or machine.device.type == "cuda" and count >= COMPILE_COUNT and not layout
+        if pays and should_compile(settings.compile, machine):
+            pipe.unet.compile()
+        scorer = Scorer.load(settings.clip, machine.device) if settings.candidates or settings.scores else None
+
+    def sample(requests: Sequence[Request]) -> Tensor:
+        if layout is None:
+            return sampler.sample_images(requests)
+        layout_requests = [LayoutRequest(layout, request.seed) for request in requests]
+        return compose(sampler, layout_requests, settings.level, settings.config)
+
     with sharing() as shard:
         if shard.main:
             remove(stale, settings.output)
         with record.timed("drawing"):
-            shares = shard.gather([draw_share(settings, painter, scorer, jobs, shard)])
+            output_folder(settings.output)
+            if scorer and settings.candidates:
+                mine = save_best(sample, scorer, jobs[shard.rank :: shard.world], settings.batch, machine)
+            else:
+                mine = save_all(sample, jobs, settings.batch, machine, shard)
+            shares = shard.gather([mine])
+
         if shard.main:
-            finish(settings, painter, scorer, jobs, record, shares)
+            seconds, kept = record.timings["drawing"] / count, sum(len(job.files) for job in jobs)
+            record.metrics = {
+                "pictures": kept,
+                "seconds_per_picture": round(seconds, 4),
+                "passes_per_picture": passes_per_image(settings, layout, settings.level),
+                "processes": len(shares),
+                "shares": shares,
+            }
+            if layout and settings.draw_layout:
+                save_image(settings.draw_layout, draw_layout(layout))
+            if layout and settings.figure:
+                levels_figure(settings.figure, sampler, layout, jobs[0].seeds, settings.config)
+            if layout and scorer and settings.scores:
+                record.metrics["concepts"] = score_concepts(scorer, layout, jobs[0].files)
+            record.save(settings.record)
+            print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each")
 
 
-def check_figures(settings: Settings) -> None:
-    """Raises BadInput where a figure can't be written."""
-    for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
-        if path:
-            check_writable_file(path, flag)
+# ---------------------------------------------------------------- the flags
 
 
-def finish(
-    settings: Settings,
-    painter: StableDiffusionSampler,
-    scorer: Scorer | None,
-    jobs: Sequence[Job],
-    record: Record,
-    shares: list[int],
-) -> None:
-    """What the first process tells when all pictures are there."""
-    drawn, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
-    seconds = record.timings["drawing"] / drawn
-    record.metrics = {
-        "pictures": kept,
-        "seconds_per_picture": round(seconds, 4),
-        "passes_per_picture": passes_of(settings, jobs),
-    }
-    record.metrics |= {"processes": len(shares), "shares": shares}
-    if jobs[0].layout:
-        record.metrics |= about_layout(settings, painter, scorer, jobs[0], jobs[0].layout)
-    record.save(settings.record)
-    print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each")
+def check(settings: Settings) -> None:
+    """Raise BadInput for flags that can't work, alone or together."""
+    check_positive(settings, "count", "steps")
+    if settings.layout == "auto" and not settings.prompt:
+        raise BadInput("--layout auto needs a --prompt that holds the concepts' tokens")
+    from_file = settings.layout not in (None, "auto")
+    if bool(settings.input) + bool(settings.prompt) + from_file != 1:
+        raise BadInput("give either --input FILE or --prompt TEXT or --layout FILE")
+    if settings.layout and (settings.input or len(settings.prompt) > 1):
+        raise BadInput("--layout goes with a single --prompt, or with none")
+    if settings.layout and settings.compile == "on":
+        raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
+    if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
+        raise BadInput("--draw-layout, --figure and --scores need a --layout")
+    if settings.words and settings.layout != "auto":
+        raise BadInput("--words go with --layout auto")
+    settings.config.check()
+    if not settings.layout and settings.config != ConductorConfig():
+        raise BadInput(
+            "--inject, --focus, --sketch, --background-steps, --collage, --align and --refine need a --layout"
+        )
+    if not math.isfinite(settings.guidance):
+        raise BadInput(f"--guidance {settings.guidance}: give a number")
+    if min(settings.seed, settings.batch, settings.candidates) < 0:
+        raise BadInput("--seed, --batch and --candidates: give zero or more")
+    if not 0 <= settings.interval[0] < settings.interval[1] <= 1:
+        raise BadInput(f"--interval {settings.interval}: give shares from 0 to 1, rising")
+    check_fractions(settings, "guidance_rescale")
+    kept = IMAGES_PER_PROMPT if settings.input else settings.count
+    if 0 < settings.candidates < kept:
+        raise BadInput(f"--candidates {settings.candidates}: {kept} are kept, so give more than that")
+
+
+def jobs_of(settings: Settings) -> list[Job]:
+    """Return a job per prompt; raise BadInput for a file or a prompt that can't be used."""
+    output, count, candidates, seed = settings.output, settings.count, settings.candidates, settings.seed
+    if settings.input:
+        return graded_jobs(settings.input, output, settings.references, candidates, seed)
+    if settings.layout is None:
+        return prompt_jobs(settings.prompt, output, count, candidates, seed)
+    if settings.layout != "auto":
+        layout = read_layout(Path(settings.layout))
+    else:
+        tokens = tokens_in(settings.prompt[0])
+        if len(settings.words) > len(tokens):
+            raise BadInput(f"--words {' '.join(settings.words)}: the prompt has {len(tokens)} tokens")
+        layout = auto_layout(settings.prompt[0], dict(zip(tokens, settings.words, strict=False)))
+    return [layout_job(layout, settings.level, output, count, candidates, seed)]
+
+
+def sampler_config(settings: Settings) -> SamplerConfig:
+    """Return the sampler that the flags describe."""
+    guidance = Guidance(settings.guidance, settings.interval, settings.guidance_rescale)
+    return SamplerConfig(settings.solver, settings.steps, guidance, settings.negative, settings.size)
 
 
 # ---------------------------------------------------------------- a dry run
 
 
-def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
-    """At most: three bytes per pixel."""
-    return 3 * (settings.size or SIDE) ** 2 * sum(len(job.files) for job in jobs)
+def dry_run(settings: Settings, jobs: Sequence[Job], vectors: Vectors, machine: Machine) -> None:
+    """Check model, size, regions and CLIP without weights, print the plan and the expected time, write --draw-layout."""
+    layout = jobs[0].layout
+    dims = check_model(settings.model)
+    sampler_config(settings).check(TIMESTEPS)
+    if dims:
+        require_width(vectors, dims.text_width)
+        shape = dims.latent_shape(settings.size)
+        if layout:
+            layout.check_resolution(*shape[1:])
+    if settings.candidates or settings.scores:
+        Scorer.load(settings.clip, torch.device("cpu"))
 
-
-def check_outline(settings: Settings, jobs: Sequence[Job], vectors: Vectors) -> None:
-    """Raises BadInput for vectors, a size, a number of steps or a region that don't suit the model."""
-    outline = check_model(settings.model)
-    manner_of(settings).check(TIMESTEPS)
-    if outline:
-        require_width(vectors, outline.width)
-        shape = outline.shape(settings.size)
-        if jobs[0].layout:
-            jobs[0].layout.check_resolution(*shape[1:])
-
-
-def print_plan(settings: Settings, machine: Machine, jobs: Sequence[Job], vectors: Vectors) -> None:
-    """What a dry run found."""
-    drawn = sum(len(job.seeds) for job in jobs)
-    print(f"{len(jobs)} prompts, {drawn} pictures to draw, {sum(len(job.files) for job in jobs)} to keep")
+    count, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
+    print(f"{len(jobs)} prompts, {count} pictures to draw, {kept} to keep")
     for token, rows in vectors.items():
         print(f"{token}: {len(rows)} of width {rows.shape[1]}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
-    passes = drawn * passes_of(settings, jobs)
+
+    total = count * passes_per_image(settings, layout, settings.level)
     if settings.figure:
-        passes += min(MOST, drawn) * sum(passes_of(replace(settings, level=level), jobs) for level in get_args(Level))
-    print(f"{passes:,} passes of the U-Net, {expected_time(settings, machine, passes)}")
+        total += min(FIGURE_ROWS, count) * sum(passes_per_image(settings, layout, level) for level in get_args(Level))
+    expected = "how long they take the first run here will tell"
+    if seconds := seconds_per_pass(settings, machine):
+        expected = f"about {seconds * total / 60:.1f} minutes, as the last run here went"
+    print(f"{total:,} passes of the U-Net, {expected}")
+
+    if settings.draw_layout and layout:
+        save_image(settings.draw_layout, draw_layout(layout))
 
 
-def passes_of(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Of the U-Net, for one picture; guidance and layouts take two per step, conductor has branches and a collage too."""
-    layout = jobs[0].layout if settings.level != "joint" else None
-    if layout:
-        return passes(layout, settings.level, settings.steps, settings.means)
+def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
+    """Return the images' size on the disk, at most: three bytes per pixel."""
+    return 3 * (settings.size or SIZE) ** 2 * sum(len(job.files) for job in jobs)
+
+
+def passes_per_image(settings: Settings, layout: Layout | None, level: Level) -> int:
+    """Return how many rows of the U-Net one image takes: two per step with guidance, more with branches and a collage."""
+    if layout and level != "joint":
+        return passes(layout, level, settings.steps, settings.config)
     return settings.steps * (2 if settings.guidance != 1 else 1)
 
 
-def expected_time(settings: Settings, machine: Machine, passes: int) -> str:
-    """As the last run of this model on this machine went."""
-    if settings.record.is_file():
-        last = read_json(settings.record)
-        try:
-            before, metrics = last["settings"], last["metrics"]
-            seconds, counted = metrics["seconds_per_picture"], metrics.get("passes_per_picture")
-        except (KeyError, TypeError):
-            raise BadInput(f"--record {settings.record} is no record of this script's") from None
-        same = (last["machine"], last["device"]) == (machine.name, str(machine.device))
-        if same and counted and (before["model"], before["size"]) == (settings.model, settings.size):
-            return f"about {seconds * passes / counted / 60:.1f} minutes, as the last run here went"
-    return "how long they take the first run here will tell"
+def seconds_per_pass(settings: Settings, machine: Machine) -> float | None:
+    """Return the seconds of the last recorded run, if it had this model and image size on this machine."""
+    if not settings.record.is_file():
+        return None
+    last = read_json(settings.record)
+    try:
+        flags, metrics = last["settings"], last["metrics"]
+        seconds, counted = metrics["seconds_per_picture"], metrics.get("passes_per_picture")
+        same_machine = (last["machine"], last["device"]) == (machine.name, str(machine.device))
+        same_model = (flags["model"], flags["size"]) == (settings.model, settings.size)
+    except (KeyError, TypeError):
+        raise BadInput(f"--record {settings.record} is no record of this script's") from None
+    return seconds / counted if same_machine and same_model and counted else None
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- sampling and scoring
 
 
-def manner_of(settings: Settings) -> SamplerConfig:
-    """How the flags want it."""
-    guidance = Guidance(settings.guidance, settings.interval, settings.guidance_rescale)
-    return SamplerConfig(settings.solver, settings.steps, guidance, settings.negative, settings.size)
-
-
-def prepare(
-    settings: Settings, machine: Machine, vectors: Vectors, drawn: int
-) -> tuple[StableDiffusionSampler, Scorer | None]:
-    """The model with its tokens, and the CLIP that chooses among candidates."""
-    half = set_up(settings.precision, machine) == "bf16"
-    pipe = load_pipeline(settings.model, machine.device, torch.bfloat16 if half else torch.float32)
-    install(pipe, vectors)
-    painter = StableDiffusionSampler(pipe, manner_of(settings))
-    assert painter.shape  # a size that the model can't draw shows here
-    pipe.unet.to(memory_format=torch.channels_last)
-    worth = settings.compile == "on" or machine.device.type == "cuda" and drawn >= 50 and not settings.layout
-    if worth and should_compile(settings.compile, machine):
-        pipe.unet.compile()
-    return painter, Scorer.load(settings.clip, machine.device) if settings.needs_clip else None
-
-
-def draw_share(
-    settings: Settings, painter: StableDiffusionSampler, scorer: Scorer | None, jobs: Sequence[Job], shard: Shard
+def save_all(
+    sample: Callable[[Sequence[Request]], Tensor], jobs: Sequence[Job], batch: int, machine: Machine, shard: Shard
 ) -> int:
-    """Draws and saves this process's pictures; returns how many it drew. Where there are candidates it has whole prompts."""
-    output_folder(settings.output)
-    on_gpu = painter.pipe.unet.device.type == "cuda"
-    layout = jobs[0].layout
-    paint = partial(composed_pictures, painter, layout, settings) if layout else painter.sample_images
-    if not scorer or not settings.candidates:
-        orders = [Request(job.prompt, seed) for job in jobs for seed in job.seeds]
-        files = dict(zip(orders, (path for job in jobs for path in job.files), strict=True))
-        drawn = 0
-        for order, image in generate_batches(paint, orders, settings.batch, on_gpu, shard):
-            save_image(files[order], image)
-            drawn += 1
-        return drawn
-    mine = jobs[shard.rank :: shard.world]
-    for job in mine:
-        orders = [Request(job.prompt, seed) for seed in job.seeds]
-        images = torch.stack([image for _, image in generate_batches(paint, orders, settings.batch, on_gpu)])
-        for path, row in zip(job.files, best(scorer, job, images), strict=False):
+    """Sample and save this process's images; return how many."""
+    files = {Request(job.prompt, seed): path for job in jobs for seed, path in zip(job.seeds, job.files, strict=True)}
+    count = 0
+    for request, image in generate_batches(sample, list(files), batch, machine.device.type == "cuda", shard):
+        save_image(files[request], image)
+        count += 1
+    return count
+
+
+def save_best(
+    sample: Callable[[Sequence[Request]], Tensor], scorer: Scorer, jobs: Sequence[Job], batch: int, machine: Machine
+) -> int:
+    """Sample all candidates of these jobs and save the best, by image + 2.5 x text score; return how many were sampled."""
+    for job in jobs:
+        requests = [Request(job.prompt, seed) for seed in job.seeds]
+        batches = generate_batches(sample, requests, batch, machine.device.type == "cuda")
+        images = torch.stack([image for _, image in batches])
+        features = scorer.encode(images)
+        image_scores = torch.zeros(len(images))
+        if job.references:
+            image_scores = scorer.image_scores(features, scorer.encode(open_images(job.references)))
+        best_first = rank(image_scores, scorer.text_scores(features, job.text)).tolist()
+        for path, row in zip(job.files, best_first, strict=False):
             save_image(path, images[row])
-    return sum(len(job.seeds) for job in mine)
+    return sum(len(job.seeds) for job in jobs)
 
 
-def composed_pictures(
-    painter: StableDiffusionSampler, layout: Layout, settings: Settings, orders: Sequence[Request]
-) -> Tensor:
-    """[N,3,H,W] uint8 of these seeds, concepts in their places."""
-    composed = [LayoutRequest(layout, order.seed) for order in orders]
-    return compose(painter, composed, settings.level, settings.means)
-
-
-def about_layout(
-    settings: Settings, painter: StableDiffusionSampler, scorer: Scorer | None, job: Job, layout: Layout
-) -> dict[str, object]:
-    """Plan and figure as files, where asked for; scores per picture and concept."""
-    if settings.draw_layout:
-        save_image(settings.draw_layout, layout_picture(layout))
-    if settings.figure:
-        levels_figure(settings.figure, painter, layout, job.seeds, settings.means)
-    if not scorer or not settings.scores:
-        return {}
-    found = scores_inside(scorer, layout, torch.stack([open_image(path) for path in job.files]))
-    for token, values in means_of(found).items():
+def score_concepts(scorer: Scorer, layout: Layout, files: Sequence[Path]) -> dict[str, object]:
+    """Print each concept's mean scores inside its mask; return {file name: its scores}."""
+    scores = scores_inside(scorer, layout, torch.stack([open_image(path) for path in files]))
+    for token, values in mean_scores(scores).items():
         print(f"{token}: " + ", ".join(f"{kind} score {value:.2f}" for kind, value in values.items()))
-    return {"concepts": {path.name: row for path, row in zip(job.files, found, strict=True)}}
-
-
-def best(scorer: Scorer, job: Job, images: Tensor) -> list[int]:
-    """Rows of images [N,3,H,W], best first."""
-    features = scorer.encode(images)
-    likeness = torch.zeros(len(images))
-    if job.references:
-        likeness = scorer.image_scores(features, scorer.encode(open_pictures(job.references)))
-    return rank(likeness, scorer.text_scores(features, job.text)).tolist()
+    return {path.name: row for path, row in zip(files, scores, strict=True)}
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def composed(
 ) -> Tensor:
     """A picture of each case, with a seed of its own."""
     orders = [LayoutRequest(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
-    return drawn(partial(compose, painter, level=level, means=means), orders, title)
+    return drawn(partial(compose, painter, level=level, config=means), orders, title)
 
 
 def right(judge: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:

@@ -23,7 +23,6 @@ import P3_evaluate
 import P3_inference
 from benchmarks.p3_learning import kind_of, pictures_of
 from concepts.embeddings import file_of, save_vectors
-from concepts.jobs import Settings
 from concepts.stable_diffusion import load_pipeline
 from miniature.scenery.captions import STYLE_TRAITS, TRAITS
 from miniature.scenery.scenes import KINDS, STYLES
@@ -101,7 +100,7 @@ class Course:
         place, file = self.folder / which, self.folder / "input.json"
         images, grades = place / "pictures", place / "grades"
         P3_inference.main(
-            Settings(
+            P3_inference.Settings(
                 self.model,
                 images,
                 file,

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-FOLDER = (
-    ROOT / "checkpoints" / "p3"
-)  # training writes here and generation reads here, unless a flag names another folder
+FOLDER = ROOT / "checkpoints" / "p3"  # training writes here and generation reads here
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s|/\\:]+>")
 Vectors = dict[str, Tensor]  # token -> [vectors,width] float32

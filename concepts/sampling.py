@@ -1,14 +1,13 @@
-"""Prompts -> pictures with a Stable Diffusion pipeline's parts: per-picture seeds, the samplers of `diffusion/`, guidance."""
+"""Prompts -> images with a Stable Diffusion pipeline's parts: per-image seeds, the samplers of `diffusion/`, guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
 from concepts.embeddings import encode
@@ -17,19 +16,22 @@ from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
-from diffusion.steps import Rule, Steps, step_rule
+from diffusion.steps import Steps, step_rule
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import ALONE, Shard
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
 Solver = Literal["dpm", "ddim"]
-LATENT, PICTURE = 10_000, 500_000  # numbers in one, above which the autoencoder takes one at a time
-CPU_BATCH, GPU_BATCH = 8, 64  # pictures at once; a GPU's is halved until it fits
+LATENT, IMAGE = 10_000, 500_000  # values in one, above which the autoencoder takes one at a time
+CPU_BATCH, GPU_BATCH = 8, 64  # images at once; a GPU's is halved until it fits
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw: its prompt and the seed of its noise."""
+    """One image to sample: its prompt and the seed of its noise."""
 
     prompt: str
     seed: int
@@ -37,7 +39,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How pictures are drawn: ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k, dpm is DPM-Solver++ (2M)."""
+    """How images are sampled.
+
+    ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k; dpm is DPM-Solver++ (2M).
+    """
 
     solver: Solver = "dpm"
     steps: int = 25
@@ -46,94 +51,119 @@ class SamplerConfig:
     size: int | None = None
 
     def check(self, total: int) -> None:
-        """Raises BadInput for steps that don't fit."""
+        """Raise BadInput for a number of steps that `total` timesteps don't hold."""
         if not 1 <= self.steps <= total:
             raise BadInput(f"--steps {self.steps}: give 1 to {total}")
 
 
 @dataclass
 class StableDiffusionSampler:
-    """A pipeline's parts at work; all on one device, in one dtype."""
+    """A pipeline's parts, all on one device in one dtype, and how to sample with them."""
 
     pipe: StableDiffusionPipeline
-    manner: SamplerConfig
+    config: SamplerConfig
     _texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.manner.check(len(self.schedule))
+        self.config.check(len(self.schedule))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the U-Net."""
+        device: torch.device = self.pipe.unet.device
+        return device
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The model's own, in float64."""
+        """The model's own noise schedule, in float64."""
         betas = self.pipe.scheduler.betas.double()
         return Schedule((1 - betas).cumprod(0))
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Of a latent; raises BadInput for a size that the model can't draw."""
-        return ModelDims.of(self.pipe.unet.config, self.pipe.vae.config).shape(self.manner.size)
+        """Shape of a latent; raises BadInput for a size that the model doesn't support."""
+        return ModelDims.of(self.pipe.unet.config, self.pipe.vae.config).latent_shape(self.config.size)
+
+    @property
+    def grid(self) -> Steps:
+        """The solver's timesteps, from noise to image."""
+        rule: Literal["trailing", "homework"] = "trailing" if self.config.solver == "dpm" else "homework"
+        return replace(step_rule(rule, len(self.schedule), self.config.steps), clamp=False)
+
+    def step_of(self, t: int) -> int:
+        """Return the index of the solver's step at timestep t, 0 for the noisiest.
+
+        The nearest one counts: diffusers rounds a few timesteps of its grid differently, by one.
+        """
+        distances = [abs(step_t - t) for step_t, _ in self.grid.pairs]
+        return distances.index(min(distances))
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """[N,77,width]; each prompt is read once."""
+        """Return [N,77,width]; each prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
             self._texts |= dict(zip(new, encode(self.pipe, new), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
-    @torch.inference_mode()
-    def latents(self, orders: Sequence[Request]) -> Tensor:
-        """[N,4,h,w] float32 at the end of the sampler."""
-        x = draw(generators([order.seed for order in orders]), self.shape, self.pipe.unet.device)
-        cond = self.text([order.prompt for order in orders])
-        both = torch.cat([cond, self.text([self.manner.negative]).expand_as(cond)])
-        return self.solve(guided(self.network, cond, both, self.manner.guidance, len(self.schedule)), x)
-
     def network(self, x: Tensor, t: int, text: Tensor) -> Tensor:
-        """eps of x [N,4,h,w] float32 at step t with text [N,77,width]."""
+        """Return eps of x [N,4,h,w] float32 at timestep t, conditioned on text [N,77,width]."""
         x = x.to(self.pipe.unet.dtype).contiguous(memory_format=torch.channels_last)
-        return self.pipe.unet(x, t, encoder_hidden_states=text).sample.float()
+        eps: Tensor = self.pipe.unet(x, t, encoder_hidden_states=text).sample
+        return eps.float()
 
-    @property
-    def grid(self) -> Steps:
-        """The timesteps at which the solver asks the network, from noise to picture."""
-        rule: Rule = "trailing" if self.manner.solver == "dpm" else "homework"
-        return replace(step_rule(rule, len(self.schedule), self.manner.steps), clamp=False)
+    def denoiser(self, prompts: Sequence[str]) -> Denoise:
+        """Return the guided denoiser of a batch with these prompts."""
+        cond = self.text(prompts)
+        both = torch.cat([cond, self.text([self.config.negative]).expand_as(cond)])
+        return guided(self.network, cond, both, self.config.guidance, len(self.schedule))
 
     def solve(self, denoise: Denoise, x: Tensor, nudge: Nudge = unchanged, span: slice = ALL) -> Tensor:
-        """From noise to latents by the chosen solver, or some of its steps; `nudge` as the samplers have it."""
-        if self.manner.solver == "dpm":
-            return dpm_solver(denoise, x, self.schedule, self.manner.steps, clamp=False, nudge=nudge, span=span)
+        """Return the latents that the solver reaches from x [N,4,h,w], over all its steps or those of `span`."""
+        if self.config.solver == "dpm":
+            return dpm_solver(denoise, x, self.schedule, self.config.steps, clamp=False, nudge=nudge, span=span)
         return ddim(denoise, x, self.schedule, replace(self.grid, pairs=self.grid.pairs[span]), nudge=nudge)
 
+    @torch.inference_mode()
+    def latents(self, requests: Sequence[Request]) -> Tensor:
+        """Return the sampled latents [N,4,h,w] float32."""
+        x = draw(generators([request.seed for request in requests]), self.shape, self.device)
+        return self.solve(self.denoiser([request.prompt for request in requests]), x)
+
+    def sample_images(self, requests: Sequence[Request]) -> Tensor:
+        """Return the images [N,3,H,W] uint8 on the CPU."""
+        return self.decode(self.latents(requests))
+
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """[N,3,H,W] in -1..1 -> [N,4,h,w] float32, the means of their posteriors; one at a time where pictures are large."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the posterior means [N,4,h,w] float32 of images [N,3,H,W] in -1..1; large images go one at a time."""
         vae = self.pipe.vae
-        pieces = pictures.to(vae.device, vae.dtype).split(1 if pictures[0].numel() > PICTURE else len(pictures))
-        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * vae.config.scaling_factor
+        pieces = images.to(vae.device, vae.dtype).split(1 if images[0].numel() > IMAGE else len(images))
+        scaling: float = vae.config.scaling_factor
+        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * scaling
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """[N,4,h,w] -> [N,3,H,W] uint8 on the CPU; one at a time where pictures are large, since the decoder takes most memory."""
+        """Return the images [N,3,H,W] uint8 on the CPU of latents [N,4,h,w].
+
+        Large images go one at a time, since the decoder takes most memory.
+        """
         vae = self.pipe.vae
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
         pieces = scaled.split(1 if latents[0].numel() > LATENT else len(latents))
         images = torch.cat([vae.decode(piece).sample.float() for piece in pieces])
         return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
-    def sample_images(self, orders: Sequence[Request]) -> Tensor:
-        """[N,3,H,W] uint8."""
-        return self.decode(self.latents(orders))
-
 
 def generate_batches(
-    paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], batch: int, on_gpu: bool, shard: Shard = ALONE
+    sample: Callable[[list[Any]], Tensor], requests: Sequence[Any], batch: int, on_gpu: bool, shard: Shard = ALONE
 ) -> Iterator[tuple[Any, Tensor]]:
-    """(order, its picture) of this process's batches, with a progress bar; `batch` 0: 64 on a GPU, halved when memory runs out, eight
-    on a CPU, fewer where several processes share few pictures."""
-    most = even_batch(len(orders), batch or shard.largest(len(orders), GPU_BATCH if on_gpu else CPU_BATCH))
-    mine = [orders[row] for row in shard.rows(len(orders), most)]
+    """Yield (request, its image) for this process's batches, with a progress bar.
+
+    `batch` 0 = 64 on a GPU, halved when memory runs out, eight on a CPU, fewer where several processes share few images.
+    """
+    most = even_batch(len(requests), batch or shard.largest(len(requests), GPU_BATCH if on_gpu else CPU_BATCH))
+    mine = [requests[row] for row in shard.rows(len(requests), most)]
     with progress_bar(len(mine), "drawing") as bar:
-        for chunk, images in in_batches(paint, mine, most):
+        for chunk, images in in_batches(sample, mine, most):
             yield from zip(chunk, images[: len(chunk)], strict=True)
             bar.update(len(chunk))

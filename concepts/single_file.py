@@ -1,7 +1,7 @@
-"""Stable Diffusion v1 in one file of the original layout (sd-v1-4.ckpt, model.ckpt, .safetensors), read without running what a file may
-carry and without a network: configuration and vocabulary, which such files lack, are made here.
+"""Stable Diffusion v1 in one file of the original layout (sd-v1-4.ckpt, model.ckpt, .safetensors).
 
-Rombach et al. 2022, arXiv 2112.10752; the text tower is CLIP ViT-L/14, Radford et al. 2021, arXiv 2103.00020.
+Files are read safely and offline: pickled code is never executed. Configuration and vocabulary, which such files lack, are built here.
+Rombach et al. 2022, arXiv 2112.10752; the text encoder is CLIP ViT-L/14, Radford et al. 2021, arXiv 2103.00020.
 """
 
 from __future__ import annotations
@@ -10,25 +10,18 @@ import contextlib
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-    infer_diffusers_model_type,
-)
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_pndm import PNDMScheduler
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from runtime.cli import BadInput
 from runtime.files import load_safetensors, load_tensors
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+    from transformers import CLIPTokenizer
 
 Tensors = dict[str, Tensor]
 PREFIXES = {
@@ -36,7 +29,7 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
-LIGHTNING = (  # what files of PyTorch Lightning hold beside tensors: the best score so far, and whose it is
+LIGHTNING = (  # what PyTorch Lightning saves with the tensors: the best score so far, and its callback
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",  # numpy 2
@@ -89,9 +82,9 @@ SCHEDULER: dict[str, Any] = {
 
 
 class Ignored:
-    """Stands for an object that is of no use here: takes whatever its pickle gives it, keeps and does nothing."""
+    """Placeholder for an object that is not needed: accepts any pickled state and discards it."""
 
-    def __init__(self, *given: object) -> None: ...
+    def __init__(self, *arguments: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
 
@@ -100,34 +93,52 @@ class Ignored:
 
 
 def make_parts() -> dict[str, nn.Module]:
-    """unet, vae and text_encoder of Stable Diffusion v1, without memory for their weights."""
+    """Build unet, vae and text_encoder of Stable Diffusion v1, without memory for their weights."""
+    from accelerate import init_empty_weights
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     with init_empty_weights():
         text = CLIPTextModel(CLIPTextConfig(**TEXT))
         return {"unet": UNet2DConditionModel(**UNET), "vae": AutoencoderKL(**VAE), "text_encoder": text}
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's own, from the vocabulary that open_clip installs, which has other names for the two special tokens and the same ids."""
-    known = SimpleTokenizer()
+    """Build CLIP's tokenizer from open_clip's vocabulary, which names the two special tokens differently; the ids are the same."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    installed = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): index for token, index in known.encoder.items()}
-    merges = sorted(known.bpe_ranks, key=known.bpe_ranks.__getitem__)
+    vocabulary = {names.get(token, token): index for token, index in installed.encoder.items()}
+    merges = sorted(installed.bpe_ranks, key=installed.bpe_ranks.__getitem__)
     special = {"unk_token": names["<end_of_text>"], "pad_token": names["<end_of_text>"]}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **special)
 
 
 def make_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1's: eps prediction, scaled-linear betas. All is told: schedulers made from one that leaves something to
-    its defaults take their own."""
-    return PNDMScheduler(**SCHEDULER)
+    """Build Stable Diffusion v1's scheduler: eps prediction, scaled-linear betas.
+
+    Every option is set, since a scheduler converted from this one replaces unset options by its own defaults.
+    """
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+
+    scheduler: PNDMScheduler = PNDMScheduler(**SCHEDULER)
+    return scheduler
 
 
 # ---------------------------------------------------------------- the file
 
 
 def open_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Tensors]]:
-    """Empty parts, and for each its tensors under the part's own names. Tensors are mapped, not read, but for torch files from before
-    1.6. Raises BadInput for files that are unreadable, hold code, or are no Stable Diffusion v1."""
+    """Return empty parts, and for each its tensors under the part's own names.
+
+    Tensors are memory-mapped, except in torch files from before 1.6.
+    Raise BadInput for files that are unreadable, hold code, or are no Stable Diffusion v1.
+    """
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
     original, parts = read_tensors(path), make_parts()
     try:
         kind = infer_diffusers_model_type(original)
@@ -137,12 +148,13 @@ def open_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Tensors
     if kind != "v1":
         raise BadInput(f"{path} is no Stable Diffusion v1 but {kind}; name a v1 file, such as sd-v1-4.ckpt")
     for name, part in parts.items():
-        _require_fit(path, name, part.state_dict(), converted[name])
+        if error := shape_error(part.state_dict(), converted[name]):
+            raise BadInput(f"{path} is no Stable Diffusion v1: its {name} {error}")
     return parts, converted
 
 
 def load_parts(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """unet, vae and text_encoder on `device`, in `dtype`: copied tensor by tensor, so that memory holds them once."""
+    """Load unet, vae and text_encoder to `device` in `dtype`, tensor by tensor, so that memory holds them once."""
     parts, tensors = open_checkpoint(path)
     for name, part in parts.items():
         values = {key: value.to(device, dtype, copy=True) for key, value in tensors[name].items()}
@@ -151,25 +163,24 @@ def load_parts(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors or torch file, Lightning's included. Raises BadInput when it is truncated or holds code."""
+    """Read all tensors of a safetensors or torch file, Lightning's included; raise BadInput if it is truncated or holds code."""
     with path.open("rb") as file:
-        begins = file.read(9)[8:] == b"{"  # as safetensors' header does
-    if begins or path.suffix == ".safetensors":  # torch.load goes by the suffix as well
+        is_safetensors = file.read(9)[8:] == b"{"  # the first byte of its header
+    if is_safetensors or path.suffix == ".safetensors":  # torch.load looks at the suffix as well
         return load_safetensors(path)[0]
     with safe_globals([(Ignored, name) for name in LIGHTNING]):
-        _require_harmless(path)
-        found = load_tensors(path, mapped=zipfile.is_zipfile(path))
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict):
-        raise BadInput(f"{path} is no Stable Diffusion v1: it holds {type(found).__name__}, not named tensors")
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        _refuse_code(path)
+        content = load_tensors(path, mapped=zipfile.is_zipfile(path))
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is no Stable Diffusion v1: it holds {type(content).__name__}, not named tensors")
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def _require_harmless(path: Path) -> None:
-    """Names what a pickle would call; the reader that follows refuses it as well, but not by name."""
-    with contextlib.suppress(
-        RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError
-    ):  # the reader's to tell
+def _refuse_code(path: Path) -> None:
+    """Raise BadInput that names what a pickle would call; the loader refuses it as well, but not by name."""
+    unreadable = (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
+    with contextlib.suppress(*unreadable):  # the loader reports these
         if refused := sorted(get_unsafe_globals_in_checkpoint(path)):
             raise BadInput(
                 f"{path} is refused: besides tensors it calls {', '.join(refused[:3])}, which may run anything;"
@@ -181,7 +192,9 @@ def _require_harmless(path: Path) -> None:
 
 
 def _convert(original: Tensors, parts: dict[str, nn.Module]) -> dict[str, Tensors]:
-    """The tensors of each part. What belongs to none is left out: averages (model_ema), the training's schedule, optimizers."""
+    """Return the tensors of each part; averages (model_ema), the training's schedule and optimizers are left out."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
     chosen = {
         part: {name: value for name, value in original.items() if name.startswith(prefix)}
         for part, prefix in PREFIXES.items()
@@ -194,23 +207,25 @@ def _convert(original: Tensors, parts: dict[str, nn.Module]) -> dict[str, Tensor
 
 
 def _convert_text(original: Tensors, tower: nn.Module) -> Tensors:
-    """Only prefixes differ; transformers before 5.6 kept text_model. Old files also hold the positions' numbers, which are no weights."""
+    """Rename the text encoder's tensors: only prefixes differ, and transformers before 5.6 kept text_model.
+
+    Old files also hold position ids, which are no weights.
+    """
     before = "text_model." if hasattr(tower, "text_model") else ""
     inner = {name.removeprefix(PREFIXES["text_encoder"]).removeprefix("text_model."): name for name in original}
     inner.pop("embeddings.position_ids", None)
     return {before + name: original[full] for name, full in inner.items()}
 
 
-def _require_fit(path: Path, part: str, wanted: Tensors, found: Tensors) -> None:
-    """Same names, same shapes, floating point; else BadInput that names the first that differs."""
-    problems = [f"lacks {name}" for name in wanted if name not in found]
-    problems += [f"has an unknown {name}" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        if found[name].shape != wanted[name].shape:
-            shapes = f"{list(found[name].shape)}, not {list(wanted[name].shape)}"
-            problems.append(f"has {name} of shape {shapes}")
-        elif not found[name].is_floating_point():
-            problems.append(f"has {name} as {found[name].dtype}")
-    if problems:
-        more = f", and {len(problems) - 1} more tensors do not fit" if len(problems) > 1 else ""
-        raise BadInput(f"{path} is no Stable Diffusion v1: its {part} {problems[0]}{more}")
+def shape_error(expected: Tensors, tensors: Tensors) -> str:
+    """Return how the tensors first differ from the expected names, shapes or floating point; "" where they fit."""
+    errors = [f"lacks {name}" for name in expected if name not in tensors]
+    errors += [f"has an unknown {name}" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        shape, expected_shape = list(tensors[name].shape), list(expected[name].shape)
+        if shape != expected_shape:
+            errors.append(f"has {name} of shape {shape}, not {expected_shape}")
+        elif not tensors[name].is_floating_point():
+            errors.append(f"has {name} as {tensors[name].dtype}")
+    more = f", and {len(errors) - 1} more tensors do not fit" if len(errors) > 1 else ""
+    return errors[0] + more if errors else ""

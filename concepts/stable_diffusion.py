@@ -1,4 +1,4 @@
-"""Stable Diffusion for P3's scripts, from whatever --model names, behind one function; recognised by content.
+"""Stable Diffusion for P3's scripts: one loader for every kind of --model, recognised by content.
 
 * a folder in diffusers' layout, or the name of a hub repository (the only case that may use a network)
 * a single file in the original layout: sd-v1-4.ckpt, model.ckpt, .safetensors (concepts/single_file.py)
@@ -7,27 +7,25 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import CLIPTextModel
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
 from runtime.files import read_json
-from runtime.hub import first_line, hub_answers, quiet_libraries
+from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
 
-KINDS: dict[str, type[Any]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}  # part -> its class
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
 VOCABULARY = ("vocab.json", "tokenizer.json")  # without them transformers makes an empty tokenizer
@@ -37,51 +35,54 @@ WANTED = "give a diffusers folder, a hub name (owner/name) or a single file such
 
 @dataclass(frozen=True)
 class ModelDims:
-    """What configurations tell of a model."""
+    """Sizes that follow from a model's configurations."""
 
-    width: int
-    """Of its text."""
-    channels: int
-    """Of its latents."""
-    side: int
-    """Latents along each side of its own pictures."""
-    factor: int
-    """Pixels along each side of a latent."""
-    least: int
-    """Latents along each side, of which a picture must have a multiple: the U-Net halves them so often."""
+    text_width: int
+    latent_channels: int
+    latent_size: int
+    """Height and width of the latent of an image of the model's own size."""
+    vae_scale: int
+    """Pixels along each side of a latent position."""
+    size_multiple: int
+    """Latent height and width must be multiples of this (U-Net downsampling)."""
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> ModelDims:
-        """From the configurations of both; what they lack is as in Stable Diffusion v1."""
+        """Read both configurations; fields that they lack are those of Stable Diffusion v1."""
         unet, vae = {**UNET, **unet}, {**VAE, **vae}
         return cls(
-            width=unet["cross_attention_dim"],
-            channels=unet["in_channels"],
-            side=unet["sample_size"],
-            factor=2 ** (len(vae["block_out_channels"]) - 1),
-            least=2 ** (len(unet["block_out_channels"]) - 1),
+            text_width=unet["cross_attention_dim"],
+            latent_channels=unet["in_channels"],
+            latent_size=unet["sample_size"],
+            vae_scale=2 ** (len(vae["block_out_channels"]) - 1),
+            size_multiple=2 ** (len(unet["block_out_channels"]) - 1),
         )
 
-    def shape(self, size: int | None) -> tuple[int, int, int]:
-        """Of the latent of a picture of `size` pixels along each side; None: the model's own. Raises BadInput where it can't be drawn."""
+    def latent_shape(self, size: int | None) -> tuple[int, int, int]:
+        """Return the latent's shape for an image of `size` pixels along each side; None = the model's own size.
+
+        Raise BadInput for a size that the model doesn't support.
+        """
         if size is None:
-            return (self.channels, self.side, self.side)
-        step = self.factor * self.least
+            return (self.latent_channels, self.latent_size, self.latent_size)
+        step = self.vae_scale * self.size_multiple
         if size < step or size % step:
             raise BadInput(f"--size {size}: must be a multiple of {step} for this model")
-        return (self.channels, size // self.factor, size // self.factor)
+        return (self.latent_channels, size // self.vae_scale, size // self.vae_scale)
 
 
 def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Frozen, without safety checker and progress bar, all parts on `device` in `dtype`; latents [N,4,h,w], text [N,77,width].
-    Raises BadInput for whatever is no Stable Diffusion with eps prediction."""
+    """Load a frozen pipeline without safety checker and progress bar, all parts on `device` in `dtype`.
+
+    Latents are [N,4,h,w], text [N,77,width]. Raise BadInput for a model that is no Stable Diffusion with eps prediction.
+    """
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
     path = Path(model)
     if path.is_file():
         parts = load_parts(path, device, dtype)
-        # the constructor has no types: it is the same for all pipelines
-        pipe = cast(Any, StableDiffusionPipeline)(
-            **parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT
-        )
+        make: Any = StableDiffusionPipeline  # an untyped constructor
+        pipe: StableDiffusionPipeline = make(**parts, tokenizer=make_tokenizer(), scheduler=make_scheduler(), **WITHOUT)
     else:
         pipe = _load_folder(path if path.is_dir() else _from_hub(model), dtype)
     try:
@@ -94,8 +95,10 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
 
 
 def check_model(model: str) -> ModelDims | None:
-    """What `load_pipeline` would refuse, as far as it shows without reading weights; raises the same BadInput. Takes seconds.
-    A hub's index alone has no outline."""
+    """Raise the BadInput of `load_pipeline`, as far as it shows without reading weights; takes seconds.
+
+    Return the model's sizes, or None for a hub name, of which only the index is read.
+    """
     path = Path(model)
     if path.is_file():
         open_checkpoint(path)
@@ -107,8 +110,13 @@ def check_model(model: str) -> ModelDims | None:
 
 
 def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.device, precision: str) -> None:
-    """Attention whose gradient is quick. On CPUs in bf16 the fused kernel goes backward six times slower than in fp32, which is half
-    of a whole step; plain products and a softmax don't."""
+    """Replace attention in bf16 on CPUs by plain products and a softmax.
+
+    The fused kernel's backward pass is six times slower there than in fp32, half of a whole training step.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel
+
     if device.type != "cpu" or precision != "bf16":
         return
     if isinstance(network, CLIPTextModel):
@@ -121,20 +129,24 @@ def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.d
 
 
 def _index_from_hub(model: str) -> Path:
-    """model_index.json alone."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or Path(model).suffix in FILES:
+    """Fetch model_index.json alone."""
+    if not is_hub_name(model) or Path(model).suffix in FILES:
         raise BadInput(f"--model {model} does not exist: {WANTED}")
+    from huggingface_hub import hf_hub_download
+
     return _fetch(model, lambda **where: hf_hub_download(model, INDEX, **where))
 
 
 def _from_hub(model: str) -> Path:
-    """A local copy of the parts that are used."""
+    """Fetch the parts that are used into the hub's cache."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
     _check_index(model, read_json(_index_from_hub(model)))
     return _fetch(model, lambda **where: StableDiffusionPipeline.download(model, **where, **WITHOUT))
 
 
 def _fetch(model: str, get: Callable[..., str | os.PathLike[str]]) -> Path:
-    """What `get` finds in the hub's cache or at the hub, where that answers."""
+    """Return the path that `get` finds in the hub's cache, or at the hub if it answers."""
     online = hub_answers()
     try:
         return Path(get(local_files_only=not online))
@@ -149,36 +161,40 @@ def _fetch(model: str, get: Callable[..., str | os.PathLike[str]]) -> Path:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Weights strictly, on the CPU; tokenizer and scheduler are whatever the folder has."""
+    """Load weights strictly, on the CPU; tokenizer and scheduler are the folder's own."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
     _check_folder(folder)
     quiet_libraries()
-    parts = {name: _load_part(folder / name, kind, dtype) for name, kind in KINDS.items()}
+    parts = {name: _load_part(folder / name, dtype) for name in KINDS}
     try:
         return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **parts, **WITHOUT)
-    except Exception as error:  # whatever is wrong with the files, the libraries' own words are the best there are
+    except Exception as error:  # the libraries' own message is the clearest
         raise BadInput(f"--model {folder}: its tokenizer or scheduler is unreadable ({first_line(error)})") from None
 
 
-def _load_part(folder: Path, kind: type[Any], dtype: torch.dtype) -> nn.Module:
-    """The libraries only warn of tensors that are absent, and draw them at random."""
-    name = (
-        "dtype" if kind is CLIPTextModel else "torch_dtype"
-    )  # the one of transformers, the one that all diffusers know
-    given: dict[str, Any] = {name: dtype, "local_files_only": True, "output_loading_info": True}
+def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load one part; tensors that are absent, of which the libraries only warn, raise BadInput."""
+    import diffusers
+    import transformers
+
+    kind: Any = getattr(diffusers, KINDS[folder.name], None) or getattr(transformers, KINDS[folder.name])
+    # transformers' name for it, and the one that all versions of diffusers know
+    dtype_name = "dtype" if kind is transformers.CLIPTextModel else "torch_dtype"
+    options: dict[str, Any] = {dtype_name: dtype, "local_files_only": True, "output_loading_info": True}
     try:
-        part, info = kind.from_pretrained(folder, **given)
+        part, info = kind.from_pretrained(folder, **options)
     except Exception as error:  # as above
         raise BadInput(f"--model {folder.parent}: its {folder.name} is unreadable ({first_line(error)})") from None
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        strange = sorted(map(str, info[problem]))
-        if strange:
+        if names := sorted(map(str, info[problem])):
             kinds = problem.replace("_keys", " tensors")
-            raise BadInput(f"--model {folder.parent}: {len(strange)} {kinds} in {folder.name}, such as {strange[0]}")
-    return part
+            raise BadInput(f"--model {folder.parent}: {len(names)} {kinds} in {folder.name}, such as {names[0]}")
+    return cast(nn.Module, part)
 
 
 def _check_folder(folder: Path) -> ModelDims:
-    """Raises BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
+    """Raise BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
     if not (folder / INDEX).is_file():
         raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline; {WANTED}")
     _check_index(str(folder), read_json(folder / INDEX))
@@ -201,10 +217,10 @@ def _check_folder(folder: Path) -> ModelDims:
 
 
 def _check_index(model: str, index: Any) -> None:
-    """Raises BadInput where a part is of another class."""
-    for name, kind in KINDS.items():
-        found = index.get(name) if isinstance(index, dict) else None
-        found = found[1] if isinstance(found, list) and len(found) == 2 else None
-        if found != kind.__name__:
-            has = f"{found} as {name}" if found else f"no {name}"
-            raise BadInput(f"--model {model}: has {has}, {kind.__name__} is needed; name a Stable Diffusion v1")
+    """Raise BadInput for a part of another class."""
+    for name, expected in KINDS.items():
+        entry = index.get(name) if isinstance(index, dict) else None
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind != expected:
+            has = f"{kind} as {name}" if kind else f"no {name}"
+            raise BadInput(f"--model {model}: has {has}, {expected} is needed; name a Stable Diffusion v1")

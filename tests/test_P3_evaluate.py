@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from concepts import clip_scores
-from concepts.clip_scores import Scorer, open_pictures, rank
+from concepts.clip_scores import Scorer, open_images, rank
 from miniature.clip_model import PREPROCESSING, Size, SmallClip, make_processor, model_config, to_transformers
 from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT, write_json
+from runtime.images import open_image
 
 CPU = torch.device("cpu")
 SIZE = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
@@ -46,14 +49,14 @@ INPUT: dict[str, Any] = {
 
 
 def random_picture(random: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Coarse random blocks: unlike each other also when they are made small."""
+    """Coarse random blocks: they differ also at small sizes."""
     pixels = random.integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP in transformers' form, with weights large enough that pictures and prompts differ."""
+    """Save a CLIP in transformers' format, with weights large enough that images and prompts differ."""
     import open_clip
 
     folder, tokenizer = tmp_path_factory.mktemp("clip"), make_tokenizer()
@@ -91,16 +94,16 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(graded: Path, tmp_path: Path) -> Path:
-    """The same, to be spoiled."""
     return shutil.copytree(graded, tmp_path / "graded")
 
 
 def run(root: Path, clip: Path | str, **more: Any) -> dict[str, Any]:
-    """The script's main; returns the record's metrics."""
+    """Run the script; return the record's metrics."""
     paths = {"images": root / "out", "input": root / "input.json", "references": root / "references"}
     settings = Settings(**{**paths, "clip": str(clip), "output": root / "runs", "device": "cpu", **more})
     main(settings)
-    return json.loads((settings.output / "record.json").read_text())["metrics"]
+    metrics: dict[str, Any] = json.loads((settings.output / "record.json").read_text())["metrics"]
+    return metrics
 
 
 def plain_scores(root: Path, clip: Path, key: str, prompt: int) -> list[tuple[float, float]]:
@@ -163,8 +166,8 @@ def test_both_scores_must_reach_the_baseline(metrics: dict[str, Any]) -> None:
 def test_a_score_that_just_reaches_the_baseline_passes(metrics: dict[str, Any], copy: Path, clip: Path) -> None:
     reached = [metrics["cases"][2][name] for name in ("image_score", "text_score")]
     above = [reached[0], float(np.nextafter(reached[1], 1000))]
-    for wanted, passed in ((reached, True), (above, False)):
-        write_json(copy / "input.json", {"ring": INPUT["ring"] | {"baseline": [wanted]}})
+    for baseline, passed in ((reached, True), (above, False)):
+        write_json(copy / "input.json", {"ring": INPUT["ring"] | {"baseline": [baseline]}})
         assert run(copy, clip)["cases"][0]["passed"] is passed
 
 
@@ -178,8 +181,12 @@ def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip:
 
 def test_every_file_is_decoded_once(graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    plain = clip_scores.open_picture
-    monkeypatch.setattr(clip_scores, "open_picture", lambda path: (opened.append(path), plain(path))[1])
+
+    def counted(path: Path) -> Tensor:
+        opened.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr(clip_scores, "open_image", counted)
     run(graded, clip, output=tmp_path)
     assert len(opened) == len(set(opened)) == 3 * 25 + 3 + 2
 
@@ -207,16 +214,16 @@ def test_tensors_and_pil_pictures_have_the_same_features(graded: Path, clip: Pat
     scorer = Scorer.load(str(clip), CPU)
     paths = sorted((graded / "references" / "0").iterdir())
     pictures = [Image.open(path).convert("RGB") for path in paths]
-    assert torch.equal(scorer.encode(pictures), scorer.encode(open_pictures(paths)))
+    assert torch.equal(scorer.encode(pictures), scorer.encode(open_images(paths)))
 
 
 def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
     paths = sorted((graded / "references" / "0").iterdir())
     scorer, picture = Scorer.load(str(clip), CPU, "pillow"), Image.open(paths[0]).convert("RGB")
     small = picture.resize((64, 96), Image.Resampling.BICUBIC).crop((0, 16, 64, 80))
-    wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
-    found = scorer.processor(images=open_pictures(paths[:1]), return_tensors="pt").pixel_values
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    expected = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = scorer.processor(images=open_images(paths[:1]), return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 
 def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +235,8 @@ def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixtu
 
 
 def test_tokens_added_to_an_old_configuration_leave_the_pooling_at_the_end(clip: Path, tmp_path: Path) -> None:
-    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    model: Any = CLIPModel.from_pretrained(clip)
+    processor: Any = CLIPProcessor.from_pretrained(clip)
     processor.tokenizer.add_tokens(["<new1>"])
     model.text_model.resize_token_embeddings(len(processor.tokenizer))
     model.config.text_config.eos_token_id = 2
@@ -353,7 +361,7 @@ def without_words(folder: Path) -> None:
         (folder / name).unlink()
 
 
-SPOILED = {
+SPOILED: dict[str, Callable[[Path], object]] = {
     "the weights lack 1 tensors, such as visual_projection.weight": without_a_tensor,
     "--clip .*clip: ": truncated,
     "type 'siglip'": lambda folder: changed(folder, None, model_type="siglip"),

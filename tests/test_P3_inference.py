@@ -18,12 +18,11 @@ from concepts import jobs
 from concepts.clip_scores import Scorer
 from concepts.composition.multipath import ConductorConfig
 from concepts.embeddings import file_of, save_vectors
-from concepts.jobs import Settings
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
-from P3_inference import main
+from P3_inference import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.images import open_image
@@ -41,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """input.json, and vectors of its tokens."""
     (tmp_path / "input.json").write_text(json.dumps(CASES))
     for index, token in enumerate(("<new1>", "<new2>")):
@@ -73,58 +72,58 @@ def files_in(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- the tree
 
 
-def test_the_graded_tree_holds_25_pictures_per_prompt_and_nothing_else(given: Path, model: str) -> None:
-    main(settings(given, model))
-    wanted = [
+def test_the_graded_tree_holds_25_pictures_per_prompt_and_nothing_else(folder: Path, model: str) -> None:
+    main(settings(folder, model))
+    expected = [
         f"{key}/{k}/source{key}_prompt{k}_{n}.png" for key, k in (("0", 0), ("0", 1), ("cat", 0)) for n in range(25)
     ]
-    assert files_in(given / "out") == sorted(wanted)
-    assert Image.open(given / "out" / wanted[0]).size == (64, 64)
-    assert json.loads((given / "record.json").read_text())["metrics"]["pictures"] == 75
+    assert files_in(folder / "out") == sorted(expected)
+    assert Image.open(folder / "out" / expected[0]).size == (64, 64)
+    assert json.loads((folder / "record.json").read_text())["metrics"]["pictures"] == 75
 
 
-def test_pictures_of_an_earlier_run_are_replaced(given: Path, model: str) -> None:
-    old = given / "out" / "0" / "7" / "source0_prompt7_3.png"
+def test_pictures_of_an_earlier_run_are_replaced(folder: Path, model: str) -> None:
+    old = folder / "out" / "0" / "7" / "source0_prompt7_3.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
-    main(settings(given, model))
+    main(settings(folder, model))
     assert not old.parent.exists()
-    assert len(files_in(given / "out")) == 75
+    assert len(files_in(folder / "out")) == 75
 
 
-def test_a_file_that_does_not_belong_is_named_and_kept(given: Path, model: str) -> None:
-    foreign = given / "out" / "0" / "0" / "mine.png"
+def test_a_file_that_does_not_belong_is_named_and_kept(folder: Path, model: str) -> None:
+    foreign = folder / "out" / "0" / "0" / "mine.png"
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"mine")
     with pytest.raises(BadInput, match=r"mine\.png does not belong"):
-        main(settings(given, model))
-    assert files_in(given / "out") == ["0/0/mine.png"]
+        main(settings(folder, model))
+    assert files_in(folder / "out") == ["0/0/mine.png"]
 
 
-def test_a_picture_is_the_same_in_any_batch_and_company(given: Path, model: str) -> None:
-    painter = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
-    orders = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
-    together = painter.sample_images(orders).int()
-    for order, image in zip(orders, together, strict=True):
-        assert (painter.sample_images([order])[0].int() - image).abs().max() <= 1
+def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str) -> None:
+    sampler = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
+    requests = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
+    together = sampler.sample_images(requests).int()
+    for request, image in zip(requests, together, strict=True):
+        assert (sampler.sample_images([request])[0].int() - image).abs().max() <= 1
     assert (together[0] - together[1]).abs().max() > 20
 
 
-def test_any_prompts_without_a_file(given: Path, model: str) -> None:
-    main(settings(given, model, input=None, prompt=("a red star", "a <new1>"), count=2))
-    assert files_in(given / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+def test_any_prompts_without_a_file(folder: Path, model: str) -> None:
+    main(settings(folder, model, input=None, prompt=("a red star", "a <new1>"), count=2))
+    assert files_in(folder / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
 
 
-def test_the_best_of_many_are_kept(given: Path, model: str) -> None:
-    clip, prompt = str(save_clip(given / "clip")), "a red star"
+def test_the_best_of_many_are_kept(folder: Path, model: str) -> None:
+    clip, prompt = str(save_clip(folder / "clip")), "a red star"
     flags: dict[str, Any] = {"input": None, "prompt": (prompt,), "clip": clip}
-    main(settings(given, model, **flags, count=2, candidates=5))
-    main(settings(given, model, **flags, count=5, output=given / "all"))
-    every = [open_image(given / "all" / f"0_{n}.png") for n in range(5)]
+    main(settings(folder, model, **flags, count=2, candidates=5))
+    main(settings(folder, model, **flags, count=5, output=folder / "all"))
+    every = [open_image(folder / "all" / f"0_{n}.png") for n in range(5)]
     scorer = Scorer.load(clip, CPU)
     order = scorer.text_scores(scorer.encode(every), prompt).argsort(descending=True).tolist()
     for n in range(2):
-        assert torch.equal(open_image(given / "out" / f"0_{n}.png"), every[order[n]])
+        assert torch.equal(open_image(folder / "out" / f"0_{n}.png"), every[order[n]])
 
 
 # ---------------------------------------------------------------- solvers
@@ -136,10 +135,10 @@ def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
     pipe = load_pipeline(model, CPU, torch.float32)
     ours = StableDiffusionSampler(pipe, SamplerConfig(solver, 5, Guidance(3.0))).latents([Request("a red star", 4)])
     if solver == "ddim":
-        made = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
     else:
-        made = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    pipe.scheduler = made
+        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = scheduler
     noise = draw(generators([4]), (4, 16, 16), CPU)
     theirs = pipe("a red star", latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -149,16 +148,16 @@ def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
 
 
 def test_a_token_without_vectors_names_the_commands_that_learn_it(
-    given: Path, model: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "FOLDER", given / "none")
+    monkeypatch.setattr(jobs, "FOLDER", folder / "none")
     with pytest.raises(BadInput) as caught:
-        main(settings(given, model, embeddings=()))
+        main(settings(folder, model, embeddings=()))
     lines = str(caught.value).splitlines()
     assert "<new1>, <new2>" in lines[0]
     assert '--token "<new1>" --init star' in lines[1]
     assert '--token "<new2>" --init painting --kind style' in lines[2]
-    assert not (given / "out").exists()
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,12 +170,12 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
         ({"candidates": 3}, "--candidates 3"),
         ({"interval": (0.5, 0.5)}, "--interval"),
         ({"size": 65}, "--size 65"),
-        ({"means": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
-        ({"means": ConductorConfig(align=float("inf"))}, "--align inf"),
-        ({"means": ConductorConfig(background_steps=1.5)}, "--background-steps 1.5"),
-        ({"means": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
-        ({"means": ConductorConfig(inject=())}, "--inject"),
-        ({"means": ConductorConfig(refine=True)}, "need a --layout"),
+        ({"config": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
+        ({"config": ConductorConfig(align=float("inf"))}, "--align inf"),
+        ({"config": ConductorConfig(background_steps=1.5)}, "--background-steps 1.5"),
+        ({"config": ConductorConfig(collage=-0.1)}, "--collage -0.1"),
+        ({"config": ConductorConfig(inject=())}, "--inject"),
+        ({"config": ConductorConfig(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"model": "/nowhere"}, "/nowhere"),
@@ -184,117 +183,117 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    given: Path, model: str, changes: dict[str, Any], message: str
+    folder: Path, model: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message) as caught:
-        main(settings(given, model, **changes))
+        main(settings(folder, model, **changes))
     assert "\n" not in str(caught.value)
-    assert not (given / "out").exists()
+    assert not (folder / "out").exists()
 
 
-def test_nothing_old_is_lost_when_the_model_is_refused(given: Path, model: str) -> None:
-    old = given / "out" / "0" / "0" / "source0_prompt0_0.png"
+def test_nothing_old_is_lost_when_the_model_is_refused(folder: Path, model: str) -> None:
+    old = folder / "out" / "0" / "0" / "source0_prompt0_0.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
     with pytest.raises(BadInput):
-        main(settings(given, "/nowhere"))
+        main(settings(folder, "/nowhere"))
     assert old.read_bytes() == b"old"
 
 
-def test_vectors_of_another_width_are_refused(given: Path, model: str) -> None:
-    save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
+def test_vectors_of_another_width_are_refused(folder: Path, model: str) -> None:
+    save_vectors(file_of(folder / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
     with pytest.raises(BadInput, match="768 wide"):
-        main(settings(given, model))
+        main(settings(folder, model))
 
 
-def test_a_dry_run_draws_nothing(given: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(settings(given, model, dry_run=True))
+def test_a_dry_run_draws_nothing(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(settings(folder, model, dry_run=True))
     assert "3 prompts, 75 pictures" in capsys.readouterr().out
-    assert not (given / "out").exists()
+    assert not (folder / "out").exists()
 
 
 def test_a_dry_run_tells_the_time_of_the_last_run_and_refuses_what_a_run_would(
-    given: Path, model: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = {"input": None, "prompt": ("a <new1>",)}
-    main(settings(given, model, **more, dry_run=True))
+    main(settings(folder, model, **more, dry_run=True))
     assert "the first run here will tell" in capsys.readouterr().out
-    main(settings(given, model, **more, count=1))
-    main(settings(given, model, **more, steps=2, count=600, dry_run=True))
-    seconds = json.loads((given / "record.json").read_text())["metrics"]["seconds_per_picture"]
+    main(settings(folder, model, **more, count=1))
+    main(settings(folder, model, **more, steps=2, count=600, dry_run=True))
+    seconds = json.loads((folder / "record.json").read_text())["metrics"]["seconds_per_picture"]
     assert f"2,400 passes of the U-Net, about {seconds * 600 * 2 / 60:.1f} minutes" in capsys.readouterr().out
-    older = json.loads((given / "record.json").read_text())
+    older = json.loads((folder / "record.json").read_text())
     del older["metrics"]["passes_per_picture"]  # as records were before
-    (given / "record.json").write_text(json.dumps(older))
-    main(settings(given, model, **more, dry_run=True))
+    (folder / "record.json").write_text(json.dumps(older))
+    main(settings(folder, model, **more, dry_run=True))
     assert "the first run here will tell" in capsys.readouterr().out
-    save_vectors(file_of(given / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
+    save_vectors(file_of(folder / "learned", "<new1>"), "<new1>", torch.zeros(1, 768), "test")
     with pytest.raises(BadInput, match="768 wide"):
-        main(settings(given, model, **more, dry_run=True))
+        main(settings(folder, model, **more, dry_run=True))
 
 
 def test_a_dry_run_refuses_a_clip_and_counts_the_figures_passes(
-    given: Path, model: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "dry_run": True}
-    main(settings(given, model, **more, steps=10, count=6, figure=given / "figure.png"))
+    main(settings(folder, model, **more, steps=10, count=6, figure=folder / "figure.png"))
     conductor = 7 * 2 + 4 * 4 + 2 * 10 * 2  # around the things, the branches, each thing alone
-    wanted = 6 * conductor + 4 * (10 * (2 + 2) + conductor)
-    assert f"{wanted} passes" in capsys.readouterr().out
+    expected = 6 * conductor + 4 * (10 * (2 + 2) + conductor)
+    assert f"{expected} passes" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--clip /nowhere"):
-        main(settings(given, model, **more, scores=True, clip="/nowhere"))
+        main(settings(folder, model, **more, scores=True, clip="/nowhere"))
 
 
-def test_a_word_that_is_no_token_is_refused(given: Path, model: str) -> None:
-    (given / "input.json").write_text(json.dumps({"0": {**CASES["0"], "token_name": "new1"}}))
+def test_a_word_that_is_no_token_is_refused(folder: Path, model: str) -> None:
+    (folder / "input.json").write_text(json.dumps({"0": {**CASES["0"], "token_name": "new1"}}))
     with pytest.raises(BadInput, match=r"input\.json, '0': token_name new1: a token is a word in angle brackets"):
-        main(settings(given, model))
+        main(settings(folder, model))
 
 
-def test_candidates_want_pictures_before_anything_is_drawn(given: Path, model: str) -> None:
-    old = given / "out" / "0" / "0" / "source0_prompt0_0.png"
+def test_candidates_want_pictures_before_anything_is_drawn(folder: Path, model: str) -> None:
+    old = folder / "out" / "0" / "0" / "source0_prompt0_0.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
     with pytest.raises(BadInput, match="--references .*: no folder 0"):
-        main(settings(given, model, candidates=30, references=given / "absent"))
+        main(settings(folder, model, candidates=30, references=folder / "absent"))
     assert old.read_bytes() == b"old"
 
 
 @pytest.mark.slow
-def test_the_grading_script_from_another_folder(given: Path, model: str) -> None:
+def test_the_grading_script_from_another_folder(folder: Path, model: str) -> None:
     """Relative paths mean the caller's; a token without vectors exits with 2 and two commands."""
     done = subprocess.run(
-        ["bash", str(ROOT / "hw2_3.sh"), "input.json", "out put/", os.path.relpath(model, given)],
-        cwd=given,
+        ["bash", str(ROOT / "hw2_3.sh"), "input.json", "out put/", os.path.relpath(model, folder)],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 2
     assert done.stderr.count("python P3_textual_inversion.py") == 2
-    assert not (given / "out put").exists()
+    assert not (folder / "out put").exists()
 
 
 # ---------------------------------------------------------------- layouts
 
 
 @pytest.mark.parametrize("level", ["joint", "regional", "conductor"])
-def test_a_layout_is_drawn_at_every_level(given: Path, model: str, level: Any) -> None:
+def test_a_layout_is_drawn_at_every_level(folder: Path, model: str, level: Any) -> None:
     concepts = [{"token": "<new1>", "box": [0, 0, 0.5, 1]}, {"token": "<new2>", "style": True}]
-    (given / "layout.json").write_text(json.dumps({"prompt": "a star", "concepts": concepts}))
-    more = {"input": None, "layout": str(given / "layout.json"), "level": level, "count": 2}
-    main(settings(given, model, **more, draw_layout=given / "layout.png"))
-    assert files_in(given / "out") == [f"{level}_0.png", f"{level}_1.png"]
-    assert Image.open(given / "layout.png").size == (256, 256)
+    (folder / "layout.json").write_text(json.dumps({"prompt": "a star", "concepts": concepts}))
+    more = {"input": None, "layout": str(folder / "layout.json"), "level": level, "count": 2}
+    main(settings(folder, model, **more, draw_layout=folder / "layout.png"))
+    assert files_in(folder / "out") == [f"{level}_0.png", f"{level}_1.png"]
+    assert Image.open(folder / "layout.png").size == (256, 256)
 
 
-def test_a_layout_is_made_of_a_prompt(given: Path, model: str) -> None:
+def test_a_layout_is_made_of_a_prompt(folder: Path, model: str) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "words": ("star", "moon")}
-    main(settings(given, model, **more, count=1))
-    assert files_in(given / "out") == ["conductor_0.png"]
+    main(settings(folder, model, **more, count=1))
+    assert files_in(folder / "out") == ["conductor_0.png"]
 
 
-def test_a_layouts_token_without_vectors_is_told(given: Path, model: str) -> None:
+def test_a_layouts_token_without_vectors_is_told(folder: Path, model: str) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <other>",)}
     with pytest.raises(BadInput, match="no vectors of <other>"):
-        main(settings(given, model, **more))
+        main(settings(folder, model, **more))

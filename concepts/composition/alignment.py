@@ -1,16 +1,13 @@
-"""Layout alignment: a reference picture's layout, without its content, by gradient steps on the latent.
+"""Layout alignment: a reference image's layout, without its content, by gradient steps on the latent.
 
-After Concept Conductor (arXiv 2408.03632). The reference is inverted by DDIM (Song et al. 2021, eq. 12 backwards) on the sampler's own
-grid, once; its latent at a step and ours go through the U-Net as far as one self-attention layer, whose keys hold where things are. The
-latent moves towards equal keys.
+After Concept Conductor (arXiv 2408.03632). DDIM inversion gives the reference's latent at every step. At a step, that latent and ours go
+through the U-Net up to one self-attention layer, whose keys depend on where things are; our latent moves towards equal keys.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,83 +16,92 @@ from torch import Tensor
 
 from concepts.composition.layout import Layout
 from concepts.sampling import StableDiffusionSampler
+from diffusion.samplers import Nudge, ddim_invert, unchanged
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """References at every timestep, and the branches' prompts."""
+def align_to_references(
+    sampler: StableDiffusionSampler, layouts: Sequence[Layout], weight: float, align_steps: range
+) -> Nudge:
+    """Return a nudge that moves the latents [B,4,h,w] against the gradient of `key_distance` in these steps of the sampler.
 
-    painter: StableDiffusionSampler
-    references: dict[int, Tensor]
-    """Timestep -> [B,4,h,w]."""
-    prompts: Tensor
-    """[B,77,width], of the references."""
-    texts: Tensor
-    """[1 + N,B,77,width], of base and concepts."""
-    weight: float
+    It changes nothing where a layout has no reference. Each distinct layout's reference is inverted once.
+    """
+    distinct = list({id(layout): layout for layout in layouts}.values())
+    images = [layout.reference for layout in distinct if layout.reference is not None]
+    if not weight or not align_steps or len(images) < len(distinct):
+        return unchanged
 
-    @classmethod
-    def of(
-        cls, painter: StableDiffusionSampler, layouts: Sequence[Layout], texts: Tensor, weight: float
-    ) -> Alignment | None:
-        """None where the layouts name no reference; each reference is inverted once."""
-        different = list({id(layout): layout for layout in layouts}.values())
-        pictures = [layout.reference for layout in different]
-        if not all(picture is not None for picture in pictures):
-            return None
-        side = painter.shape[1] * painter.pipe.vae_scale_factor, painter.shape[2] * painter.pipe.vae_scale_factor
-        x = torch.stack([F.interpolate(p[None] / 127.5 - 1, side, mode="area")[0] for p in pictures if p is not None])
-        prompts = painter.text([layout.reference_prompt or layout.prompt for layout in different])
-        known = inverted(painter, painter.encode(x), prompts)
-        place = {id(layout): row for row, layout in enumerate(different)}
-        rows = torch.tensor([place[id(layout)] for layout in layouts], device=texts.device)
-        return cls(painter, {t: latents[rows] for t, latents in known.items()}, prompts[rows], texts, weight)
+    size = [side * sampler.pipe.vae_scale_factor for side in sampler.shape[1:]]
+    x0 = torch.stack([F.interpolate(image[None] / 127.5 - 1, size, mode="area")[0] for image in images])
+    prompts = sampler.text([layout.reference_prompt or layout.prompt for layout in distinct])
+    inverted = invert_references(sampler, sampler.encode(x0), prompts)
 
-    def aligned(self, x: Tensor, t: int) -> Tensor:
-        """x [B,4,h,w] - weight * gradient of the loss: the squared difference of keys to the reference's, of the base branch and, on
-        average, of the concepts' (mean over positions and channels)."""
-        unet, network = self.painter.pipe.unet, self.painter.network
-        branches, count = self.texts.shape[:2]
-        wanted = keys(unet, lambda: network(self.references[t], t, self.prompts))
+    index = {id(layout): row for row, layout in enumerate(distinct)}
+    rows = torch.tensor([index[id(layout)] for layout in layouts], device=prompts.device)
+    by_region = zip(*(layout.prompts for layout in layouts), strict=True)
+    texts = sampler.text([prompt for region in by_region for prompt in region]).unflatten(0, (-1, len(layouts)))
+
+    def nudge(x: Tensor, t: int) -> Tensor:
+        step = sampler.step_of(t)
+        if step not in align_steps:
+            return x
+        expected = attention_keys(sampler, inverted[step][rows], t, prompts[rows])
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            found = keys(unet, lambda: network(x.repeat(branches, 1, 1, 1), t, self.texts.flatten(0, 1)))
-            loss = (found.unflatten(0, (branches, count)) - wanted).square().mean((2, 3)).sum(1)
-            (gradient,) = torch.autograd.grad(loss[0] + (loss[1:].mean() if branches > 1 else 0), x)
-        return x.detach() - self.weight * gradient
+            keys = attention_keys(sampler, x.repeat(len(texts), 1, 1, 1), t, texts.flatten(0, 1))
+            (gradient,) = torch.autograd.grad(key_distance(keys, expected), x)
+        return x.detach() - weight * gradient
+
+    return nudge
 
 
-class _Enough(Exception):
+def key_distance(keys: Tensor, expected: Tensor) -> Tensor:
+    """Return the squared difference of the keys [(1 + N) B,P,C] to the reference's [B,P,C], a sum over images.
+
+    It is a mean over positions and channels; that of the base branch and the mean of the concepts' add up.
+    """
+    branches: Tensor = keys.unflatten(0, (-1, len(expected)))
+    distances: Tensor = (branches - expected).square().mean((2, 3)).sum(1)
+    return distances[0] + (distances[1:].mean() if len(distances) > 1 else 0)
+
+
+class _KeysReached(Exception):
     """Ends a call of the U-Net."""
 
 
-def keys(unet: Any, call: Callable[[], object]) -> Tensor:
-    """[rows,positions,channels] float32 of the first self-attention in the second up block, or in the first where that has none, during
-    `call`, which goes no further."""
-    block = next(x for x in (*unet.up_blocks[1:2], unet.up_blocks[0]) if getattr(x, "attentions", None))
-    found: list[Tensor] = []
+def attention_keys(sampler: StableDiffusionSampler, x: Tensor, t: int, text: Tensor) -> Tensor:
+    """Return the keys [rows,positions,channels] float32 of a self-attention layer for x [rows,4,h,w] and text [rows,77,width].
+
+    It is the first one in the second up block, or in the first up block if the second has none.
+    """
+    blocks = sampler.pipe.unet.up_blocks
+    block: Any = next(block for block in (*blocks[1:2], blocks[0]) if getattr(block, "attentions", None))
+    outputs: list[Tensor] = []
 
     def stop(_: object, __: object, out: Tensor) -> None:
-        found.append(out)
-        raise _Enough
+        # diffusers can't run a part of its U-Net: an exception saves the upper half of its up blocks, in every step and with gradients
+        outputs.append(out)
+        raise _KeysReached
 
     hook = block.attentions[0].transformer_blocks[0].attn1.to_k.register_forward_hook(stop)
     try:
-        with suppress(_Enough):
-            call()
+        with suppress(_KeysReached):
+            sampler.network(x, t, text)
     finally:
         hook.remove()
-    return found[0].float()
+    return outputs[0].float()
 
 
-def inverted(painter: StableDiffusionSampler, x: Tensor, prompts: Tensor) -> dict[int, Tensor]:
-    """{t: latent} for every timestep of the sampler's grid, from clean latents x [B,4,h,w] and their prompts [B,77,width], without
-    guidance."""
-    schedule, alpha = painter.schedule, 1.0
-    grid, known = [t for t, _ in reversed(painter.grid.pairs)], {}
-    for t, before in zip(grid, [grid[0], *grid], strict=False):
-        eps = painter.network(x, before, prompts)
-        x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-        alpha = schedule.alpha_bar_at(t)
-        x = known[t] = math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * eps
-    return known
+def invert_references(sampler: StableDiffusionSampler, x0: Tensor, prompts: Tensor) -> list[Tensor]:
+    """Return the latents [B,4,h,w] at every step of the sampler, noisiest first, of clean latents x0; without guidance.
+
+    eps is taken at the timestep that x has, not at the one that it moves to; at the first step, from clean, both are the same.
+    """
+    times = [t for t, _ in sampler.grid.pairs]
+    current = dict(zip(times, [*times[1:], times[-1]], strict=True))
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return sampler.network(x, current[t], prompts)
+
+    states = ddim_invert(denoise, x0, sampler.schedule, sampler.grid)
+    return [states[t] for t in times]

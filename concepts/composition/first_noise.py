@@ -1,10 +1,9 @@
-"""A layout in the first noise.
+"""A sketch of the layout in the first noise.
 
-Stable Diffusion's schedule ends before all signal is gone: at its last step 7 % of the latent's amplitude is left (sqrt(abar_T) = 0.068),
-so in training even the noisiest pictures tell by their low frequencies where something is (Lin et al. 2023, arXiv 2305.08891). Drawing
-starts from noise alone, and where things end up is an accident of that noise's own low frequencies. A sketch, a soft spot of colour per
-region, takes their place and says where things belong. Spots stand out from the ground that the prompt promises: red on "a red background"
-would say that nothing is there.
+Stable Diffusion's schedule ends before all signal is gone: at its last step 7 % of the latent's amplitude is left (sqrt(abar_T) = 0.068).
+So in training, low frequencies show where things are even at the last step (Lin et al. 2023, arXiv 2305.08891). Sampling starts from pure
+noise, whose own low frequencies place things at random. A sketch replaces them: one soft spot of colour per region. The spots differ from
+the background that the prompt implies, since red on "a red background" would show nothing.
 """
 
 from __future__ import annotations
@@ -15,87 +14,96 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from concepts.composition.layout import key_of
+from concepts.composition.layout import is_placed, mask_seed
 from concepts.sampling import StableDiffusionSampler
 from diffusion.noise import generators
 from runtime.seeds import derived_seed
 
-CHOICE = 4  # random colours of a spot, of which the one farthest from the ground is taken
+CANDIDATES = 4  # random colours of a spot, of which the one farthest from the background is taken
 LOW = 4.0  # periods along each side: what is coarser than that places things
-FLAT = 8  # latents along each side of the one-coloured pictures that are encoded
+FLAT = 8  # latent positions along each side of the one-coloured images that are encoded
 
 
 @torch.no_grad()
 def with_sketch(
     noise: Tensor,
-    painter: StableDiffusionSampler,
-    shares: Tensor,
+    sampler: StableDiffusionSampler,
+    soft_masks: Tensor,
     seeds: Sequence[int],
-    ground: Tensor,
+    background_latent: Tensor,
     strength: float,
 ) -> Tensor:
-    """noise [B,4,h,w] with `strength` times a sketch in the place of its low frequencies; shares [N,B,h,w]: how much of each position
-    belongs to a region, ground [B,4]: the latent of what is around them. A picture whose regions are empty or cover all of it keeps its
-    noise, bit for bit."""
-    drawn = placed(shares).any(0)
-    if not drawn.any():
+    """Return noise [B,4,h,w] with `strength` times a sketch instead of its low frequencies.
+
+    soft_masks [N,B,h,w], background_latent [B,4]. An image whose regions are empty or cover everything keeps its noise, bit for bit.
+    """
+    has_regions = is_placed(soft_masks).any(0)
+    if not has_regions.any() or not strength:
         return noise
-    sketched = without_low(noise) + strength * sketches(painter, shares, seeds, ground)
-    return torch.where(drawn[:, None, None, None], sketched, noise)
+    sketched = remove_low(noise) + strength * sketch(sampler, soft_masks, seeds, background_latent)
+    return torch.where(has_regions[:, None, None, None], sketched, noise)
 
 
-def without_low(noise: Tensor) -> Tensor:
-    """[B,4,h,w] without its frequencies up to LOW."""
+def predicted_background(sampler: StableDiffusionSampler, prompts: Sequence[str], noise: Tensor) -> Tensor:
+    """Return [B,4]: the mean x0 that the prompts predict from noise [B,4,h,w] at the last timestep, where hardly more than colours show."""
+    t = len(sampler.schedule) - 1
+    eps = sampler.network(noise, t, sampler.text(prompts))
+    return sampler.schedule.x0_and_eps(eps, noise, t)[0].mean((2, 3))
+
+
+def remove_low(noise: Tensor) -> Tensor:
+    """Return [B,4,h,w] without its frequencies up to LOW."""
     height, width = noise.shape[-2:]
     down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)
     high = (down**2 + across**2 > LOW**2).to(noise)
-    return torch.fft.ifft2(torch.fft.fft2(noise) * high).real
+    filtered: Tensor = torch.fft.ifft2(torch.fft.fft2(noise) * high)
+    return filtered.real
 
 
-def sketches(painter: StableDiffusionSampler, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
-    """[B,4,h,w] of mean 0, so that the picture as a whole gets no tint, in the amplitude that training leaves at its last step. Colours
-    follow from each picture's seed and each region's shape."""
-    spots = _spots(shares)[:, :, None] * apart(painter, shares, seeds, ground)[..., None, None]
-    drawn = spots.sum(0)
-    left = math.sqrt(painter.schedule.alpha_bar_at(len(painter.schedule) - 1))
-    return left * (drawn - drawn.mean((2, 3), keepdim=True))
+def sketch(
+    sampler: StableDiffusionSampler, soft_masks: Tensor, seeds: Sequence[int], background_latent: Tensor
+) -> Tensor:
+    """Return [B,4,h,w] with the amplitude that training leaves at the last step, of mean 0, so that the image gets no tint.
+
+    Colours follow from each image's seed and each region's shape.
+    """
+    contrast = spot_contrast(sampler, soft_masks, seeds, background_latent)
+    spots = (_spots(soft_masks)[:, :, None] * contrast[..., None, None]).sum(0)
+    signal = math.sqrt(sampler.schedule.alpha_bar_at(len(sampler.schedule) - 1))
+    return signal * (spots - spots.mean((2, 3), keepdim=True))
 
 
-def apart(painter: StableDiffusionSampler, shares: Tensor, seeds: Sequence[int], ground: Tensor) -> Tensor:
-    """[N,B,4], by what each region's colour differs from the ground's: of some random ones the farthest away."""
-    colours = torch.stack([_colours(shares[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 2)
-    away = _latents(painter, colours).to(shares) - ground  # [N,CHOICE,B,4]
-    farthest = away.square().sum(3).argmax(1)[:, None, :, None]
-    return away.gather(1, farthest.expand_as(away[:, :1]))[:, 0]
+def spot_contrast(
+    sampler: StableDiffusionSampler, soft_masks: Tensor, seeds: Sequence[int], background_latent: Tensor
+) -> Tensor:
+    """Return [N,B,4], each region's colour minus the background: of some random colours the farthest."""
+    colours = torch.stack([_colours(soft_masks[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 2)
+    contrast = _latents(sampler, colours).to(soft_masks) - background_latent  # [N,CANDIDATES,B,4]
+    farthest = contrast.square().sum(3).argmax(1)[:, None, :, None]
+    return contrast.gather(1, farthest.expand_as(contrast[:, :1]))[:, 0]
 
 
-def placed(shares: Tensor) -> Tensor:
-    """[N,B,h,w] -> [N,B]: whether a region is somewhere rather than nowhere or everywhere."""
-    return shares.amax((2, 3)) > shares.amin((2, 3))
-
-
-def _spots(shares: Tensor) -> Tensor:
-    """[N,B,h,w] -> the same, 0..1: a Gaussian of each region's centre and spread, so that a box doesn't ask for something square."""
-    height, width = shares.shape[2:]
+def _spots(soft_masks: Tensor) -> Tensor:
+    """Return [N,B,h,w] in 0..1: a Gaussian with each region's centre and spread, so that a box doesn't imply something square."""
+    height, width = soft_masks.shape[2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([y, x], -1).view(-1, 2).to(shares)  # [P,2]
-    weight = shares.flatten(2) / shares.flatten(2).sum(2, keepdim=True).clamp(min=1e-6)  # [N,B,P]
-    away = places - (weight @ places)[:, :, None]  # [N,B,P,2]
-    spread = (
-        torch.einsum("nbp,nbpi,nbpj->nbij", weight, away, away) + torch.eye(2).to(shares) / 12
-    )  # at least a position's own
-    distance = torch.einsum("nbpi,nbij,nbpj->nbp", away, torch.linalg.inv(spread), away)
-    return (-distance / 2).exp().view_as(shares) * placed(shares)[..., None, None]
+    positions = torch.stack([y, x], -1).view(-1, 2).to(soft_masks)  # [P,2]
+    weight = soft_masks.flatten(2) / soft_masks.flatten(2).sum(2, keepdim=True).clamp(min=1e-6)  # [N,B,P]
+    offset = positions - (weight @ positions)[:, :, None]  # [N,B,P,2]
+    covariance = torch.einsum("nbp,nbpi,nbpj->nbij", weight, offset, offset)
+    covariance = covariance + torch.eye(2).to(soft_masks) / 12  # the extent of a single position
+    distance = torch.einsum("nbpi,nbij,nbpj->nbp", offset, torch.linalg.inv(covariance), offset)
+    return (-distance / 2).exp().view_as(soft_masks) * is_placed(soft_masks)[..., None, None]
 
 
-def _colours(shares: Tensor, seed: int) -> Tensor:
-    """[N,h,w] -> [N,CHOICE,3] in 0..1."""
-    keys = [derived_seed(seed, key_of(share)) for share in shares]
-    return torch.stack([torch.rand(CHOICE, 3, generator=stream) for stream in generators(keys)])
+def _colours(soft_masks: Tensor, seed: int) -> Tensor:
+    """Draw [N,CANDIDATES,3] in 0..1 for the regions [N,h,w] of one image."""
+    seeds = [derived_seed(seed, mask_seed(mask)) for mask in soft_masks]
+    return torch.stack([torch.rand(CANDIDATES, 3, generator=generator) for generator in generators(seeds)])
 
 
-def _latents(painter: StableDiffusionSampler, colours: Tensor) -> Tensor:
-    """[..,3] -> [..,4], in the U-Net's scale: the mean of what the encoder makes of a picture of that colour."""
-    side = FLAT * painter.pipe.vae_scale_factor
+def _latents(sampler: StableDiffusionSampler, colours: Tensor) -> Tensor:
+    """Return [..,4] for colours [..,3]: the mean latent of an image of that colour."""
+    side = FLAT * sampler.pipe.vae_scale_factor
     flat = (colours.flatten(0, -2) * 2 - 1)[..., None, None].expand(-1, -1, side, side)
-    return painter.encode(flat).mean((2, 3)).view(*colours.shape[:-1], -1)
+    return sampler.encode(flat).mean((2, 3)).view(*colours.shape[:-1], -1)

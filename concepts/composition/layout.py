@@ -1,4 +1,4 @@
-"""A layout: what a picture shows as a whole, and which learned concept belongs where.
+"""A layout: what an image shows as a whole, and which learned concept belongs where.
 
   {"prompt": "a photo of a dog next to a cat on a bench",
    "concepts": [{"token": "<new1>", "word": "dog", "box": [0.05, 0.3, 0.45, 0.9], "images": "pictures/dog"},
@@ -6,12 +6,18 @@
                 {"token": "<new2>", "style": true}],
    "reference": "two_dogs_on_a_bench.png", "reference_prompt": "two dogs on a bench"}
 
-Boxes are left, top, right, bottom in shares of the picture; masks are pictures, white where the concept belongs. A style without either
-is added to all prompts; with one, to those of the concepts there, and to the base prompt in the rest of its region. "word" says a token
-in ordinary words. A concept without a prompt of its own has "a photo of a <token>"; it should name that thing alone. "images", a folder
-of a concept's pictures, serves scores only.
-"joint", if given, is the prompt of the level of that name, which has all tokens in one. A "reference" is a square picture whose layout
-is followed. Files are relative to the layout's own.
+prompt     the whole scene in ordinary words
+token      a learned token; "word" is its ordinary word, which stands for it in the prompt
+box        left, top, right, bottom as fractions of the image
+mask       an image, white where the concept belongs; instead of a box
+prompt     of a concept: that thing alone. Default: "a photo of a <token>"
+style      a style, not a thing. Without box or mask it is added to all prompts. With one, it is added to the prompts of the concepts
+           inside, and to the base prompt in the rest of its region
+images     a folder of the concept's images, used by scores only
+joint      the prompt of level "joint", which has all tokens in one
+reference  a square image whose layout is followed, with its own prompt. Default: the base prompt
+
+File names are relative to the layout's own.
 """
 
 from __future__ import annotations
@@ -21,22 +27,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from torch import Tensor
 
 from concepts.embeddings import TOKEN, tokens_in
 from runtime.cli import BadInput, log
 from runtime.files import read_json
 from runtime.images import open_image
+from runtime.validation import validate
 
 Box = tuple[float, float, float, float]
-FINEST = 512  # positions along each side in which masks are kept
-KNOWN = {"prompt", "concepts", "joint", "reference", "reference_prompt"}
+MASK_SIZE = 512  # positions along each side in which masks are kept
 PREPOSITIONS = r"(?:of|to|and|or|with|in|on|at|by|near|above|below|under|behind|beside|from|over)\b"
-FIELDS = {"token", "prompt", "box", "mask", "style", "word", "images"}
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,19 @@ class Region:
     word: str = "object"
     """The token in ordinary words."""
     images: Path | None = None
-    """Folder of the concept's pictures."""
+    """Folder of the concept's images."""
     thing: bool = True
-    """Can be drawn alone; what is left of a style's region can't."""
+    """Whether it can be sampled alone; the rest of a style's region can't."""
 
     @property
-    def plain(self) -> str:
+    def plain_prompt(self) -> str:
         """Its prompt in ordinary words, without learned styles."""
         return TOKEN.sub("", self.prompt.replace(self.token, self.word)).split(" in the style of ")[0].strip()
 
 
 @dataclass(frozen=True)
 class Style:
-    """A style's token, and where it belongs: [512,512] float32, 0 or 1, or everywhere."""
+    """A style's token and its mask [512,512] float32, 0 or 1; None = the whole image."""
 
     token: str
     mask: Tensor | None = None
@@ -69,26 +75,26 @@ class Style:
 
 @dataclass(frozen=True)
 class Layout:
-    """The prompt in ordinary words, the regions, whose masks don't overlap, and all in one prompt, for comparison."""
+    """The base prompt in ordinary words, the regions, whose masks don't overlap, and the joint prompt with all tokens."""
 
     prompt: str
     regions: tuple[Region, ...]
     joint: str = ""
     reference: Tensor | None = None
-    """[3,S,S] uint8, the picture whose layout is followed."""
+    """[3,S,S] uint8, the image whose layout is followed."""
     reference_prompt: str = ""
-    """What it shows; none given: the base prompt."""
+    """The reference's own prompt; "" = the base prompt."""
 
-    def shares(self, height: int, width: int) -> Tensor:
-        """[N,height,width] float32, how much of each position belongs to a region, 0..1."""
+    def soft_masks(self, height: int, width: int) -> Tensor:
+        """Return [N,height,width] float32 in 0..1: how much of each position belongs to each region."""
         if not self.regions:
             return torch.zeros(0, height, width)
         masks = torch.stack([region.mask for region in self.regions])
         return F.interpolate(masks[None], size=(height, width), mode="area")[0]
 
     def masks(self, height: int, width: int) -> Tensor:
-        """[N,height,width] float32, 0 or 1, at another resolution; none of them overlap."""
-        return (self.shares(height, width) > 0.5).float()
+        """Return [N,height,width] float32, 0 or 1; no two overlap."""
+        return (self.soft_masks(height, width) > 0.5).float()
 
     @property
     def prompts(self) -> list[str]:
@@ -96,11 +102,11 @@ class Layout:
         return [self.prompt, *(region.prompt for region in self.regions)]
 
     def only(self, things: bool) -> Layout:
-        """The same with those regions alone that are things, or are not."""
+        """Return the layout with only the regions that are things, or only those that aren't."""
         return replace(self, regions=tuple(region for region in self.regions if region.thing == things))
 
     def check_resolution(self, height: int, width: int) -> None:
-        """Raises BadInput for a region in which no latent of this size lies."""
+        """Raise BadInput for a region that holds no latent position of this size."""
         for region, mask in zip(self.regions, self.masks(height, width), strict=True):
             if not mask.any():
                 raise BadInput(
@@ -108,28 +114,50 @@ class Layout:
                 )
 
 
-def inside(shares: Tensor, height: int, width: int) -> Tensor:
-    """Shares [N,B,h,w] -> masks [N,B,height,width] float32, 0 or 1: the positions that belong to a concept more than to any other, and at
-    least half as much as the one that does most. A region smaller than a position keeps the one that it fills best."""
-    found = F.interpolate(shares, size=(height, width), mode="area")
-    first, second = torch.cat([found, found.new_zeros(2, *found.shape[1:])]).topk(2, 0).values
-    return ((found == first) & (first > second) & (found > found.amax((2, 3), keepdim=True) / 2)).float()
+# ---------------------------------------------------------------- masks
+
+
+def stack_soft_masks(layouts: Sequence[Layout], height: int, width: int) -> Tensor:
+    """Return [N,B,height,width], the soft masks of B layouts of N regions each."""
+    return torch.stack([layout.soft_masks(height, width) for layout in layouts], 1)
+
+
+def hard_masks(soft_masks: Tensor, height: int, width: int) -> Tensor:
+    """Resize soft masks [N,B,h,w] to [N,B,height,width] float32, 0 or 1.
+
+    A position belongs to the concept that has the largest share of it, if that is more than half of the concept's best share.
+    So a region smaller than a position keeps the one that it fills best.
+    """
+    shares = F.interpolate(soft_masks, size=(height, width), mode="area")
+    first, second = torch.cat([shares, shares.new_zeros(2, *shares.shape[1:])]).topk(2, 0).values
+    masks: Tensor = (shares == first) & (first > second) & (shares > shares.amax((2, 3), keepdim=True) / 2)
+    return masks.float()
+
+
+def is_placed(soft_masks: Tensor) -> Tensor:
+    """Return [N,B] bool for soft masks [N,B,h,w]: False for a region that is empty or covers everything alike."""
+    return soft_masks.amax((2, 3)) > soft_masks.amin((2, 3))
+
+
+def outside(soft_masks: Tensor) -> Tensor:
+    """Return [B,1,h,w] for [N,B,h,w]: how much of each position belongs to no region; 0 where no region is placed."""
+    return ((1 - soft_masks.sum(0)).clamp(0, 1) * is_placed(soft_masks).any(0)[:, None, None])[:, None]
 
 
 def bounds(mask: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of what isn't zero in a mask [H,W], which must not be empty."""
-    rows, columns = (mask.any(axis).nonzero().flatten() for axis in (1, 0))
+    """Return the rows and columns of the bounding box of a mask [H,W] that isn't empty."""
+    rows, columns = (mask.any(axis).nonzero() for axis in (1, 0))
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def key_of(mask: Tensor) -> int:
-    """A place as a number, so that what is random about it doesn't depend on its rank among others."""
+def mask_seed(mask: Tensor) -> int:
+    """Return a number that depends on the mask alone, so that a region's randomness doesn't depend on the order of concepts."""
     return zlib.crc32(mask.numpy().tobytes())
 
 
 def box_mask(box: Box) -> Tensor:
-    """[512,512]: 1 where a position's middle lies in the box."""
-    middles = (torch.arange(FINEST) + 0.5) / FINEST
+    """Return [512,512] float32: 1 where a position's middle lies in the box."""
+    middles = (torch.arange(MASK_SIZE) + 0.5) / MASK_SIZE
     left, top, right, bottom = box
     return ((middles >= top) & (middles < bottom)).float()[:, None] * ((middles >= left) & (middles < right)).float()
 
@@ -137,80 +165,82 @@ def box_mask(box: Box) -> Tensor:
 # ---------------------------------------------------------------- making one
 
 
-def without_overlap(regions: Sequence[Region]) -> list[Region]:
-    """Where two masks overlap the later one yields, with a line; raises BadInput where nothing is left of one."""
-    taken = torch.zeros(FINEST, FINEST)
-    found: list[Region] = []
+def make_layout(
+    prompt: str, regions: Sequence[Region], styles: Sequence[Style] = (), joint: str = "", **reference: Any
+) -> Layout:
+    """Build a layout from regions that may overlap; styles of the whole image are appended to every prompt.
+
+    `joint` is the prompt with all tokens; "" = derived. `reference` are the layout's fields of these names.
+    """
+    ending = "".join(f" in the style of {style.token}" for style in styles if style.mask is None)
+    disjoint = [replace(region, prompt=_append(region.prompt, ending)) for region in remove_overlaps(regions)]
+    for style in styles:
+        if style.mask is not None:
+            disjoint = apply_style(disjoint, _append(prompt, ending), style.token, style.mask)
+    everything = "".join(f" in the style of {style.token}" for style in styles)
+    joint = joint or _append(_joint_prompt(prompt, regions), everything)
+    return Layout(_append(prompt, ending), tuple(disjoint), joint, **reference)
+
+
+def remove_overlaps(regions: Sequence[Region]) -> list[Region]:
+    """Cut earlier masks out of later ones and log it; raise BadInput for a region of which nothing is left."""
+    taken = torch.zeros(MASK_SIZE, MASK_SIZE)
+    disjoint: list[Region] = []
     for region in regions:
         free = region.mask * (1 - taken)
         if not free.any():
             raise BadInput(f"{region.token}: its region is empty, or lies within those before it")
         if free.sum() < region.mask.sum():
-            log(
-                f"{region.token}: {1 - float(free.sum() / region.mask.sum()):.0%} of its region belongs to concepts before it"
-            )
-        taken, found = taken + free, [*found, replace(region, mask=free)]
-    return found
+            share = 1 - float(free.sum() / region.mask.sum())
+            log(f"{region.token}: {share:.0%} of its region belongs to concepts before it")
+        taken, disjoint = taken + free, [*disjoint, replace(region, mask=free)]
+    return disjoint
 
 
-def make_layout(
-    prompt: str, regions: Sequence[Region], styles: Sequence[Style] = (), joint: str = "", **reference: Any
-) -> Layout:
-    """Regions may overlap; whole-picture styles go to the end of every prompt. `joint`: all tokens in one prompt. `reference`: the
-    layout's fields of these names."""
-    ending = "".join(f" in the style of {style.token}" for style in styles if style.mask is None)
-    apart = [replace(region, prompt=_ended(region.prompt, ending)) for region in without_overlap(regions)]
-    for style in styles:
-        if style.mask is not None:
-            apart = styled(apart, _ended(prompt, ending), style.token, style.mask)
-    everything = "".join(f" in the style of {style.token}" for style in styles)
-    joint = joint or _ended(_together(prompt, regions), everything)
-    return Layout(_ended(prompt, ending), tuple(apart), joint, **reference)
+def apply_style(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> list[Region]:
+    """Add the style to regions mostly inside the mask; the rest of the mask becomes a region of the base prompt in this style."""
+    ending = f" in the style of {token}"
+    within = [bool((region.mask * mask).sum() * 2 > region.mask.sum()) for region in regions]
+    styled = [
+        replace(region, prompt=region.prompt + ending) if inside else region
+        for region, inside in zip(regions, within, strict=True)
+    ]
+    rest = mask * (1 - sum((region.mask for region in regions), torch.zeros(MASK_SIZE, MASK_SIZE)))
+    return [*styled, Region(token, prompt + ending, rest, thing=False)] if rest.any() else styled
 
 
-def _together(prompt: str, regions: Sequence[Region]) -> str:
-    """The prompt with every word as its token, where it has all words; else the tokens next to each other."""
+def _joint_prompt(prompt: str, regions: Sequence[Region]) -> str:
+    """Put every token in the place of its word; if a word is missing, list the tokens next to each other."""
     for region in regions:
-        prompt = slots(prompt, [region.word], region.token, 1)
+        prompt = replace_words(prompt, [region.word], region.token, 1)
     if all(region.token in prompt for region in regions):
         return prompt
     return "a photo of " + " next to ".join(f"a {region.token}" for region in regions)
 
 
-def _ended(prompt: str, ending: str) -> str:
+def _append(prompt: str, ending: str) -> str:
     return prompt.rstrip(".") + ending
 
 
-def styled(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> list[Region]:
-    """The regions, those mostly inside the mask in this style, and what is left of the mask as a region of the base prompt in it."""
-    ending = f" in the style of {token}"
-    within = [bool((region.mask * mask).sum() * 2 > region.mask.sum()) for region in regions]
-    found = [
-        replace(region, prompt=region.prompt + ending) if yes else region
-        for region, yes in zip(regions, within, strict=True)
-    ]
-    left = mask * (1 - sum((region.mask for region in regions), torch.zeros(FINEST, FINEST)))
-    return [*found, Region(token, prompt + ending, left, thing=False)] if left.any() else found
-
-
-def slots(prompt: str, words: Sequence[str], token: str, most: int = 0) -> str:
-    """The prompt with the token in the place of every one of these words (of the first `most`): "a dog next to a cat" -> "a <new1> next
-    to a <new1>"."""
+def replace_words(prompt: str, words: Sequence[str], token: str, count: int = 0) -> str:
+    """Replace these words by the token, at most `count` times (0 = all): "a dog next to a cat" -> "a <new1> next to a <new1>"."""
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    found = re.compile(rf"(\ban )?(?<!\w)(?:{either})(?!\w)")
-    return found.sub(lambda match: f"a {token}" if match[1] else token, prompt, count=most)
+    pattern = re.compile(rf"(\ban )?(?<!\w)(?:{either})(?!\w)")
+    return pattern.sub(lambda match: f"a {token}" if match[1] else token, prompt, count=count)
 
 
 def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
-    """The tokens of a prompt side by side, in its order; `words` says them in ordinary words, for the base prompt. A token after "style
-    of" is a style. Raises BadInput for a prompt without any other."""
+    """Lay the tokens of a prompt side by side, in its order; `words` maps tokens to ordinary words for the base prompt.
+
+    A token after "style of" is a style. Raise BadInput for a prompt without any other.
+    """
     tokens = tokens_in(prompt)
     styles = [token for token in tokens if f"style of {token}" in prompt]
     objects = [token for token in tokens if token not in styles]
     if not objects:
         raise BadInput(f"--layout auto: {prompt!r} names no object's token")
-    if words and (silent := [token for token in objects if token not in words]):
-        log(f"--words has none for {', '.join(silent)}, an object to the base prompt")
+    if words and (without_word := [token for token in objects if token not in words]):
+        log(f"--words has none for {', '.join(without_word)}, an object to the base prompt")
     plain = prompt
     for style in styles:
         plain = plain.replace(f" in the style of {style}", "")
@@ -219,94 +249,93 @@ def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
     for index, token in enumerate(objects):
         box = ((index + 0.05) * width, 0.15, (index + 0.95) * width, 0.85)
         regions.append(Region(token, f"a photo of {_phrase(prompt, token)}", box_mask(box), words.get(token, "object")))
-    base = TOKEN.sub(lambda found: words.get(found[0], "object"), plain)
+    base = TOKEN.sub(lambda match: words.get(match[0], "object"), plain)
     return make_layout(base, regions, [Style(style) for style in styles], prompt)
 
 
 def _phrase(prompt: str, token: str) -> str:
-    """The token with its article and the adjectives between the two, as in "a red <key>"; without an article "a <key>"."""
-    found = re.search(rf"\b(?:an?|the) (?:(?!{PREPOSITIONS})[\w-]+ ){{0,3}}{re.escape(token)}", prompt)
-    return found[0] if found else f"a {token}"
+    """Return the token with its article and the adjectives between the two, as in "a red <key>"; without an article "a <key>"."""
+    match = re.search(rf"\b(?:an?|the) (?:(?!{PREPOSITIONS})[\w-]+ ){{0,3}}{re.escape(token)}", prompt)
+    return match[0] if match else f"a {token}"
 
 
 # ---------------------------------------------------------------- the file
 
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+
+
+class ConceptEntry(BaseModel):
+    """One concept of a layout file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    token: Annotated[str, StringConstraints(pattern=f"^{TOKEN.pattern}$")]
+    prompt: Text = ""
+    box: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = []
+    mask: Text = ""
+    style: Annotated[bool, Field(strict=True)] = False
+    word: Text = "object"
+    images: Text = ""
+
+    @model_validator(mode="after")
+    def check(self) -> ConceptEntry:
+        """Refuse a concept with both or neither of box and mask, a box that is empty, and a prompt without the token."""
+        if self.box and self.mask or not (self.style or self.box or self.mask):
+            raise ValueError(f"{self.token}: give it either a box or a mask")
+        if self.box and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise ValueError(f"{self.token}: box {self.box} must be left, top, right, bottom, rising")
+        if self.prompt and self.token not in self.prompt:
+            raise ValueError(f"{self.token}: its prompt doesn't hold it: {self.prompt!r}")
+        return self
+
+
+class LayoutFile(BaseModel):
+    """A layout file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompt: Text
+    concepts: Annotated[list[ConceptEntry], Field(min_length=1)]
+    joint: Text = ""
+    reference: Text = ""
+    reference_prompt: Text = ""
+
 
 def read_layout(path: Path) -> Layout:
-    """Raises BadInput with the file, the concept and the value."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise BadInput(f'{path}: wanted an object with a text "prompt" and a list "concepts"')
-    _check_texts(f"{path}", content, ("prompt", "joint", "reference", "reference_prompt"))
-    if unknown := set(content) - KNOWN:
-        raise BadInput(f"{path}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(KNOWN))}")
-    entries = content.get("concepts")
-    if not isinstance(entries, list) or not entries:
-        raise BadInput(f"{path}: concepts must be a list of at least one concept")
-    for number, entry in enumerate(entries):
-        _check_entry(path, number, entry)
-    for entry in entries:
-        if "word" in entry and slots(content["prompt"], [entry["word"]], "") == content["prompt"]:
-            log(f"{path}, {entry['token']}: the prompt doesn't hold its word {entry['word']!r}")
-    regions = [_region(path, entry) for entry in entries if not entry.get("style")]
-    styles = [Style(entry["token"], _mask(path, entry)) for entry in entries if entry.get("style")]
-    reference = {name: content[name] for name in ("reference", "reference_prompt") if name in content}
-    if "reference" in reference:
-        reference["reference"] = _reference(path, reference["reference"])
-    return make_layout(content["prompt"], regions, styles, content.get("joint", ""), **reference)
+    """Read a layout file; raise BadInput that names the file, the entry and the value."""
+    content = validate(LayoutFile, read_json(path), str(path))
+    for entry in content.concepts:
+        if "word" in entry.model_fields_set and replace_words(content.prompt, [entry.word], "") == content.prompt:
+            log(f"{path}, {entry.token}: the prompt doesn't hold its word {entry.word!r}")
+    regions, styles = [], []
+    for entry in content.concepts:
+        mask, images = _read_mask(path, entry), path.parent / entry.images if entry.images else None
+        if images and not images.is_dir():
+            raise BadInput(f"{path}, {entry.token}: images {images} is not a folder")
+        if entry.style:
+            styles.append(Style(entry.token, mask))
+        else:
+            assert mask is not None  # only a style may have none
+            prompt = entry.prompt or f"a photo of a {entry.token}"
+            regions.append(Region(entry.token, prompt, mask, entry.word, images))
+    reference = _read_reference(path, content.reference) if content.reference else None
+    return make_layout(
+        content.prompt, regions, styles, content.joint, reference=reference, reference_prompt=content.reference_prompt
+    )
 
 
-def _check_texts(name: str, values: dict[str, Any], fields: Sequence[str]) -> None:
-    for field in fields:
-        if field in values and not (isinstance(values[field], str) and values[field].strip()):
-            raise BadInput(f"{name}: {field} {values[field]!r} must be a text")
+def _read_mask(path: Path, entry: ConceptEntry) -> Tensor | None:
+    if entry.mask:
+        image = open_image(path.parent / entry.mask).float().mean(0) / 255
+        return (F.interpolate(image[None, None], size=(MASK_SIZE, MASK_SIZE), mode="area")[0, 0] > 0.5).float()
+    if entry.box:
+        left, top, right, bottom = entry.box
+        return box_mask((left, top, right, bottom))
+    return None
 
 
-def _check_entry(path: Path, number: int, entry: Any) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("token"), str) or not TOKEN.fullmatch(entry["token"]):
-        given = entry.get("token") if isinstance(entry, dict) else entry
-        raise BadInput(f"{path}, concept {number + 1}: its token {given!r} must be one such as <new1>")
-    name = f"{path}, {entry['token']}"
-    if unknown := set(entry) - FIELDS:
-        raise BadInput(f"{name}: {', '.join(sorted(unknown))} is not known; known are {', '.join(sorted(FIELDS))}")
-    _check_texts(name, entry, ("prompt", "word", "images", "mask"))
-    if not isinstance(entry.get("style", False), bool):
-        raise BadInput(f"{name}: style {entry['style']!r} must be true or false")
-    if "box" in entry and "mask" in entry or not entry.get("style") and not {"box", "mask"} & set(entry):
-        raise BadInput(f"{name}: give it either a box or a mask")
-    if entry["token"] not in str(entry.get("prompt", entry["token"])):
-        raise BadInput(f"{name}: its prompt doesn't hold it: {entry['prompt']!r}")
-
-
-def _region(path: Path, entry: dict[str, Any]) -> Region:
-    token, word = entry["token"], entry.get("word", "object")
-    prompt = str(entry.get("prompt", f"a photo of a {token}"))
-    images = path.parent / entry["images"] if "images" in entry else None
-    if images and not images.is_dir():
-        raise BadInput(f"{path}, {token}: images {images} is not a folder")
-    mask = _mask(path, entry)
-    assert mask is not None  # only a style may have none
-    return Region(token, prompt, mask, word, images)
-
-
-def _mask(path: Path, entry: dict[str, Any]) -> Tensor | None:
-    if "mask" in entry:
-        picture = open_image(path.parent / entry["mask"]).float().mean(0) / 255
-        return (F.interpolate(picture[None, None], size=(FINEST, FINEST), mode="area")[0, 0] > 0.5).float()
-    if "box" not in entry:
-        return None
-    box = entry["box"]
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
-    if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise BadInput(
-            f"{path}, {entry['token']}: box {box} must be left, top, right, bottom in shares from 0 to 1, rising"
-        )
-    return box_mask(tuple(box))
-
-
-def _reference(path: Path, file: str) -> Tensor:
-    picture = open_image(path.parent / file)
-    height, width = picture.shape[1:]
+def _read_reference(path: Path, file: str) -> Tensor:
+    image = open_image(path.parent / file)
+    height, width = image.shape[1:]
     if height != width:
         raise BadInput(f"{path}: reference {file} has {width}x{height} pixels, but pictures are square: crop it")
-    return picture
+    return image

@@ -1,4 +1,4 @@
-"""What became of a layout: scores of each concept inside its mask, and all levels side by side with the masks drawn in."""
+"""Results of a layout: scores of each concept inside its mask, and all levels side by side with the masks drawn in."""
 
 from __future__ import annotations
 
@@ -21,65 +21,69 @@ from runtime.images import labelled_grid
 
 Scores = dict[str, float]
 COLOURS = ((228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178))
-SHOWN = 256  # pixels along each side of a picture in figures
-MOST = 4  # pictures in the figure
+SHOWN = 256  # pixels along each side of an image in figures
+FIGURE_ROWS = 4
 GREY = 127  # around what is cut out
 
 
 def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[str, Scores]]:
-    """Per picture of [N,3,H,W] uint8 and per region, by token: "text", how well what is inside the mask fits the region's prompt in
-    ordinary words, and, where it names pictures, "image", the mean of 100 x cosine to them."""
-    found: list[dict[str, Scores]] = [{} for _ in images]
+    """Return, per image of [N,3,H,W] uint8, the scores of what is inside each region's mask, by token.
+
+    "text" is the score with the region's prompt in ordinary words. "image" is the mean of 100 x cosine to the region's own images, if it
+    names any.
+    """
+
+    scores: list[dict[str, Scores]] = [{} for _ in images]
     masks = layout.masks(*images.shape[2:])
     for number, (region, mask) in enumerate(zip(layout.regions, masks, strict=True)):
         features = scorer.encode(cut_out(images, mask))
-        columns = {"text": scorer.text_scores(features, region.plain)}
+        columns = {"text": scorer.text_scores(features, region.plain_prompt)}
         if region.images:
             columns["image"] = scorer.image_scores(features, scorer.encode(read_images(region.images)))
-        name = region.token if region.token not in found[0] else f"{region.token} {number}"
-        for row, scores in enumerate(found):
-            scores[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}
-    return found
+        name = region.token if region.token not in scores[0] else f"{region.token} {number}"
+        for row, of_image in enumerate(scores):
+            of_image[name] = {kind: round(float(column[row]), 3) for kind, column in columns.items()}
+    return scores
 
 
 def cut_out(images: Tensor, mask: Tensor) -> Tensor:
-    """[N,3,h,w] uint8: twice the mask's [H,W] bounding box, grey where the mask isn't: a CLIP knows objects best with room around."""
+    """Return [N,3,h,w] uint8: twice the bounding box of the mask [H,W], grey outside it; CLIP scores objects best with a margin."""
     window = bounds(mask)
     grey = torch.tensor(GREY, dtype=torch.uint8)
     inside = torch.where(mask[window] > 0, images[:, :, window[0], window[1]], grey)
-    above, beside = (side // 2 for side in inside.shape[2:])
-    return F.pad(inside, (beside, beside, above, above), value=GREY)
+    vertical, horizontal = (side // 2 for side in inside.shape[2:])
+    return F.pad(inside, (horizontal, horizontal, vertical, vertical), value=GREY)
 
 
-def means_of(scores: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
-    """Over pictures."""
+def mean_scores(scores: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
+    """Return the means over images."""
     return {
         token: {kind: round(sum(row[token][kind] for row in scores) / len(scores), 3) for kind in kinds}
         for token, kinds in scores[0].items()
     }
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- figures
 
 
-def layout_picture(layout: Layout, side: int = SHOWN) -> Tensor:
-    """[3,side,side] uint8: each region in a colour of its own with its token, on grey."""
+def draw_layout(layout: Layout, side: int = SHOWN) -> Tensor:
+    """Return [3,side,side] uint8: each region in its colour with its token, on grey."""
     masks = layout.masks(side, side).numpy() > 0
     pixels = np.full((side, side, 3), 210, np.uint8)
     for number, mask in enumerate(masks):
         pixels[mask] = COLOURS[number % len(COLOURS)]
-    picture = Image.fromarray(pixels)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(10, side // 16))
+    image = Image.fromarray(pixels)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(10, side // 16))
     for region, mask in zip(layout.regions, masks, strict=True):
         rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
         if len(rows):
-            place = (int(columns[0]) + 3, int(rows[0]) + 1)
-            pen.text(place, region.token, "white", font, stroke_width=1, stroke_fill="black")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            corner = (int(columns[0]) + 3, int(rows[0]) + 1)
+            pen.text(corner, region.token, "white", font, stroke_width=1, stroke_fill="black")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def with_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
-    """[N,3,H,W] uint8 -> [N,3,side,side] at least that large: the pictures with the borders of the regions in their colours."""
+def draw_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
+    """Return the images [N,3,H,W] uint8, enlarged to about `side` pixels, with the borders of the regions in their colours."""
     scale = max(1, side // images.shape[2])
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     for number, mask in enumerate(layout.masks(*large.shape[2:])):
@@ -91,13 +95,13 @@ def with_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
 
 
 def levels_figure(
-    path: Path, painter: StableDiffusionSampler, layout: Layout, seeds: Sequence[int], means: ConductorConfig
+    path: Path, sampler: StableDiffusionSampler, layout: Layout, seeds: Sequence[int], config: ConductorConfig
 ) -> None:
-    """A row per seed, of the first four: layout, joint, regional, conductor."""
-    seeds, levels = seeds[:MOST], get_args(Level)
-    orders = [LayoutRequest(layout, seed) for seed in seeds]
-    drawn = [with_outlines(compose(painter, orders, level, means), layout) for level in levels]
-    plan = layout_picture(layout, drawn[0].shape[2])
-    cells = torch.stack([image for row in zip(*drawn, strict=True) for image in (plan, *row)])
+    """Write a figure with a row per seed, of the first four: layout, joint, regional, conductor."""
+    seeds, levels = seeds[:FIGURE_ROWS], get_args(Level)
+    requests = [LayoutRequest(layout, seed) for seed in seeds]
+    columns = [draw_outlines(compose(sampler, requests, level, config), layout) for level in levels]
+    plan = draw_layout(layout, columns[0].shape[2])
+    cells = torch.stack([image for row in zip(*columns, strict=True) for image in (plan, *row)])
     rows = [f"picture {number}" for number in range(len(seeds))]
     labelled_grid(path, cells, rows, ["layout", *levels], layout.joint.replace("$", r"\$"), inch=1.8)

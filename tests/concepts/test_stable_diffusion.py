@@ -1,4 +1,4 @@
-"""What P3_model and P3_checkpoint promise: folders and single files load whole or not at all, offline, and no file's code is run."""
+"""Stable Diffusion in folders and single files: loaded whole or not at all, offline, and no file's code is run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from open_clip.tokenizer import SimpleTokenizer
 from original_layout import Call, hollow, layout, pretended, save_lightning, save_sparse, weight
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concepts.single_file import make_scheduler, make_tokenizer
-from concepts.stable_diffusion import KINDS, check_model, load_pipeline
+from concepts.stable_diffusion import KINDS, WITHOUT, check_model, load_pipeline
 from miniature.diffusion_parts import make_unet
 from runtime.cli import BadInput
 
@@ -31,7 +33,7 @@ CROSS = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the hub; what asks is told that it is out of reach."""
+    """No test reaches the hub: it is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("concepts.stable_diffusion.hub_answers", lambda: False)
 
@@ -82,10 +84,10 @@ def test_a_full_size_lightning_checkpoint_gives_every_tensor_its_place(full_size
     assert time.perf_counter() - start < 10
     pipe = load(full_size, torch.float16)
     assert_ready(pipe, torch.float16)
-    found, places = weights(pipe), list(layout())
-    assert {f"{part}.{name}" for part, name, *_ in places} == set(found)
+    loaded, places = weights(pipe), list(layout())
+    assert {f"{part}.{name}" for part, name, *_ in places} == set(loaded)
     for part, name, original, shape in places:
-        assert torch.equal(found[f"{part}.{name}"].flatten(), weight(original, shape).flatten()), original
+        assert torch.equal(loaded[f"{part}.{name}"].flatten(), weight(original, shape).flatten()), original
 
 
 @pytest.mark.slow
@@ -228,9 +230,9 @@ def test_the_tokenizer_gives_clips_ids() -> None:
     assert ids == [49406, 320, 1125, 539, 320, 2368] + [49407] * 71
     assert len(tokenizer) == 49408
     assert tokenizer.model_max_length == 77
-    known = SimpleTokenizer()
+    original = SimpleTokenizer()
     for text in ("It's 20% off, café naïve!! 🐱 <new1>", "  Many   SPACES\nlines", "日本語", "x" * 40, "don't; 1234.5"):
-        assert tokenizer(text).input_ids == [49406, *known.encode(text), 49407]
+        assert tokenizer(text).input_ids == [49406, *original.encode(text), 49407]
 
 
 def test_an_added_token_comes_after_all_others() -> None:
@@ -253,21 +255,21 @@ def test_the_schedule_is_stable_diffusion_v1s() -> None:
 
 
 def small_pipeline() -> StableDiffusionPipeline:
-    """Random weights; the miniature's kind of U-Net, an autoencoder with attention, as Stable Diffusion's has."""
+    """Random weights; the miniature's U-Net, an autoencoder with attention as Stable Diffusion's."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=16)
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return StableDiffusionPipeline(
-        unet=make_unet((16, 32), 32, side=8),
-        vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **text)),
-        tokenizer=make_tokenizer(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
+    parts: dict[str, Any] = {
+        "unet": make_unet((16, 32), 32, side=8),
+        "vae": vae,
+        "text_encoder": CLIPTextModel(config),
+        "tokenizer": make_tokenizer(),
+        "scheduler": make_scheduler(),
+    }
+    return StableDiffusionPipeline(**parts, **WITHOUT)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(small: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
     return Path(shutil.copytree(small, tmp_path / "pipe"))
 
 
@@ -291,11 +292,11 @@ def test_a_folder_loads_as_it_was_saved_and_draws(small: Path) -> None:
     check_model(str(small))
     pipe = load(small)
     assert_ready(pipe, torch.float32)
-    found = weights(pipe)
-    assert all(torch.equal(found[name], value) for name, value in weights(small_pipeline()).items())
+    loaded = weights(pipe)
+    assert all(torch.equal(loaded[name], value) for name, value in weights(small_pipeline()).items())
     assert pipe.scheduler.config.steps_offset == 1
-    made: Any = pipe("a cat", num_inference_steps=2, height=16, width=16, output_type="np")
-    assert made.images.shape == (1, 16, 16, 3)
+    output: Any = pipe("a cat", num_inference_steps=2, height=16, width=16, output_type="np")
+    assert output.images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -307,8 +308,8 @@ def test_a_folder_comes_in_one_dtype_whatever_it_was_saved_in(
     original.save_pretrained(tmp_path / "pipe")
     pipe = load(tmp_path / "pipe", dtype)
     assert_ready(pipe, dtype)
-    found = weights(pipe)
-    assert all(torch.equal(found[name], value.to(dtype)) for name, value in weights(original).items())
+    loaded = weights(pipe)
+    assert all(torch.equal(loaded[name], value.to(dtype)) for name, value in weights(original).items())
 
 
 def test_names_of_older_folders_are_understood(folder: Path) -> None:
@@ -321,8 +322,8 @@ def test_names_of_older_folders_are_understood(folder: Path) -> None:
     for new, before in renamed.items():
         old = {name.replace(f".{new}.", f".{before}."): value for name, value in old.items()}
     save_file(old, file, {"format": "pt"})
-    found = weights(load(folder))
-    assert all(torch.equal(found[name], value) for name, value in weights(small_pipeline()).items())
+    loaded = weights(load(folder))
+    assert all(torch.equal(loaded[name], value) for name, value in weights(small_pipeline()).items())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""Stable Diffusion v1 as it was published: the original names of all tensors, told from the structure of the original code and not
-from the converter under test, and files of that layout."""
+"""Stable Diffusion v1 as published: the original names of all tensors, and files of that layout.
+
+The names follow from the structure of the original code, not from the converter under test.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def unet_name(name: str) -> str:
 
 
 def inner(kind: str, tail: str) -> str:
-    """A layer's own name within its block."""
+    """Return a layer's name within its block."""
     module, _, leaf = tail.rpartition(".")
     return f"{NAMES['resnet'][module]}.{leaf}" if kind == "resnets" else tail
 
@@ -78,7 +80,7 @@ def vae_name(name: str) -> str:
 
 
 def original_name(part: str, name: str) -> str:
-    """The tensor's name in sd-v1-4.ckpt."""
+    """Return the tensor's name in sd-v1-4.ckpt."""
     if part == "unet":
         return f"model.diffusion_model.{unet_name(name)}"
     if part == "vae":
@@ -122,8 +124,8 @@ def save_sparse(path: Path, tensors: dict[str, Tensor]) -> None:
 class Call:
     """Pickled as a call of anything: what a reader of pickles would run."""
 
-    def __init__(self, function: Callable[..., object], *given: object) -> None:
-        self.parts = (function, given)
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.parts = (function, arguments)
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return self.parts

@@ -1,8 +1,9 @@
-"""A Stable Diffusion of a few thousand weights, random, as a diffusers folder, and pictures: what the tests of P3's drawing share."""
+"""A random Stable Diffusion of a few thousand weights as a diffusers folder, a random CLIP, and images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ WIDTH = 32
 
 
 def text_config() -> CLIPTextConfig:
-    """One narrow layer on the miniature's words."""
+    """Return one narrow layer on the miniature's vocabulary."""
     tokenizer = make_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -31,11 +32,12 @@ def text_config() -> CLIPTextConfig:
 
 
 def save_pipeline(folder: Path) -> Path:
-    """64x64 pictures, 16x16 latents; the U-Net listens to the text more than a fresh one does, so that prompts differ."""
+    """64x64 images, 16x16 latents; the text has more influence than in a fresh U-Net, so that prompts differ."""
     torch.manual_seed(0)
     tower, unet = CLIPTextModel(text_config()), make_unet((16, 16), WIDTH)
     with torch.no_grad():
-        tower.get_input_embeddings().weight.mul_(20)
+        table: Any = tower.get_input_embeddings()
+        table.weight.mul_(20)
         for name, weight in unet.named_parameters():
             if "attn2.to_out" in name or name.startswith("conv_out"):
                 weight.normal_(std=0.3)
@@ -44,19 +46,19 @@ def save_pipeline(folder: Path) -> Path:
 
 
 def save_clip(folder: Path) -> Path:
-    """A random CLIP with its processor on the same words."""
+    """Save a random CLIP with its processor on the same vocabulary."""
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    looks = {**shape, "image_size": 64, "patch_size": 32}
-    config = CLIPConfig(text_config=text_config().to_dict(), vision_config=looks, projection_dim=16)
+    vision = {**shape, "image_size": 64, "patch_size": 32}
+    config = CLIPConfig(text_config=text_config().to_dict(), vision_config=vision, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
-    sized = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    sized: dict[str, Any] = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     CLIPProcessor(CLIPImageProcessor(**sized), make_tokenizer()).save_pretrained(folder)
     return folder
 
 
 def save_pictures(folder: Path, count: int, seed: int = 0) -> Path:
-    """Coarse random pictures, one of them wider than high."""
+    """Save coarse random images, one of them wider than high."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(count):

@@ -1,4 +1,4 @@
-"""The collage: things are told from what surrounds them, fill their boxes without distortion, and nothing else of their pictures shows."""
+"""The collage: things are cut out of their surroundings and fill their boxes without distortion; nothing else of their images shows."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from concepts.composition.collage import GRID, cleared, cut_to_fit, pasted, things
+from concepts.composition.collage import GRID, clear_regions, cut_to_fit, paste, thing_masks
 
 GROUND, RED = torch.tensor([-0.2, 0.1, 0.4]), torch.tensor([0.9, -0.8, -0.8])
 
 
 def picture(top: int, bottom: int, left: int, right: int, side: int = 64) -> Tensor:
     """[3,side,side]: a red rectangle on a plain ground."""
-    made = GROUND[:, None, None].repeat(1, side, side)
-    made[:, top:bottom, left:right] = RED[:, None, None]
-    return made
+    image = GROUND[:, None, None].repeat(1, side, side)
+    image[:, top:bottom, left:right] = RED[:, None, None]
+    return image
 
 
 def box(top: int, bottom: int, left: int, right: int, side: int = 64) -> Tensor:
     """[side,side], 0 or 1."""
-    made = torch.zeros(side, side)
-    made[top:bottom, left:right] = 1
-    return made
+    image = torch.zeros(side, side)
+    image[top:bottom, left:right] = 1
+    return image
 
 
 @pytest.mark.parametrize("side", [64, 128])
@@ -30,7 +30,7 @@ def test_a_thing_is_what_differs_from_its_surroundings(side: int) -> None:
     scale = side // GRID
     noisy = picture(20 * scale, 40 * scale, 25 * scale, 55 * scale, side)[None]
     noisy = noisy + 0.05 * torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(things(noisy)[0], box(20, 40, 25, 55))
+    assert torch.equal(thing_masks(noisy)[0], box(20, 40, 25, 55))
 
 
 def test_a_patterned_ground_is_no_thing() -> None:
@@ -38,18 +38,18 @@ def test_a_patterned_ground_is_no_thing() -> None:
     striped = picture(0, 0, 0, 0)
     striped[:, ::4] += 0.5
     striped[:, 20:40, 25:55] = RED[:, None, None]
-    found = things(striped[None])[0]
-    assert (found == box(20, 40, 25, 55)).float().mean() > 0.99
+    mask = thing_masks(striped[None])[0]
+    assert (mask == box(20, 40, 25, 55)).float().mean() > 0.99
 
 
 def test_where_nothing_differs_the_middle_is_taken() -> None:
-    assert torch.equal(things(picture(0, 0, 0, 0)[None])[0], box(14, 50, 14, 50))
+    assert torch.equal(thing_masks(picture(0, 0, 0, 0)[None])[0], box(14, 50, 14, 50))
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (12, 30), (30, 12), (8, 120), (120, 20)])
 def test_a_thing_fills_its_box_and_keeps_its_shape(height: int, width: int) -> None:
     whole = picture(20, 40, 10, 50)  # twice as wide as high
-    layers = cut_to_fit(whole, things(whole[None])[0], height, width)
+    layers = cut_to_fit(whole, thing_masks(whole[None])[0], height, width)
     assert layers.shape == (4, height, width)
     red = ((layers[:3] - RED[:, None, None]).norm(dim=0) < 0.3) & (layers[3] > 0.9)
     rows, columns = red.any(1).sum(), red.any(0).sum()
@@ -62,9 +62,9 @@ def test_a_thing_fills_its_box_and_keeps_its_shape(height: int, width: int) -> N
 
 def test_regions_are_cleared_with_what_is_around_them() -> None:
     scene, inside = picture(10, 30, 10, 30)[None], box(8, 32, 8, 32)[None, None]
-    made = cleared(scene, inside)
-    assert (made - GROUND[:, None, None]).abs().max() < 1e-4
-    assert torch.equal(cleared(scene, torch.zeros(1, 1, 64, 64)), scene)
+    result = clear_regions(scene, inside)
+    assert (result - GROUND[:, None, None]).abs().max() < 1e-4
+    assert torch.equal(clear_regions(scene, torch.zeros(1, 1, 64, 64)), scene)
 
 
 def test_pasted_things_lie_in_their_masks_and_the_rest_stays() -> None:
@@ -72,18 +72,18 @@ def test_pasted_things_lie_in_their_masks_and_the_rest_stays() -> None:
     masks = torch.stack([box(4, 24, 4, 24), box(30, 60, 30, 60)])[:, None].repeat(1, 2, 1, 1)
     alone = [picture(20, 40, 20, 40).repeat(2, 1, 1, 1), picture(10, 50, 10, 50).repeat(2, 1, 1, 1)]
     before = backdrop.clone()
-    made = pasted(backdrop, alone, masks)
+    result = paste(backdrop, alone, masks)
     outside = masks.amax(0) == 0
     assert torch.equal(backdrop, before)
-    assert all(torch.equal(made[row][:, outside[row]], before[row][:, outside[row]]) for row in range(2))
+    assert all(torch.equal(result[row][:, outside[row]], before[row][:, outside[row]]) for row in range(2))
     for top, left in ((14, 14), (45, 45)):
-        torch.testing.assert_close(made[:, :, top, left], RED.expand(2, 3), rtol=0, atol=0.05)
+        torch.testing.assert_close(result[:, :, top, left], RED.expand(2, 3), rtol=0, atol=0.05)
     assert (
-        not torch.isclose(made[:, :, 4:24, 4:24], GROUND[:, None, None]).all(1).any()
+        not torch.isclose(result[:, :, 4:24, 4:24], GROUND[:, None, None]).all(1).any()
     )  # no ground of the thing's own picture
 
 
 def test_a_mask_without_positions_takes_nothing() -> None:
     backdrop = picture(10, 30, 10, 30)[None]
-    made = pasted(backdrop, [picture(20, 40, 20, 40)[None]], torch.zeros(1, 1, 64, 64))
-    assert torch.equal(made, backdrop)
+    result = paste(backdrop, [picture(20, 40, 20, 40)[None]], torch.zeros(1, 1, 64, 64))
+    assert torch.equal(result, backdrop)

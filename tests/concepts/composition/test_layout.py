@@ -11,20 +11,20 @@ import torch
 from PIL import Image
 
 from concepts.composition.layout import (
-    FINEST,
+    MASK_SIZE,
     Layout,
     Region,
     Style,
     auto_layout,
     box_mask,
-    inside,
+    hard_masks,
     make_layout,
     read_layout,
-    slots,
+    replace_words,
 )
 from runtime.cli import BadInput
 
-EVERYWHERE = torch.ones(FINEST, FINEST)
+EVERYWHERE = torch.ones(MASK_SIZE, MASK_SIZE)
 LEFT, RIGHT, TOP = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1)), box_mask((0, 0, 1, 0.5))
 
 
@@ -47,10 +47,10 @@ def test_boxes_masks_and_styles_are_read(tmp_path: Path) -> None:
         {"token": "<new2>", "mask": "mask.png", "prompt": "my <new2>."},
         {"token": "<new3>", "style": True},
     ]
-    found = read(tmp_path, concepts)
-    assert found.prompts == [f"{x} in the style of <new3>" for x in ("two things", "a photo of a <new1>", "my <new2>")]
-    assert found.joint == "a photo of a <new1> next to a <new2> in the style of <new3>"
-    assert torch.equal(found.masks(2, 4), torch.tensor([[[1.0, 1, 0, 0]] * 2, [[0.0, 0, 1, 1]] * 2]))
+    plan = read(tmp_path, concepts)
+    assert plan.prompts == [f"{x} in the style of <new3>" for x in ("two things", "a photo of a <new1>", "my <new2>")]
+    assert plan.joint == "a photo of a <new1> next to a <new2> in the style of <new3>"
+    assert torch.equal(plan.masks(2, 4), torch.tensor([[[1.0, 1, 0, 0]] * 2, [[0.0, 0, 1, 1]] * 2]))
 
 
 def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
@@ -58,19 +58,19 @@ def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
         {"token": "<new1>", "word": "dog", "box": [0, 0, 0.5, 1]},
         {"token": "<cat>", "word": "old cat", "box": [0.5, 0, 1, 1]},
     ]
-    found = read(tmp_path, concepts, prompt="a dog next to an old cat on a dogcart")
-    assert found.prompts[1:] == ["a photo of a <new1>", "a photo of a <cat>"]
-    assert found.joint == "a <new1> next to a <cat> on a dogcart"
-    assert [region.plain for region in found.regions] == ["a photo of a dog", "a photo of a old cat"]
+    plan = read(tmp_path, concepts, prompt="a dog next to an old cat on a dogcart")
+    assert plan.prompts[1:] == ["a photo of a <new1>", "a photo of a <cat>"]
+    assert plan.joint == "a <new1> next to a <cat> on a dogcart"
+    assert [region.plain_prompt for region in plan.regions] == ["a photo of a dog", "a photo of a old cat"]
 
 
 def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     concepts = [{"token": "<dog>", "word": "dog", "box": [0, 0, 0.5, 1]}]
     read(tmp_path, concepts, prompt="a dogcart and a dog")
     assert capsys.readouterr().err == ""
-    found = read(tmp_path, concepts, prompt="a dogcart")
+    plan = read(tmp_path, concepts, prompt="a dogcart")
     assert "<dog>: the prompt doesn't hold its word 'dog'" in capsys.readouterr().err
-    assert found.prompts == ["a dogcart", "a photo of a <dog>"]
+    assert plan.prompts == ["a dogcart", "a photo of a <dog>"]
 
 
 def test_objects_without_a_word_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,42 +81,40 @@ def test_objects_without_a_word_are_told(capsys: pytest.CaptureFixture[str]) -> 
 def test_three_concepts_are_told_alone(tmp_path: Path) -> None:
     names = ("dog", "cat", "fox")
     concepts = [{"token": f"<{x}>", "word": x, "box": [k / 3, 0, (k + 1) / 3, 1]} for k, x in enumerate(names)]
-    found = read(tmp_path, concepts, prompt="a dog, a cat and a fox on a bench")
-    assert found.prompts == ["a dog, a cat and a fox on a bench", *(f"a photo of a <{x}>" for x in names)]
-    assert found.joint == "a <dog>, a <cat> and a <fox> on a bench"
-    made = auto_layout(found.joint, {f"<{x}>": x for x in names})
-    assert made.prompts == found.prompts
+    plan = read(tmp_path, concepts, prompt="a dog, a cat and a fox on a bench")
+    assert plan.prompts == ["a dog, a cat and a fox on a bench", *(f"a photo of a <{x}>" for x in names)]
+    assert plan.joint == "a <dog>, a <cat> and a <fox> on a bench"
+    again = auto_layout(plan.joint, {f"<{x}>": x for x in names})
+    assert again.prompts == plan.prompts
 
 
 def test_a_mask_of_another_size_is_resized(tmp_path: Path) -> None:
     mask = Image.new("L", (10, 30), 0)
     mask.paste(255, (0, 0, 10, 15))
     mask.save(tmp_path / "mask.png")
-    found = read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
-    assert torch.equal(found.regions[0].mask, TOP)
+    plan = read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
+    assert torch.equal(plan.regions[0].mask, TOP)
 
 
 def test_a_reference_is_read_with_its_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "reference.png")
-    found = read(
-        tmp_path, [{"token": "<a>", "box": [0, 0, 1, 1]}], reference="reference.png", reference_prompt="a star"
-    )
-    assert found.reference is not None
-    assert found.reference[:, 0, 0].tolist() == [1, 2, 3]
-    assert found.reference_prompt == "a star"
+    plan = read(tmp_path, [{"token": "<a>", "box": [0, 0, 1, 1]}], reference="reference.png", reference_prompt="a star")
+    assert plan.reference is not None
+    assert plan.reference[:, 0, 0].tolist() == [1, 2, 3]
+    assert plan.reference_prompt == "a star"
 
 
 def test_a_style_in_a_region_acts_there_only() -> None:
     regions = [Region("<a>", "an <a>", box_mask((0, 0, 0.25, 1))), Region("<b>", "a <b>", RIGHT)]
-    found = make_layout("a scene", regions, [Style("<s>", LEFT)])
-    assert found.prompts == ["a scene", "an <a> in the style of <s>", "a <b>", "a scene in the style of <s>"]
-    assert torch.equal(found.masks(1, 4)[:, 0], torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]]))
+    plan = make_layout("a scene", regions, [Style("<s>", LEFT)])
+    assert plan.prompts == ["a scene", "an <a> in the style of <s>", "a <b>", "a scene in the style of <s>"]
+    assert torch.equal(plan.masks(1, 4)[:, 0], torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0]]))
 
 
 def test_a_layout_may_hold_styles_only(tmp_path: Path) -> None:
-    found = read(tmp_path, [{"token": "<s>", "style": True}])
-    assert found.prompts == ["two things in the style of <s>"]
-    assert found.masks(4, 4).shape == (0, 4, 4)
+    plan = read(tmp_path, [{"token": "<s>", "style": True}])
+    assert plan.prompts == ["two things in the style of <s>"]
+    assert plan.masks(4, 4).shape == (0, 4, 4)
 
 
 def test_the_later_mask_yields_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,35 +127,35 @@ def test_masks_never_overlap_at_any_resolution() -> None:
     plan = make_layout("x", [Region("<a>", "a", box_mask((0, 0, 0.53, 1))), Region("<b>", "b", EVERYWHERE)])
     for side in (3, 4, 7, 8, 16, 64):
         assert plan.masks(side, side).sum(0).max() == 1
-        assert inside(plan.shares(16, 16)[:, None], side, side).sum(0).max() == 1
+        assert hard_masks(plan.soft_masks(16, 16)[:, None], side, side).sum(0).max() == 1
 
 
 def test_a_region_smaller_than_a_position_keeps_the_one_it_fills_best() -> None:
     boxes = [(left / 64, 22 / 64, (left + 20) / 64, 42 / 64) for left in (0, 21, 43)]
-    shares = torch.stack([box_mask(box) for box in boxes])[:, None]
-    found = inside(shares, 4, 4)
-    assert (found.sum((1, 2, 3)) > 0).all()
-    assert found.sum(0).max() == 1
-    assert inside(shares, 8, 8)[0, 0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (0, 1)]
+    soft_masks = torch.stack([box_mask(box) for box in boxes])[:, None]
+    masks = hard_masks(soft_masks, 4, 4)
+    assert (masks.sum((1, 2, 3)) > 0).all()
+    assert masks.sum(0).max() == 1
+    assert hard_masks(soft_masks, 8, 8)[0, 0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (0, 1)]
 
 
 def test_no_concept_has_a_position_that_two_fill_alike() -> None:
     halves = torch.stack([box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))])[:, None]
-    assert inside(halves, 1, 1).sum() == 0
-    assert inside(halves, 2, 2).sum() == 4
+    assert hard_masks(halves, 1, 1).sum() == 0
+    assert hard_masks(halves, 2, 2).sum() == 4
 
 
 # ---------------------------------------------------------------- made of a prompt
 
 
 def test_tokens_are_laid_side_by_side() -> None:
-    found = auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog", "<new2>": "cat"})
+    plan = auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog", "<new2>": "cat"})
     ending = " in the style of <new3>"
-    assert found.prompts == [
+    assert plan.prompts == [
         f"{prompt}{ending}" for prompt in ("a dog next to a cat", "a photo of a <new1>", "a photo of a <new2>")
     ]
-    assert found.joint == "a <new1> next to a <new2> in the style of <new3>"
-    masks = found.masks(16, 16)
+    assert plan.joint == "a <new1> next to a <new2> in the style of <new3>"
+    masks = plan.masks(16, 16)
     assert masks[0, :, 8:].sum() == 0
     assert masks[1, :, :8].sum() == 0
 
@@ -168,7 +166,7 @@ def test_a_prompt_of_styles_only_has_no_layout() -> None:
 
 
 def test_only_whole_words_are_replaced() -> None:
-    assert slots("a cat, an old dog and a catfish", ["cat", "old dog"], "<x>") == "a <x>, a <x> and a catfish"
+    assert replace_words("a cat, an old dog and a catfish", ["cat", "old dog"], "<x>") == "a <x>, a <x> and a catfish"
 
 
 # ---------------------------------------------------------------- refusals
@@ -179,26 +177,31 @@ BOX = [0, 0, 1, 1]
 @pytest.mark.parametrize(
     ("concepts", "message"),
     [
-        ([], "at least one concept"),
-        ({}, "at least one concept"),
-        ([{"token": "new1", "box": BOX}], "concept 1: its token"),
+        ([], "concepts: must have at least 1 item"),
+        ({}, "concepts: must be a valid list"),
+        (["<a>"], r"concepts\[0\]: must be .* it is '<a>'"),
+        ([{"box": BOX}], r"concepts\[0\].token is missing"),
+        ([{"token": "new1", "box": BOX}], r"concepts\[0\].token: .* it is 'new1'"),
         ([{"token": "<a>"}], "<a>: give it either a box or a mask"),
         ([{"token": "<a>", "box": BOX, "mask": "mask.png"}], "<a>: give it either a box or a mask"),
-        ([{"token": "<a>", "box": [0, 0, 1.2, 1]}], r"<a>: box \[0, 0, 1.2, 1\]"),
-        ([{"token": "<a>", "box": [-0.1, 0, 1, 1]}], "<a>: box"),
-        ([{"token": "<a>", "box": [0.5, 0, 0.5, 1]}], "<a>: box"),
-        ([{"token": "<a>", "box": [0, 0, 1]}], "<a>: box"),
-        ([{"token": "<a>", "box": [0, 0, "x", 1]}], "<a>: box"),
-        ([{"token": "<s>", "style": True, "box": [0, 0, 2, 1]}], "<s>: box"),
+        (
+            [{"token": "<a>", "box": [0, 0, 1.2, 1]}],
+            r"concepts\[0\].box\[2\]: must be less than or equal to 1, it is 1.2",
+        ),
+        ([{"token": "<a>", "box": [-0.1, 0, 1, 1]}], r"concepts\[0\].box\[0\]: .* it is -0.1"),
+        ([{"token": "<a>", "box": [0.5, 0, 0.5, 1]}], r"<a>: box \[0.5, 0.0, 0.5, 1.0\] must .* rising"),
+        ([{"token": "<a>", "box": [0, 0, 1]}], r"concepts\[0\].box: .* it is \[0, 0, 1\]"),
+        ([{"token": "<a>", "box": [0, 0, "x", 1]}], r"concepts\[0\].box\[2\]: .* it is 'x'"),
+        ([{"token": "<s>", "style": True, "box": [0, 0, 2, 1]}], r"concepts\[0\].box\[2\]: .* it is 2"),
         ([{"token": "<a>", "mask": "none.png"}], "none.png"),
         ([{"token": "<a>", "mask": "layout.json"}], "layout.json is not a readable picture"),
         ([{"token": "<a>", "mask": "black.png"}], "<a>: its region is empty"),
-        ([{"token": "<a>", "mask": 3}], "<a>: mask 3"),
+        ([{"token": "<a>", "mask": 3}], r"concepts\[0\].mask: must be a valid string, it is 3"),
         ([{"token": "<a>", "box": BOX, "prompt": "a dog"}], "doesn't hold it"),
-        ([{"token": "<a>", "box": BOX, "prompt": 3}], "<a>: prompt 3"),
+        ([{"token": "<a>", "box": BOX, "prompt": 3}], r"concepts\[0\].prompt: must be a valid string, it is 3"),
         ([{"token": "<a>", "box": BOX, "images": "nowhere"}], "nowhere is not a folder"),
-        ([{"token": "<a>", "box": BOX, "weight": 2}], "weight is not known"),
-        ([{"token": "<a>", "style": "no"}], "style 'no' must be true or false"),
+        ([{"token": "<a>", "box": BOX, "weight": 2}], r"concepts\[0\].weight is not known"),
+        ([{"token": "<a>", "style": "no"}], r"concepts\[0\].style: must be a valid boolean, it is 'no'"),
         ([{"token": "<a>", "box": BOX}, {"token": "<b>", "box": BOX}], "<b>: its region is empty"),
     ],
 )
@@ -224,10 +227,11 @@ def test_auto_layout_keeps_the_adjectives_of_each_concept(prompt: str, own: list
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"prompt": 3}, 'wanted an object with a text "prompt"'),
+        ({"prompt": 3}, "prompt: must be a valid string, it is 3"),
+        ({"prompt": " "}, "prompt: must have at least 1 character, it is ' '"),
         ({"colour": "red"}, "colour is not known"),
-        ({"joint": 5}, "joint 5 must be a text"),
-        ({"reference": None}, "reference None must be a text"),
+        ({"joint": 5}, "joint: must be a valid string, it is 5"),
+        ({"reference": None}, "reference: must be a valid string, it is None"),
         ({"reference": "wide.png"}, "reference wide.png has 16x8 pixels"),
         ({"reference": "none.png"}, "none.png does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""Layouts by the command: plan, figure and scores are written where asked for, and what can't work is named before anything is drawn."""
+"""Layouts by the command: plan, figure and scores are written, and bad input is named before anything is drawn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
 from concepts.clip_scores import Scorer
 from concepts.composition.layout import Region, box_mask, make_layout
-from concepts.composition.scores import COLOURS, cut_out, layout_picture, means_of, scores_inside, with_outlines
+from concepts.composition.scores import COLOURS, cut_out, draw_layout, draw_outlines, mean_scores, scores_inside
 from concepts.embeddings import file_of, save_vectors
-from concepts.jobs import Settings
-from P3_inference import main
+from P3_inference import Settings, main
 from runtime.cli import BadInput
 
 CPU = torch.device("cpu")
@@ -30,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Path:
-    """A layout of two concepts, one with pictures, and their vectors."""
+def folder(tmp_path: Path) -> Path:
+    """Write a layout of two concepts, one with images, and their embeddings."""
     for index, token in enumerate(("<new1>", "<new2>")):
         rows = torch.randn(index + 1, WIDTH, generator=torch.Generator().manual_seed(index))
         save_vectors(file_of(tmp_path / "learned", token), token, rows, "test")
@@ -69,24 +68,24 @@ def settings(folder: Path, model: str, **changes: Any) -> Settings:
 # ---------------------------------------------------------------- the command
 
 
-def test_plan_figure_and_scores_are_written(given: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    clip = str(save_clip(given / "clip"))
-    wanted = {"draw_layout": given / "plan.png", "figure": given / "figure.png", "scores": True, "clip": clip}
-    main(settings(given, model, **wanted))
-    assert Image.open(given / "plan.png").size == (256, 256)
-    assert Image.open(given / "figure.png").size[0] > 1000
-    concepts = json.loads((given / "record.json").read_text())["metrics"]["concepts"]
+def test_plan_figure_and_scores_are_written(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = str(save_clip(folder / "clip"))
+    flags = {"draw_layout": folder / "plan.png", "figure": folder / "figure.png", "scores": True, "clip": clip}
+    main(settings(folder, model, **flags))
+    assert Image.open(folder / "plan.png").size == (256, 256)
+    assert Image.open(folder / "figure.png").size[0] > 1000
+    concepts = json.loads((folder / "record.json").read_text())["metrics"]["concepts"]
     assert list(concepts) == ["conductor_0.png", "conductor_1.png"]
     assert set(concepts["conductor_0.png"]["<new1>"]) == {"text", "image"}
     assert set(concepts["conductor_0.png"]["<new2>"]) == {"text"}
     assert "<new1>: text score" in capsys.readouterr().out
 
 
-def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
-    main(settings(given, model, dry_run=True, draw_layout=given / "plan.png", figure=given / "new" / "figure.png"))
-    assert (given / "plan.png").is_file()
-    assert not (given / "out").exists()
-    assert not (given / "new").exists()
+def test_a_dry_run_shows_the_plan_only(folder: Path, model: str) -> None:
+    main(settings(folder, model, dry_run=True, draw_layout=folder / "plan.png", figure=folder / "new" / "figure.png"))
+    assert (folder / "plan.png").is_file()
+    assert not (folder / "out").exists()
+    assert not (folder / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -94,22 +93,22 @@ def test_a_dry_run_shows_the_plan_only(given: Path, model: str) -> None:
     [("joint", 1.0, 4), ("joint", 2.0, 8), ("regional", 1.0, 8), ("conductor", 2.0, 32)],
 )
 def test_a_dry_run_counts_the_branches(
-    given: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, guidance: float, passes: int
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str], level: Any, guidance: float, passes: int
 ) -> None:
-    main(settings(given, model, dry_run=True, level=level, guidance=guidance))
+    main(settings(folder, model, dry_run=True, level=level, guidance=guidance))
     assert (
         f"{passes} passes of the U-Net" in capsys.readouterr().out
     )  # 2 pictures of 2 steps, 2 concepts, drawn alone too
 
 
-def test_a_reference_is_followed(given: Path, model: str) -> None:
-    save_pictures(given / "references", 2)
-    made = []
+def test_a_reference_is_followed(folder: Path, model: str) -> None:
+    save_pictures(folder / "references", 2)
+    images = []
     for more in ({}, {"reference": "references/1.png", "reference_prompt": "two stars"}):
-        write(given, **more)
-        main(settings(given, model, count=1, steps=4))
-        made.append((given / "out" / "conductor_0.png").read_bytes())
-    assert made[0] != made[1]
+        write(folder, **more)
+        main(settings(folder, model, count=1, steps=4))
+        images.append((folder / "out" / "conductor_0.png").read_bytes())
+    assert images[0] != images[1]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,6 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
         ({"size": 20, "dry_run": True}, "--size 20"),
         ({"steps": 2000, "dry_run": True}, "--steps 2000"),
         ({"compile": "on"}, "--compile on"),
-        ({"interval": (0.0, 0.5)}, "--interval"),
         ({"layout": "none.json"}, "none.json"),
         ({"layout": "auto"}, "--layout auto needs a --prompt"),
         ({"layout": "auto", "prompt": ("a star",)}, "names no object's token"),
@@ -130,26 +128,26 @@ def test_a_reference_is_followed(given: Path, model: str) -> None:
     ],
 )
 def test_what_can_not_work_is_named_and_nothing_written(
-    given: Path, model: str, changes: dict[str, Any], message: str
+    folder: Path, model: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        main(settings(given, model, **changes))
-    assert not (given / "out").exists()
+        main(settings(folder, model, **changes))
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_region_too_small_is_named_before_drawing(given: Path, model: str, dry_run: bool) -> None:
-    write(given, concepts=[{"token": "<new1>", "box": [0, 0, 0.01, 0.01]}])
+def test_a_region_too_small_is_named_before_drawing(folder: Path, model: str, dry_run: bool) -> None:
+    write(folder, concepts=[{"token": "<new1>", "box": [0, 0, 0.01, 0.01]}])
     with pytest.raises(BadInput, match="<new1>: its region is smaller"):
-        main(settings(given, model, dry_run=dry_run))
-    assert not (given / "out").exists()
+        main(settings(folder, model, dry_run=dry_run))
+    assert not (folder / "out").exists()
 
 
 # ---------------------------------------------------------------- pictures and scores
 
 
 def test_the_plan_shows_each_region_in_its_colour() -> None:
-    shown = layout_picture(PLAN, 64)
+    shown = draw_layout(PLAN, 64)
     assert shown[:, 60, 4].tolist() == list(COLOURS[0])
     assert shown[:, 60, 60].tolist() == list(COLOURS[1])
     assert shown[:, 4, 4].tolist() == [210] * 3
@@ -157,7 +155,7 @@ def test_the_plan_shows_each_region_in_its_colour() -> None:
 
 def test_outlines_leave_the_rest_of_a_picture() -> None:
     images = torch.full((1, 3, 64, 64), 9, dtype=torch.uint8)
-    shown = with_outlines(images, PLAN)
+    shown = draw_outlines(images, PLAN)
     assert shown.shape == (1, 3, 256, 256)
     assert shown[0, :, 64, 60].tolist() == list(COLOURS[0])
     assert shown[0, :, 160, 60].tolist() == [9] * 3
@@ -182,9 +180,9 @@ def test_scores_see_only_what_is_inside_the_mask(tmp_path: Path) -> None:
     scorer = Scorer.load(str(save_clip(tmp_path / "clip")), CPU)
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     other = torch.where(LEFT[::8, ::8] > 0, images, 255 - images)
-    found, changed = scores_inside(scorer, PLAN, images), scores_inside(scorer, PLAN, other)
-    assert [row["<new1>"] for row in found] == [row["<new1>"] for row in changed]
-    assert [row["<new2>"] for row in found] != [row["<new2>"] for row in changed]
+    scores, changed = scores_inside(scorer, PLAN, images), scores_inside(scorer, PLAN, other)
+    assert [row["<new1>"] for row in scores] == [row["<new1>"] for row in changed]
+    assert [row["<new2>"] for row in scores] != [row["<new2>"] for row in changed]
     alone = scorer.text_scores(scorer.encode(cut_out(images, LEFT[::8, ::8])), "a star")
-    assert found[0]["<new1>"]["text"] == pytest.approx(float(alone[0]), abs=1e-3)
-    assert means_of(found)["<new1>"]["text"] == pytest.approx(float(alone.mean()), abs=1e-2)
+    assert scores[0]["<new1>"]["text"] == pytest.approx(float(alone[0]), abs=1e-3)
+    assert mean_scores(scores)["<new1>"]["text"] == pytest.approx(float(alone.mean()), abs=1e-2)
