@@ -1,4 +1,4 @@
-"""What the judge should say of a scene: the labels of whole pictures, of cells and of boxes."""
+"""The judge's labels of a scene: of the whole image, of cells and of boxes."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ IGNORED = -100  # label of a question that has no answer here
 
 @dataclass(frozen=True)
 class Truth:
-    """Labels of N pictures and M boxes; IGNORED where a question has no answer."""
+    """Labels of N images and M boxes; IGNORED where a question has no answer."""
 
     whole: dict[str, Tensor]  # [N] long
     cells: dict[str, Tensor]  # [N,16,16] long
     boxes: Tensor  # [M,4] float, pixels
-    rows: Tensor  # [M], whose box it is
+    rows: Tensor  # [M], the image of each box
     boxed: dict[str, Tensor]  # [M] long
     erased: Tensor  # [N,4] float: the box that is painted over ..
     which: Tensor  # [N] bool: .. if any
 
 
-def truth_of(scenes: Sequence[Scene], gone: Sequence[int | None], random: Random) -> Truth:
-    """The labels of these scenes, from each of which object `gone` is painted over; boxes are off by a little, as a user's would be."""
-    cases = list(zip(scenes, gone, strict=True))
+def truth_of(scenes: Sequence[Scene], erased: Sequence[int | None], random: Random) -> Truth:
+    """Return the labels of these scenes, in each of which object `erased` is painted over; boxes are a little off."""
+    cases = list(zip(scenes, erased, strict=True))
     labels = [_labels(scene, missing) for scene, missing in cases]
-    asked = [(row, *box) for row, case in enumerate(cases) for box in _boxes(*case, random)]
-    rows, boxes, kinds, colours = zip(*asked, strict=True)
+    labelled = [(row, *box) for row, case in enumerate(cases) for box in _boxes(*case, random)]
+    rows, boxes, kinds, colours = zip(*labelled, strict=True)
     return Truth(
         {question: torch.tensor([label[question] for label in labels]) for question in WHOLE},
-        _cells(scenes, gone),
+        _cells(scenes, erased),
         torch.tensor(boxes),
         torch.tensor(rows),
         {"kind": torch.tensor(kinds), "colour": torch.tensor(colours)},
         torch.tensor([scene.things[missing or 0].box for scene, missing in cases]).float(),
-        torch.tensor([missing is not None for missing in gone]),
+        torch.tensor([missing is not None for missing in erased]),
     )
 
 
 def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list[float], int, int]]:
     """(box, kind, colour) of every object, and of one empty box where three tries find room for it."""
-    asked = []
+    boxes = []
     for index, thing in enumerate(scene.things):
         answer = (ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour))
-        asked.append((_jittered(thing.box, random), *(answer if index != missing else (NONE, IGNORED))))
+        boxes.append((_jittered(thing.box, random), *(answer if index != missing else (NONE, IGNORED))))
     room = [box for box in (_anywhere(random) for _ in range(3)) if not _touches(box, scene)]
-    return asked + [(box, NONE, IGNORED) for box in room[:1]]
+    return boxes + [(box, NONE, IGNORED) for box in room[:1]]
 
 
 def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
@@ -69,12 +69,12 @@ def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
     }
 
 
-def _cells(scenes: Sequence[Scene], gone: Sequence[int | None]) -> dict[str, Tensor]:
-    """Cells near an object's centre are its, those farther away are none's, and those between are not asked."""
+def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, Tensor]:
+    """Cells near an object's centre are its, those farther away are empty, and those between are ignored."""
     kinds = torch.full((len(scenes), CELLS, CELLS), NONE)
     colours = torch.full((len(scenes), CELLS, CELLS), IGNORED)
     centres = (torch.arange(CELLS) + 0.5) * (SIDE / CELLS)
-    for row, (scene, missing) in enumerate(zip(scenes, gone, strict=True)):
+    for row, (scene, missing) in enumerate(zip(scenes, erased, strict=True)):
         for index, thing in enumerate(scene.things):
             if index == missing:
                 continue

@@ -192,7 +192,7 @@ OUTLINES: dict[str, Callable[[Array], Parts]] = {
 
 @dataclass(frozen=True)
 class Sprite:
-    """One object at one size: arrays [size + 2 MARGIN, size + 2 MARGIN] in pixels of the picture."""
+    """One object at one size: arrays [size + 2 MARGIN, size + 2 MARGIN], pixels of the image."""
 
     distance: Array  # pixels to the outline, negative inside
     alpha: Array  # 0..1, how much of the pixel is object
