@@ -176,7 +176,7 @@ def train(settings: TrainClip) -> None:
 
         if run.every(settings.save_every):
             accuracy = held_out_pairs(averaged, QUICK_COUNT, settings.seed)
-            run.log.show(run.step, accuracy=accuracy, scale=float(model.logit_scale.exp()))
+            run.log.show(run.step, accuracy=accuracy, scale=float(model.logit_scale.detach().exp()))
 
     if run.done:
         averaged.model.load_state_dict(round_weights(averaged.model))  # graded as the file will hold it
