@@ -88,7 +88,7 @@ class ClipBatches:
         return ClipBatch(as_tensor(images), texts, is_true, parts_of(scenes, self.patch), never, styles)
 
     def _happens(self, share: float, *key: int) -> bool:
-        """Whether this key is among `share` of all keys."""
+        """Return whether this key is among `share` of all keys."""
         return derived_seed(self.seed, *key) % 1000 < 1000 * share
 
 
@@ -182,12 +182,12 @@ def true_of(scenes: list[Scene], captions: list[Caption]) -> Tensor:
 
 
 def _agree(value: Tensor, named: Tensor) -> Tensor:
-    """Whether values are equal, or not named, along the last axis."""
+    """Return whether values are equal, or not named, along the last axis."""
     return ((value == named) | (named == UNNAMED)).all(-1)
 
 
 def _facts(scene: Scene) -> list[int]:
-    """In the order of FACTS; the place of several objects is whether they form a row or a column."""
+    """Return the values of FACTS; the place of several objects is whether they form a row or a column."""
     spans = [max(t.box[axis] for t in scene.things) - min(t.box[axis] for t in scene.things) for axis in (0, 1)]
     place = PLACES.index(scene.things[0].place) if len(scene.things) == 1 else len(PLACES) + (spans[1] > spans[0])
     back = scene.background
@@ -202,7 +202,7 @@ def _facts(scene: Scene) -> list[int]:
 
 
 def _things(scene: Scene) -> list[list[int]]:
-    """The values of ABOUT for each object, in order of position (the world lays them so)."""
+    """Return the values of ABOUT for each object, in order of position (the world lays them so)."""
     values = [
         [
             ALL_KINDS.index(thing.kind),

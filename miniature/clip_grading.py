@@ -66,7 +66,7 @@ def held_out_pairs(clip: SmallClip, count: int, seed: int) -> float:
 
 
 def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Scene]) -> float:
-    """Share of right answers among the images that have one of the question's answers."""
+    """Return the share of right answers among the images that have one of the question's answers."""
     answers, labels = list(ANSWERS[question]), [_label(scene, question) for scene in scenes]
     rows = [row for row, label in enumerate(labels) if label in answers]
     best = (features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T).argmax(1).tolist()
@@ -74,7 +74,7 @@ def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Sc
 
 
 def _label(scene: Scene, question: str) -> str:
-    """The right answer for a scene with one object."""
+    """Return the right answer for a scene with one object."""
     thing = scene.things[0]
     labels = {"object": thing.kind, "colour": thing.colour, "background": scene.background.colour}
     return (labels | {"style": scene.style, "place": thing.place})[question]

@@ -81,7 +81,7 @@ def start_from(network: UNet2DModel, folder: Path) -> None:
 
 
 def _layout(network: UNet2DModel) -> dict[str, Any]:
-    """The configuration without diffusers' own notes; json knows no tuples."""
+    """Return the configuration without diffusers' own notes; json has no tuples."""
     plain = {name: value for name, value in network.config.items() if not name.startswith("_")}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 

@@ -175,7 +175,7 @@ def as_generated(images: Tensor, seed: int) -> Tensor:
 
 
 def _in_boxes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
-    """Of boxes that are a little off, and of some without an object."""
+    """Grade boxes that are a little off, and some without an object."""
     truth = truth_of(batch.scenes, [None] * len(images), Random(derived_seed(seed, 2)))
     answers = {question: x.cpu() for question, x in judge.boxed(images[truth.rows], truth.boxes).items()}
     kinds = truth.boxed["kind"]
@@ -189,7 +189,7 @@ def _in_boxes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed
 
 
 def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
-    """Of whole images: object, colour and place of single objects, the rest of all."""
+    """Grade whole images: object, colour and place of single objects, the rest of all."""
     truth = truth_of(batch.scenes, [None] * len(images), Random(seed)).whole
     answers = {question: x.cpu() for question, x in judge.whole(images).items()}
     single = {"kind": "object, single", "colour": "colour, single", "place": "place, single"}
@@ -204,7 +204,7 @@ def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, see
 
 
 def _leaks(judge: SceneClassifier, images: Tensor, batch: RenderedBatch) -> Rates:
-    """Of images with several objects: nothing of the first is outside its box, but the second is."""
+    """Grade images with several objects: nothing of the first is outside its box, but the second is."""
     rows = [row for row, scene in enumerate(batch.scenes) if len(scene.things) > 1]
     things = [batch.scenes[row].things for row in rows]
     boxes = torch.tensor([thing[0].box for thing in things], dtype=torch.float32).view(-1, 4)

@@ -144,7 +144,7 @@ class SceneClassifier(nn.Module):
         return {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
 
     def _present(self, features: Tensor, cells: Logits) -> dict[str, Tensor]:
-        """Boxes at the map's objects are classified in three sizes, of which the surest counts."""
+        """Classify boxes at the map's objects in three sizes, of which the surest counts."""
         boxes, rows = _spotted(1 - cells["kind"].float().softmax(1)[:, NONE])
         logits = self.network.classify_boxes(features, boxes.flatten(0, 1), rows.repeat_interleave(boxes.shape[1]))
         kind, colour = (logits[question].float().softmax(1).unflatten(0, boxes.shape[:2]) for question in BOXED)
@@ -208,7 +208,7 @@ class SceneClassifier(nn.Module):
 
 
 def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of an object in each cell [N,16,16] -> boxes [M,3,4] of three sizes about each of M objects, and their images [M].
+    """Return boxes [M,3,4] of three sizes about each of M objects, and their images [M]; `filled` [N,16,16] is P(object) per cell.
 
     In training the cells of an object are those of the inner half of its box; a lone cell is no object.
     """
@@ -229,7 +229,7 @@ def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _most(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[M,..] -> [count,..]: the largest of those of every image, 0 where it has none."""
+    """Return [count,..]: the largest of the values [M,..] of every image, 0 where it has none."""
     index = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return values.new_zeros(count, *values.shape[1:]).scatter_reduce(0, index, values, "amax")
 
@@ -241,7 +241,7 @@ def _checked(images: Tensor) -> Tensor:
 
 
 def _answer(probabilities: Tensor, words: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """The probability of image i's word."""
+    """Return the probability of image i's word."""
     columns = torch.tensor([answers.index(word) for word in words], device=probabilities.device)
     return probabilities.gather(1, columns[:, None])[:, 0]
 

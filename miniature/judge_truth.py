@@ -46,7 +46,7 @@ def truth_of(scenes: Sequence[Scene], erased: Sequence[int | None], random: Rand
 
 
 def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list[float], int, int]]:
-    """(box, kind, colour) of every object, and of one empty box where three tries find room for it."""
+    """Return (box, kind, colour) of every object, and of one empty box where three tries find room for it."""
     boxes = []
     for index, thing in enumerate(scene.things):
         answer = (ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour))
@@ -56,7 +56,7 @@ def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list
 
 
 def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
-    """Answers to the questions of WHOLE."""
+    """Return the answers to the questions of WHOLE."""
     left = [thing for index, thing in enumerate(scene.things) if index != missing]
     single = left[0] if len(left) == 1 else None
     return {
@@ -70,7 +70,7 @@ def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
 
 
 def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, Tensor]:
-    """Cells near an object's centre are its, those farther away are empty, and those between are ignored."""
+    """Label the cells: those near an object's centre are its, those farther away are empty, those between ignored."""
     kinds = torch.full((len(scenes), CELLS, CELLS), NONE)
     colours = torch.full((len(scenes), CELLS, CELLS), IGNORED)
     centres = (torch.arange(CELLS) + 0.5) * (SIDE / CELLS)
@@ -87,7 +87,7 @@ def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, T
 
 
 def _jittered(box: Box, random: Random) -> list[float]:
-    """Up to an eighth to either side, from a tenth smaller to two fifths larger."""
+    """Move a box by up to an eighth of its size, and scale it by 0.9 to 1.4."""
     size = box[2] - box[0]
     centres = [(box[axis] + box[axis + 2]) / 2 + size * random.uniform(-0.125, 0.125) for axis in (0, 1)]
     halves = [size / 2 * random.uniform(0.9, 1.4) for _ in range(2)]
@@ -105,7 +105,7 @@ def _anywhere(random: Random) -> list[float]:
 
 
 def _touches(box: Sequence[float], scene: Scene) -> bool:
-    """Whether a box reaches more than two pixels into that of an object."""
+    """Return whether a box reaches more than two pixels into that of an object."""
     return any(
         min(box[2], thing.box[2]) - max(box[0], thing.box[0]) > 2
         and min(box[3], thing.box[3]) - max(box[1], thing.box[1]) > 2

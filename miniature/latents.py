@@ -88,7 +88,7 @@ def _write(folder: Path, vae: AutoencoderKL, seeds: Sequence[int], spec: SceneSp
 
 @torch.inference_mode()
 def _encode(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
-    """[N,3,64,64] uint8 -> [N,2,4,16,16]."""
+    """Encode [N,3,64,64] uint8 as [N,2,4,16,16]."""
     device, scale, parts = next(vae.parameters()).device, vae.config["scaling_factor"], []
     for chunk in images.split(CHUNK):
         posterior = vae.encode(to_float(chunk.to(device))).latent_dist

@@ -114,7 +114,7 @@ def _name(thing: Thing, index: int, random: StableRandom, named: set[str]) -> st
 
 
 def _traits(of: Mapping[str, Sequence[str]], name: str, random: StableRandom) -> list[str]:
-    """One to three words that are true of `name`, in random order; fewer where it has no more."""
+    """Draw one to three words that are true of `name`, in random order; fewer where it has no more."""
     words = [word for word, holders in of.items() if name in holders]
     count = min(1 + random.below(3), len(words))
     return [words.pop(random.below(len(words))) for _ in range(count)]
@@ -126,7 +126,7 @@ def with_article(words: str) -> str:
 
 
 def _arranged(scene: Scene, names: Sequence[str], random: StableRandom, named: set[str]) -> str:
-    """The objects in one phrase, half of the time with where they are."""
+    """Return the objects in one phrase, half of the time with their places."""
     placed = random.chance(0.5)
     if placed:
         named.add("place")
@@ -139,7 +139,7 @@ def _arranged(scene: Scene, names: Sequence[str], random: StableRandom, named: s
 
 
 def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
-    """Their indices from left to right, or from top to bottom where they are spread more that way; and whether so."""
+    """Return indices from left to right, or from top to bottom where they spread more that way, and whether the latter."""
     spans = []
     for axis in (0, 1):
         starts = [thing.box[axis] + thing.box[axis + 2] for thing in things]
@@ -163,7 +163,7 @@ def _background(scene: Scene, random: StableRandom, named: set[str]) -> str:
 
 
 def _styled(scene: Scene, text: str, random: StableRandom, named: set[str]) -> str:
-    """Most often with the style's name, or some words about it; flat images mostly without."""
+    """Add the style's name or words about it to most captions, to fewer of flat images."""
     if not random.chance(0.4 if scene.style == "flat" else 0.8):
         return text
     held_out = scene.style in HELD_OUT_STYLES

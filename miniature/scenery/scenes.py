@@ -233,7 +233,7 @@ def sample_scene(seed: int, spec: SceneSpec = FREE) -> Scene:
 
 
 def _kinds(random: StableRandom, spec: SceneSpec, count: int) -> tuple[str, ...]:
-    """Different ones; where colours are fixed, such as may have them."""
+    """Draw different kinds; where colours are fixed, such as may have them."""
     kinds: list[str] = []
     for index in range(count):
         free = [k for k in spec.among if k not in kinds]
@@ -250,7 +250,7 @@ def _tint(random: StableRandom) -> Tint:
 
 
 def _colours(random: StableRandom, spec: SceneSpec, kinds: Sequence[str]) -> tuple[str, list[str]]:
-    """A background and one colour per kind that stand out from it; where colours are fixed, the background follows."""
+    """Draw a background and one colour per kind that stand out from it; where colours are fixed, the background follows."""
     if spec.colours:
         contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in spec.colours)]
         contrast = contrast or [b for b in BACKGROUNDS if b not in spec.colours]
@@ -275,7 +275,7 @@ def allowed(colour: str, kind: str, pairs: Pairs) -> bool:
 
 
 def _square(box: Box) -> Box:
-    """The largest even square in the middle of a box."""
+    """Return the largest even square in the middle of a box."""
     size = min_side(box) // 2 * 2
     left, top = box[0] + (box[2] - box[0] - size) // 2, box[1] + (box[3] - box[1] - size) // 2
     return left, top, left + size, top + size
@@ -285,7 +285,7 @@ def _square(box: Box) -> Box:
 
 
 def _boxes(random: StableRandom, count: int, spec: SceneSpec) -> list[Box]:
-    """Boxes that don't overlap: one at a named place, or a row or column of several."""
+    """Draw boxes that don't overlap: one at a named place, or a row or column of several."""
     least, most = (spec.min_size if count == 1 else SIZES[count][0]), SIZES[count][1]
     sizes = [2 * random.between(least // 2, most // 2) for _ in range(count)]
     if count == 1:
@@ -294,7 +294,7 @@ def _boxes(random: StableRandom, count: int, spec: SceneSpec) -> list[Box]:
 
 
 def _single(random: StableRandom, size: int, place: str) -> Box:
-    """Clearly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
+    """Draw a box clearly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
     along, across = random.between(8, (SIDE - size) // 2 - 2), random.between(-4, 4)
     right, down = {
         "left": (-along, across),
@@ -308,7 +308,7 @@ def _single(random: StableRandom, size: int, place: str) -> Box:
 
 
 def _line(random: StableRandom, sizes: Sequence[int], column: bool) -> list[Box]:
-    """One behind the other, in slots of equal width; in the middle of the other axis, up to 5 pixels off."""
+    """Draw boxes one behind the other, in slots of equal width, up to 5 pixels off the middle of the other axis."""
     slot, boxes = SIDE / len(sizes), []
     for index, size in enumerate(sizes):
         room = int(slot) - size - 2

@@ -34,7 +34,6 @@ def render(scene: Scene) -> npt.NDArray[np.uint8]:
 
 
 def _tinted(base: tuple[int, int, int], tint: tuple[int, int, int]) -> Array:
-    """[3,1,1]."""
     return np.array(base, np.float32).reshape(3, 1, 1) + np.array(tint, np.float32).reshape(3, 1, 1)
 
 
@@ -49,7 +48,7 @@ def _ground(scene: Scene) -> Array:
 
 @cache
 def _shading(ground: str, phase: int) -> Array:
-    """[64,64]: factor of the background's colour."""
+    """Return the factor of the background's colour [64,64]."""
     x, y = _coordinates()
     if ground == "gradient":
         turn = 2 * np.pi * phase / PHASES
@@ -63,7 +62,7 @@ def _shading(ground: str, phase: int) -> Array:
 
 @cache
 def _coordinates() -> tuple[Array, Array]:
-    """x and y of every pixel, [64,64] each."""
+    """Return x and y of every pixel, [64,64] each."""
     y, x = np.meshgrid(np.arange(SIDE, dtype=np.float32), np.arange(SIDE, dtype=np.float32), indexing="ij")
     return x, y
 
@@ -91,7 +90,7 @@ Window = tuple[EllipsisType, slice, slice]  # of the last two axes
 
 
 def _windows(thing: Thing, side: int) -> tuple[Window, Window]:
-    """The part of the image that a sprite covers, and the part of the sprite that lies in the image."""
+    """Return the part of the image that a sprite covers, and the part of the sprite that lies in the image."""
     outer, inner = [], []
     for start in (thing.box[1] - MARGIN, thing.box[0] - MARGIN):
         low, high = max(0, start), min(SIDE, start + side)
@@ -101,14 +100,14 @@ def _windows(thing: Thing, side: int) -> tuple[Window, Window]:
 
 
 def _wet(distance: Array, colour: Array, paper: Array) -> tuple[Array, Array]:
-    """Watercolour: wavering outline, pigment that gathers at the rim."""
+    """Return alpha and colour in watercolour: wavering outline, pigment that gathers at the rim."""
     wavering = distance + paper
     rim = np.clip(1 - np.abs(wavering + 1.2) / np.float32(1.4), 0, 1)
     return np.clip(0.5 - wavering / 1.6, 0, 1), colour * (1 - 0.35 * rim)
 
 
 def _embossed(image: Array, window: Window, figure: Sprite, inner: Window, colour: Array) -> Array:
-    """Relief: a soft shadow to the lower right on the image, lit and shaded edges on the object."""
+    """Cast a soft shadow to the lower right on the image; return the colour with lit and shaded edges."""
     cast = np.zeros_like(figure.alpha)
     cast[3:, 3:] = np.clip(0.5 - figure.distance[:-3, :-3] / 3, 0, 1)
     image[window] *= 1 - 0.55 * cast[inner]
@@ -134,7 +133,7 @@ def _finish(image: Array, mask: Array, scene: Scene) -> Array:
 
 @cache
 def _pattern(style: str, phase: int) -> tuple[Array, Array]:
-    """Factors [64,64] for the background and for objects."""
+    """Return factors [64,64] for the background and for objects."""
     x, y = _coordinates()
     if style == "hatched":
         falling, rising = (x + y + phase) % 5, (x - y + phase) % 5
@@ -158,7 +157,7 @@ def _dark(where: npt.NDArray[Any], strength: float) -> Array:
 
 @cache
 def _noise(phase: int, cell: int) -> Array:
-    """[64,64] in -1..1, smooth over `cell` pixels and without a seam; the same in every run."""
+    """Return [64,64] in -1..1, smooth over `cell` pixels and without a seam; the same in every run."""
     random = np.random.Generator(np.random.PCG64(1000 * cell + phase)).random((SIDE // cell, SIDE // cell))
     noise = np.kron(random, np.ones((cell, cell)))
     for axis in (0, 1):
@@ -169,12 +168,12 @@ def _noise(phase: int, cell: int) -> Array:
 
 @cache
 def _paper(phase: int) -> Array:
-    """[64,64]: rough -1..1, what makes wet edges waver."""
+    """Return [64,64] in -1..1, by which wet edges waver."""
     return np.clip(1.2 * _noise(phase, 4) + 0.5 * _noise(phase, 2), -1, 1)
 
 
 def _washed(image: Array, mask: Array, phase: int) -> Array:
-    """Pigment in blotches: the paper shines through in places, and its grain shows."""
+    """Lay pigment on in blotches: the paper shines through in places, and its grain shows."""
     thin, grain = _blotches(phase)
     return image + (250 - image) * thin * (1 - 0.65 * mask) + grain
 
@@ -187,7 +186,7 @@ def _blotches(phase: int) -> tuple[Array, Array]:
 
 
 def _rippled(image: Array, phase: int) -> Array:
-    """Seen through waves of water: rows move up and down along x, crests are light and troughs dark."""
+    """Distort by waves of water: rows move up and down along x, crests are light and troughs dark."""
     source, light = _waves(phase)
     return image.reshape(3, -1)[:, source].reshape(image.shape) * light
 
