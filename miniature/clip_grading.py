@@ -41,7 +41,9 @@ def encode_images(clip: SmallClip, images: Tensor) -> Tensor:
 def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
     """Encode texts, cut after 77 tokens, as [N,D] of length 1."""
     encoded = clip.tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    return clip.model.encode_text(encoded["input_ids"].to(clip.model.logit_scale.device), normalize=True)
+    device = clip.model.logit_scale.device
+    features: Tensor = clip.model.encode_text(encoded["input_ids"].to(device), normalize=True)
+    return features
 
 
 def measure_rates(clip: SmallClip, count: int, seed: int) -> dict[str, float]:

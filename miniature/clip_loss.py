@@ -35,11 +35,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, is_true: Tens
 class PatchLoss(nn.Module):
     """Cross-entropy of the object at each patch, from the states after the last vision block but one."""
 
-    def __init__(self, visual: nn.Module, width: int):
+    def __init__(self, visual: Any, width: int):
         super().__init__()
         self.head = nn.Linear(width, NONE + 1)
         self.states: Tensor | None = None
-        blocks: Any = visual.transformer.resblocks  # type: ignore[union-attr]
+        blocks = visual.transformer.resblocks
         blocks[max(0, len(blocks) - 2)].register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: Any, states: Tensor) -> None:
@@ -68,7 +68,7 @@ class StyleLoss(nn.Module):
         return F.cross_entropy(self.head(features * scale.detach()), styles)
 
 
-def forward(model: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(model: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return open_clip's image features, text features and logit scale, for prompts shorter than 77 tokens.
 
     Attention is causal: positions after the end token have no effect. Positions beyond the longest caption, about 35 tokens, are
@@ -76,15 +76,16 @@ def forward(model: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
     """
     length = tokens.shape[1]
     shorter = {
-        "positional_embedding": model.positional_embedding[:length],  # type: ignore[index]
-        "attn_mask": model.attn_mask[:length, :length],  # type: ignore[index]
+        "positional_embedding": model.positional_embedding[:length],
+        "attn_mask": model.attn_mask[:length, :length],
     }
-    return functional_call(model, shorter, (x, tokens))
+    output: tuple[Tensor, Tensor, Tensor] = functional_call(model, shorter, (x, tokens))
+    return output
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: weight decay for matrices that are no embeddings; locked parameters are left out."""
-    spared = {"token_embedding.weight", *model.no_weight_decay()}  # type: ignore[operator]
+    spared = {"token_embedding.weight", *model.no_weight_decay()}
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learning if p.ndim > 1 and name not in spared]
     others = [p for name, p in learning if p.ndim < 2 or name in spared]

@@ -219,9 +219,10 @@ def to_transformers(clip: SmallClip) -> CLIPModel:
     """Return the same network as a `CLIPModel` in fp32; its `text_model` is a Stable Diffusion pipeline's text encoder."""
     from transformers import CLIPModel
 
-    model = CLIPModel(transformers_config(clip.config))
+    model: Any = CLIPModel(transformers_config(clip.config))
     model.load_state_dict(transformers_weights(clip.model.state_dict()))
-    return model.eval().requires_grad_(False)
+    network: CLIPModel = model.eval().requires_grad_(False)
+    return network
 
 
 def make_processor(clip: SmallClip) -> CLIPProcessor:

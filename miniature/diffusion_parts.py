@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.batches import in_batches
 from runtime.cli import BadInput, progress_bar
@@ -46,7 +46,7 @@ def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = len(channels)
-    return AutoencoderKL(
+    network: AutoencoderKL = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=channels,
@@ -55,6 +55,7 @@ def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
+    return network
 
 
 def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNet2DConditionModel:
@@ -64,7 +65,7 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    network: UNet2DConditionModel = UNet2DConditionModel(
         sample_size=side,
         down_block_types=("CrossAttnDownBlock2D",) * len(channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
@@ -74,21 +75,28 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
         norm_num_groups=16,
         cross_attention_dim=text_width,
     )
+    return network
 
 
 # ---------------------------------------------------------------- folders
 
 
-def save_part(network: AutoencoderKL | UNet2DConditionModel, folder: Path) -> None:
-    """Write fp16 safetensors and config.json; each file is either whole or the old one."""
+def save_part(network: nn.Module, folder: Path) -> None:
+    """Write fp16 safetensors and config.json."""
+    save_atomically(copy.deepcopy(network).half(), folder)
+
+
+def save_atomically(model: Any, folder: Path) -> None:
+    """Write a diffusers model or pipeline; each file is either whole or the old one, and other files stay."""
     output_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
         try:
-            copy.deepcopy(network).half().save_pretrained(temporary)
+            model.save_pretrained(temporary)
         except SafetensorError as error:
             raise OSError(f"could not write {folder} (disk full?): {error}") from None
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before config.json
-            with atomic(folder / file.name) as whole:
+        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        for file in sorted(files, reverse=True):  # weights before config.json
+            with atomic(folder / file.relative_to(temporary)) as whole:
                 shutil.copyfile(file, whole)
 
 
@@ -160,8 +168,9 @@ def make_pipeline(
     from concepts.single_file import make_scheduler
 
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": tower, "tokenizer": tokenizer}
+    parts["scheduler"] = make_scheduler()
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**parts, **absent, scheduler=make_scheduler())
+    pipe = StableDiffusionPipeline(**parts, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -170,10 +179,9 @@ def load_pipeline(parts: Path, clip: Path) -> StableDiffusionPipeline:
     """Load vae/ and unet/ of `parts` and the transformers folder `clip`; raise BadInput naming the command for an absent part."""
     tower, tokenizer = load_text_tower(clip)
     vae, unet = load_vae(parts / "vae"), load_unet(parts / "unet")
-    if unet.config.cross_attention_dim != tower.config.hidden_size:
-        raise BadInput(
-            f"{parts / 'unet'} reads text {unet.config.cross_attention_dim} wide, {clip} writes {tower.config.hidden_size}"
-        )
+    width = unet.config["cross_attention_dim"]
+    if width != tower.config.hidden_size:
+        raise BadInput(f"{parts / 'unet'} reads text {width} wide, {clip} writes {tower.config.hidden_size}")
     return make_pipeline(vae, unet, tower, tokenizer)
 
 

@@ -63,15 +63,16 @@ def _from_folder(folder: Path, source: Path) -> Faces:
     top = Path(os.path.commonpath([path.parent for path in paths]))
     apart = any(path.parent != top for path in paths)
     names = [(path.parent if apart else path).relative_to(top).as_posix() for path in paths]
-    images = [square(open_image(path)) for path in progress(paths, "reading faces", leave=False)]
+    images = [to_square(open_image(path)) for path in progress(paths, "reading faces", leave=False)]
     return Faces(torch.stack(images), names)
 
 
-def square(image: Tensor) -> Tensor:
+def to_square(image: Tensor) -> Tensor:
     """Crop [3,H,W] uint8 to its central square and resize it to [3,80,80] uint8."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
 
-    return resize(center_crop(image, [min(image.shape[1:])] * 2), [STORED, STORED], antialias=True)
+    square: Tensor = resize(center_crop(image, [min(image.shape[1:])] * 2), [STORED, STORED], antialias=True)
+    return square
 
 
 def held_out_people(faces: Faces, count: int, seed: int) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +15,11 @@ from diffusion.samplers import ddim
 from diffusion.schedule import Schedule, linear
 from diffusion.steps import step_rule
 from faces.models import load_folder
+from miniature.diffusion_parts import save_atomically
 from miniature.faces import SIDE
 from runtime.cli import BadInput
 from runtime.device import to_training_device
-from runtime.files import ROOT, atomic, output_folder, write_json
+from runtime.files import ROOT, write_json
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -41,7 +40,7 @@ def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
             f"--channels {channels}, --blocks {blocks}: two levels or more, multiples of 8, one block or more"
         )
     plain = len(channels) - 1
-    return UNet2DModel(
+    network: UNet2DModel = UNet2DModel(
         sample_size=SIDE,
         block_out_channels=tuple(channels),
         layers_per_block=blocks,
@@ -54,6 +53,7 @@ def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
         norm_eps=1e-5,
         norm_num_groups=8,
     )
+    return network
 
 
 @torch.inference_mode()
@@ -61,7 +61,8 @@ def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) ->
     """Sample [N,3,64,64] in -1..1 by DDIM at eta 0 in 50 steps; image k has seed k's noise."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        return unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
+        eps: Tensor = unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
+        return eps
 
     rule, parts = step_rule("homework", len(schedule), 50), []
     for start in range(0, len(seeds), CHUNK):
@@ -92,11 +93,6 @@ def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> N
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     scheduler = DDIMScheduler(num_train_timesteps=STEPS, steps_offset=1, set_alpha_to_one=False)  # linear, 1e-4 .. 0.02
-    output_folder(folder)
-    with TemporaryDirectory() as temporary:
-        half = to_training_device(deepcopy(network).half(), torch.device("cpu"))
-        DDIMPipeline(half, scheduler).save_pretrained(temporary)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            with atomic(folder / path.relative_to(temporary)) as whole:
-                shutil.copyfile(path, whole)
+    half: Any = to_training_device(deepcopy(network).half(), torch.device("cpu"))
+    save_atomically(DDIMPipeline(half, scheduler), folder)
     write_json(folder / ORIGIN, origin)

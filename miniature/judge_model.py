@@ -259,7 +259,7 @@ def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
     axis = torch.arange(SIDE, device=x.device) + 0.5
     left, top, right, bottom = (boxes + torch.tensor([-1, -1, 1, 1], device=x.device)).T[:, :, None]
     columns, rows = (axis > left) & (axis < right), (axis > top) & (axis < bottom)
-    inside = (rows[:, None, :, None] & columns[:, None, None, :]).float()
+    inside: Tensor = (rows[:, None, :, None] & columns[:, None, None, :]).float()
     if which is not None:
         inside = inside * which[:, None, None, None]
     ring = F.max_pool2d(inside, 5, 1, 2) - inside

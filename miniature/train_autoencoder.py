@@ -148,7 +148,7 @@ def train(settings: TrainAutoencoder) -> None:
 
     if run.done:
         save_part(with_measured_scale(averaged, settings.seed), settings.output / "vae")
-        vae = load_vae(settings.output / "vae").to(device)
+        vae = to_training_device(load_vae(settings.output / "vae"), device)
         rates = measure_psnr(vae, settings.grade, settings.seed + 1)
         record.metrics |= rates | {"scaling_factor": vae.config["scaling_factor"]}
         print(summary(rates, vae))
@@ -221,7 +221,7 @@ def grade(settings: GradeAutoencoder) -> None:
     machine = detect(settings.device)
     set_up("fp32", machine)
     record = Record(settings, machine)
-    vae = load_vae(settings.parts / "vae").to(machine.device)
+    vae = to_training_device(load_vae(settings.parts / "vae"), machine.device)
     with record.timed("grading"):
         rates = measure_psnr(vae, settings.count, settings.seed)
     record.metrics = rates | {"scaling_factor": vae.config["scaling_factor"]}

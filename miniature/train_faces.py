@@ -129,7 +129,8 @@ def train(settings: TrainFaces) -> None:
     )
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
+        eps: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
+        return eps
 
     for step in run:
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)

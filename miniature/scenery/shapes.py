@@ -26,18 +26,21 @@ SOFT = 1.0  # width in pixels of an antialiased edge
 
 def circle(p: Array, x: float, y: float, radius: float) -> Array:
     """Return the distance of points [2,...] to a disc."""
-    return np.hypot(p[0] - x, p[1] - y) - np.float32(radius)
+    distance: Array = np.hypot(p[0] - x, p[1] - y) - np.float32(radius)
+    return distance
 
 
 def stroke(p: Array, points: Sequence[Point], radius: float) -> Array:
     """Return the distance to a line through `points`, drawn with a round pen."""
-    return np.minimum.reduce([_segment(p, a, b) for a, b in zip(points, points[1:], strict=False)]) - np.float32(radius)
+    nearest: Array = np.minimum.reduce([_segment(p, a, b) for a, b in zip(points, points[1:], strict=False)])
+    return nearest - np.float32(radius)
 
 
 def _segment(p: Array, a: Point, b: Point) -> Array:
     x, y, u, v = p[0] - a[0], p[1] - a[1], b[0] - a[0], b[1] - a[1]
     along = np.clip((x * u + y * v) / max(u * u + v * v, 1e-9), 0, 1)
-    return np.hypot(x - along * u, y - along * v)
+    distance: Array = np.hypot(x - along * u, y - along * v)
+    return distance
 
 
 def polygon(p: Array, points: Sequence[Point]) -> Array:
@@ -197,7 +200,8 @@ class Sprite:
 
 def coverage(distance: Array) -> Array:
     """Return the share of a pixel that is inside, 0..1, from its distance in pixels."""
-    return np.clip(np.float32(0.5) - distance / np.float32(SOFT), 0, 1)
+    inside: Array = np.clip(np.float32(0.5) - distance / np.float32(SOFT), 0, 1)
+    return inside
 
 
 @lru_cache(maxsize=4096)
@@ -221,5 +225,5 @@ def sprite(kind: str, size: int, angle: int, mirrored: bool) -> Sprite:
 def _bevel(distance: Array) -> Array:
     down, right = np.gradient(distance)
     slope = (-down - right) / np.float32(math.sqrt(2))  # the outline's normal against light from the upper left
-    rim = np.clip(1 - np.abs(distance + 1.6) / np.float32(1.8), 0, 1)
+    rim: Array = np.clip(1 - np.abs(distance + 1.6) / np.float32(1.8), 0, 1)
     return (slope * rim).astype(np.float32)

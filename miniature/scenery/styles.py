@@ -52,7 +52,7 @@ def _shading(ground: str, phase: int) -> Array:
     x, y = _coordinates()
     if ground == "gradient":
         turn = 2 * np.pi * phase / PHASES
-        across = (np.cos(turn) * (x - SIDE / 2) + np.sin(turn) * (y - SIDE / 2)) / SIDE
+        across: Array = (np.cos(turn) * (x - SIDE / 2) + np.sin(turn) * (y - SIDE / 2)) / SIDE
         return (0.92 + 0.4 * across).astype(np.float32)
     if ground == "textured":  # a chequered cloth
         squares = ((x + phase) // 8 + (y + 5 * phase) // 8) % 2
@@ -112,7 +112,8 @@ def _embossed(image: Array, window: Window, figure: Sprite, inner: Window, colou
     cast[3:, 3:] = np.clip(0.5 - figure.distance[:-3, :-3] / 3, 0, 1)
     image[window] *= 1 - 0.55 * cast[inner]
     bevel = figure.bevel[inner]
-    return colour + np.maximum(bevel, 0) * (255 - colour) * 0.75 + np.minimum(bevel, 0) * colour * 0.6
+    lit: Array = colour + np.maximum(bevel, 0) * (255 - colour) * 0.75
+    return lit + np.minimum(bevel, 0) * colour * 0.6
 
 
 # ---------------------------------------------------------------- over all

@@ -81,7 +81,7 @@ def small(folder: Path, **more: Any) -> TrainClip:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in open_clip's form, with weights large enough that images and prompts differ."""
+    """Write a model in open_clip's form, with weights large enough that images and prompts differ."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
     config = model_config(TINY, make_tokenizer())
     model = open_clip.CLIP(**config)
@@ -133,7 +133,7 @@ def test_unknown_words_are_spelled(text: str, tokenizer: CLIPTokenizer) -> None:
     ids = tokenizer(text).input_ids
     assert len(ids) > 3
     assert ids.count(tokenizer.eos_token_id) == 1  # which is also what the unknown would become
-    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    assert str(tokenizer.decode(ids, skip_special_tokens=True)).replace(" ", "") == text.replace(" ", "")
 
 
 def test_ids_are_laid_out_as_in_clip(tokenizer: CLIPTokenizer) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -57,7 +59,7 @@ LAYOUT = {"device": "cpu", "compile": "off", "log_every": 2, "save_every": 2, "s
 
 
 def save_clip(folder: Path, width: int = 32, seed: int = 0) -> Path:
-    """A random CLIP and a tokenizer that spells, as a transformers folder: what --clip takes."""
+    """Write a random CLIP and a tokenizer that spells as a transformers folder, for --clip."""
     alphabet = [chr(code) for code in range(33, 127)]
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
@@ -79,7 +81,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parts folder with a random autoencoder."""
+    """Write a parts folder with a random autoencoder."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     save_part(autoencoder.with_measured_scale(make_autoencoder((8, 8, 8)), 0, 20), folder / "vae")
@@ -88,7 +90,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(clip: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished tiny run, with a sheet at its end."""
+    """Finish a tiny run, with a sheet at its end."""
     folder = tmp_path_factory.mktemp("trained")
     settings = small(folder, clip, vae, show_every=6)
     diffusion.main(settings)
@@ -153,7 +155,7 @@ def test_scaled_latents_of_other_pictures_have_unit_variance(vae: Path) -> None:
     network = load_vae(vae / "vae")
     x = autoencoder.random_images([derived_seed(9, index) for index in range(60)], CPU)
     posterior = network.encode(x).latent_dist
-    latents = posterior.sample(torch.Generator().manual_seed(0)) * network.config.scaling_factor
+    latents = posterior.sample(torch.Generator().manual_seed(0)) * network.config["scaling_factor"]
     assert float(latents.var()) == pytest.approx(1, abs=0.1)
 
 
@@ -196,7 +198,7 @@ def test_latents_are_the_scaled_posteriors_of_the_rendered_pictures(vae: Path, c
     data = cached_latents(tmp_path, network, tokenizer, 10, 0)
     made = dataset(10, 0)
     x = torch.from_numpy(made.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    posterior, scale = network.encode(x).latent_dist, network.config.scaling_factor
+    posterior, scale = network.encode(x).latent_dist, network.config["scaling_factor"]
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([7, 0, 7])
     wanted = scale * (posterior.mean[rows] + posterior.std[rows] * noise)
@@ -240,9 +242,12 @@ def test_captions_are_dropped_as_often_as_the_flag_says(
     share: float, clip: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        Latents, "captions", lambda data, rows, dropped, _: masks.append(dropped) or data.tokens[rows].long()
-    )
+
+    def captions(data: Latents, rows: torch.Tensor, dropped: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        masks.append(dropped)
+        return data.tokens[rows].long()
+
+    monkeypatch.setattr(Latents, "captions", captions)
     diffusion.main(small(tmp_path, clip, vae, steps=2, drop_text=share))
     assert torch.cat(masks).float().mean() == share
 
@@ -251,7 +256,7 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scheduler = make_scheduler()
     assert torch.allclose(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-4)
-    assert (scheduler.config.prediction_type, scheduler.config.steps_offset) == ("epsilon", 1)
+    assert (scheduler.config["prediction_type"], scheduler.config["steps_offset"]) == ("epsilon", 1)
 
 
 def test_the_text_tower_is_that_of_the_clip_folder(clip: Path) -> None:
@@ -361,10 +366,18 @@ def any_judge(tmp_path: Path) -> Path:
 def test_grading_leaves_record_sheet_and_table(
     trained: SimpleNamespace, any_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = {"count": 2, "held_out": 1, "scenes": 1, "couples": 1, "steps": 2, "batch": 3, "device": "cpu"}
+    counts: dict[str, Any] = {
+        "count": 2,
+        "held_out": 1,
+        "scenes": 1,
+        "couples": 1,
+        "steps": 2,
+        "batch": 3,
+        "device": "cpu",
+    }
     settings = GradeDiffusion(
         clip=trained.clip, parts=trained.parts, judge=any_judge, output=tmp_path / "grade", **counts
-    )  # type: ignore[arg-type]
+    )
     diffusion.main(settings)
     metrics = json.loads((tmp_path / "grade" / "record.json").read_text())["metrics"]
     assert set(metrics["rates"]) == {"trained pairs", "held-out pairs", "whole scenes", "two objects"}

@@ -109,9 +109,12 @@ def test_an_archive_writes_nothing_outside(tmp_path: Path) -> None:
 
 def test_held_out_people_are_not_trained_on(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        train_faces, "random_crops", lambda images, draws: used.append(images) or random_crops(images, draws)
-    )
+
+    def crops(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        used.append(images)
+        return random_crops(images, draws)
+
+    monkeypatch.setattr(train_faces, "random_crops", crops)
     main(small(people, tmp_path, held_out=2, steps=1))
     held_out = json.loads((tmp_path / "model" / "training.json").read_text())["held_out"]
     assert len(held_out) == 2
