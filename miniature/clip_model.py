@@ -60,28 +60,19 @@ class ClipSize:
 
 def model_config(size: ClipSize, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     """Return open_clip's `model_cfg`: exact GELU, which is faster than QuickGELU, and the folder's own tokenizer."""
-    return {
-        "embed_dim": size.embedding,
-        "quick_gelu": False,
-        "vision_cfg": {
-            "image_size": SIDE,
-            "patch_size": size.patch,
-            "width": size.vision_width,
-            "layers": size.vision_layers,
-            "head_width": size.head,
-        },
-        "text_cfg": {
-            "context_length": LENGTH,
-            "vocab_size": len(tokenizer),
-            "hf_tokenizer_name": ".",  # any name makes open_clip read the tokenizer from the folder
-            "width": size.text_width,
-            "heads": size.text_width // size.head,
-            "layers": size.text_layers,
-            "pool_type": "eos",
-            "eos_id": tokenizer.eos_token_id,
-            "pad_id": tokenizer.pad_token_id,
-        },
+    vision = {"image_size": SIDE, "patch_size": size.patch, "width": size.vision_width, "layers": size.vision_layers}
+    vocabulary = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    text = {
+        "context_length": LENGTH,
+        **vocabulary,
+        "hf_tokenizer_name": ".",  # any name makes open_clip read the tokenizer from the folder
+        "width": size.text_width,
+        "heads": size.text_width // size.head,
+        "layers": size.text_layers,
+        "pool_type": "eos",
     }
+    towers = {"vision_cfg": vision | {"head_width": size.head}, "text_cfg": text}
+    return {"embed_dim": size.embedding, "quick_gelu": False, **towers}
 
 
 # ---------------------------------------------------------------- open_clip's folder
@@ -142,31 +133,26 @@ def transformers_config(config: dict[str, Any]) -> CLIPConfig:
         raise BadInput(
             "only a vision transformer with GELU and a text tower that pools at the end token can be converted"
         )
-    shared = {"projection_dim": config["embed_dim"], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
-    return CLIPConfig(
-        text_config=CLIPTextConfig(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["width"],
-            intermediate_size=4 * text["width"],
-            num_hidden_layers=text["layers"],
-            num_attention_heads=text["heads"],
-            max_position_embeddings=text["context_length"],
-            bos_token_id=text["eos_id"] - 1,
-            eos_token_id=text["eos_id"],
-            pad_token_id=text["pad_id"],
-            **shared,
-        ),
-        vision_config=CLIPVisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            hidden_size=vision["width"],
-            intermediate_size=4 * vision["width"],
-            num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["width"] // vision["head_width"],
-            **shared,
-        ),
-        projection_dim=config["embed_dim"],
+
+    def shape(tower: dict[str, Any], heads: int) -> dict[str, Any]:
+        width = {"hidden_size": tower["width"], "intermediate_size": 4 * tower["width"]}
+        depth = {"num_hidden_layers": tower["layers"], "num_attention_heads": heads}
+        return {**width, **depth, "projection_dim": config["embed_dim"], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+
+    text_config = CLIPTextConfig(
+        vocab_size=text["vocab_size"],
+        max_position_embeddings=text["context_length"],
+        bos_token_id=text["eos_id"] - 1,
+        eos_token_id=text["eos_id"],
+        pad_token_id=text["pad_id"],
+        **shape(text, text["heads"]),
     )
+    vision_config = CLIPVisionConfig(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        **shape(vision, vision["width"] // vision["head_width"]),
+    )
+    return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=config["embed_dim"])
 
 
 BLOCK = {

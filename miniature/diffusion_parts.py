@@ -127,6 +127,14 @@ def _load_part(kind: Any, folder: Path, hint: str) -> Any:
     return network.eval().requires_grad_(False)
 
 
+def start_from(network: nn.Module, initial: nn.Module, folder: Path) -> None:
+    """Copy the weights of `initial`, which is --init `folder`; raise BadInput where it has another layout."""
+    try:
+        network.load_state_dict(initial.state_dict())
+    except RuntimeError:
+        raise BadInput(f"--init {folder} is of another layout than the other flags ask for") from None
+
+
 def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """Return text model (float32, frozen) and tokenizer of a transformers CLIP folder; raise BadInput where it isn't one."""
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
-from diffusion.schedule import Schedule, linear
+from diffusion.schedule import Schedule
 from diffusion.steps import step_rule
-from faces.models import load_folder
 from miniature.diffusion_parts import save_atomically
 from miniature.faces import SIDE
 from runtime.cli import BadInput
@@ -69,22 +68,6 @@ def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) ->
         noise = draw(generators(seeds[start : start + CHUNK]), (3, SIDE, SIDE), unet.device)
         parts.append(ddim(denoise, noise, schedule, rule).clamp(-1, 1).cpu())
     return torch.cat(parts)
-
-
-def start_from(network: UNet2DModel, folder: Path) -> None:
-    """Copy the weights of a folder; raise BadInput where it holds another network or schedule."""
-    initial, schedule = load_folder(folder)
-    if _layout(initial) != _layout(network):
-        raise BadInput(f"--init {folder} is of another layout than --channels and --blocks ask for")
-    if not torch.equal(schedule.alpha_bar, linear(STEPS).alpha_bar):
-        raise BadInput(f"--init {folder} has another schedule than the course's")
-    network.load_state_dict(initial.state_dict())
-
-
-def _layout(network: UNet2DModel) -> dict[str, Any]:
-    """Return the configuration without diffusers' own notes; json has no tuples."""
-    plain = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> None:

@@ -28,14 +28,13 @@ from miniature.judge_model import (
     round_weights,
     save_scene_classifier,
 )
-from miniature.judge_training import loss_of, make_batch, worsen
-from miniature.judge_truth import IGNORED, truth_of
+from miniature.judge_training import IGNORED, loss_of, make_batch, truth_of, worsen
 from miniature.scenery.render import RenderedBatch, as_tensor, dataset, world_fingerprint
 from miniature.scenery.scenes import ANY_PAIR, KINDS
 from miniature.training_flags import TrainingFlags
-from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.cli import check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import Device, detect, to_channels_last
-from runtime.files import check_writable_file, file_fingerprint, load_safetensors
+from runtime.files import check_writable_file
 from runtime.images import to_float, to_uint8
 from runtime.record import Record
 from runtime.seeds import derived_seed
@@ -54,8 +53,6 @@ class TrainSceneClassifier(TrainingFlags):
 
     output: Path = SHIPPED
     """The judge file."""
-    init: Path | None = None
-    """Judge file to start from. Layers that it lacks, or has in another shape, start at random."""
     run: Path = Path("runs/miniature/judge")
     steps: int = 2600
     batch: int = 64
@@ -96,15 +93,14 @@ def train(settings: TrainSceneClassifier) -> None:
     torch.manual_seed(settings.seed)
     network = SceneNetwork()
     if settings.init:
-        start_from(network, settings.init)
+        network.load_state_dict(load_scene_classifier(path=settings.init).network.state_dict())
     to_channels_last(network, device)
     ema = Ema(network, settings.ema)
     averaged = cast(SceneNetwork, ema.module.eval())
     adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
 
     # the run: continues from its checkpoint where there is one
-    init = file_fingerprint(settings.init) if settings.init else None
-    facts = settings.facts("weight_decay", "erased", world=world_fingerprint(ANY_PAIR), init=init)
+    facts = settings.facts("", "weight_decay", "erased", world=world_fingerprint(ANY_PAIR))
     lr = LearningRate(settings.lr, settings.steps // 10, decay=0.8)
     run = TrainingRun(settings.loop(KIND, lr, max_grad_norm=5.0), facts, Trained(network, adamw, ema), record)
 
@@ -123,16 +119,6 @@ def train(settings: TrainSceneClassifier) -> None:
         print(table(rates))
         log(f"judge: {settings.output}, record: {settings.run / 'record.json'}")
     run.finish()
-
-
-def start_from(network: SceneNetwork, path: Path) -> None:
-    """Copy the layers of a judge file that fit; raise BadInput where none does."""
-    own, (initial, _) = network.state_dict(), load_safetensors(path)
-    fitting = {name: x for name, x in initial.items() if name in own and x.shape == own[name].shape}
-    if not fitting:
-        raise BadInput(f"--init {path} has no layer of a judge")
-    network.load_state_dict(fitting, strict=False)
-    log(f"{len(fitting)} of {len(own)} tensors from {path}")
 
 
 # ---------------------------------------------------------------- grading

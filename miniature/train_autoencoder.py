@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from miniature.diffusion_parts import PARTS, load_vae, make_autoencoder, save_part
+from miniature.diffusion_parts import PARTS, WEIGHTS, load_vae, make_autoencoder, save_part, start_from
 from miniature.scenery.render import as_tensor, dataset, render_batch, world_fingerprint
 from miniature.scenery.scenes import ANY_PAIR
 from miniature.training_flags import TrainingFlags, save_sheet
@@ -119,7 +119,10 @@ def train(settings: TrainAutoencoder) -> None:
 
     # the network, its average and its optimizer
     torch.manual_seed(settings.seed)
-    network = to_training_device(Reconstruction(make_autoencoder(settings.channels)), device)
+    network = Reconstruction(make_autoencoder(settings.channels))
+    if settings.init:
+        start_from(network.vae, load_vae(settings.init), settings.init)
+    to_training_device(network, device)
     ema = Ema(network, settings.ema)
     averaged = cast(Reconstruction, ema.module.eval()).vae
     fused = device.type in ("cuda", "cpu")
@@ -131,7 +134,7 @@ def train(settings: TrainAutoencoder) -> None:
     # the run: continues from its checkpoint where there is one
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.6)
     config = settings.loop("miniature autoencoder", lr, compiled=compiled)
-    facts = settings.facts("channels", "kl", world=world_fingerprint(ANY_PAIR))
+    facts = settings.facts(WEIGHTS, "channels", "kl", world=world_fingerprint(ANY_PAIR))
     run = TrainingRun(config, facts, Trained(network, adamw, ema), record)
 
     for step in run:

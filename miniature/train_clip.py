@@ -36,13 +36,14 @@ from miniature.clip_model import (
     round_weights,
     save_clip,
 )
+from miniature.diffusion_parts import start_from
 from miniature.scenery.render import world_fingerprint
 from miniature.scenery.scenes import FREE
 from miniature.scenery.vocabulary import LENGTH, make_tokenizer
 from miniature.training_flags import TrainingFlags
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import Device, Precision, detect, len_cores, set_up
-from runtime.files import check_writable_folder, file_fingerprint
+from runtime.files import check_writable_folder
 from runtime.images import to_float
 from runtime.record import Record
 from training.ema import Ema
@@ -72,8 +73,6 @@ class TrainClip(TrainingFlags):
     """Weight of the loss that classifies the object at each patch; 0 = off."""
     styles: float = 0.25
     """Weight of the loss that classifies an image's style; 0 = off."""
-    init: Path | None = None
-    """Folder of a model of the same size to start from, such as the shipped one."""
     lock_text: bool = False
     """Keep the text tower of --init, which conditions the U-Net. Its projection, which only CLIP uses, learns."""
     size: ClipSize = field(default_factory=ClipSize)
@@ -134,7 +133,7 @@ def train(settings: TrainClip) -> None:
     torch.manual_seed(settings.seed)
     model: Any = open_clip.CLIP(**config).to(device)
     if settings.init:
-        start_from(model, settings.init)
+        start_from(model, load_clip(settings.init).model, settings.init)
     if settings.lock_text:
         lock_text_tower(model)
     ema = Ema(model, settings.ema)  # before PatchLoss hangs its hook into the model
@@ -147,11 +146,10 @@ def train(settings: TrainClip) -> None:
 
     # the run: continues from its checkpoint where there is one; other processes render ahead
     facts = settings.facts(
-        *("weight_decay", "parts", "styles", "lock_text"),
+        *(WEIGHTS, "weight_decay", "parts", "styles", "lock_text"),
         size=asdict(settings.size),
         words=len(tokenizer),
         world=world_fingerprint(FREE),
-        init=file_fingerprint(settings.init / WEIGHTS) if settings.init else None,
     )
     trained = Trained(model, optimizer, ema, {"patch_loss": patch_loss, "style_loss": style_loss})
     lr = LearningRate(settings.lr, settings.steps // 20, 0.9, "cosine")
@@ -188,14 +186,6 @@ def train(settings: TrainClip) -> None:
         print(table(rates))
         log(f"model: {settings.output}, record: {settings.run / 'record.json'}")
     run.finish()
-
-
-def start_from(model: nn.Module, folder: Path) -> None:
-    """Copy the weights of a folder; raise BadInput where it is of another size or vocabulary."""
-    try:
-        model.load_state_dict(load_clip(folder).model.state_dict())
-    except RuntimeError:
-        raise BadInput(f"--init {folder} is of another size or vocabulary than --size asks for") from None
 
 
 def lock_text_tower(model: nn.Module) -> None:

@@ -23,12 +23,13 @@ from torch import Tensor
 from diffusion.loss import denoising_loss, min_snr_weight
 from diffusion.schedule import linear
 from faces.models import load_folder
+from miniature.diffusion_parts import start_from
 from miniature.faces import Faces, central_crops, held_out_people, load_faces, random_crops, training_crops
-from miniature.faces_model import ORIGIN, SHIPPED, STEPS, WEIGHTS, make_network, sample_faces, save_folder, start_from
+from miniature.faces_model import ORIGIN, SHIPPED, STEPS, WEIGHTS, make_network, sample_faces, save_folder
 from miniature.training_flags import TrainingFlags, save_sheet
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import Device, detect, memory_format, set_up, to_channels_last, to_training_device
-from runtime.files import ROOT, check_writable_folder, file_fingerprint, output_folder, read_json, require_file
+from runtime.files import ROOT, check_writable_folder, output_folder, read_json, require_file
 from runtime.images import image_grid, save_image, to_uint8
 from runtime.record import Record
 from training.draws import Draws
@@ -48,8 +49,6 @@ class TrainFaces(TrainingFlags):
     """Folder of images, one subfolder per person, or a tar archive of one."""
     output: Path = SHIPPED
     """Folder for the model, laid out as diffusers' DDIMPipeline, weights in half precision."""
-    init: Path | None = None
-    """Diffusers folder of the same network to start from, such as the shipped one."""
     held_out: int = 4
     """People who are not trained on; `grade` compares with them."""
     run: Path = Path("runs/miniature/faces")
@@ -107,7 +106,10 @@ def train(settings: TrainFaces) -> None:
     torch.manual_seed(settings.seed)
     unet = make_network(settings.channels, settings.blocks)
     if settings.init:
-        start_from(unet, settings.init)
+        initial, initial_schedule = load_folder(settings.init)
+        if not torch.equal(initial_schedule.alpha_bar, schedule.alpha_bar):
+            raise BadInput(f"--init {settings.init} has another schedule than the course's")
+        start_from(unet, initial, settings.init)
     to_training_device(unet, device)
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
@@ -115,10 +117,9 @@ def train(settings: TrainFaces) -> None:
 
     # the run: continues from its checkpoint where there is one
     facts = settings.facts(
-        *("channels", "blocks"),
+        *(WEIGHTS, "channels", "blocks"),
         held_out=held_out,
         images=hashlib.blake2b(images.cpu().numpy().tobytes(), digest_size=8).hexdigest(),
-        init=file_fingerprint(settings.init / WEIGHTS) if settings.init else None,
     )
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.7)
     run = TrainingRun(settings.loop("face model", lr), facts, Trained(unet, adamw, ema), record)

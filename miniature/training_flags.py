@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.cli import check_fractions, check_not_negative, check_positive
 from runtime.device import Device
-from runtime.files import check_writable_folder
+from runtime.files import check_writable_folder, file_fingerprint
 from runtime.images import save_image
 from training.loop import LoopConfig, TrainingRun
 from training.schedule import LearningRate
@@ -34,6 +34,8 @@ class TrainingFlags:
     """Steps between two readings of the loss."""
     save_every: int = 200
     """Steps between two checkpoints."""
+    init: Path | None = None
+    """Model of the same layout to start from, such as the shipped one, with a new optimizer; None = random weights."""
     seed: int = 0
     device: Device = "auto"
 
@@ -44,24 +46,19 @@ class TrainingFlags:
         check_fractions(self, "ema")
         check_writable_folder(self.run)
 
-    def facts(self, *names: str, **more: Any) -> dict[str, Any]:
-        """Return what decides the weights: what all trainings share, the flags `names`, and `more`."""
-        return {name: getattr(self, name) for name in ("batch", "lr", "ema", "seed", *names)} | more
+    def facts(self, weights: str, *names: str, **more: Any) -> dict[str, Any]:
+        """Return what decides the weights: what all trainings share, the flags `names`, and `more`.
+
+        `weights` is the file of weights in the folder --init, or "" where --init is that file.
+        """
+        init = {"init": file_fingerprint(self.init / weights) if self.init else None}
+        return {name: getattr(self, name) for name in ("batch", "lr", "ema", "seed", *names)} | init | more
 
     def loop(self, kind: str, lr: LearningRate, max_grad_norm: float = 1.0, compiled: bool = False) -> LoopConfig:
         """Return how the shared loop runs this training."""
-        return LoopConfig(
-            kind,
-            self.run,
-            self.steps,
-            self.batch,
-            lr,
-            max_grad_norm,
-            self.log_every,
-            self.save_every,
-            compiled,
-            elsewhere="--run OTHER (with --init to start from trained weights)",
-        )
+        often = self.log_every, self.save_every
+        elsewhere = "--run OTHER (with --init to start from trained weights)"
+        return LoopConfig(kind, self.run, self.steps, self.batch, lr, max_grad_norm, *often, compiled, elsewhere)
 
 
 def save_sheet(run: TrainingRun, sheet: Tensor) -> None:

@@ -75,8 +75,13 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where it lies in the image: left, right, above, below or centre."""
-        return place_of(self.box)
+        """Where it lies: along the axis on which its centre is further from the image's, if by 6 pixels or more."""
+        right, down = (self.box[0] + self.box[2] - SIDE) / 2, (self.box[1] + self.box[3] - SIDE) / 2
+        if max(abs(right), abs(down)) < OFF_CENTRE:
+            return "centre"
+        if abs(right) >= abs(down):
+            return "right" if right > 0 else "left"
+        return "below" if down > 0 else "above"
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,6 @@ class Scene:
     background: Background
     style: str = "flat"
     noise_seed: int = 0
-
-
-def place_of(box: Sequence[float]) -> str:
-    """Return where a box lies: along the axis on which its centre is further from the image's, if by 6 pixels or more."""
-    right, down = (box[0] + box[2] - SIDE) / 2, (box[1] + box[3] - SIDE) / 2
-    if max(abs(right), abs(down)) < OFF_CENTRE:
-        return "centre"
-    if abs(right) >= abs(down):
-        return "right" if right > 0 else "left"
-    return "below" if down > 0 else "above"
 
 
 def distance(first: Sequence[int], second: Sequence[int]) -> float:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -31,9 +30,9 @@ from miniature.diffusion_parts import (
     draw,
     load_pipeline,
     load_text_tower,
+    load_unet,
     load_vae,
     make_autoencoder,
-    make_unet,
     prompt_sheet,
     save_part,
     tokenize,
@@ -49,7 +48,7 @@ from miniature.judge_model import (
 from miniature.latents import Latents, cached_latents
 from miniature.scenery.render import dataset
 from miniature.scenery.scenes import ANY_PAIR, FREE, HELD_OUT_PAIRS, SceneSpec
-from miniature.train_diffusion import AssemblePipeline, TrainDiffusion, draw_cases, start_from
+from miniature.train_diffusion import AssemblePipeline, TrainDiffusion, draw_cases
 from runtime.cli import BadInput
 from runtime.seeds import derived_seed
 from training.loop import TrainingRun
@@ -438,28 +437,24 @@ def test_bad_flags_of_the_autoencoder_are_named(more: dict[str, Any], named: str
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_that_the_first_weights_lack_starts_as_the_identity(tmp_path: Path) -> None:
-    """As the U-Net that shipped before, which had none at the finest resolution."""
-    torch.manual_seed(0)
-    before = UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_head_dim=(1, 1),
-        norm_num_groups=16,
-        cross_attention_dim=32,
-    )
-    before.save_pretrained(tmp_path)
-    grown = make_unet((16, 32), 32)
-    start_from(grown, tmp_path)
-    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
-    with torch.no_grad():
-        wanted, found = (network.eval()(x, 500, text).sample for network in (before, grown))
-    assert torch.allclose(found, wanted, atol=1e-5)
+def test_a_unet_can_start_from_finished_weights_of_the_same_layout(
+    trained: SimpleNamespace, vae: Path, tmp_path: Path
+) -> None:
+    weights = load_unet(trained.parts / "unet").state_dict()
+    diffusion.main(small(tmp_path, trained.clip, vae, init=trained.parts / "unet", steps=1, lr=1e-9))
+    after = load_unet(tmp_path / "parts" / "unet").state_dict()
+    assert all(torch.allclose(after[name], tensor, atol=1e-4) for name, tensor in weights.items())
     with pytest.raises(BadInput, match="another layout"):
-        start_from(make_unet((16, 48), 32), tmp_path)
+        diffusion.main(small(tmp_path, trained.clip, vae, init=trained.parts / "unet", channels=(16, 48)))
+
+
+def test_an_autoencoder_can_start_from_finished_weights_of_the_same_layout(vae: Path, tmp_path: Path) -> None:
+    weights = load_vae(vae / "vae").state_dict()
+    autoencoder.main(small_autoencoder(tmp_path, init=vae / "vae", steps=1, lr=1e-9))
+    after = load_vae(tmp_path / "parts" / "vae").state_dict()
+    assert all(torch.allclose(after[name], tensor, atol=1e-4) for name, tensor in weights.items())
+    with pytest.raises(BadInput, match="another layout"):
+        autoencoder.main(small_autoencoder(tmp_path, init=vae / "vae", channels=(8, 8, 16)))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ from miniature.scenery.scenes import (
     Background,
     Scene,
     SceneSpec,
-    place_of,
     sample_scene,
 )
 from miniature.scenery.shapes import sprite
@@ -117,8 +116,9 @@ def test_objects_never_have_the_colour_of_the_background(scenes: list[Scene]) ->
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_was_asked_for_is_where_the_object_lies(place: str) -> None:
     for seed in range(100):
-        box = sample_scene(seed, SceneSpec(place=place)).things[0].box
-        assert place_of(box) == place
+        thing = sample_scene(seed, SceneSpec(place=place)).things[0]
+        assert thing.place == place
+        box = thing.box
         right, down = (box[0] + box[2]) / 2 - 32, (box[1] + box[3]) / 2 - 32
         assert {"left": -right, "right": right, "above": -down, "below": down, "centre": 8}[place] >= 8
 
