@@ -125,8 +125,7 @@ def train(settings: TrainAutoencoder) -> None:
     to_training_device(network, device)
     ema = Ema(network, settings.ema)
     averaged = cast(Reconstruction, ema.module.eval()).vae
-    fused = device.type in ("cuda", "cpu")
-    adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=0.01, fused=fused)
+    adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
     compiled = should_compile(settings.compile, machine)
     if compiled:
         network.compile()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import repository_root  # noqa: F401  # isort: split
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.loss import capped_v_weight, denoising_loss
 from miniature.diffusion_grading import GradeDiffusion, PromptCase, cases_of, rates_of, table
@@ -179,8 +179,7 @@ def train(settings: TrainDiffusion) -> None:
     to_training_device(unet, device)
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
-    fused = device.type in ("cuda", "cpu")
-    adamw = torch.optim.AdamW(unet.parameters(), settings.lr, weight_decay=0.01, fused=fused)
+    adamw = torch.optim.AdamW(unet.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
     compiled = should_compile(settings.compile, machine)
     if compiled:
         unet.compile()
@@ -198,6 +197,10 @@ def train(settings: TrainDiffusion) -> None:
     config = settings.loop("miniature diffusion model", lr, compiled=compiled)
     run = TrainingRun(config, facts, Trained(unet, optimizer, ema), record, accelerator)
 
+    def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        eps: Tensor = model(x.contiguous(memory_format=memory_format(device)), t, text).sample
+        return eps
+
     for step in run:
         # latents, noise and captions, some of them dropped so that guidance has an unconditional prediction
         draws = Draws(settings.seed, step, share, settings.batch, device)
@@ -205,31 +208,36 @@ def train(settings: TrainDiffusion) -> None:
         x0 = data.sample(rows, draws.normal(*data.moments.shape[2:]))
         t, eps = draws.timesteps(len(alpha_bar)), draws.normal(*x0.shape[1:])
         tokens = data.captions(rows, draws.uniform() < settings.drop_text, no_text)
-
         with accelerator.autocast():
             with torch.no_grad():  # 7 % of a step on a CPU; kept for every caption, states would take 20 KB each
                 text = tower(tokens).last_hidden_state
-
-            def network(x: Tensor, t: Tensor, text: Tensor = text) -> Tensor:
-                output: Tensor = model(x.contiguous(memory_format=memory_format(device)), t, text).sample
-                return output
-
-            loss = denoising_loss(network, x0, eps, t, alpha_bar, "eps", weight)
+            loss = denoising_loss(partial(predict, text=text), x0, eps, t, alpha_bar, "eps", weight)
         run.update(loss)
 
         if run.is_main and settings.show_every and run.every(settings.show_every):
-            pipe = with_solver(make_pipeline(vae, averaged, tower, tokenizer))
-            images = draw(pipe, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), 25, 5.0, len(SHEET_PROMPTS))
-            save_sheet(run, prompt_sheet(images, SHEET_PROMPTS))
+            save_sheet(run, draw_sheet(make_pipeline(vae, averaged, tower, tokenizer)))
 
     if run.is_main and run.done:
-        save_part(averaged, settings.parts / "unet")
-        make_scheduler().save_pretrained(settings.parts / "scheduler")
-        assemble(settings.parts, settings.clip, settings.output)
+        save_model(averaged, settings)
         loss, speed = (record.metrics.get(name, float("nan")) for name in ("loss", "images_per_s"))
         print(f"{run.step:,} steps, loss {loss:.4f}, {speed:.0f} images/s")
-        log(f"U-Net: {settings.parts / 'unet'}, pipeline: {settings.output}, record: {settings.run / 'record.json'}")
     run.finish(parameters=parameters)
+
+
+def draw_sheet(pipe: StableDiffusionPipeline) -> Tensor:
+    """Return one image of SHEET_PROMPTS as the pipeline draws them."""
+    images = draw(with_solver(pipe), SHEET_PROMPTS, range(len(SHEET_PROMPTS)), 25, 5.0, len(SHEET_PROMPTS))
+    return prompt_sheet(images, SHEET_PROMPTS)
+
+
+def save_model(unet: nn.Module, settings: TrainDiffusion) -> None:
+    """Write unet/ and scheduler/ into the parts, and assemble the pipeline."""
+    from concepts.single_file import make_scheduler
+
+    save_part(unet, settings.parts / "unet")
+    make_scheduler().save_pretrained(settings.parts / "scheduler")
+    assemble(settings.parts, settings.clip, settings.output)
+    log(f"U-Net: {settings.parts / 'unet'}, pipeline: {settings.output}, record: {settings.run / 'record.json'}")
 
 
 # ---------------------------------------------------------------- grading
