@@ -1,4 +1,4 @@
-"""How well the small CLIP knows the world: zero-shot questions about fresh pictures, one prompt per answer."""
+"""Zero-shot accuracy of the small CLIP on fresh images, one prompt per answer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from miniature.clip_batches import true_of
 from miniature.clip_model import SmallClip
-from miniature.judge_model import to_float
 from miniature.scenery.captions import ALONE
-from miniature.scenery.render import as_tensor, batch, dataset
+from miniature.scenery.render import as_tensor, dataset, render_batch
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene, SceneSpec
 from miniature.scenery.vocabulary import LENGTH
+from runtime.images import to_float
 from runtime.seeds import derived_seed
 
-CHOICES = 100  # captions from which the right one is to be picked
-CHUNK = 100  # pictures at once
+CHOICES = 100  # captions among which the right one is to be ranked first
+CHUNK = 100  # images at once
 
 ANSWERS: dict[str, dict[str, str]] = {
     "object": {kind: f"a photo of a {kind}." for kind in KINDS},
@@ -29,8 +29,8 @@ ANSWERS: dict[str, dict[str, str]] = {
 
 
 @torch.inference_mode()
-def encode_pictures(clip: SmallClip, images: Tensor) -> Tensor:
-    """[N,3,64,64] uint8 -> [N,D] of length 1."""
+def encode_images(clip: SmallClip, images: Tensor) -> Tensor:
+    """Encode [N,3,64,64] uint8 as [N,D] of length 1."""
     device = clip.model.logit_scale.device
     return torch.cat(
         [clip.model.encode_image(to_float(part.to(device)), normalize=True) for part in images.split(CHUNK)]
@@ -39,15 +39,17 @@ def encode_pictures(clip: SmallClip, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
-    """[N,D] of length 1; what is longer than 77 tokens is cut."""
+    """Encode texts, cut after 77 tokens, as [N,D] of length 1."""
     encoded = clip.tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    return clip.model.encode_text(encoded["input_ids"].to(clip.model.logit_scale.device), normalize=True)
+    device = clip.model.logit_scale.device
+    features: Tensor = clip.model.encode_text(encoded["input_ids"].to(device), normalize=True)
+    return features
 
 
-def graded(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
-    """Question -> share of right answers, on `count` pictures each."""
+def measure_rates(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
+    """Return the share of right answers per question, on `count` images each."""
     singles = dataset(count, seed, SceneSpec(count=1, among=KINDS))
-    features = encode_pictures(clip, as_tensor(singles.images))
+    features = encode_images(clip, as_tensor(singles.images))
     rates = {"object, held-out pairs": held_out_pairs(clip, count, seed)}
     for question in ANSWERS:
         rates[question] = _share(clip, question, features, singles.scenes)
@@ -56,47 +58,40 @@ def graded(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
 
 
 def held_out_pairs(clip: SmallClip, count: int, seed: int) -> float:
-    """Share of right objects on the pictures of `world.py zeroshot` with this count and seed, by the prompt of `--prompts single`."""
-    made = [
-        batch([derived_seed(seed, index)], SceneSpec(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
+    """Return the accuracy on the images of `world.py zeroshot` with this count and seed, by the prompt of `--prompts single`."""
+    batches = [
+        render_batch([derived_seed(seed, index)], SceneSpec(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
         for index in range(count)
     ]
-    images = torch.cat([as_tensor(each.images) for each in made])
-    return _share(clip, "object", encode_pictures(clip, images), [each.scenes[0] for each in made])
+    images = torch.cat([as_tensor(each.images) for each in batches])
+    return _share(clip, "object", encode_images(clip, images), [each.scenes[0] for each in batches])
 
 
 def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Scene]) -> float:
-    """Of the pictures to which the question has one of its answers."""
-    answers = list(ANSWERS[question])
-    right = [_truth(scene)[question] for scene in scenes]
-    rows = [row for row, answer in enumerate(right) if answer in answers]
-    found = (features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T).argmax(1).tolist()
-    return _mean([answers[index] == right[row] for index, row in zip(found, rows, strict=True)])
+    """Return the share of right answers among the images that have one of the question's answers."""
+    answers, labels = list(ANSWERS[question]), [_label(scene, question) for scene in scenes]
+    rows = [row for row, label in enumerate(labels) if label in answers]
+    best = (features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T).argmax(1).tolist()
+    return _mean([answers[index] == labels[row] for index, row in zip(best, rows, strict=True)])
 
 
-def _truth(scene: Scene) -> dict[str, str]:
-    """Of a scene with one object."""
+def _label(scene: Scene, question: str) -> str:
+    """Return the right answer for a scene with one object."""
     thing = scene.things[0]
-    return {
-        "object": thing.kind,
-        "colour": thing.colour,
-        "background": scene.background.colour,
-        "style": scene.style,
-        "place": thing.place,
-    }
+    labels = {"object": thing.kind, "colour": thing.colour, "background": scene.background.colour}
+    return (labels | {"style": scene.style, "place": thing.place})[question]
 
 
 def matching(clip: SmallClip, count: int, seed: int) -> float:
-    """Share of pictures of one to three objects for which the best of 100 captions is true."""
-    made = dataset(count, seed)
-    pictures = encode_pictures(clip, as_tensor(made.images))
-    texts = encode_texts(clip, [each.text for each in made.captions])
+    """Return the share of images of one to three objects for which the best of 100 captions is true."""
+    batch = dataset(count, seed)
+    images = encode_images(clip, as_tensor(batch.images))
+    texts = encode_texts(clip, [each.text for each in batch.captions])
     right: list[bool] = []
     for start in range(0, count, CHOICES):
         part = slice(start, start + CHOICES)
-        best = (pictures[part] @ texts[part].T).argmax(1).cpu()
-        also = true_of(made.scenes[part], made.captions[part])
-        right += also[torch.arange(len(best)), best].tolist()
+        best = (images[part] @ texts[part].T).argmax(1).cpu()
+        right += true_of(batch.scenes[part], batch.captions[part])[torch.arange(len(best)), best].tolist()
     return _mean(right)
 
 
@@ -105,5 +100,5 @@ def _mean(right: Sequence[bool]) -> float:
 
 
 def table(rates: dict[str, float]) -> str:
-    """A line per question."""
+    """Return a line per question."""
     return "\n".join(f"{question:<28}{rate:>8.4f}" for question, rate in rates.items())

@@ -1,9 +1,9 @@
 """The small CLIP as files: open_clip's folder, which is stored, and transformers' `CLIPModel`, which is derived from it.
 
-Pooling. CLIP reads a prompt's feature at its end token. Old code finds that token as the largest id of the prompt (open_clip's
-`pool_type` "argmax", transformers with `eos_token_id` 2), which an added token breaks, because its id is larger. Here both forms are
-told the end token's id (open_clip: `pool_type` "eos" and `eos_id`; transformers: `text_config.eos_token_id`), so that prompts with
-tokens of textual inversion have the right features in both.
+Pooling. CLIP reads a prompt's feature at its end token. Old code takes the largest id of the prompt for that token (open_clip's
+`pool_type` "argmax", transformers with `eos_token_id` 2). An added token breaks this, because its id is larger. Here both forms store
+the end token's id (open_clip: `pool_type` "eos" and `eos_id`; transformers: `text_config.eos_token_id`). Prompts with tokens of textual
+inversion therefore have the right features in both.
 """
 
 from __future__ import annotations
@@ -11,50 +11,43 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import open_clip
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
 
 from miniature.scenery.scenes import SIDE
 from miniature.scenery.vocabulary import LENGTH, save_tokenizer
 from runtime.cli import BadInput, check_positive
 from runtime.files import ROOT, load_safetensors, output_folder, read_json, require_file, save_safetensors, write_json
 
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+
 SHIPPED = ROOT / "checkpoints" / "miniature" / "clip"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's names
-HALF = 0.5  # mean and standard deviation of the preprocessing: networks see -1..1
+HALF = 0.5  # mean and standard deviation of the preprocessing: inputs of networks are in -1..1
 PREPROCESSING = {"mean": [HALF] * 3, "std": [HALF] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 @dataclass(frozen=True)
-class Size:
+class ClipSize:
     """Widths and depths of the two towers."""
 
     embedding: int = 128
-    """Dimensions that pictures and prompts share."""
+    """Dimensions of the space that images and prompts share."""
     vision_width: int = 128
     vision_layers: int = 4
     text_width: int = 128
-    """Also what a diffusion model's cross-attention is given."""
+    """Also the width of a diffusion model's cross-attention input."""
     text_layers: int = 3
     patch: int = 8
-    """Pixels, height and width."""
+    """Pixels of a patch, height and width."""
     head: int = 32
     """Channels per attention head."""
 
     def __post_init__(self) -> None:
-        """Raises BadInput for sizes that can't be built."""
+        """Raise BadInput for sizes that can't be built."""
         check_positive(self, *vars(self))
         if SIDE % self.patch:
             raise BadInput(f"--patch {self.patch}: must divide {SIDE}")
@@ -65,30 +58,21 @@ class Size:
                 )
 
 
-def model_config(size: Size, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """open_clip's `model_cfg`. Exact GELU, which is faster than QuickGELU; the tokenizer is the one in the folder itself."""
-    return {
-        "embed_dim": size.embedding,
-        "quick_gelu": False,
-        "vision_cfg": {
-            "image_size": SIDE,
-            "patch_size": size.patch,
-            "width": size.vision_width,
-            "layers": size.vision_layers,
-            "head_width": size.head,
-        },
-        "text_cfg": {
-            "context_length": LENGTH,
-            "vocab_size": len(tokenizer),
-            "hf_tokenizer_name": ".",  # any name makes open_clip read the tokenizer from the folder
-            "width": size.text_width,
-            "heads": size.text_width // size.head,
-            "layers": size.text_layers,
-            "pool_type": "eos",
-            "eos_id": tokenizer.eos_token_id,
-            "pad_id": tokenizer.pad_token_id,
-        },
+def model_config(size: ClipSize, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """Return open_clip's `model_cfg`: exact GELU, which is faster than QuickGELU, and the folder's own tokenizer."""
+    vision = {"image_size": SIDE, "patch_size": size.patch, "width": size.vision_width, "layers": size.vision_layers}
+    vocabulary = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    text = {
+        "context_length": LENGTH,
+        **vocabulary,
+        "hf_tokenizer_name": ".",  # any name makes open_clip read the tokenizer from the folder
+        "width": size.text_width,
+        "heads": size.text_width // size.head,
+        "layers": size.text_layers,
+        "pool_type": "eos",
     }
+    towers = {"vision_cfg": vision | {"head_width": size.head}, "text_cfg": text}
+    return {"embed_dim": size.embedding, "quick_gelu": False, **towers}
 
 
 # ---------------------------------------------------------------- open_clip's folder
@@ -103,21 +87,24 @@ class SmallClip(NamedTuple):
     preprocessing: dict[str, Any]
 
 
-def rounded(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights as the file will hold them, in fp16."""
+def round_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the weights as the file will hold them, in fp16."""
     return {name: value.half() for name, value in model.state_dict().items()}
 
 
 def save_clip(folder: Path, model: torch.nn.Module, config: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Writes config, fp16 weights and tokenizer files, each whole or not at all; `origin` tells how it was trained."""
+    """Write config, fp16 weights and tokenizer files, each whole or not at all; `origin` is how it was trained."""
     output_folder(folder)
     save_tokenizer(folder)
-    save_safetensors(folder / WEIGHTS, rounded(model), {"format": "pt", "origin": json.dumps(origin)})
+    save_safetensors(folder / WEIGHTS, round_weights(model), {"format": "pt", "origin": json.dumps(origin)})
     write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": PREPROCESSING})
 
 
 def load_clip(folder: Path = SHIPPED) -> SmallClip:
-    """The model in fp32 on the CPU; raises BadInput for folders that don't hold one."""
+    """Return the model in fp32 on the CPU; raise BadInput for a folder that doesn't hold one."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
     hint = "train one: python miniature/train_clip.py train"
     config = read_json(require_file(folder / CONFIG, hint))
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
@@ -138,37 +125,34 @@ def load_clip(folder: Path = SHIPPED) -> SmallClip:
 
 
 def transformers_config(config: dict[str, Any]) -> CLIPConfig:
-    """The same architecture in transformers' words; raises BadInput for what these can't express."""
+    """Return the same architecture in transformers' terms; raise BadInput for what these can't express."""
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
     vision, text = config["vision_cfg"], config["text_cfg"]
     if not isinstance(vision.get("layers"), int) or text.get("pool_type") != "eos" or config.get("quick_gelu"):
         raise BadInput(
             "only a vision transformer with GELU and a text tower that pools at the end token can be converted"
         )
-    shared = {"projection_dim": config["embed_dim"], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
-    return CLIPConfig(
-        text_config=CLIPTextConfig(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["width"],
-            intermediate_size=4 * text["width"],
-            num_hidden_layers=text["layers"],
-            num_attention_heads=text["heads"],
-            max_position_embeddings=text["context_length"],
-            bos_token_id=text["eos_id"] - 1,
-            eos_token_id=text["eos_id"],
-            pad_token_id=text["pad_id"],
-            **shared,
-        ),
-        vision_config=CLIPVisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            hidden_size=vision["width"],
-            intermediate_size=4 * vision["width"],
-            num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["width"] // vision["head_width"],
-            **shared,
-        ),
-        projection_dim=config["embed_dim"],
+
+    def shape(tower: dict[str, Any], heads: int) -> dict[str, Any]:
+        width = {"hidden_size": tower["width"], "intermediate_size": 4 * tower["width"]}
+        depth = {"num_hidden_layers": tower["layers"], "num_attention_heads": heads}
+        return {**width, **depth, "projection_dim": config["embed_dim"], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+
+    text_config = CLIPTextConfig(
+        vocab_size=text["vocab_size"],
+        max_position_embeddings=text["context_length"],
+        bos_token_id=text["eos_id"] - 1,
+        eos_token_id=text["eos_id"],
+        pad_token_id=text["pad_id"],
+        **shape(text, text["heads"]),
     )
+    vision_config = CLIPVisionConfig(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        **shape(vision, vision["width"] // vision["head_width"]),
+    )
+    return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=config["embed_dim"])
 
 
 BLOCK = {
@@ -195,55 +179,54 @@ OUTSIDE = {
 PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 
 
-def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's tensors under transformers' names; projections are transposed, queries, keys and values taken apart."""
-    done: dict[str, Tensor] = {}
+def transformers_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename open_clip's tensors for transformers; transpose projections, and split queries, keys and values."""
+    state_dict: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name in OUTSIDE:
-            done[OUTSIDE[name]] = value
-        elif name in PROJECTIONS:
-            done[PROJECTIONS[name]] = value.T.contiguous()
+            state_dict[OUTSIDE[name]] = value
+            continue
+        if name in PROJECTIONS:
+            state_dict[PROJECTIONS[name]] = value.T.contiguous()
+            continue
+        tower, _, inside = name.partition("transformer.resblocks.")  # [visual.]transformer.resblocks.N.MODULE.KIND
+        layer, _, rest = inside.partition(".")
+        module, _, kind = rest.rpartition(".")
+        prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}."
+        if module == "attn":  # in_proj_weight, in_proj_bias
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                state_dict[f"{prefix}self_attn.{part}_proj.{kind.removeprefix('in_proj_')}"] = tensor.clone()
         else:
-            done |= _of_block(name, value)
-    return done
-
-
-def _of_block(name: str, value: Tensor) -> dict[str, Tensor]:
-    """[visual.]transformer.resblocks.N.REST."""
-    tower, _, inside = name.partition("transformer.resblocks.")
-    layer, _, rest = inside.partition(".")
-    prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}."
-    if rest.startswith("attn.in_proj_"):
-        kind = rest.removeprefix("attn.in_proj_")
-        return {
-            f"{prefix}self_attn.{which}_proj.{kind}": part.clone()
-            for which, part in zip("qkv", value.chunk(3), strict=True)
-        }
-    module, _, kind = rest.rpartition(".")
-    return {f"{prefix}{BLOCK[module]}.{kind}": value}
+            state_dict[f"{prefix}{BLOCK[module]}.{kind}"] = value
+    return state_dict
 
 
 def to_transformers(clip: SmallClip) -> CLIPModel:
-    """The same network as a `CLIPModel` in fp32; its `text_model` is what a Stable Diffusion pipeline takes as text encoder."""
-    model = CLIPModel(transformers_config(clip.config))
-    model.load_state_dict(renamed(clip.model.state_dict()))
-    return model.eval().requires_grad_(False)
+    """Return the same network as a `CLIPModel` in fp32; its `text_model` is a Stable Diffusion pipeline's text encoder."""
+    from transformers import CLIPModel
+
+    model: Any = CLIPModel(transformers_config(clip.config))
+    model.load_state_dict(transformers_weights(clip.model.state_dict()))
+    network: CLIPModel = model.eval().requires_grad_(False)
+    return network
 
 
 def make_processor(clip: SmallClip) -> CLIPProcessor:
-    """open_clip's preprocessing and the tokenizer, in transformers' form."""
+    """Return open_clip's preprocessing and the tokenizer in transformers' form."""
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
     side = clip.config["vision_cfg"]["image_size"]
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_mean=clip.preprocessing["mean"],
         image_std=clip.preprocessing["std"],
     )
-    return CLIPProcessor(pictures, clip.tokenizer)
+    return CLIPProcessor(images, clip.tokenizer)
 
 
 def convert(folder: Path, output: Path) -> None:
-    """An open_clip folder -> a transformers folder of model and processor."""
+    """Convert an open_clip folder to a transformers folder of model and processor."""
     clip = load_clip(folder)
     output_folder(output)
     to_transformers(clip).save_pretrained(output)

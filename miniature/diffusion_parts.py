@@ -1,7 +1,7 @@
-"""The parts of the miniature's Stable Diffusion: what they are, where they lie, how they become one pipeline folder and draw.
+"""The parts of the miniature's Stable Diffusion: their networks and folders, and how they become one pipeline that draws.
 
-vae/, unet/ and scheduler/ ship with the repository; text tower and tokenizer are those of the small CLIP, stored there once. `assemble`
-writes the whole folder, laid out as any Stable Diffusion v1 of diffusers.
+vae/, unet/ and scheduler/ ship with the repository; text tower and tokenizer are those of the small CLIP, which is stored once.
+`assemble` writes the whole folder, laid out as any Stable Diffusion v1 of diffusers.
 """
 
 from __future__ import annotations
@@ -12,43 +12,41 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from concepts.single_file import make_scheduler
 from runtime.batches import in_batches
 from runtime.cli import BadInput, progress_bar
 from runtime.files import ROOT, atomic, output_folder
-from runtime.hub import quiet_libraries
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 PARTS = ROOT / "checkpoints" / "miniature" / "stable_diffusion"  # what ships
-COMPLETE = ROOT / "runs" / "miniature" / "stable_diffusion"  # what draws
-CLIP = ROOT / "runs" / "miniature" / "clip"  # the small CLIP as transformers has it
+COMPLETE = ROOT / "runs" / "miniature" / "stable_diffusion"  # the whole pipeline folder
+CLIP = ROOT / "runs" / "miniature" / "clip"  # the small CLIP in transformers' form
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 MAKE_CLIP = "python miniature/train_clip.py convert --output runs/miniature/clip makes it of the small CLIP that ships"
-MAKE_VAE = "python miniature/train_autoencoder.py train makes it"
-MAKE_UNET = "python miniature/train_diffusion.py train makes it"
-
-Part = TypeVar("Part", AutoencoderKL, UNet2DConditionModel)
 
 
 # ---------------------------------------------------------------- networks
 
 
 def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
-    """[N,3,64,64] in -1..1 <-> [N,4,16,16]; one residual block per level, channels from 64x64 positions down to 16x16."""
+    """Return a random [N,3,64,64] in -1..1 <-> [N,4,16,16]; channels from 64x64 positions down to 16x16."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     levels = len(channels)
-    return AutoencoderKL(
+    network: AutoencoderKL = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=channels,
@@ -57,11 +55,17 @@ def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
+    return network
 
 
 def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNet2DConditionModel:
-    """eps from latents [N,4,side,side], t and text [N,77,text_width]; attention at every level, in heads of about 32 channels."""
-    return UNet2DConditionModel(
+    """Return a random network: latents [N,4,side,side], t and text [N,77,text_width] -> eps.
+
+    Attention at every level, in heads of about 32 channels.
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    network: UNet2DConditionModel = UNet2DConditionModel(
         sample_size=side,
         down_block_types=("CrossAttnDownBlock2D",) * len(channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
@@ -71,26 +75,49 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
         norm_num_groups=16,
         cross_attention_dim=text_width,
     )
+    return network
 
 
 # ---------------------------------------------------------------- folders
 
 
-def save_part(network: AutoencoderKL | UNet2DConditionModel, folder: Path) -> None:
-    """fp16 safetensors and config.json; each file is either whole or the old one."""
+def save_part(network: nn.Module, folder: Path) -> None:
+    """Write fp16 safetensors and config.json."""
+    save_atomically(copy.deepcopy(network).half(), folder)
+
+
+def save_atomically(model: Any, folder: Path) -> None:
+    """Write a diffusers model or pipeline; each file is either whole or the old one, and other files stay."""
     output_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
         try:
-            copy.deepcopy(network).half().save_pretrained(temporary)
+            model.save_pretrained(temporary)
         except SafetensorError as error:
             raise OSError(f"could not write {folder} (disk full?): {error}") from None
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before config.json
-            with atomic(folder / file.name) as whole:
+        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        for file in sorted(files, reverse=True):  # weights before config.json
+            with atomic(folder / file.relative_to(temporary)) as whole:
                 shutil.copyfile(file, whole)
 
 
-def load_part(kind: type[Part], folder: Path, hint: str) -> Part:
-    """The network in float32, frozen; raises BadInput, ending with the hint, where the folder doesn't hold it."""
+def load_vae(folder: Path) -> AutoencoderKL:
+    """Return the autoencoder in float32, frozen; raise BadInput where the folder doesn't hold one."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    network: AutoencoderKL = _load_part(AutoencoderKL, folder, "python miniature/train_autoencoder.py train makes it")
+    return network
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """Return the U-Net in float32, frozen; raise BadInput where the folder doesn't hold one."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    hint = "python miniature/train_diffusion.py train makes it"
+    network: UNet2DConditionModel = _load_part(UNet2DConditionModel, folder, hint)
+    return network
+
+
+def _load_part(kind: Any, folder: Path, hint: str) -> Any:
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} holds no {kind.__name__}: {hint}")
     try:
@@ -100,19 +127,30 @@ def load_part(kind: type[Part], folder: Path, hint: str) -> Part:
     return network.eval().requires_grad_(False)
 
 
+def start_from(network: nn.Module, initial: nn.Module, folder: Path) -> None:
+    """Copy the weights of `initial`, which is --init `folder`; raise BadInput where it has another layout."""
+    try:
+        network.load_state_dict(initial.state_dict())
+    except RuntimeError:
+        raise BadInput(f"--init {folder} is of another layout than the other flags ask for") from None
+
+
 def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Text model in float32, frozen, and tokenizer of a transformers CLIP folder; raises BadInput where it isn't one."""
+    """Return text model (float32, frozen) and tokenizer of a transformers CLIP folder; raise BadInput where it isn't one."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from runtime.hub import quiet_libraries
+
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} holds no CLIP: {MAKE_CLIP}")
     quiet_libraries()
+    load: Any = CLIPTextModel.from_pretrained
     try:
-        tower, info = cast(Any, CLIPTextModel.from_pretrained)(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        tower, info = load(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder} is no readable CLIP: {str(error).splitlines()[0][:160]}; {MAKE_CLIP}") from None
-    if info["missing_keys"]:  # transformers draws them at random; what the folder holds beside the tower is no matter
+    if info["missing_keys"]:  # transformers fills them at random; the folder's other tensors don't matter
         raise BadInput(f"{folder} is no whole CLIP: it lacks {min(info['missing_keys'])}; {MAKE_CLIP}")
     length = tower.config.max_position_embeddings
     if tokenizer.model_max_length != length:
@@ -123,52 +161,51 @@ def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """[N,77] token ids, padded and cut as the pipeline does."""
-    given = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-    made = tokenizer(list(texts), return_tensors="np", return_attention_mask=False, **given)  # twice as fast so
-    return torch.from_numpy(made.input_ids)
+    """Return [N,77] token ids, padded and cut as the pipeline does."""
+    shape: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    # as numpy it is twice as fast
+    return torch.from_numpy(tokenizer(list(texts), return_tensors="np", return_attention_mask=False, **shape).input_ids)
 
 
 def make_pipeline(
     vae: AutoencoderKL, unet: UNet2DConditionModel, tower: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """All parts together, without the filter that needs a download."""
-    given: dict[str, Any] = {
-        "vae": vae,
-        "unet": unet,
-        "text_encoder": tower,
-        "tokenizer": tokenizer,
-        "scheduler": make_scheduler(),
-    }
-    without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**given, **without)
+    """Return the parts as one pipeline, without the safety checker, which needs a download."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    from concepts.single_file import make_scheduler
+
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": tower, "tokenizer": tokenizer}
+    parts["scheduler"] = make_scheduler()
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**parts, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def load_pipeline(parts: Path, clip: Path) -> StableDiffusionPipeline:
-    """From vae/ and unet/ of `parts` and the transformers folder `clip`; raises BadInput, naming the command that makes what is absent."""
+    """Load vae/ and unet/ of `parts` and the transformers folder `clip`; raise BadInput naming the command for an absent part."""
     tower, tokenizer = load_text_tower(clip)
-    vae = load_part(AutoencoderKL, parts / "vae", MAKE_VAE)
-    unet = load_part(UNet2DConditionModel, parts / "unet", MAKE_UNET)
-    if unet.config.cross_attention_dim != tower.config.hidden_size:
-        raise BadInput(
-            f"{parts / 'unet'} reads text {unet.config.cross_attention_dim} wide, {clip} writes {tower.config.hidden_size}"
-        )
+    vae, unet = load_vae(parts / "vae"), load_unet(parts / "unet")
+    width = unet.config["cross_attention_dim"]
+    if width != tower.config.hidden_size:
+        raise BadInput(f"{parts / 'unet'} reads text {width} wide, {clip} writes {tower.config.hidden_size}")
     return make_pipeline(vae, unet, tower, tokenizer)
 
 
 def assemble(parts: Path, clip: Path, output: Path) -> None:
-    """Writes the whole pipeline folder in float32: loaders differ in what they make of halves, and it is made anew at any time."""
+    """Write the whole pipeline folder in float32: loaders differ in how they treat half precision."""
     pipe = load_pipeline(parts, clip)
     pipe.save_pretrained(output_folder(output))
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def with_solver(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """The same pipeline with DPM-Solver++ (Lu et al. 2022), on a grid that starts at pure noise."""
+    """Switch the pipeline to DPM-Solver++ (Lu et al. 2022), on a grid that starts at pure noise; return it."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     return pipe
 
@@ -177,13 +214,13 @@ def with_solver(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def draw(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, batch: int
 ) -> Tensor:
-    """[N,3,64,64] uint8 on the CPU; picture k has seed k's noise, whatever the batch."""
+    """Return [N,3,64,64] uint8 on the CPU; image k has seed k's noise in any batch."""
 
     def work(items: list[tuple[str, int]]) -> Tensor:
-        streams = [torch.Generator().manual_seed(seed) for _, seed in items]
-        made: Any = pipe([prompt for prompt, _ in items], num_inference_steps=steps, guidance_scale=guidance,
-                         generator=streams, output_type="np")  # fmt: skip
-        return torch.from_numpy((made.images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        generators = [torch.Generator().manual_seed(seed) for _, seed in items]
+        output: Any = pipe([prompt for prompt, _ in items], num_inference_steps=steps, guidance_scale=guidance,
+                           generator=generators, output_type="np")  # fmt: skip
+        return torch.from_numpy((output.images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
 
     items = list(zip(prompts, seeds, strict=True))
     with progress_bar(len(items), "drawing") as bar:
@@ -195,7 +232,7 @@ def draw(
 
 
 def prompt_sheet(images: Tensor, prompts: Sequence[str], columns: int = 6, scale: int = 3) -> Tensor:
-    """[N,3,h,w] uint8 -> one [3,H,W] uint8 picture on white, each with its prompt below."""
+    """Return one [3,H,W] uint8 image on white: [N,3,h,w] uint8, each with its prompt below."""
     font, lines = ImageFont.load_default(size=12), 3
     width, height = images.shape[3] * scale, images.shape[2] * scale
     cell = (width + 8, height + 15 * lines + 8)
@@ -205,6 +242,6 @@ def prompt_sheet(images: Tensor, prompts: Sequence[str], columns: int = 6, scale
         left, top = index % columns * cell[0] + 4, index // columns * cell[1] + 4
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
-        told = textwrap.wrap(prompt, max(8, width // 6))[:lines]
-        pen.multiline_text((left, top + height + 2), "\n".join(told), "black", font, spacing=2)
+        text = "\n".join(textwrap.wrap(prompt, max(8, width // 6))[:lines])
+        pen.multiline_text((left, top + height + 2), text, "black", font, spacing=2)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

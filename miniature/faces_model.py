@@ -1,43 +1,45 @@
-"""The miniature's face model: its network, how it is drawn from and how it is stored."""
+"""The miniature's face model: its network, sampling, and its folder in diffusers' form."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
-from diffusion.schedule import Schedule, linear
+from diffusion.schedule import Schedule
 from diffusion.steps import step_rule
-from faces.models import load_folder
+from miniature.diffusion_parts import save_atomically
 from miniature.faces import SIDE
 from runtime.cli import BadInput
 from runtime.device import to_training_device
-from runtime.files import ROOT, atomic, output_folder, write_json
+from runtime.files import ROOT, write_json
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 SHIPPED = ROOT / "checkpoints" / "miniature" / "faces"
-ORIGIN = "training.json"  # beside the weights: what they learned from, and whom they never saw
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ORIGIN = "training.json"  # next to the weights: the recipe, and who was held out
 STEPS = 1000
+CHUNK = 64  # images at a time
 
 
 def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
-    """The course's U-Net (Ho et al. 2020) with fewer channels and levels: [B,3,64,64], t [B] -> eps. Raises BadInput."""
+    """Return the course's U-Net (Ho et al. 2020) with fewer channels and levels: [B,3,64,64], t [B] -> eps; raise BadInput."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
     if len(channels) < 2 or any(width < 8 or width % 8 for width in channels) or blocks < 1:
         raise BadInput(
             f"--channels {channels}, --blocks {blocks}: two levels or more, multiples of 8, one block or more"
         )
     plain = len(channels) - 1
-    return UNet2DModel(
+    network: UNet2DModel = UNet2DModel(
         sample_size=SIDE,
         block_out_channels=tuple(channels),
         layers_per_block=blocks,
@@ -50,44 +52,30 @@ def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
         norm_eps=1e-5,
         norm_num_groups=8,
     )
+    return network
 
 
 @torch.inference_mode()
-def draw_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) -> Tensor:
-    """[N,3,64,64] uint8 at eta 0 in 50 steps."""
-    x = draw(generators(seeds), (3, SIDE, SIDE), unet.device)
+def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) -> Tensor:
+    """Sample [N,3,64,64] in -1..1 by DDIM at eta 0 in 50 steps; image k has seed k's noise."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        return unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
+        eps: Tensor = unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
+        return eps
 
-    images = ddim(denoise, x, schedule, step_rule("homework", len(schedule), 50))
-    return ((images.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).cpu()
-
-
-def start_from(network: UNet2DModel, folder: Path) -> None:
-    """Copies the weights of a diffusers folder; raises BadInput when it holds another network or schedule."""
-    found, schedule = load_folder(folder)
-    if _layout(found) != _layout(network):
-        raise BadInput(f"--init {folder} is of another layout than --channels and --blocks ask for")
-    if not torch.equal(schedule.alpha_bar, linear(STEPS).alpha_bar):
-        raise BadInput(f"--init {folder} has another schedule than the course's")
-    network.load_state_dict(found.state_dict())
-
-
-def _layout(network: UNet2DModel) -> dict[str, Any]:
-    """The configuration without diffusers' own notes; json knows no tuples."""
-    plain = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+    rule, parts = step_rule("homework", len(schedule), 50), []
+    for start in range(0, len(seeds), CHUNK):
+        noise = draw(generators(seeds[start : start + CHUNK]), (3, SIDE, SIDE), unet.device)
+        parts.append(ddim(denoise, noise, schedule, rule).clamp(-1, 1).cpu())
+    return torch.cat(parts)
 
 
 def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> None:
-    """A DDIMPipeline folder with half-precision weights and the course's schedule, and `origin` as json; other files there stay."""
+    """Write a DDIMPipeline folder with fp16 weights and the course's schedule, and `origin` as json; keep other files."""
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
     scheduler = DDIMScheduler(num_train_timesteps=STEPS, steps_offset=1, set_alpha_to_one=False)  # linear, 1e-4 .. 0.02
-    output_folder(folder)
-    with TemporaryDirectory() as temporary:
-        half = to_training_device(deepcopy(network).half(), torch.device("cpu"))
-        DDIMPipeline(half, scheduler).save_pretrained(temporary)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            with atomic(folder / path.relative_to(temporary)) as whole:
-                shutil.copyfile(path, whole)
+    half: Any = to_training_device(deepcopy(network).half(), torch.device("cpu"))
+    save_atomically(DDIMPipeline(half, scheduler), folder)
     write_json(folder / ORIGIN, origin)

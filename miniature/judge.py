@@ -1,9 +1,9 @@
-"""The judge of the miniature: tells object, colour, style, background and place in pictures and boxes, held-out ones included.
+"""The judge of the miniature: classifies object, colour, style, background and place in images and boxes, held-out ones included.
 
   python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
-  python miniature/judge.py grade --count 2000       how often it is right on fresh pictures, clean and worsened as generated ones are
+  python miniature/judge.py grade --count 2000       accuracy on fresh images, clean and worsened as generated ones are
 
-Its answers in code: miniature/judge_model.py.
+The network and its answers: miniature/judge_model.py.
 """
 
 from __future__ import annotations
@@ -11,157 +11,188 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import repository_root  # noqa: F401  # isort: split
 import torch
+import tyro
 from torch import Tensor
 
 from miniature.judge_model import (
+    KIND,
     NONE,
     SHIPPED,
     SceneClassifier,
+    SceneNetwork,
     load_scene_classifier,
-    rounded,
+    round_weights,
     save_scene_classifier,
-    to_float,
 )
-from miniature.judge_training import ANY, Train, Training, worsen
-from miniature.judge_truth import IGNORED, truth_of
-from miniature.scenery.render import Batch, as_tensor, dataset
-from miniature.scenery.scenes import KINDS
-from runtime.cli import BadInput, check_not_negative, log, run_script
-from runtime.device import Device, detect
+from miniature.judge_training import IGNORED, loss_of, make_batch, truth_of, worsen
+from miniature.scenery.render import RenderedBatch, as_tensor, dataset, world_fingerprint
+from miniature.scenery.scenes import ANY_PAIR, KINDS
+from miniature.training_flags import TrainingFlags
+from runtime.cli import check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.device import Device, detect, to_channels_last
+from runtime.files import check_writable_file
+from runtime.images import to_float, to_uint8
 from runtime.record import Record
 from runtime.seeds import derived_seed
 from training.draws import Draws
-from training.signals import leave_stopped
+from training.ema import Ema
+from training.loop import Trained, TrainingRun
+from training.schedule import LearningRate
 
 Rates = dict[str, float]
 
 
+@tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
-class Grade:
-    """Asks the judge about fresh pictures, of which everything is known."""
+class TrainSceneClassifier(TrainingFlags):
+    """Train a judge on images rendered on the way. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
+
+    output: Path = SHIPPED
+    """The judge file."""
+    run: Path = Path("runs/miniature/judge")
+    steps: int = 2600
+    batch: int = 64
+    lr: float = 3e-3
+    ema: float = 0.998
+    weight_decay: float = 0.05
+    erased: float = 0.25
+    """Share of images in which one object is painted over."""
+    save_every: int = 100
+    grade: int = 1000
+    """Fresh images on which the finished judge is graded."""
+
+
+@tyro.conf.configure(tyro.conf.subcommand(name="grade"))
+@dataclass(frozen=True)
+class GradeSceneClassifier:
+    """Measure the judge's accuracy on fresh images, about which everything is known."""
 
     judge: Path = SHIPPED
     """The judge file."""
     count: int = 2000
-    """Pictures, with one to three objects each."""
+    """Images, with one to three objects each."""
     seed: int = 1
     device: Device = "auto"
     record: Path = Path("runs/miniature/judge/grade.json")
-    """Where the record goes."""
+    """JSON file of settings and figures."""
 
 
-def main(settings: Train | Grade) -> None:
-    """The subcommand that was asked for."""
-    if isinstance(settings, Train):
-        run_training(settings)
-    else:
-        run_grading(settings)
+def train(settings: TrainSceneClassifier) -> None:
+    """Train on all questions at once; grade, and write the judge file."""
+    settings.check("grade")
+    check_fractions(settings, "erased")
+    check_writable_file(settings.output, "--output")
+    machine = detect(settings.device)
+    device, record = machine.device, Record(settings, machine)
+
+    # the network, its average and its optimizer
+    torch.manual_seed(settings.seed)
+    network = SceneNetwork()
+    if settings.init:
+        network.load_state_dict(load_scene_classifier(path=settings.init).network.state_dict())
+    to_channels_last(network, device)
+    ema = Ema(network, settings.ema)
+    averaged = cast(SceneNetwork, ema.module.eval())
+    adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+    # the run: continues from its checkpoint where there is one
+    facts = settings.facts("", "weight_decay", "erased", world=world_fingerprint(ANY_PAIR))
+    lr = LearningRate(settings.lr, settings.steps // 10, decay=0.8)
+    run = TrainingRun(settings.loop(KIND, lr, max_grad_norm=5.0), facts, Trained(network, adamw, ema), record)
+
+    for step in run:
+        draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)
+        x, truth = make_batch(settings.seed, step, settings.batch, settings.erased, device)
+        x = worsen(x, draws).contiguous(memory_format=torch.channels_last)
+        run.update(loss_of(network, x, truth))
+
+    if run.done:
+        averaged.load_state_dict(round_weights(averaged))  # graded as the file will hold it
+        rates = measure_rates(SceneClassifier(averaged), settings.grade, settings.seed + 1)
+        origin = {name: getattr(settings, name) for name in ("steps", "batch", "lr", "seed")}
+        save_scene_classifier(settings.output, averaged, origin | {"rates": rates})
+        record.metrics |= {"rates": rates, "parameters": sum(p.numel() for p in network.parameters())}
+        print(table(rates))
+        log(f"judge: {settings.output}, record: {settings.run / 'record.json'}")
+    run.finish()
 
 
-def run_training(settings: Train) -> None:
-    """Trains, grades, and writes the judge file and record.json; after a signal only the checkpoint is left."""
-    training = Training(settings)
-    record = Record(settings, training.machine)
-    network = training.train()
-    if training.step < settings.steps:
-        leave_stopped(training.step, training.checkpoint)
-    network.load_state_dict(rounded(network))  # graded as the file will hold it
-    rates = graded(SceneClassifier(network), settings.grade, settings.seed + 1)
-    origin = {
-        "steps": settings.steps,
-        "batch": settings.batch,
-        "lr": settings.lr,
-        "seed": settings.seed,
-        "rates": rates,
-    }
-    save_scene_classifier(settings.output, network, origin)
-    record.timings["training"] = training.seconds
-    record.metrics = {"rates": rates, "parameters": sum(p.numel() for p in network.parameters())}
-    record.save(settings.run / "record.json")
-    print(table(rates))
-    log(f"judge: {settings.output}, record: {settings.run / 'record.json'}")
+# ---------------------------------------------------------------- grading
 
 
-def run_grading(settings: Grade) -> None:
-    """Prints how often the judge is right, and writes the record."""
-    if settings.count < 1:
-        raise BadInput(f"--count {settings.count}: no pictures asked for")
+def grade(settings: GradeSceneClassifier) -> None:
+    """Print the shares of right answers, and write the record."""
+    check_positive(settings, "count")
     check_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)
     judge = load_scene_classifier(machine.device, settings.judge)
     with record.timed("grading"):
-        rates = graded(judge, settings.count, settings.seed)
+        rates = measure_rates(judge, settings.count, settings.seed)
     record.metrics = {"rates": rates}
     record.save(settings.record)
     print(table(rates))
     log(f"record: {settings.record}")
 
 
-# ---------------------------------------------------------------- grading
-
-
-def graded(judge: SceneClassifier, count: int, seed: int) -> dict[str, Rates]:
-    """Shares of right answers on `count` fresh pictures: {"clean": .., "worsened": ..} -> {question: share}."""
-    made = dataset(count, seed, ANY)
-    images = as_tensor(made.images)
+def measure_rates(judge: SceneClassifier, count: int, seed: int) -> dict[str, Rates]:
+    """Return the shares of right answers on `count` fresh images: {"clean": .., "worsened": ..} -> {question: share}."""
+    batch = dataset(count, seed, ANY_PAIR)
+    clean = as_tensor(batch.images)
     return {
-        "clean": rates_of(judge, images, made, seed),
-        "worsened": rates_of(judge, as_generated(images, seed), made, seed),
+        name: _in_boxes(judge, images, batch, seed)
+        | _of_wholes(judge, images, batch, seed)
+        | _leaks(judge, images, batch)
+        for name, images in {"clean": clean, "worsened": as_generated(clean, seed)}.items()
     }
 
 
 def as_generated(images: Tensor, seed: int) -> Tensor:
-    """The pictures with the imperfections that training shows, [N,3,64,64] uint8."""
+    """Return [N,3,64,64] uint8 with the imperfections of training."""
     parts = []
     for index, chunk in enumerate(images.split(250)):
         draws = Draws(derived_seed(seed, 1), index, slice(len(chunk)), len(chunk), images.device)
-        parts.append(((worsen(to_float(chunk), draws) + 1) * 127.5).round().to(torch.uint8))
+        parts.append(to_uint8(worsen(to_float(chunk), draws)))
     return torch.cat(parts)
 
 
-def rates_of(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
-    """{question: share of right answers}."""
-    return _in_boxes(judge, images, made, seed) | _of_wholes(judge, images, made, seed) | _leaks(judge, images, made)
-
-
-def _in_boxes(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
-    """Boxes a little off, as a user would give them, and some without an object."""
-    truth = truth_of(made.scenes, [None] * len(images), Random(derived_seed(seed, 2)))
-    seen = {question: x.cpu() for question, x in judge.boxed(images[truth.rows], truth.boxes).items()}
+def _in_boxes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
+    """Grade boxes that are a little off, and some without an object."""
+    truth = truth_of(batch.scenes, [None] * len(images), Random(derived_seed(seed, 2)))
+    answers = {question: x.cpu() for question, x in judge.boxed(images[truth.rows], truth.boxes).items()}
     kinds = truth.boxed["kind"]
-    right = seen["kind"].argmax(1) == kinds
+    right = answers["kind"].argmax(1) == kinds
     return {
         "object, in its box": _mean(right[kinds != NONE]),
         "held-out object, in its box": _mean(right[(kinds >= len(KINDS)) & (kinds != NONE)]),
-        "colour, in its box": _share(seen["colour"], truth.boxed["colour"]),
+        "colour, in its box": _share(answers["colour"], truth.boxed["colour"]),
         "empty box": _mean(right[kinds == NONE]),
     }
 
 
-def _of_wholes(judge: SceneClassifier, images: Tensor, made: Batch, seed: int) -> Rates:
-    """Whole pictures: object, colour and place where there is one object, the rest of all."""
-    truth = truth_of(made.scenes, [None] * len(images), Random(seed)).whole
-    seen = {question: x.cpu() for question, x in judge.whole(images).items()}
+def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
+    """Grade whole images: object, colour and place of single objects, the rest of all."""
+    truth = truth_of(batch.scenes, [None] * len(images), Random(seed)).whole
+    answers = {question: x.cpu() for question, x in judge.whole(images).items()}
     single = {"kind": "object, single", "colour": "colour, single", "place": "place, single"}
-    rates = {single.get(question, question): _share(seen[question], labels) for question, labels in truth.items()}
-    wanted = [{(thing.kind, thing.colour) for thing in scene.things} for scene in made.scenes]
-    exact = torch.tensor([found == want for found, want in zip(judge.found(images), wanted, strict=True)])
-    several = torch.tensor([len(want) > 1 for want in wanted])
+    rates = {single.get(question, question): _share(answers[question], labels) for question, labels in truth.items()}
+    expected = [{(thing.kind, thing.colour) for thing in scene.things} for scene in batch.scenes]
+    exact = torch.tensor([a == b for a, b in zip(judge.objects(images), expected, strict=True)])
+    several = torch.tensor([len(pairs) > 1 for pairs in expected])
     return rates | {
         "just its objects, single": _mean(exact[~several]),
         "just its objects, several": _mean(exact[several]),
     }
 
 
-def _leaks(judge: SceneClassifier, images: Tensor, made: Batch) -> Rates:
-    """Pictures of several objects: nothing of the first is outside its box, but the second is."""
-    rows = [row for row, scene in enumerate(made.scenes) if len(scene.things) > 1]
-    things = [made.scenes[row].things for row in rows]
+def _leaks(judge: SceneClassifier, images: Tensor, batch: RenderedBatch) -> Rates:
+    """Grade images with several objects: nothing of the first is outside its box, but the second is."""
+    rows = [row for row, scene in enumerate(batch.scenes) if len(scene.things) > 1]
+    things = [batch.scenes[row].things for row in rows]
     boxes = torch.tensor([thing[0].box for thing in things], dtype=torch.float32).view(-1, 4)
     first, second = (
         judge.leaked(images[rows], boxes, [t[i].kind for t in things], [t[i].colour for t in things]) for i in (0, 1)
@@ -169,10 +200,9 @@ def _leaks(judge: SceneClassifier, images: Tensor, made: Batch) -> Rates:
     return {"no leak where there is none": _mean(~first), "a leak where there is one": _mean(second)}
 
 
-def _share(seen: Tensor, labels: Tensor) -> float:
-    """Of the labels that are no IGNORED."""
-    asked = labels != IGNORED
-    return _mean(seen[asked].argmax(1) == labels[asked])
+def _share(answers: Tensor, labels: Tensor) -> float:
+    rows = labels != IGNORED
+    return _mean(answers[rows].argmax(1) == labels[rows])
 
 
 def _mean(right: Tensor) -> float:
@@ -180,13 +210,18 @@ def _mean(right: Tensor) -> float:
 
 
 def table(rates: dict[str, Rates]) -> str:
-    """A line per question, a column per kind of picture."""
+    """Return a line per question, with a column per kind of image."""
     lines = [f"{'share of right answers':<32}" + "".join(f"{name:>10}" for name in rates)]
     for question in next(iter(rates.values())):
         lines.append(f"{question:<32}" + "".join(f"{column[question]:>10.4f}" for column in rates.values()))
     return "\n".join(lines)
 
 
+def main(command: TrainSceneClassifier | GradeSceneClassifier) -> None:
+    """Run the chosen subcommand."""
+    train(command) if isinstance(command, TrainSceneClassifier) else grade(command)
+
+
 if __name__ == "__main__":
-    command: Any = Train | Grade  # tyro makes a subcommand of each
+    command: Any = TrainSceneClassifier | GradeSceneClassifier  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

@@ -1,5 +1,7 @@
-"""The ground-truth meter: a network that tells what a 64x64 picture of the world holds, as a whole and inside boxes.
-miniature/judge.py is the command that trains and grades it."""
+"""The judge: a network that classifies objects, colours, style, background and place of a 64x64 image, as a whole and inside boxes.
+
+miniature/judge.py is the command that trains and grades it.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from digits.classifier import Block
 from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, save_safetensors
+from runtime.images import to_float
 
 KIND = "miniature judge"
 SHIPPED = ROOT / "checkpoints" / "miniature" / "judge.safetensors"
-BATCH = 250  # pictures per forward pass
+BATCH = 250  # images per forward pass
 NONE = len(ALL_KINDS)  # "kind" of a box without an object
 
-# The questions and their answers, of which one is right; kind, colour and place of a whole picture are those of a single object
+# The questions and their answers, of which one is right; kind, colour and place of a whole image are those of a single object
 WHOLE = {
     "kind": ALL_KINDS,
     "colour": tuple(COLOURS),
@@ -38,8 +41,8 @@ BOXED = {
     "kind": (*ALL_KINDS, "none"),
     "colour": tuple(COLOURS),
 }  # of a box, and of each cell of the map: what has its centre here?
-SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the cells in it that tell of an object
-SURE = 0.8  # least share of an object in a cell that counts; this and the scales were set on pictures of seed 9
+SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the object's cells in it
+SURE = 0.8  # least probability of an object in a cell that counts; this and the scales were set on images of seed 9
 SMALLEST = 18  # pixels, of the world's objects
 CELLS = 16  # along each side of the map, of 4x4 pixels each
 Logits = dict[str, Tensor]
@@ -55,14 +58,16 @@ class SceneClassifierConfig:
     stem: int = 16
     channels: tuple[int, ...] = (32, 64, 128)  # at 16x16, 8x8, 4x4 positions
     blocks: tuple[int, ...] = (1, 2, 2)
-    fused: int = 64  # channels of the 16x16 map that the heads look at
+    fused: int = 64  # channels of the 16x16 map
     hidden: int = 160
     crop: int = 5  # positions along each side of a box
 
 
 class SceneNetwork(nn.Module):
-    """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks"); one head looks at all
-    of it, one at each of its cells, one at boxes cut out of it."""
+    """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks").
+
+    One head classifies the whole map, one each of its cells, one boxes cut out of it.
+    """
 
     def __init__(self, config: SceneClassifierConfig = SceneClassifierConfig()):
         super().__init__()
@@ -81,7 +86,7 @@ class SceneNetwork(nn.Module):
         self.boxed = _head(config.fused * config.crop**2, config.hidden, BOXED)
 
     def features(self, x: Tensor) -> Tensor:
-        """[N,3,64,64] in -1..1 -> [N,fused,16,16]."""
+        """Return the map [N,fused,16,16] of [N,3,64,64] in -1..1."""
         h, total = self.stem(x), torch.zeros(())
         for level, lateral in zip(self.levels, self.laterals, strict=True):
             h = level(h)
@@ -89,14 +94,16 @@ class SceneNetwork(nn.Module):
             total = total + F.interpolate(part, scale_factor=SIDE / 4 / part.shape[-1], mode="nearest")
         return F.relu(self.norm(total))
 
-    def look(self, features: Tensor) -> tuple[Logits, Logits]:
-        """{question: logits [N,answers]} of whole pictures, {question: logits [N,answers,16,16]} of cells."""
+    def classify(self, features: Tensor) -> tuple[Logits, Logits]:
+        """Return {question: logits [N,answers]} of whole images and {question: logits [N,answers,16,16]} of cells."""
         gathered = F.relu(self.gather(features))
         pooled = torch.cat([gathered.amax((2, 3)), gathered.mean((2, 3))], 1)
         return _split(self.whole(pooled), WHOLE), _split(self.cells(gathered), BOXED)
 
-    def look_into(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Logits:
-        """Of boxes [M,4] (left, top, right, bottom in pixels) of pictures `rows` [M]: {question: logits [M,answers]}."""
+    def classify_boxes(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Logits:
+        """Return {question: logits [M,answers]} of boxes [M,4] (left, top, right, bottom in pixels) of images `rows` [M]."""
+        from torchvision.ops import roi_align  # slow to import
+
         regions = torch.cat([rows[:, None].to(boxes), boxes], 1)
         cut = roi_align(features, regions, self.config.crop, 0.25, sampling_ratio=2, aligned=True)
         return _split(self.boxed(cut.flatten(1)), BOXED)
@@ -115,7 +122,7 @@ def _split(logits: Tensor, questions: dict[str, tuple[str, ...]]) -> Logits:
 
 
 class SceneClassifier(nn.Module):
-    """Answers in probabilities; pictures are [N,3,64,64] uint8, boxes [.,4] in pixels: left, top, right, bottom."""
+    """The judge, which answers in probabilities; images are [N,3,64,64] uint8, boxes [.,4] in pixels: left, top, right, bottom."""
 
     def __init__(self, network: SceneNetwork):
         super().__init__()
@@ -124,20 +131,22 @@ class SceneClassifier(nn.Module):
 
     @torch.inference_mode()
     def whole(self, images: Tensor) -> dict[str, Tensor]:
-        """{question of WHOLE: [N,answers], adding up to 1}, and what is there, each in 0..1: "present" [N,16] kinds, "paints" [N,8] colours
-        of objects, "pairs" [N,16,8] kinds in colours."""
+        """Return {question of WHOLE: [N,answers], adding up to 1}, and which objects there are, each in 0..1.
+
+        The latter are "present" [N,16] kinds, "paints" [N,8] colours of objects and "pairs" [N,16,8] kinds in colours.
+        """
         parts = []
         for chunk in _checked(images).split(BATCH):
             features = self._features(chunk)
-            whole, cells = self.network.look(features)
+            whole, cells = self.network.classify(features)
             answers = {question: x.float().softmax(1) for question, x in whole.items()}
             parts.append(answers | self._present(features, cells))
         return {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
 
     def _present(self, features: Tensor, cells: Logits) -> dict[str, Tensor]:
-        """The map tells where objects are, a look into boxes there tells what they are: the surest of three sizes counts."""
+        """Classify boxes at the map's objects in three sizes, of which the surest counts."""
         boxes, rows = _spotted(1 - cells["kind"].float().softmax(1)[:, NONE])
-        logits = self.network.look_into(features, boxes.flatten(0, 1), rows.repeat_interleave(boxes.shape[1]))
+        logits = self.network.classify_boxes(features, boxes.flatten(0, 1), rows.repeat_interleave(boxes.shape[1]))
         kind, colour = (logits[question].float().softmax(1).unflatten(0, boxes.shape[:2]) for question in BOXED)
         kind = kind[..., :NONE]
         surest = kind.amax(2).argmax(1, keepdim=True)[..., None]
@@ -151,90 +160,78 @@ class SceneClassifier(nn.Module):
 
     @torch.inference_mode()
     def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """One box per picture, [N,4]: {"kind": [N,17], the last one "none"; "colour": [N,8]}."""
+        """Classify one box per image, [N,4]: {"kind": [N,17], the last one "none"; "colour": [N,8]}."""
         parts = []
         for chunk, box in zip(_checked(images).split(BATCH), boxes.float().split(BATCH), strict=True):
             rows = torch.arange(len(chunk))
-            parts.append(self.network.look_into(self._features(chunk), box.to(self.device), rows.to(self.device)))
+            parts.append(self.network.classify_boxes(self._features(chunk), box.to(self.device), rows.to(self.device)))
         return {question: torch.cat([part[question] for part in parts]).float().softmax(1) for question in BOXED}
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def _features(self, images: Tensor) -> Tensor:
         x = to_float(images.to(self.device))
         return self.network.features(x.contiguous(memory_format=torch.channels_last))
 
-    # ------------------------------------------------ questions of the benchmarks: [N] bool each, on the judge's device
+    # ------------------------------------------------ the benchmarks' questions: [N] bool each, on the judge's device
 
-    def agrees(self, images: Tensor, **wanted: Sequence[str]) -> Tensor:
-        """Whether whole pictures are as wanted: kind=, colour=, style=, background=, ground=, place=, one word per picture each."""
-        seen = self.whole(images)
-        return _agree({question: seen[question] for question in wanted}, wanted, WHOLE)
+    def agrees(self, images: Tensor, **expected: Sequence[str]) -> Tensor:
+        """Return whether images are as expected: kind=, colour=, style=, background=, ground=, place=, one word per image each."""
+        return _agree(self.whole(images), expected, WHOLE)
 
     def inside(
         self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
     ) -> Tensor:
-        """Whether box i of picture i holds an object of this kind, and, where given, this colour."""
-        wanted = {"kind": kinds} | ({"colour": colours} if colours else {})
-        return _agree(self.boxed(images, boxes), wanted, BOXED)
-
-    def outside(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """What `whole` says of the pictures with their boxes [N,4] painted over: what leaked out of them shows in "present", "paints"."""
-        x = erase(_checked(images).to(self.device).float(), boxes.to(self.device))
-        return self.whole(x.round().to(torch.uint8))
+        """Return whether box i of image i holds an object of this kind and, unless None, this colour."""
+        expected = {"kind": kinds} | ({"colour": colours} if colours else {})
+        return _agree(self.boxed(images, boxes), expected, BOXED)
 
     def leaked(
         self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
     ) -> Tensor:
-        """Whether the kind, or the colour where given, is seen on an object outside of its box. Objects that are meant to be there must
-        be of other kinds and colours."""
-        seen = self.outside(images, boxes)
-        found = _answer(seen["present"], kinds, ALL_KINDS) > 0.5
-        return found | (_answer(seen["paints"], colours, tuple(COLOURS)) > 0.5) if colours else found
+        """Return whether an object of the kind, or of the colour unless None, lies outside its box, which is painted over.
 
-    def found(self, images: Tensor) -> list[frozenset[tuple[str, str]]]:
-        """The objects in each picture, however many: (kind, colour)."""
+        Objects that are meant to be there must be of other kinds and colours.
+        """
+        x = erase(_checked(images).to(self.device).float(), boxes.to(self.device))
+        outside = self.whole(x.round().to(torch.uint8))
+        leaks = _answer(outside["present"], kinds, ALL_KINDS) > 0.5
+        return leaks | (_answer(outside["paints"], colours, tuple(COLOURS)) > 0.5) if colours else leaks
+
+    def objects(self, images: Tensor) -> list[frozenset[tuple[str, str]]]:
+        """Return all objects of each image: (kind, colour)."""
         rows = [(pairs > 0.5).nonzero().tolist() for pairs in self.whole(images)["pairs"]]
         return [frozenset((ALL_KINDS[kind], list(COLOURS)[colour]) for kind, colour in row) for row in rows]
 
 
 def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of an object is in each cell [N,16,16], 0..1 -> boxes [M,3,4] of three sizes about each of M objects, and whose they
-    are [M]. In training the cells of an object are those of the inner half of its box; a lone cell is none."""
+    """Return boxes [M,3,4] of three sizes about each of M objects, and their images [M]; `filled` [N,16,16] is P(object) per cell.
+
+    In training the cells of an object are those of the inner half of its box; a lone cell is no object.
+    """
+    from scipy import ndimage  # slow to import
+
+    plane = ndimage.generate_binary_structure(2, 1)[None]  # neighbours share a side, within one image
+    patches, count = ndimage.label((filled > SURE).cpu().numpy(), np.concatenate([0 * plane, plane, 0 * plane]))
+    cells = torch.from_numpy(patches).to(filled.device).long().flatten()  # 0: of no patch
     axis = (torch.arange(CELLS, device=filled.device) + 0.5) * (SIDE / CELLS)
-    values = torch.stack([filled, filled * axis, filled * axis[:, None]], 1)
-    sums = _sums(values, _patches(filled[:, None]))
-    rows, patches = (sums[..., 0] > 1.5).nonzero(as_tuple=True)
-    area, centre = sums[rows, patches, :1], sums[rows, patches, 1:] / sums[rows, patches, :1]
+    values = torch.stack([filled, filled * axis, filled * axis[:, None]], -1).flatten(0, 2)
+    sums = values.new_zeros(count + 1, 3).index_add(0, cells, values)[1:]
+    rows = cells.new_zeros(count + 1).scatter(0, cells, torch.arange(len(cells), device=cells.device) // CELLS**2)[1:]
+    sums, rows = sums[sums[:, 0] > 1.5], rows[sums[:, 0] > 1.5]
+    area, centre = sums[:, :1], sums[:, 1:] / sums[:, :1]
     half = (area.sqrt() * (SIDE / CELLS) * torch.tensor(SCALES, device=filled.device)).clamp(min=SMALLEST / 2)
     corners = (centre[:, None] - half[..., None], centre[:, None] + half[..., None])
     return torch.cat(corners, 2).clamp(0, SIDE), rows
 
 
 def _most(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[M,..] -> [count,..]: the largest of those of every picture, 0 where it has none."""
+    """Return [count,..]: the largest of the values [M,..] of every image, 0 where it has none."""
     index = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return values.new_zeros(count, *values.shape[1:]).scatter_reduce(0, index, values, "amax")
-
-
-def _patches(filled: Tensor) -> Tensor:
-    """[N,1,16,16] in 0..1 -> the number, 1 .. 256, of the patch of sure cells that a cell belongs to; 0: of none."""
-    inside = (filled > SURE).float()
-    patch = inside * torch.arange(1, CELLS**2 + 1, device=filled.device).view(CELLS, CELLS)
-    for _ in range(2 * CELLS):  # the largest number spreads to neighbours, not across corners
-        patch = inside * torch.maximum(F.max_pool2d(patch, (3, 1), 1, (1, 0)), F.max_pool2d(patch, (1, 3), 1, (0, 1)))
-    return patch.long()
-
-
-def _sums(values: Tensor, patches: Tensor) -> Tensor:
-    """[N,C,16,16] summed over every patch: [N,256,C]."""
-    rows = patches.flatten(1)[..., None].expand(-1, -1, values.shape[1])
-    return values.new_zeros(len(values), CELLS**2 + 1, values.shape[1]).scatter_add(1, rows, values.flatten(2).mT)[
-        :, 1:
-    ]
 
 
 def _checked(images: Tensor) -> Tensor:
@@ -243,29 +240,26 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
-def _answer(seen: Tensor, words: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """The probability of picture i's word."""
-    columns = torch.tensor([answers.index(word) for word in words], device=seen.device)
-    return seen.gather(1, columns[:, None])[:, 0]
+def _answer(probabilities: Tensor, words: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """Return the probability of image i's word."""
+    columns = torch.tensor([answers.index(word) for word in words], device=probabilities.device)
+    return probabilities.gather(1, columns[:, None])[:, 0]
 
 
-def _agree(seen: Logits, wanted: dict[str, Sequence[str]], questions: dict[str, tuple[str, ...]]) -> Tensor:
-    agreed = [_answer(seen[q], words, questions[q]) >= seen[q].amax(1) for q, words in wanted.items()]
+def _agree(answers: Logits, expected: dict[str, Sequence[str]], questions: dict[str, tuple[str, ...]]) -> Tensor:
+    agreed = [_answer(answers[q], words, questions[q]) >= answers[q].amax(1) for q, words in expected.items()]
     return torch.stack(agreed).all(0)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> -1..1."""
-    return images.float() / 127.5 - 1
-
-
 def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
-    """[N,3,64,64] float with box i of picture i, one pixel larger on each side, filled with the mean colour around it, where `which` [N]
-    says so."""
+    """Fill box i of image i of [N,3,64,64] float, one pixel larger on each side, with the mean colour around it.
+
+    `which` [N] bool: only in these images.
+    """
     axis = torch.arange(SIDE, device=x.device) + 0.5
     left, top, right, bottom = (boxes + torch.tensor([-1, -1, 1, 1], device=x.device)).T[:, :, None]
     columns, rows = (axis > left) & (axis < right), (axis > top) & (axis < bottom)
-    inside = (rows[:, None, :, None] & columns[:, None, None, :]).float()
+    inside: Tensor = (rows[:, None, :, None] & columns[:, None, None, :]).float()
     if which is not None:
         inside = inside * which[:, None, None, None]
     ring = F.max_pool2d(inside, 5, 1, 2) - inside
@@ -276,20 +270,20 @@ def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def rounded(network: SceneNetwork) -> dict[str, Tensor]:
-    """What the file stores: matrices and kernels in half precision, vectors (norms, biases) as they are; on the CPU."""
+def round_weights(network: SceneNetwork) -> dict[str, Tensor]:
+    """Return what the file stores: matrices and kernels in half precision, vectors (norms, biases) in fp32; on the CPU."""
     state = network.state_dict()
     return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
 
 
 def save_scene_classifier(path: Path, network: SceneNetwork, origin: dict[str, Any]) -> None:
-    """One safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
+    """Write one safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
     header = {"kind": KIND, "model": asdict(network.config), "whole": WHOLE, "boxed": BOXED, "origin": origin}
-    save_safetensors(path, rounded(network), {"judge": json.dumps(header)})
+    save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
 
 
 def load_scene_classifier(device: torch.device | str = "cpu", path: Path = SHIPPED) -> SceneClassifier:
-    """The shipped judge, or another file of its kind; raises BadInput for anything else and for one of another vocabulary."""
+    """Return the shipped judge, or another file's; raise BadInput for a file of another kind or vocabulary."""
     tensors, metadata = load_safetensors(path)
     header = json.loads(metadata.get("judge", "{}"))
     if header.get("kind") != KIND:

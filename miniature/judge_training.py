@@ -1,67 +1,139 @@
-"""How the judge learns: fresh pictures at every step, made as imperfect as generated ones, with all questions asked at once."""
+"""How the judge learns: fresh images at every step, made as imperfect as generated ones, their labels, and the loss."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniature.judge_model import KIND, NONE, SHIPPED, Logits, SceneNetwork, erase, to_float
-from miniature.judge_truth import IGNORED, Truth, truth_of
-from miniature.scenery.render import as_tensor, batch
-from miniature.scenery.scenes import SIDE, SceneSpec
-from runtime.cli import BadInput, check_positive, log
-from runtime.device import Device, detect, to_channels_last
-from runtime.files import load_safetensors
+from miniature.judge_model import CELLS, NONE, WHOLE, Logits, SceneNetwork, erase
+from miniature.scenery.render import as_tensor, render_batch
+from miniature.scenery.scenes import (
+    ALL_KINDS,
+    ALL_STYLES,
+    ANY_PAIR,
+    BACKGROUNDS,
+    COLOURS,
+    GROUNDS,
+    PLACES,
+    SIDE,
+    Box,
+    Scene,
+)
+from runtime.images import to_float
 from runtime.seeds import derived_seed
-from training.checkpoint import load_state, require_finite, restore_weights, save_state, weights_state
 from training.draws import Draws
-from training.ema import make_ema
-from training.log import TrainingLog
-from training.schedule import lr_factor
-from training.signals import StopSignals
 
-ANY = SceneSpec(pairs="any")  # a meter must know the held-out pairs as well as the others
+IGNORED = -100  # label of a question that has no answer here
 
 
 @dataclass(frozen=True)
-class Train:
-    """Trains a judge on pictures rendered on the way; stops cleanly on Ctrl-C or SIGTERM, and goes on with the same command."""
+class Truth:
+    """Labels of N images and M boxes; IGNORED where a question has no answer."""
 
-    output: Path = SHIPPED
-    """The judge file."""
-    init: Path | None = None
-    """A judge file to start from; layers that it lacks, or has in another shape, start anew."""
-    steps: int = 2600
-    batch: int = 64
-    """Pictures per step."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.05
-    ema: float = 0.998
-    """Decay of the averaged weights, which are the ones that are kept."""
-    erased: float = 0.25
-    """Share of pictures in which one object is painted over."""
-    save_every: int = 100
-    """Steps between checkpoints."""
-    grade: int = 1000
-    """Fresh pictures on which the finished judge is graded."""
-    seed: int = 0
-    device: Device = "auto"
-    run: Path = Path("runs/miniature/judge")
-    """Run folder: checkpoint, TensorBoard, record.json."""
+    whole: dict[str, Tensor]  # [N] long
+    cells: dict[str, Tensor]  # [N,16,16] long
+    boxes: Tensor  # [M,4] float, pixels
+    rows: Tensor  # [M], the image of each box
+    boxed: dict[str, Tensor]  # [M] long
+    erased: Tensor  # [N,4] float: the box that is painted over ..
+    which: Tensor  # [N] bool: .. if any
 
 
-# ---------------------------------------------------------------- one batch
+def truth_of(scenes: Sequence[Scene], erased: Sequence[int | None], random: Random) -> Truth:
+    """Return the labels of these scenes, in each of which object `erased` is painted over; boxes are a little off."""
+    cases = list(zip(scenes, erased, strict=True))
+    labels = [_labels(scene, missing) for scene, missing in cases]
+    labelled = [(row, *box) for row, case in enumerate(cases) for box in _boxes(*case, random)]
+    rows, boxes, kinds, colours = zip(*labelled, strict=True)
+    return Truth(
+        {question: torch.tensor([label[question] for label in labels]) for question in WHOLE},
+        _cells(scenes, erased),
+        torch.tensor(boxes),
+        torch.tensor(rows),
+        {"kind": torch.tensor(kinds), "colour": torch.tensor(colours)},
+        torch.tensor([scene.things[missing or 0].box for scene, missing in cases]).float(),
+        torch.tensor([missing is not None for missing in erased]),
+    )
+
+
+def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list[float], int, int]]:
+    """Return (box, kind, colour) of every object, and of one empty box where three tries find room for it."""
+    boxes = []
+    for index, thing in enumerate(scene.things):
+        answer = (ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour))
+        boxes.append((_jittered(thing.box, random), *(answer if index != missing else (NONE, IGNORED))))
+    room = [box for box in (_anywhere(random) for _ in range(3)) if not _touches(box, scene)]
+    return boxes + [(box, NONE, IGNORED) for box in room[:1]]
+
+
+def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
+    """Return the answers to the questions of WHOLE."""
+    left = [thing for index, thing in enumerate(scene.things) if index != missing]
+    single = left[0] if len(left) == 1 else None
+    return {
+        "kind": ALL_KINDS.index(single.kind) if single else IGNORED,
+        "colour": list(COLOURS).index(single.colour) if single else IGNORED,
+        "style": ALL_STYLES.index(scene.style),
+        "background": list(BACKGROUNDS).index(scene.background.colour),
+        "ground": GROUNDS.index(scene.background.ground),
+        "place": PLACES.index(single.place) if single else IGNORED,
+    }
+
+
+def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, Tensor]:
+    """Label the cells: those near an object's centre are its, those farther away are empty, those between ignored."""
+    kinds = torch.full((len(scenes), CELLS, CELLS), NONE)
+    colours = torch.full((len(scenes), CELLS, CELLS), IGNORED)
+    centres = (torch.arange(CELLS) + 0.5) * (SIDE / CELLS)
+    for row, (scene, missing) in enumerate(zip(scenes, erased, strict=True)):
+        for index, thing in enumerate(scene.things):
+            if index == missing:
+                continue
+            right, down = ((centres - (thing.box[a] + thing.box[a + 2]) / 2).abs() / thing.size for a in (0, 1))
+            far = torch.maximum(down[:, None], right[None])
+            kinds[row][(far >= 0.2) & (far < 0.35)] = IGNORED
+            kinds[row][far < 0.2] = ALL_KINDS.index(thing.kind)
+            colours[row][far < 0.2] = list(COLOURS).index(thing.colour)
+    return {"kind": kinds, "colour": colours}
+
+
+def _jittered(box: Box, random: Random) -> list[float]:
+    """Move a box by up to an eighth of its size, and scale it by 0.9 to 1.4."""
+    size = box[2] - box[0]
+    centres = [(box[axis] + box[axis + 2]) / 2 + size * random.uniform(-0.125, 0.125) for axis in (0, 1)]
+    halves = [size / 2 * random.uniform(0.9, 1.4) for _ in range(2)]
+    corners = [
+        *(c - h for c, h in zip(centres, halves, strict=True)),
+        *(c + h for c, h in zip(centres, halves, strict=True)),
+    ]
+    return [min(float(SIDE), max(0.0, corner)) for corner in corners]
+
+
+def _anywhere(random: Random) -> list[float]:
+    size = random.uniform(12, 36)
+    left, top = random.uniform(0, SIDE - size), random.uniform(0, SIDE - size)
+    return [left, top, left + size, top + size]
+
+
+def _touches(box: Sequence[float], scene: Scene) -> bool:
+    """Return whether a box reaches more than two pixels into that of an object."""
+    return any(
+        min(box[2], thing.box[2]) - max(box[0], thing.box[0]) > 2
+        and min(box[3], thing.box[3]) - max(box[1], thing.box[1]) > 2
+        for thing in scene.things
+    )
+
+
+# ---------------------------------------------------------------- images and loss
 
 
 def worsen(x: Tensor, draws: Draws) -> Tensor:
-    """[N,3,64,64] in -1..1 as generated pictures come: bent, softened, with other contrast and tint, noisy."""
+    """Make [N,3,64,64] in -1..1 as imperfect as generated images: bent, softened, of other contrast and tint, noisy."""
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
@@ -78,7 +150,7 @@ def worsen(x: Tensor, draws: Draws) -> Tensor:
 
 
 def _bent(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
-    """Every point moved by about `strength` pixels, neighbours alike."""
+    """Move every point by about `strength` pixels, neighbours alike."""
     field = F.interpolate(draws.normal(2, 9, 9), size=(SIDE, SIDE), mode="bicubic", align_corners=True)
     axis = (torch.arange(SIDE, device=x.device) + 0.5) * (2 / SIDE) - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -87,10 +159,10 @@ def _bent(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
 
 
 def loss_of(network: SceneNetwork, x: Tensor, truth: Truth) -> Tensor:
-    """The sum of all questions' mean losses; cells with and without an object count equally, as the former are few."""
+    """Return the sum of all questions' mean losses; cells with and without an object weigh equally, as the former are few."""
     features = network.features(x)
-    whole, cells = network.look(features)
-    boxed = network.look_into(features, truth.boxes.to(x), truth.rows.to(x.device))
+    whole, cells = network.classify(features)
+    boxed = network.classify_boxes(features, truth.boxes.to(x), truth.rows.to(x.device))
     kinds = truth.cells["kind"]
     objects = torch.where(kinds == NONE, IGNORED, kinds)
     empty = torch.where(kinds == NONE, NONE, IGNORED)
@@ -100,104 +172,18 @@ def loss_of(network: SceneNetwork, x: Tensor, truth: Truth) -> Tensor:
 
 def _loss(logits: Logits, labels: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), device=next(iter(logits.values())).device)
-    for question, found in logits.items():
+    for question, logit in logits.items():
         label = labels[question].to(total.device)
         if (label != IGNORED).any():
-            total = total + F.cross_entropy(found.float(), label, ignore_index=IGNORED)
+            total = total + F.cross_entropy(logit.float(), label, ignore_index=IGNORED)
     return total
 
 
-# ---------------------------------------------------------------- the run
-
-
-class Training:
-    """One run: what is set up once, and the loop."""
-
-    def __init__(self, settings: Train):
-        check_positive(settings, "steps", "batch", "save_every", "grade")
-        self.settings, self.machine = settings, detect(settings.device)
-        self.device = self.machine.device
-        torch.manual_seed(settings.seed)
-        self.network = SceneNetwork()
-        if settings.init:
-            self._start(settings.init)
-        to_channels_last(self.network, self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-        self.ema, self.step, self.seconds = make_ema(self.network, settings.ema), 0, 0.0
-        self._resume()
-
-    def _start(self, path: Path) -> None:
-        ours, given = self.network.state_dict(), load_safetensors(path)[0]
-        fitting = {name: x for name, x in given.items() if name in ours and x.shape == ours[name].shape}
-        if not fitting:
-            raise BadInput(f"--init {path} has no layer of a judge")
-        self.network.load_state_dict(fitting, strict=False)
-        log(f"{len(fitting)} of {len(ours)} tensors from {path}")
-
-    @property
-    def checkpoint(self) -> Path:
-        """The training's own state."""
-        return self.settings.run / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Everything that going on needs; the random numbers follow from seed and step."""
-        state = {
-            "kind": KIND,
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        save_state(self.checkpoint, state | weights_state(self.network, self.ema, self.optimizer))
-
-    def _resume(self) -> None:
-        if not self.checkpoint.is_file():
-            return
-        state = load_state(self.checkpoint, KIND)
-        self.ema = restore_weights(state, self.network, self.optimizer, self.settings.ema, self.checkpoint)
-        self.step, self.seconds = state["step"], state["seconds"]
-        log(f"going on at step {self.step:,} from {self.checkpoint}")
-
-    def train(self) -> SceneNetwork:
-        """Steps until the end or a signal; a checkpoint is left either way. Returns the averaged network."""
-        settings, start = self.settings, time.perf_counter() - self.seconds
-        log = TrainingLog(settings.run / "tensorboard", "judge", self.step, settings.steps, True)
-        with StopSignals() as stop:
-            while self.step < settings.steps and not stop.asked:
-                log.add(self.one_step(), settings.batch)
-                self.seconds = time.perf_counter() - start
-                if self.step % settings.save_every == 0:
-                    loss, speed = log.read()
-                    require_finite(loss, self.step, self.checkpoint)
-                    log.show(self.step, loss=loss, images_s=speed)
-                    self.save()
-        log.close()
-        self.save()
-        return self.ema.module.eval()  # type: ignore[return-value]
-
-    def one_step(self) -> Tensor:
-        """One optimizer step; returns the loss."""
-        s = self.settings
-        draws = Draws(s.seed, self.step, slice(s.batch), s.batch, self.device)
-        x, truth = make_batch(s.seed, self.step, s.batch, s.erased, self.device)
-        x = worsen(x, draws).contiguous(memory_format=torch.channels_last)
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * lr_factor(self.step, s.steps, max(1, s.steps // 10), 0.8)
-        loss = loss_of(self.network, x, truth)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update_parameters(self.network)
-        self.step += 1
-        return loss
-
-
-def make_batch(seed: int, step: int, count: int, erased: float, device: torch.device) -> tuple[Tensor, Truth]:
-    """Fresh pictures [count,3,64,64] in -1..1, some with an object painted over, and their labels."""
-    made = batch([derived_seed(seed, step, index) for index in range(count)], ANY)
+def make_batch(seed: int, step: int, count: int, share: float, device: torch.device) -> tuple[Tensor, Truth]:
+    """Render fresh images [count,3,64,64] in -1..1, some with an object painted over, and return them with their labels."""
+    rendered = render_batch([derived_seed(seed, step, index) for index in range(count)], ANY_PAIR)
     random = Random(derived_seed(seed, step))
-    gone = [random.randrange(len(s.things)) if random.random() < erased else None for s in made.scenes]
-    truth = truth_of(made.scenes, gone, random)
-    x = to_float(as_tensor(made.images).to(device))
+    erased = [random.randrange(len(s.things)) if random.random() < share else None for s in rendered.scenes]
+    truth = truth_of(rendered.scenes, erased, random)
+    x = to_float(as_tensor(rendered.images).to(device))
     return erase(x, truth.erased.to(device), truth.which.to(device)), truth

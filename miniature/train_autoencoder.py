@@ -1,7 +1,7 @@
-"""The miniature's autoencoder: 64x64 pictures as 16x16 latents of 4 channels, and back, in diffusers' form.
+"""The miniature's autoencoder: 64x64 images as 16x16 latents of 4 channels, and back, in diffusers' form.
 
 python miniature/train_autoencoder.py train                   checkpoints/miniature/stable_diffusion/vae; the same command resumes
-python miniature/train_autoencoder.py grade --count 1000      PSNR on fresh pictures
+python miniature/train_autoencoder.py grade --count 1000      PSNR on fresh images
 """
 
 from __future__ import annotations
@@ -10,119 +10,172 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import repository_root  # noqa: F401  # isort: split
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+import tyro
 from torch import Tensor, nn
 
-from miniature.diffusion_parts import MAKE_VAE, PARTS, load_part, make_autoencoder, save_part
-from miniature.judge_model import to_float
-from miniature.judge_training import ANY
-from miniature.scenery.render import as_tensor, batch, dataset
-from miniature.trainer import Loop, Trainer, check_numbers
-from runtime.cli import BadInput, log, progress, run_script
-from runtime.device import Device, detect, memory_format, set_up
-from runtime.images import image_grid, save_image
+from miniature.diffusion_parts import PARTS, WEIGHTS, load_vae, make_autoencoder, save_part, start_from
+from miniature.scenery.render import as_tensor, dataset, render_batch, world_fingerprint
+from miniature.scenery.scenes import ANY_PAIR
+from miniature.training_flags import TrainingFlags, save_sheet
+from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
+from runtime.device import (
+    AutoOnOff,
+    Device,
+    Precision,
+    detect,
+    memory_format,
+    set_up,
+    should_compile,
+    to_training_device,
+)
+from runtime.files import check_writable_folder
+from runtime.images import image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from runtime.seeds import derived_seed
 from training.draws import Draws
+from training.ema import Ema
+from training.loop import Trained, TrainingRun
+from training.schedule import LearningRate
 
-CHUNK = 125  # pictures that are measured at a time
-TRAINED, GRADED, SHOWN = range(3)  # domains of picture seeds
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+CHUNK = 125  # images that are measured at a time
+TRAINED, GRADED, SHOWN = range(3)  # domains of image seeds
 
 
+@tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
-class Train(Loop):
-    """Trains on pictures rendered on the way; stops cleanly on Ctrl-C or SIGTERM, and goes on with the same command."""
+class TrainAutoencoder(TrainingFlags):
+    """Train on images rendered on the way. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     output: Path = PARTS
-    """Where vae/ goes."""
+    """Folder that vae/ goes into."""
     run: Path = Path("runs/miniature/autoencoder")
     steps: int = 4500
     batch: int = 16
     lr: float = 2e-3
     ema: float = 0.995
     channels: tuple[int, ...] = (32, 48, 64)
-    """At 64x64, 32x32 and 16x16 positions; multiples of 8."""
+    """Channels at 64x64, 32x32 and 16x16 positions; multiples of 8."""
     kl: float = 3e-4
-    """Weight of the KL divergence per latent number: how much the posteriors are blurred into each other."""
+    """Weight of the KL divergence per latent number. Higher values blur the posteriors into each other."""
+    show_every: int = 1000
+    """Steps between two sheets of images; 0 = none."""
     grade: int = 1000
-    """Fresh pictures on which the finished autoencoder is graded."""
+    """Fresh images on which the finished autoencoder is graded."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware has it, else fp32."""
+    compile: AutoOnOff = "auto"
+    """torch.compile; auto: where it pays."""
 
 
+@tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
-class Grade:
-    """Encodes and decodes fresh pictures, held-out pairs among them."""
+class GradeAutoencoder:
+    """Encode and decode fresh images, held-out pairs among them."""
 
     parts: Path = PARTS
-    """The folder that holds vae/."""
+    """Folder that holds vae/."""
     count: int = 1000
+    """Images to measure."""
     seed: int = 1
     device: Device = "auto"
     output: Path = Path("runs/miniature/autoencoder/grade")
-    """For record.json and sheet.png."""
+    """Folder for record.json and sheet.png."""
 
 
 # ---------------------------------------------------------------- training
 
 
 class Reconstruction(nn.Module):
-    """Encoder, posterior sample, decoder: what the loss looks at."""
+    """Encoder, posterior sample, decoder: the input of the loss."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N,3,64,64] in -1..1 and noise [N,4,16,16] -> the reconstruction, and the KL divergence per latent number."""
+        """Return the reconstruction of x [N,3,64,64] in -1..1, and the KL divergence per latent number; noise [N,4,16,16]."""
         posterior = self.vae.encode(x).latent_dist
         mean, std, logvar = posterior.mean.float(), posterior.std.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return self.vae.decode(mean + std * noise).sample, kl
 
 
-class AutoencoderTrainer(Trainer):
-    """Fresh pictures at every step; L1 and L2 of the pixels, and a little KL (Rombach et al. 2022, without its discriminator)."""
+def train(settings: TrainAutoencoder) -> None:
+    """Train on L1, L2 and a little KL (Rombach et al. 2022, without the discriminator); then scale, save and grade."""
+    settings.check("grade")
+    if any(width < 8 or width % 8 for width in settings.channels) or len(settings.channels) != 3:
+        raise BadInput(f"--channels {settings.channels}: give three multiples of 8")
+    check_writable_folder(settings.output)
+    machine = detect(settings.device)
+    device, precision = machine.device, set_up(settings.precision, machine, training=True)
+    record = Record(settings, machine)
 
-    kind = "miniature autoencoder"
-    settings: Train
+    # the network, its average and its optimizer
+    torch.manual_seed(settings.seed)
+    network = Reconstruction(make_autoencoder(settings.channels))
+    if settings.init:
+        start_from(network.vae, load_vae(settings.init), settings.init)
+    to_training_device(network, device)
+    ema = Ema(network, settings.ema)
+    averaged = cast(Reconstruction, ema.module.eval()).vae
+    adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
+    compiled = should_compile(settings.compile, machine)
+    if compiled:
+        network.compile()
 
-    def prepare(self) -> None:
-        check_numbers(self.settings, "grade")
-        if any(width < 8 or width % 8 for width in self.settings.channels) or len(self.settings.channels) != 3:
-            raise BadInput(f"--channels {self.settings.channels}: give three multiples of 8")
+    # the run: continues from its checkpoint where there is one
+    lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.6)
+    config = settings.loop("miniature autoencoder", lr, compiled=compiled)
+    facts = settings.facts(WEIGHTS, "channels", "kl", world=world_fingerprint(ANY_PAIR))
+    run = TrainingRun(config, facts, Trained(network, adamw, ema), record)
 
-    def build(self) -> nn.Module:
-        return Reconstruction(make_autoencoder(self.settings.channels))
+    for step in run:
+        seeds = [derived_seed(settings.seed, TRAINED, step, index) for index in range(settings.batch)]
+        x = random_images(seeds, device)
+        noise = Draws(settings.seed, step, slice(settings.batch), settings.batch, device).normal(4, 16, 16)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            reconstruction, kl = network(x, noise)
+        error = reconstruction.float() - x
+        run.update(error.abs().mean() + error.square().mean() + settings.kl * kl)
 
-    def loss(self, draws: Draws) -> Tensor:
-        indices = range(draws.rows.start, draws.rows.stop)
-        seeds = [derived_seed(self.settings.seed, TRAINED, self.step, index) for index in indices]
-        x = pictures(seeds, self.device)
-        rebuilt, kl = self.model(x, draws.normal(4, 16, 16))
-        error = rebuilt.float() - x
-        return error.abs().mean() + error.square().mean() + self.settings.kl * kl
+        if settings.show_every and run.every(settings.show_every):
+            save_sheet(run, before_and_after(averaged, sheet_images(settings.seed, device)))
 
-    def sheet(self) -> Tensor:
-        seeds = [derived_seed(self.settings.seed, SHOWN, index) for index in range(8)]
-        return before_and_after(self.averaged.vae, pictures(seeds, self.device))
+    if run.done:
+        save_part(with_measured_scale(averaged, settings.seed), settings.output / "vae")
+        vae = to_training_device(load_vae(settings.output / "vae"), device)
+        rates = measure_psnr(vae, settings.grade, settings.seed + 1)
+        record.metrics |= rates | {"scaling_factor": vae.config["scaling_factor"]}
+        print(summary(rates, vae))
+        log(f"autoencoder: {settings.output / 'vae'}, record: {settings.run / 'record.json'}")
+    run.finish(parameters=sum(p.numel() for p in network.parameters()))
 
 
-def pictures(seeds: list[int], device: torch.device) -> Tensor:
-    """One fresh picture per seed, [N,3,64,64] in -1..1, of any pair of colour and object: the autoencoder is about looks, not words."""
-    x = to_float(as_tensor(batch(seeds, ANY).images).to(device))
+def random_images(seeds: list[int], device: torch.device) -> Tensor:
+    """Render one image per seed, [N,3,64,64] in -1..1; every pair of colour and object occurs."""
+    x = to_float(as_tensor(render_batch(seeds, ANY_PAIR).images).to(device))
     return x.contiguous(memory_format=memory_format(device))
 
 
+def sheet_images(seed: int, device: torch.device) -> Tensor:
+    """Return the eight images that a sheet shows."""
+    return random_images([derived_seed(seed, SHOWN, index) for index in range(8)], device)
+
+
 def with_measured_scale(vae: AutoencoderKL, seed: int, count: int = 500) -> AutoencoderKL:
-    """A copy that knows the factor by which its latents have unit variance (Rombach et al. 2022, section D.1)."""
+    """Return a copy whose scaling factor gives its latents unit variance (Rombach et al. 2022, section D.1)."""
     vae = copy.deepcopy(vae).eval()
     device = next(vae.parameters()).device
     seeds = [derived_seed(seed, SHOWN, index) for index in range(count)]
     with torch.inference_mode():
-        parts = [vae.encode(pictures(seeds[i : i + CHUNK], device)).latent_dist for i in range(0, count, CHUNK)]
+        parts = [vae.encode(random_images(seeds[i : i + CHUNK], device)).latent_dist for i in range(0, count, CHUNK)]
         mean = torch.cat([part.mean for part in parts])
         noise = torch.cat([part.var for part in parts]).mean()
     vae.register_to_config(scaling_factor=round(float((mean.var() + noise).rsqrt()), 5))
@@ -132,31 +185,28 @@ def with_measured_scale(vae: AutoencoderKL, seed: int, count: int = 500) -> Auto
 # ---------------------------------------------------------------- grading
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """-1..1, or a little beyond -> 0..255."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 @torch.inference_mode()
-def rebuilt(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Through the posterior's mean and back, [N,3,64,64] uint8."""
+def reconstruct(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """Pass x through the posterior's mean and back; return [N,3,64,64] uint8."""
     return to_uint8(vae.decode(vae.encode(x).latent_dist.mean).sample.float())
 
 
 def before_and_after(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """One picture: the first row as it was, the second as it came back."""
-    return image_grid(torch.cat([to_uint8(x), rebuilt(vae, x)]).cpu(), len(x), scale=2)
+    """Return one image: x in the first row, its reconstruction in the second."""
+    return image_grid(torch.cat([to_uint8(x), reconstruct(vae, x)]).cpu(), len(x), scale=2)
 
 
-def measured(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
-    """PSNR in dB on `count` fresh pictures, rounded to bytes as a picture file is: of the mean squared error over all pictures, and the
-    mean of the pictures' own (which is never lower)."""
+def measure_psnr(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
+    """Return the PSNR in dB on `count` fresh images, rounded to bytes as an image file is.
+
+    `psnr` is that of the mean squared error over all images. `psnr_per_picture` is the mean over images, which is never lower.
+    """
     device = next(vae.parameters()).device
-    images = as_tensor(dataset(count, derived_seed(seed, GRADED), ANY).images)
+    images = as_tensor(dataset(count, derived_seed(seed, GRADED), ANY_PAIR).images)
     errors = []
     for chunk in progress(images.split(CHUNK), "measuring", leave=False):
-        back = rebuilt(vae, to_float(chunk.to(device))).cpu()
-        errors.append((back.double() - chunk.double()).square().mean((1, 2, 3)))
+        reconstruction = reconstruct(vae, to_float(chunk.to(device))).cpu()
+        errors.append((reconstruction.double() - chunk.double()).square().mean((1, 2, 3)))
     mse = torch.cat(errors)
     single = 10 * torch.log10(255**2 / mse.clamp(min=1e-3))
     return {
@@ -166,58 +216,37 @@ def measured(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- the commands
-
-
-def main(command: Train | Grade) -> None:
-    """The subcommand that was asked for."""
-    if isinstance(command, Train):
-        run_training(command)
-    else:
-        run_grading(command)
-
-
-def run_training(settings: Train) -> None:
-    """Trains, measures the scale, saves, grades what was saved, records."""
-    trainer = AutoencoderTrainer(settings)
-    trainer.train()
-    trainer.leave_if_stopped()
-    if not trainer.main:
-        return
-    save_part(with_measured_scale(trainer.averaged.vae, settings.seed), settings.output / "vae")
-    vae = load_part(AutoencoderKL, settings.output / "vae", MAKE_VAE).to(trainer.device)
-    rates = measured(vae, settings.grade, settings.seed + 1)
-    trainer.record.metrics |= rates | {"scaling_factor": vae.config["scaling_factor"]}
-    trainer.save_record()
-    print(told(rates, vae))
-    log(f"autoencoder: {settings.output / 'vae'}, record: {settings.run / 'record.json'}")
-
-
-def run_grading(settings: Grade) -> None:
-    """Prints how well pictures come back, and writes the record and a sheet."""
-    check_numbers(settings, "count")
+def grade(settings: GradeAutoencoder) -> None:
+    """Print the PSNR, and write the record and a sheet."""
+    check_positive(settings, "count")
+    check_not_negative(settings, "seed")
     machine = detect(settings.device)
     set_up("fp32", machine)
     record = Record(settings, machine)
-    vae = load_part(AutoencoderKL, settings.parts / "vae", MAKE_VAE).to(machine.device)
+    vae = to_training_device(load_vae(settings.parts / "vae"), machine.device)
     with record.timed("grading"):
-        rates = measured(vae, settings.count, settings.seed)
+        rates = measure_psnr(vae, settings.count, settings.seed)
     record.metrics = rates | {"scaling_factor": vae.config["scaling_factor"]}
-    shown = [derived_seed(settings.seed, SHOWN, index) for index in range(8)]
-    save_image(settings.output / "sheet.png", before_and_after(vae, pictures(shown, machine.device)))
+    sheet = before_and_after(vae, sheet_images(settings.seed, machine.device))
+    save_image(settings.output / "sheet.png", sheet)
     record.save(settings.output / "record.json")
-    print(told(rates, vae))
+    print(summary(rates, vae))
     log(f"sheet and record: {settings.output}")
 
 
-def told(rates: dict[str, float], vae: AutoencoderKL) -> str:
-    """One line."""
+def summary(rates: dict[str, float], vae: AutoencoderKL) -> str:
+    """Return one line with the figures and the scaling factor."""
     return (
-        f"PSNR {rates['psnr']:.2f} dB (mean of the pictures' own {rates['psnr_per_picture']:.2f}, worst {rates['worst']:.2f}); "
+        f"PSNR {rates['psnr']:.2f} dB (mean over images {rates['psnr_per_picture']:.2f}, worst {rates['worst']:.2f}); "
         f"latents x {vae.config['scaling_factor']} have unit variance"
     )
 
 
+def main(command: TrainAutoencoder | GradeAutoencoder) -> None:
+    """Run the chosen subcommand."""
+    train(command) if isinstance(command, TrainAutoencoder) else grade(command)
+
+
 if __name__ == "__main__":
-    command: Any = Train | Grade  # tyro makes a subcommand of each
+    command: Any = TrainAutoencoder | GradeAutoencoder  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

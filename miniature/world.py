@@ -1,11 +1,11 @@
-"""A small world rendered by code: 64x64 pictures, captions and the whole truth about each, from a seed.
+"""A small world rendered by code: 64x64 images, captions and everything about each, from a seed.
 
   python miniature/world.py list                                          the vocabulary as json
   python miniature/world.py sheet --output sheet.png                      every object in every style
-  python miniature/world.py concept fish --output concepts/fish           five pictures of an object or style that no caption names
+  python miniature/world.py concept fish --output out/fish                five images of an object or style that no caption names
   python miniature/world.py zeroshot --count 600 --seed 1 --output DIR    val/{class_id}_{image_id}.png and id2label.json
 
-Training pictures never show a held-out (colour, object) pair; held-out objects and styles they show, but no caption names them.
+Training images never show a held-out (colour, object) pair. They show held-out objects and styles, but no caption names them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import repository_root  # noqa: F401  # isort: split
 import tyro
 
-from miniature.scenery.concepts import write_concept_pictures, write_pictures
+from miniature.scenery.concepts import write_concept_pictures, write_images
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (
     ALL_KINDS,
@@ -34,125 +34,119 @@ from miniature.scenery.scenes import (
     SceneSpec,
     sample_scene,
 )
-from runtime.cli import BadInput, check_not_negative, log, run_script
+from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.files import ROOT, check_writable_file, output_folder, write_json
 from runtime.images import labelled_grid
 from runtime.seeds import derived_seed
 
-# ---------------------------------------------------------------- pictures
 
-
-def vocabulary() -> dict[str, Any]:
-    """All words, and what training never shows together."""
-    return {
-        "objects": list(KINDS),
-        "colours": list(COLOURS),
-        "styles": list(STYLES),
-        "held_out_objects": list(HELD_OUT_KINDS),
-        "held_out_styles": list(HELD_OUT_STYLES),
-        "held_out_pairs": [list(pair) for pair in HELD_OUT_PAIRS],
-    }
-
-
-# ---------------------------------------------------------------- the commands
-
-
+@tyro.conf.configure(tyro.conf.subcommand(name="list"))
 @dataclass(frozen=True)
-class Concept:
-    """Pictures of one object or style, in flat style or of changing objects: what textual inversion learns from."""
+class ListVocabulary:
+    """Print the vocabulary as json."""
+
+
+@tyro.conf.configure(tyro.conf.subcommand(name="sheet"))
+@dataclass(frozen=True)
+class RenderSheet:
+    """Render an overview: a row per style, a column per object."""
+
+    output: Path = ROOT / "runs" / "miniature" / "sheet.png"
+    """The PNG file."""
+    seed: int = 0
+
+
+@tyro.conf.configure(tyro.conf.subcommand(name="concept"))
+@dataclass(frozen=True)
+class RenderConcept:
+    """Render images of one object or style, in flat style or of changing objects: the data of textual inversion."""
 
     name: Annotated[str, tyro.conf.Positional]
     """One of the held-out objects and styles (any other object or style works too)."""
     output: Path
-    """Folder for 00.png, 01.png, ..; it must hold no other pictures."""
+    """Folder for 00.png, 01.png, ..; it must hold no other images."""
     count: int = 5
+    """Number of images."""
     seed: int = 0
     captions: bool = False
-    """Also writes 00.txt, 01.txt, ..: sentences that tell what else a picture shows, {} for the concept, for P3_textual_inversion.py."""
+    """Write 00.txt, 01.txt, .. as well: captions with {} for the concept, for P3_textual_inversion.py."""
 
 
+@tyro.conf.configure(tyro.conf.subcommand(name="zeroshot"))
 @dataclass(frozen=True)
-class List:
-    """The vocabulary as json on stdout."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """An overview picture: a row per style, a column per object."""
-
-    output: Path = ROOT / "runs" / "miniature" / "sheet.png"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Zeroshot:
-    """Pictures of held-out (colour, object) pairs, one object each, in the layout of clip_zeroshot/."""
+class RenderZeroshot:
+    """Render images of held-out (colour, object) pairs, one object each, in the layout of clip_zeroshot/."""
 
     output: Path
     """Folder for val/ and id2label.json."""
     count: int = 600
-    """Pictures, spread evenly over the named objects."""
+    """Number of images, spread evenly over the named objects."""
     seed: int = 0
 
 
-def main(command: Concept | List | Sheet | Zeroshot) -> None:
-    """Runs the chosen command; raises BadInput."""
-    if isinstance(command, Concept):
-        write_concept(command)
-    elif isinstance(command, Sheet):
-        draw_sheet(command)
-    elif isinstance(command, Zeroshot):
-        write_zeroshot(command)
-    else:
-        print(json.dumps(vocabulary(), indent=2))
+def list_vocabulary() -> None:
+    """Print all words, and what training never shows together."""
+    vocabulary = {
+        "objects": KINDS,
+        "colours": list(COLOURS),
+        "styles": STYLES,
+        "held_out_objects": HELD_OUT_KINDS,
+        "held_out_styles": HELD_OUT_STYLES,
+        "held_out_pairs": HELD_OUT_PAIRS,
+    }
+    print(json.dumps(vocabulary, indent=2))
 
 
-def write_concept(command: Concept) -> None:
-    """Five pictures, unless told otherwise."""
-    known = ALL_KINDS + ALL_STYLES
-    if command.name not in known:
-        near = difflib.get_close_matches(command.name, known, 3, 0.5) or HELD_OUT_KINDS + HELD_OUT_STYLES
-        raise BadInput(f"there is no concept {command.name!r}; try {', '.join(near)}")
-    check_numbers(command)
-    write_concept_pictures(command.output, command.name, command.count, command.seed, command.captions)
-    print(f"{command.count} pictures of {command.name} in {command.output}")
-
-
-def draw_sheet(command: Sheet) -> None:
-    """Every object in every style."""
+def render_sheet(command: RenderSheet) -> None:
+    """Render every object in every style."""
+    check_not_negative(command, "seed")
     check_writable_file(command.output, "--output")
-    cells = [(style, kind) for style in ALL_STYLES for kind in ALL_KINDS]
-    seeds = [derived_seed(command.seed, index) for index in range(len(cells))]
-    scenes = [
-        sample_scene(seed, SceneSpec(kinds=(kind,), style=style))
-        for seed, (style, kind) in zip(seeds, cells, strict=True)
-    ]
+    cells = [SceneSpec(kinds=(kind,), style=style) for style in ALL_STYLES for kind in ALL_KINDS]
+    scenes = [sample_scene(derived_seed(command.seed, index), spec) for index, spec in enumerate(cells)]
     images = as_tensor(np.stack([render(scene) for scene in scenes]))
     labelled_grid(command.output, images, ALL_STYLES, ALL_KINDS, "The miniature world", inch=0.75)
     log(f"sheet: {command.output}")
 
 
-def write_zeroshot(command: Zeroshot) -> None:
-    """val/{class_id}_{image_id}.png and id2label.json."""
-    check_numbers(command)
+def render_concept(command: RenderConcept) -> None:
+    """Render a concept's images; raise BadInput for a word that the world does not have."""
+    words = ALL_KINDS + ALL_STYLES
+    if command.name not in words:
+        near = difflib.get_close_matches(command.name, words, 3, 0.5) or HELD_OUT_KINDS + HELD_OUT_STYLES
+        raise BadInput(f"there is no concept {command.name!r}; try {', '.join(near)}")
+    check_positive(command, "count")
+    check_not_negative(command, "seed")
+    write_concept_pictures(command.output, command.name, command.count, command.seed, command.captions)
+    print(f"{command.count} images of {command.name} in {command.output}")
+
+
+def render_zeroshot(command: RenderZeroshot) -> None:
+    """Render val/{class_id}_{image_id}.png, and write id2label.json."""
+    check_positive(command, "count")
+    check_not_negative(command, "seed")
     classes = [index % len(KINDS) for index in range(command.count)]
     scenes = [
         sample_scene(derived_seed(command.seed, index), SceneSpec(kinds=(KINDS[label],), pairs="held_out"))
         for index, label in enumerate(classes)
     ]
     folder = output_folder(command.output)
-    write_pictures(folder / "val", [f"{label}_{index}.png" for index, label in enumerate(classes)], scenes)
+    write_images(folder / "val", [f"{label}_{index}.png" for index, label in enumerate(classes)], scenes)
     write_json(folder / "id2label.json", {str(index): kind for index, kind in enumerate(KINDS)})
-    print(f"{command.count} pictures of {len(set(classes))} objects in {folder}")
+    print(f"{command.count} images of {len(set(classes))} objects in {folder}")
 
 
-def check_numbers(command: Concept | Zeroshot) -> None:
-    """Raises BadInput for counts that ask for nothing and seeds below zero."""
-    if command.count < 1:
-        raise BadInput(f"--count {command.count}: no pictures asked for")
-    check_not_negative(command, "seed")
+def main(command: RenderConcept | ListVocabulary | RenderSheet | RenderZeroshot) -> None:
+    """Run the chosen subcommand."""
+    if isinstance(command, RenderConcept):
+        render_concept(command)
+    elif isinstance(command, RenderSheet):
+        render_sheet(command)
+    elif isinstance(command, RenderZeroshot):
+        render_zeroshot(command)
+    else:
+        list_vocabulary()
 
 
 if __name__ == "__main__":
-    command: Any = Concept | List | Sheet | Zeroshot  # tyro makes a subcommand of each
+    command: Any = RenderConcept | ListVocabulary | RenderSheet | RenderZeroshot  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

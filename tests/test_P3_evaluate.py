@@ -21,7 +21,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from concepts import clip_scores
 from concepts.clip_scores import Scorer, open_images, rank
-from miniature.clip_model import PREPROCESSING, Size, SmallClip, make_processor, model_config, to_transformers
+from miniature.clip_model import PREPROCESSING, ClipSize, SmallClip, make_processor, model_config, to_transformers
 from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
 from runtime.cli import BadInput
@@ -29,7 +29,7 @@ from runtime.files import ROOT, write_json
 from runtime.images import open_image
 
 CPU = torch.device("cpu")
-SIZE = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
+SIZE = ClipSize(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
 INPUT: dict[str, Any] = {
     "0": {
         "src_image": "star",

@@ -38,10 +38,3 @@ class Ema(AveragedModel):
         result = super().load_state_dict(state_dict, strict, assign)
         self.averaging.updates = max(0, int(self.n_averaged) - 1)  # the first update is a copy
         return result
-
-
-def make_ema(model: nn.Module, decay: float, updates: int = 0) -> Ema:
-    """Return a new average."""
-    ema = Ema(model, decay)
-    ema.averaging.updates = updates
-    return ema

@@ -1,8 +1,9 @@
-"""What people would write under a picture of the world: varied wording, parts left out, nothing that is held out ever named.
+"""Captions as people would write them: varied wording, parts left out, nothing that is held out ever named.
 
-What isn't named may be described: by words that several objects, or several styles, share. A model that reads them learns to tell
-held-out ones from each other, without a word for any. Textual inversion needs that: it finds a point between words, and where words
-make no difference there is nothing to find."""
+What isn't named may be described, by words that several objects, or several styles, share. A model that reads them learns to
+distinguish held-out ones without a word for any. Textual inversion needs that: it searches for a point between words, and where words
+make no difference there is nothing to find.
+"""
 
 from __future__ import annotations
 
@@ -72,75 +73,73 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Caption:
-    """The words, and which parts of the truth they name: kind0, colour0, hollow0, .. (in the order of the scene's things), place,
-    background, ground, style, smooth, .."""
+    """A text, and which facts of the scene it names.
+
+    kind0, colour0, hollow0, .. (in the order of the scene's objects), place, background, ground, style, smooth, ..
+    """
 
     text: str
     named: frozenset[str]
 
 
 def caption(scene: Scene, seed: int) -> Caption:
-    """One wording of many for this scene."""
-    dice = StableRandom(seed)
+    """Return one of many wordings for this scene."""
+    random = StableRandom(seed)
     named: set[str] = set()
-    names = [_name(thing, index, dice, named) for index, thing in enumerate(scene.things)]
-    text = _arranged(scene, names, dice, named)
-    opening = dice.pick(OPENINGS)
-    text = f"{opening} {text}".strip() + _background(scene, dice, named)
-    return Caption(_styled(scene, text, dice, named), frozenset(named))
+    names = [_name(thing, index, random, named) for index, thing in enumerate(scene.things)]
+    text = _arranged(scene, names, random, named)
+    opening = random.pick(OPENINGS)
+    text = f"{opening} {text}".strip() + _background(scene, random, named)
+    return Caption(_styled(scene, text, random, named), frozenset(named))
 
 
-def _name(thing: Thing, index: int, dice: StableRandom, named: set[str]) -> str:
-    """ "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object."""
+def _name(thing: Thing, index: int, random: StableRandom, named: set[str]) -> str:
+    # "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object
     noun = thing.kind
-    nameless = noun not in KINDS or dice.chance(0.12)
+    nameless = noun not in KINDS or random.chance(0.12)
     if nameless:
-        noun = dice.pick(NAMELESS)
+        noun = random.pick(NAMELESS)
     else:
         named.add(f"kind{index}")
-        if noun in DIGITS and dice.chance(0.3):
-            noun = dice.pick(("number ", "digit ")) + noun
-    traits = _traits(TRAITS, thing.kind, dice) if dice.chance(0.75 if nameless else 0.06) else []
+        if noun in DIGITS and random.chance(0.3):
+            noun = random.pick(("number ", "digit ")) + noun
+    traits = _traits(TRAITS, thing.kind, random) if random.chance(0.75 if nameless else 0.06) else []
     named.update(f"{word}{index}" for word in traits)
     words = [*traits, noun]
-    if dice.chance(0.85):
+    if random.chance(0.85):
         named.add(f"colour{index}")
-        words.insert(len(traits) if dice.chance(0.4) else 0, thing.colour)
-    return " ".join([*_article(words[0], dice), *words])
+        words.insert(len(traits) if random.chance(0.4) else 0, thing.colour)
+    articles = [[article(words[0])], ["the"], []][random.weighted((0.75, 0.15, 0.1))]
+    return " ".join([*articles, *words])
 
 
-def _traits(of: Mapping[str, Sequence[str]], name: str, dice: StableRandom) -> list[str]:
-    """One to three words that are true of `name`, in any order; fewer where it has no more."""
+def _traits(of: Mapping[str, Sequence[str]], name: str, random: StableRandom) -> list[str]:
+    """Draw one to three words that are true of `name`, in random order; fewer where it has no more."""
     words = [word for word, holders in of.items() if name in holders]
-    wanted = min(1 + dice.below(3), len(words))
-    return [words.pop(dice.below(len(words))) for _ in range(wanted)]
+    count = min(1 + random.below(3), len(words))
+    return [words.pop(random.below(len(words))) for _ in range(count)]
 
 
-def _article(word: str, dice: StableRandom) -> list[str]:
-    which = dice.weighted((0.75, 0.15, 0.1))
-    return [[article(word)], ["the"], []][which]
-
-
-def an(words: str) -> str:
-    """ "a red star", "an orange ring": with its article."""
+def with_article(words: str) -> str:
+    """Return "a red star", "an orange ring"."""
     return f"{article(words)} {words}"
 
 
-def _arranged(scene: Scene, names: Sequence[str], dice: StableRandom, named: set[str]) -> str:
-    """The objects in one phrase, half of the time with where they are."""
-    told = dice.chance(0.5)
-    if told:
+def _arranged(scene: Scene, names: Sequence[str], random: StableRandom, named: set[str]) -> str:
+    """Return the objects in one phrase, half of the time with their places."""
+    placed = random.chance(0.5)
+    if placed:
         named.add("place")
     if len(names) == 1:
-        return f"{names[0]} {dice.pick(ALONE[scene.things[0].place])}" if told else names[0]
+        return f"{names[0]} {random.pick(ALONE[scene.things[0].place])}" if placed else names[0]
     order, column = _order(scene.things)
-    placed, loose = (PAIRED, LOOSE) if len(names) == 2 else (ROWS, TRIPLE)
-    wording = dice.pick(placed[column] if told else loose)
+    ordered, loose = (PAIRED, LOOSE) if len(names) == 2 else (ROWS, TRIPLE)
+    wording = random.pick(ordered[column] if placed else loose)
     return wording.format(*(names[index] for index in order))
 
 
 def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
-    """Their indices from left to right, or from top to bottom where they are spread more that way; and whether so."""
+    """Return indices from left to right, or from top to bottom where they spread more that way, and whether the latter."""
     spans = []
     for axis in (0, 1):
         starts = [thing.box[axis] + thing.box[axis + 2] for thing in things]
@@ -150,30 +149,30 @@ def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
     return sorted(range(len(things)), key=starts.__getitem__), column
 
 
-def _background(scene: Scene, dice: StableRandom, named: set[str]) -> str:
-    """ " on a blue background", " on a textured red background", or nothing."""
-    if not dice.chance(0.7):
+def _background(scene: Scene, random: StableRandom, named: set[str]) -> str:
+    # " on a blue background", " on a textured red background", or nothing
+    if not random.chance(0.7):
         return ""
     back = scene.background
     named.add("background")
-    words = [back.colour, dice.pick(("background", "background", "backdrop"))]
-    if dice.chance(0.5 if back.ground != "plain" else 0.2):
+    words = [back.colour, random.pick(("background", "background", "backdrop"))]
+    if random.chance(0.5 if back.ground != "plain" else 0.2):
         named.add("ground")
         words.insert(int(back.ground == "gradient"), back.ground)  # "a blue gradient background"
-    return f" on {an(' '.join(words))}"
+    return f" on {with_article(' '.join(words))}"
 
 
-def _styled(scene: Scene, text: str, dice: StableRandom, named: set[str]) -> str:
-    """With the style's name, most often, or some words about it; flat pictures are mostly left as they are."""
-    if not dice.chance(0.4 if scene.style == "flat" else 0.8):
+def _styled(scene: Scene, text: str, random: StableRandom, named: set[str]) -> str:
+    """Add the style's name or words about it to most captions, to fewer of flat images."""
+    if not random.chance(0.4 if scene.style == "flat" else 0.8):
         return text
     held_out = scene.style in HELD_OUT_STYLES
-    if dice.chance(0.6 if held_out else 0.15):
-        traits = _traits(STYLE_TRAITS, scene.style, dice)
+    if random.chance(0.6 if held_out else 0.15):
+        traits = _traits(STYLE_TRAITS, scene.style, random)
         named.update(traits)
         words = ", ".join(traits)
-        return dice.pick(DESCRIBED).format(what=text, words=words, a=an(words))
+        return random.pick(DESCRIBED).format(what=text, words=words, a=with_article(words))
     if held_out:
-        return dice.pick(UNUSUAL).format(what=text)
+        return random.pick(UNUSUAL).format(what=text)
     named.add("style")
-    return dice.pick(STYLED).format(what=text, style=scene.style)
+    return random.pick(STYLED).format(what=text, style=scene.style)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from miniature.scenery.captions import an
+from miniature.scenery.captions import with_article
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (
     ALL_KINDS,
@@ -29,8 +28,10 @@ from runtime.seeds import derived_seed
 
 
 def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
-    """Single objects that share nothing but the object (all in flat style) or the style (each another object): colours, backgrounds,
-    sizes and places differ."""
+    """Return scenes of single objects that share only the object (all in flat style) or the style (each another object).
+
+    Colours, backgrounds, sizes and places differ.
+    """
     order = Random(seed)
     kinds, colours, grounds, places = (
         order.sample(x, len(x)) for x in map(list, (KINDS, COLOURS, BACKGROUNDS, PLACES))
@@ -38,46 +39,38 @@ def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
     scenes = []
     for index in range(count):
         kind = name if name in ALL_KINDS else kinds[index % len(kinds)]
-        background = grounds[index % len(grounds)]
+        style = name if name in ALL_STYLES else "flat"
+        background, place = grounds[index % len(grounds)], places[index % len(places)]
         colour = next(c for c in colours if fits(c, background) and allowed(c, kind, "trained"))
         colours.append(colours.pop(colours.index(colour)))  # the others are due first
-        wish = SceneSpec(kinds=(kind,), colours=(colour,), background=background, place=places[index % len(places)])
-        wish = replace(wish, style=name if name in ALL_STYLES else "flat")
-        scenes.append(sample_scene(derived_seed(seed, index), wish))
+        spec = SceneSpec(kinds=(kind,), colours=(colour,), background=background, place=place, style=style)
+        scenes.append(sample_scene(derived_seed(seed, index), spec))
     return scenes
 
 
 def write_concept_pictures(folder: Path, name: str, count: int, seed: int, captions: bool) -> None:
-    """00.png, .. and, with `captions`, 00.txt, ..; raises BadInput where the folder holds other files."""
+    """Write 00.png, .. and, with `captions`, 00.txt, ..; raise BadInput where the folder holds other files."""
     scenes, names = concept_scenes(name, count, seed), [f"{index:02d}" for index in range(count)]
-    texts = (
-        {f"{stem}.txt": sentences_about(name, scene) for stem, scene in zip(names, scenes, strict=True)}
-        if captions
-        else {}
-    )
-    write_pictures(folder, [f"{stem}.png" for stem in names], scenes, tuple(texts))
-    for file, lines in texts.items():
+    texts = [f"{stem}.txt" for stem in names] if captions else []
+    write_images(folder, [f"{stem}.png" for stem in names], scenes, texts)
+    for file, scene in zip(texts, scenes, strict=False):
         with atomic(folder / file) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join(concept_captions(name, scene)) + "\n", encoding="utf-8")
 
 
-def sentences_about(name: str, scene: Scene) -> list[str]:
-    """What a concept's picture shows, {} for the concept."""
-    (thing,), ground = scene.things, f" on {an(scene.background.colour)} background"
+def concept_captions(name: str, scene: Scene) -> list[str]:
+    """Return captions of a concept's image, with {} for the concept."""
+    (thing,), ground = scene.things, f" on {with_article(scene.background.colour)} background"
+    coloured = f"a photo of {with_article(thing.colour)}"
     if name in ALL_STYLES:
-        what = [
-            f"a photo of {an(thing.colour)} {thing.kind}{ground}",
-            f"{an(thing.kind)}{ground}",
-            f"a photo of {an(thing.kind)}",
-        ]
-        return [f"{words} in the style of {{}}" for words in what]
-    return [f"a photo of {an(thing.colour)} {{}}{ground}", f"a {{}}{ground}", f"a photo of {an(thing.colour)} {{}}"]
+        objects = [f"{coloured} {thing.kind}{ground}", f"{with_article(thing.kind)}{ground}"]
+        return [f"{x} in the style of {{}}" for x in [*objects, f"a photo of {with_article(thing.kind)}"]]
+    return [f"{coloured} {{}}{ground}", f"a {{}}{ground}", f"{coloured} {{}}"]
 
 
-def write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene], beside: tuple[str, ...] = ()) -> None:
-    """Renders and saves; raises BadInput where the folder holds files of something else, which its readers would take in; those named
-    `beside` may be there."""
-    foreign = sorted({path.name for path in output_folder(folder).iterdir()} - {*names, *beside})
+def write_images(folder: Path, names: Sequence[str], scenes: Sequence[Scene], texts: Sequence[str] = ()) -> None:
+    """Render and save; raise BadInput where the folder holds other files, `texts` apart, which its readers would take in."""
+    foreign = sorted({path.name for path in output_folder(folder).iterdir()} - {*names, *texts})
     if foreign:
         raise BadInput(f"{folder} holds other files, such as {foreign[0]}: name another --output")
     for name, scene in progress(list(zip(names, scenes, strict=True)), "rendering", leave=False):

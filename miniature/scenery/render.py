@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,79 +15,72 @@ import torch
 from torch import Tensor
 
 from miniature.scenery.captions import Caption, caption
-from miniature.scenery.scenes import (
-    FREE,
-    SIDE,
-    Scene,
-    SceneSpec,
-    sample_scene,
-)
-from miniature.scenery.styles import paint
+from miniature.scenery.scenes import FREE, SIDE, Scene, SceneSpec, sample_scene
+from miniature.scenery.styles import render as render
 from runtime.cli import progress_bar
 from runtime.device import len_cores
 from runtime.seeds import derived_seed
 
-CHUNK = 500  # pictures that a process renders at a time
-
+CHUNK = 500  # images that a process renders at a time
 
 Images = npt.NDArray[np.uint8]
 
 
-class Batch(NamedTuple):
-    """Pictures [N,64,64,3] uint8, their captions and scenes."""
+class RenderedBatch(NamedTuple):
+    """Images [N,64,64,3] uint8, their captions and scenes."""
 
     images: Images
     captions: list[Caption]
     scenes: list[Scene]
 
 
-def render(scene: Scene) -> Images:
-    """[64,64,3] uint8: the same scene gives the same picture on every machine, rounding aside (one grey level)."""
-    return paint(scene)
-
-
-def batch(seeds: Sequence[int], wish: SceneSpec = FREE) -> Batch:
-    """One picture per seed (0 or more), with what `wish` fixes; raises ValueError where that can't be had."""
-    scenes = [sample_scene(seed, wish) for seed in seeds]
+def render_batch(seeds: Sequence[int], spec: SceneSpec = FREE) -> RenderedBatch:
+    """Render one image per seed (0 or more), with what `spec` fixes; raise ValueError where that is impossible."""
+    scenes = [sample_scene(seed, spec) for seed in seeds]
     captions = [caption(scene, derived_seed(seed)) for seed, scene in zip(seeds, scenes, strict=True)]
     images = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
     for image, scene in zip(images, scenes, strict=True):
         image[:] = render(scene)
-    return Batch(images, captions, scenes)
+    return RenderedBatch(images, captions, scenes)
 
 
-def dataset(
-    count: int, seed: int, wish: SceneSpec = FREE, file: Path | None = None, processes: int | None = None
-) -> Batch:
-    """`count` pictures, rendered by all cores: picture k depends on (seed, k) alone. 12 KiB each: in memory, or as a .npy
-    `file` that the returned array maps."""
-    shape = (count, SIDE, SIDE, 3)
-    images = np.lib.format.open_memmap(file, "w+", np.uint8, shape) if file else np.empty(shape, np.uint8)
+def dataset(count: int, seed: int, spec: SceneSpec = FREE, processes: int | None = None) -> RenderedBatch:
+    """Render `count` images on all cores, 12 KiB each in memory; image k depends on (seed, k) alone."""
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[Caption] = []
     scenes: list[Scene] = []
-    seeds = [derived_seed(seed, index) for index in range(count)]
     with progress_bar(count, "rendering") as bar:
-        for done in stream(seeds, wish, processes):
-            images[len(scenes) : len(scenes) + len(done.scenes)] = done.images
-            captions += done.captions
-            scenes += done.scenes
-            bar.update(len(done.scenes))
-    return Batch(images, captions, scenes)
+        for part in stream([derived_seed(seed, index) for index in range(count)], spec, processes):
+            images[len(scenes) : len(scenes) + len(part.scenes)] = part.images
+            captions += part.captions
+            scenes += part.scenes
+            bar.update(len(part.scenes))
+    return RenderedBatch(images, captions, scenes)
 
 
-def stream(seeds: Sequence[int], wish: SceneSpec = FREE, processes: int | None = None) -> Iterator[Batch]:
-    """One picture per seed, in order, at most CHUNK at a time, rendered by all cores. Forked processes start at once; where CUDA is in
-    use, and off Linux, they have to be fresh ones."""
+def stream(seeds: Sequence[int], spec: SceneSpec = FREE, processes: int | None = None) -> Iterator[RenderedBatch]:
+    """Render one image per seed on all cores, in order, and yield at most CHUNK at a time.
+
+    Processes are forked, which is fast. Where CUDA is in use, and off Linux, they are spawned.
+    """
     parts = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
     workers = min(processes or len_cores(), len(parts))
     if workers < 2:
-        yield from (batch(part, wish) for part in parts)
+        yield from (render_batch(part, spec) for part in parts)
         return
     start = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
     with multiprocessing.get_context(start).Pool(workers) as pool:
-        yield from pool.imap(partial(batch, wish=wish), parts)
+        yield from pool.imap(partial(render_batch, spec=spec), parts)
+
+
+def world_fingerprint(spec: SceneSpec) -> str:
+    """Return a hash of a few images and captions, which changes with the rendering or the wording."""
+    batch = render_batch(range(8), spec)
+    digest = hashlib.blake2b(batch.images.tobytes(), digest_size=8)
+    digest.update("\n".join(caption.text for caption in batch.captions).encode())
+    return digest.hexdigest()
 
 
 def as_tensor(images: Images) -> Tensor:
-    """[N,64,64,3] -> [N,3,64,64] uint8, as networks and figures want it."""
+    """Return [N,64,64,3] as a tensor [N,3,64,64] uint8."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

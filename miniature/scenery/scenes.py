@@ -1,4 +1,4 @@
-"""What a picture of the world holds, drawn from a seed: objects in boxes, a background, a style. The words are those of the captions."""
+"""What an image of the world holds, drawn from a seed: objects in boxes, a background, a style. The words are those of the captions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cache
 from random import Random
 from typing import Literal
 
-SIDE = 64  # pixels, height and width of every picture
+SIDE = 64  # pixels, height and width of every image
 
 KINDS = ("three", "four", "seven", "square", "triangle", "star", "heart", "ring", "cross", "house", "tree", "moon")
-HELD_OUT_KINDS = ("key", "fish", "mushroom", "cup")  # in training pictures, but no caption names them
+HELD_OUT_KINDS = ("key", "fish", "mushroom", "cup")  # in training images, but no caption names them
 ALL_KINDS = KINDS + HELD_OUT_KINDS
 STYLES = ("flat", "outline", "hatched", "dots", "mosaic", "watercolour")
 HELD_OUT_STYLES = ("relief", "ripple")  # likewise
@@ -41,18 +41,17 @@ BACKGROUNDS = {
 }
 CONTRAST = 132.0  # least distance of an object's colour to its background's, see `distance`
 
-# One colour that each named kind never has in training pictures
+# One colour that each named kind never has in training images
 HELD_OUT_PAIRS = tuple((tuple(COLOURS)[(3 * i + 1) % len(COLOURS)], kind) for i, kind in enumerate(KINDS))
-_HELD_OUT = frozenset(HELD_OUT_PAIRS)
 Pairs = Literal["trained", "held_out", "any"]
 
 MIRRORED = {"moon", "key", "fish", "cup"}  # may look either way; the others are symmetric, or digits
 ANGLES = (-8, -4, 0, 4, 8)  # degrees clockwise
 SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # pixels, by the number of objects; even numbers
-SHARES = (0.6, 0.28, 0.12)  # of pictures with one, two, three objects
+SHARES = (0.6, 0.28, 0.12)  # of images with one, two, three objects
 GROUND_SHARE = (0.5, 0.25, 0.25)
 TINT = 10  # grey levels by which each channel of a colour may be off
-OFF_CENTRE = 6  # pixels between the centres of box and picture from which on an object is left, right, above or below
+OFF_CENTRE = 6  # pixels between the centres of box and image from which on an object is left, right, above or below
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 Tint = tuple[int, int, int]
@@ -60,7 +59,7 @@ Tint = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and the square box that it fills."""
+    """One object and the square box that it fills."""
 
     kind: str
     colour: str
@@ -71,18 +70,23 @@ class Thing:
 
     @property
     def size(self) -> int:
-        """Pixels, of the box's sides."""
+        """The box's side in pixels."""
         return self.box[2] - self.box[0]
 
     @property
     def place(self) -> str:
-        """left, right, above, below or centre of the picture."""
-        return place_of(self.box)
+        """Where it lies: along the axis on which its centre is further from the image's, if by 6 pixels or more."""
+        right, down = (self.box[0] + self.box[2] - SIDE) / 2, (self.box[1] + self.box[3] - SIDE) / 2
+        if max(abs(right), abs(down)) < OFF_CENTRE:
+            return "centre"
+        if abs(right) >= abs(down):
+            return "right" if right > 0 else "left"
+        return "below" if down > 0 else "above"
 
 
 @dataclass(frozen=True)
 class Background:
-    """Colour by name, and how it is laid on."""
+    """The background's colour and ground."""
 
     colour: str
     ground: str = "plain"
@@ -91,26 +95,16 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """The whole truth about a picture; `grain` chooses the style's noise, phases and the gradient's direction."""
+    """Everything about an image; `noise_seed` chooses the style's noise and phases and the gradient's direction."""
 
     things: tuple[Thing, ...]
     background: Background
     style: str = "flat"
-    grain: int = 0
-
-
-def place_of(box: Sequence[float]) -> str:
-    """Where a box lies: along the axis on which its centre is further from the picture's, if that is 6 pixels or more."""
-    right, down = (box[0] + box[2] - SIDE) / 2, (box[1] + box[3] - SIDE) / 2
-    if max(abs(right), abs(down)) < OFF_CENTRE:
-        return "centre"
-    if abs(right) >= abs(down):
-        return "right" if right > 0 else "left"
-    return "below" if down > 0 else "above"
+    noise_seed: int = 0
 
 
 def distance(first: Sequence[int], second: Sequence[int]) -> float:
-    """How different two colours look (the "redmean" approximation of perceived distance)."""
+    """Return how different two colours look (the "redmean" approximation of perceived distance)."""
     mean = (first[0] + second[0]) / 2
     red, green, blue = (a - b for a, b in zip(first, second, strict=True))
     return float(((2 + mean / 256) * red**2 + 4 * green**2 + (2 + (255 - mean) / 256) * blue**2) ** 0.5) / 1.5
@@ -118,7 +112,7 @@ def distance(first: Sequence[int], second: Sequence[int]) -> float:
 
 @cache
 def fits(colour: str, background: str) -> bool:
-    """True where an object of this colour stands out from that background."""
+    """Return whether an object of this colour stands out from that background."""
     return colour != background and distance(COLOURS[colour], BACKGROUNDS[background]) >= CONTRAST
 
 
@@ -132,19 +126,19 @@ class StableRandom:
         self.uniform = Random(seed).random
 
     def below(self, count: int) -> int:
-        """An integer in 0 .. count - 1."""
+        """Draw an integer in 0 .. count - 1."""
         return int(self.uniform() * count)
 
     def between(self, low: int, high: int) -> int:
-        """An integer in low .. high, both included; `low` where the range is empty."""
+        """Draw an integer in low .. high, both included; `low` where the range is empty."""
         return low + self.below(max(1, high - low + 1))
 
     def pick(self, options: Sequence[str]) -> str:
-        """One of them."""
+        """Draw one of the options."""
         return options[self.below(len(options))]
 
     def weighted(self, shares: Sequence[float]) -> int:
-        """An index, as often as its share says."""
+        """Draw an index, with probabilities in proportion to `shares`."""
         left = self.uniform() * sum(shares)
         for index, share in enumerate(shares):
             left -= share
@@ -153,13 +147,13 @@ class StableRandom:
         return len(shares) - 1
 
     def chance(self, share: float) -> bool:
-        """True as often as `share`."""
+        """Return True with probability `share`."""
         return self.uniform() < share
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a scene must hold; what is None is drawn. `kinds`, `colours` and `boxes` have one entry per object, in one order."""
+    """What a scene must hold; None is drawn at random. `kinds`, `colours` and `boxes` have one entry per object, in one order."""
 
     count: int | None = None
     kinds: tuple[str, ...] | None = None
@@ -169,16 +163,16 @@ class SceneSpec:
     style: str | None = None
     background: str | None = None
     ground: str | None = None
-    pairs: Pairs = "trained"  # which (colour, kind) pairs may be drawn; given ones are always taken
+    pairs: Pairs = "trained"  # (colour, kind) pairs to draw from; fixed ones are always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
-    shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing says how many
-    min_size: int = SIZES[1][0]  # pixels of a single object's box, at least
+    shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing fixes the number
+    min_size: int = SIZES[1][0]  # smallest box of a single object, in pixels
 
     def __post_init__(self) -> None:
-        """Raises ValueError for unknown words, lengths that differ and clashing colours."""
-        for word, known in self._words():
-            if word is not None and word not in known:
-                raise ValueError(f"{word} is not one of {', '.join(known)}")
+        """Raise ValueError for unknown words, lengths that differ and clashing colours."""
+        for word, vocabulary in self._words():
+            if word is not None and word not in vocabulary:
+                raise ValueError(f"{word} is not one of {', '.join(vocabulary)}")
         lengths = {len(each) for each in (self.kinds, self.colours, self.boxes) if each is not None}
         if len(lengths | ({self.count} if self.count else set())) > 1:
             raise ValueError("count, kinds, colours and boxes must agree in length")
@@ -200,83 +194,83 @@ class SceneSpec:
         single = [(self.style, ALL_STYLES), (self.background, tuple(BACKGROUNDS)), (self.ground, GROUNDS)]
         return [*many, *single, (self.place, PLACES)]
 
-    def how_many(self, dice: StableRandom) -> int:
-        """As given, or as the shares say."""
-        given = self.kinds or self.colours or self.boxes or ((self.place,) if self.place else ())
-        drawn = dice.weighted(self.shares) + 1
-        return self.count or len(given) or drawn
-
 
 FREE = SceneSpec()
+ANY_PAIR = SceneSpec(pairs="any")  # the judge and the autoencoder learn the held-out pairs as well
 
 
 def min_side(box: Box) -> int:
-    """Pixels of the shorter side."""
+    """Return the pixels of the shorter side."""
     return min(box[2] - box[0], box[3] - box[1])
 
 
-def sample_scene(seed: int, wish: SceneSpec = FREE) -> Scene:
-    """The scene of this seed (0 or more), with what `wish` fixes; raises ValueError where it can't be had.
+def sample_scene(seed: int, spec: SceneSpec = FREE) -> Scene:
+    """Draw the scene of this seed (0 or more), with what `spec` fixes; raise ValueError where that is impossible.
 
-    Objects of one picture differ in kind and colour; background and objects always contrast."""
-    dice = StableRandom(seed)
-    count = wish.how_many(dice)
-    kinds = wish.kinds or _kinds(dice, wish, count)
-    background, colours = _colours(dice, wish, kinds)
-    boxes = [_square(box) for box in wish.boxes] if wish.boxes else _boxes(dice, count, wish)
+    Objects of one image differ in kind and colour; background and objects always contrast.
+    """
+    random = StableRandom(seed)
+    fixed = spec.kinds or spec.colours or spec.boxes or ((spec.place,) if spec.place else ())
+    by_shares = random.weighted(spec.shares) + 1  # always drawn, so that what is fixed changes nothing else
+    count = spec.count or len(fixed) or by_shares
+    kinds = spec.kinds or _kinds(random, spec, count)
+    background, colours = _colours(random, spec, kinds)
+    boxes = [_square(box) for box in spec.boxes] if spec.boxes else _boxes(random, count, spec)
     things = tuple(
-        Thing(kind, colour, box, ANGLES[dice.below(len(ANGLES))], kind in MIRRORED and dice.chance(0.5), _tint(dice))
+        Thing(
+            kind, colour, box, ANGLES[random.below(len(ANGLES))], kind in MIRRORED and random.chance(0.5), _tint(random)
+        )
         for kind, colour, box in zip(kinds, colours, boxes, strict=True)
     )
-    ground, style = GROUNDS[dice.weighted(GROUND_SHARE)], dice.pick(ALL_STYLES)
-    laid = Background(background, wish.ground or ground, _tint(dice))
-    return Scene(things, laid, wish.style or style, dice.below(2**31))
+    ground, style = GROUNDS[random.weighted(GROUND_SHARE)], random.pick(ALL_STYLES)
+    laid = Background(background, spec.ground or ground, _tint(random))
+    return Scene(things, laid, spec.style or style, random.below(2**31))
 
 
-def _kinds(dice: StableRandom, wish: SceneSpec, count: int) -> tuple[str, ...]:
-    """Different ones; where colours are given, such as may have them."""
+def _kinds(random: StableRandom, spec: SceneSpec, count: int) -> tuple[str, ...]:
+    """Draw different kinds; where colours are fixed, such as may have them."""
     kinds: list[str] = []
     for index in range(count):
-        free = [k for k in wish.among if k not in kinds]
-        if wish.colours:
-            free = [k for k in free if allowed(wish.colours[index], k, wish.pairs)]
+        free = [k for k in spec.among if k not in kinds]
+        if spec.colours:
+            free = [k for k in free if allowed(spec.colours[index], k, spec.pairs)]
         if not free:
-            raise ValueError(f"{count} objects of different kinds can't be drawn from {', '.join(wish.among)}")
-        kinds.append(dice.pick(free))
+            raise ValueError(f"{count} objects of different kinds can't be drawn from {', '.join(spec.among)}")
+        kinds.append(random.pick(free))
     return tuple(kinds)
 
 
-def _tint(dice: StableRandom) -> Tint:
-    return dice.between(-TINT, TINT), dice.between(-TINT, TINT), dice.between(-TINT, TINT)
+def _tint(random: StableRandom) -> Tint:
+    return random.between(-TINT, TINT), random.between(-TINT, TINT), random.between(-TINT, TINT)
 
 
-def _colours(dice: StableRandom, wish: SceneSpec, kinds: Sequence[str]) -> tuple[str, list[str]]:
-    """A background and one colour per kind that stand out from it; where colours are given, the background follows."""
-    if wish.colours:
-        contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in wish.colours)]
-        contrast = contrast or [b for b in BACKGROUNDS if b not in wish.colours]
-        return wish.background or dice.pick(contrast), list(wish.colours)
-    options = [wish.background] if wish.background else list(BACKGROUNDS)
+def _colours(random: StableRandom, spec: SceneSpec, kinds: Sequence[str]) -> tuple[str, list[str]]:
+    """Draw a background and one colour per kind that stand out from it; where colours are fixed, the background follows."""
+    if spec.colours:
+        contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in spec.colours)]
+        contrast = contrast or [b for b in BACKGROUNDS if b not in spec.colours]
+        return spec.background or random.pick(contrast), list(spec.colours)
+    options = [spec.background] if spec.background else list(BACKGROUNDS)
     while options:
-        background = options.pop(dice.below(len(options)))
+        background = options.pop(random.below(len(options)))
         colours: list[str] = []
         for kind in kinds:
-            free = [c for c in COLOURS if c not in colours and fits(c, background) and allowed(c, kind, wish.pairs)]
+            free = [c for c in COLOURS if c not in colours and fits(c, background) and allowed(c, kind, spec.pairs)]
             if not free:
                 break
-            colours.append(dice.pick(free))
+            colours.append(random.pick(free))
         else:
             return background, colours
-    raise ValueError(f"no {wish.pairs} colours are left for {', '.join(kinds)}")
+    raise ValueError(f"no {spec.pairs} colours are left for {', '.join(kinds)}")
 
 
 def allowed(colour: str, kind: str, pairs: Pairs) -> bool:
-    """Whether (colour, kind) may be drawn."""
-    return pairs == "any" or ((colour, kind) in _HELD_OUT) == (pairs == "held_out")
+    """Return whether (colour, kind) may be drawn."""
+    return pairs == "any" or ((colour, kind) in HELD_OUT_PAIRS) == (pairs == "held_out")
 
 
 def _square(box: Box) -> Box:
-    """The largest even square in the middle of a box."""
+    """Return the largest even square in the middle of a box."""
     size = min_side(box) // 2 * 2
     left, top = box[0] + (box[2] - box[0] - size) // 2, box[1] + (box[3] - box[1] - size) // 2
     return left, top, left + size, top + size
@@ -285,36 +279,36 @@ def _square(box: Box) -> Box:
 # ---------------------------------------------------------------- places
 
 
-def _boxes(dice: StableRandom, count: int, wish: SceneSpec) -> list[Box]:
-    """Boxes that don't overlap: one anywhere that has a name, or a row or column of several."""
-    least, most = (wish.min_size if count == 1 else SIZES[count][0]), SIZES[count][1]
-    sizes = [2 * dice.between(least // 2, most // 2) for _ in range(count)]
+def _boxes(random: StableRandom, count: int, spec: SceneSpec) -> list[Box]:
+    """Draw boxes that don't overlap: one at a named place, or a row or column of several."""
+    least, most = (spec.min_size if count == 1 else SIZES[count][0]), SIZES[count][1]
+    sizes = [2 * random.between(least // 2, most // 2) for _ in range(count)]
     if count == 1:
-        return [_single(dice, sizes[0], wish.place or dice.pick(PLACES))]
-    return _line(dice, sizes, column=dice.chance(0.5))
+        return [_single(random, sizes[0], spec.place or random.pick(PLACES))]
+    return _line(random, sizes, column=random.chance(0.5))
 
 
-def _single(dice: StableRandom, size: int, place: str) -> Box:
-    """Plainly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
-    along, across = dice.between(8, (SIDE - size) // 2 - 2), dice.between(-4, 4)
+def _single(random: StableRandom, size: int, place: str) -> Box:
+    """Draw a box clearly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
+    along, across = random.between(8, (SIDE - size) // 2 - 2), random.between(-4, 4)
     right, down = {
         "left": (-along, across),
         "right": (along, across),
         "above": (across, -along),
         "below": (across, along),
-        "centre": (across * 3 // 4, dice.between(-3, 3)),
+        "centre": (across * 3 // 4, random.between(-3, 3)),
     }[place]
     left, top = (SIDE - size) // 2 + right, (SIDE - size) // 2 + down
     return left, top, left + size, top + size
 
 
-def _line(dice: StableRandom, sizes: Sequence[int], column: bool) -> list[Box]:
-    """One behind the other, in slots of equal width; in the middle of the other axis, up to 5 pixels off."""
+def _line(random: StableRandom, sizes: Sequence[int], column: bool) -> list[Box]:
+    """Draw boxes one behind the other, in slots of equal width, up to 5 pixels off the middle of the other axis."""
     slot, boxes = SIDE / len(sizes), []
     for index, size in enumerate(sizes):
         room = int(slot) - size - 2
-        start = int(index * slot) + 1 + dice.between(0, room)
-        aside = (SIDE - size) // 2 + dice.between(-5, 5)
+        start = int(index * slot) + 1 + random.between(0, room)
+        aside = (SIDE - size) // 2 + random.between(-5, 5)
         left, top = (aside, start) if column else (start, aside)
         boxes.append((left, top, left + size, top + size))
     return boxes

@@ -25,23 +25,26 @@ SOFT = 1.0  # width in pixels of an antialiased edge
 
 
 def circle(p: Array, x: float, y: float, radius: float) -> Array:
-    """Distance of points [2,...] to a disc."""
-    return np.hypot(p[0] - x, p[1] - y) - np.float32(radius)
+    """Return the distance of points [2,...] to a disc."""
+    distance: Array = np.hypot(p[0] - x, p[1] - y) - np.float32(radius)
+    return distance
 
 
 def stroke(p: Array, points: Sequence[Point], radius: float) -> Array:
-    """Distance to a line through `points`, drawn with a round pen."""
-    return np.minimum.reduce([_segment(p, a, b) for a, b in zip(points, points[1:], strict=False)]) - np.float32(radius)
+    """Return the distance to a line through `points`, drawn with a round pen."""
+    nearest: Array = np.minimum.reduce([_segment(p, a, b) for a, b in zip(points, points[1:], strict=False)])
+    return nearest - np.float32(radius)
 
 
 def _segment(p: Array, a: Point, b: Point) -> Array:
     x, y, u, v = p[0] - a[0], p[1] - a[1], b[0] - a[0], b[1] - a[1]
     along = np.clip((x * u + y * v) / max(u * u + v * v, 1e-9), 0, 1)
-    return np.hypot(x - along * u, y - along * v)
+    distance: Array = np.hypot(x - along * u, y - along * v)
+    return distance
 
 
 def polygon(p: Array, points: Sequence[Point]) -> Array:
-    """Distance to a filled polygon (even-odd rule)."""
+    """Return the distance to a filled polygon (even-odd rule)."""
     closed = [*points, points[0]]
     inside = np.zeros(p.shape[1:], bool)
     for (ax, ay), (bx, by) in zip(closed, closed[1:], strict=False):
@@ -52,18 +55,18 @@ def polygon(p: Array, points: Sequence[Point]) -> Array:
 
 
 def bar(p: Array, left: float, top: float, right: float, bottom: float) -> Array:
-    """Distance to a filled rectangle."""
+    """Return the distance to a filled rectangle."""
     return polygon(p, [(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def ellipse(x: float, y: float, wide: float, high: float, start: float = 0, end: float = 360) -> list[Point]:
-    """Points on an ellipse or a part of it, angles in degrees clockwise from the right."""
+    """Return points on an ellipse or a part of it, angles in degrees clockwise from the right."""
     turns = [math.radians(start + (end - start) * i / 20) for i in range(21)]
     return [(x + wide * math.cos(t), y + high * math.sin(t)) for t in turns]
 
 
 def arc(x: float, y: float, radius: float, start: float, end: float) -> list[Point]:
-    """Points on a circle."""
+    """Return points on a circle."""
     return ellipse(x, y, radius, radius, start, end)
 
 
@@ -74,40 +77,34 @@ PEN = 0.2  # radius of a digit's stroke
 
 
 def three(p: Array) -> Parts:
-    """The digit."""
     upper, lower = arc(0, -0.4, 0.4, -165, 88), arc(0, 0.4, 0.42, -88, 165)
     return {"body": np.minimum(stroke(p, upper, PEN), stroke(p, lower, PEN))}
 
 
 def four(p: Array) -> Parts:
-    """The digit."""
     return {"body": stroke(p, [(0.28, 0.8), (0.28, -0.8), (-0.6, 0.3), (0.66, 0.3)], PEN)}
 
 
 def seven(p: Array) -> Parts:
-    """The digit."""
     return {"body": stroke(p, [(-0.58, -0.78), (0.58, -0.78), (-0.1, 0.8)], PEN)}
 
 
 def square(p: Array) -> Parts:
-    """All the room but a little."""
     return {"body": bar(p, -0.84, -0.84, 0.84, 0.84)}
 
 
 def triangle(p: Array) -> Parts:
-    """One corner up."""
     return {"body": polygon(p, [(0, -0.9), (0.98, 0.8), (-0.98, 0.8)])}
 
 
 def star(p: Array) -> Parts:
-    """Five points."""
     turns = [math.radians(-90 + 36 * i) for i in range(10)]
     reach = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
     return {"body": polygon(p, [(r * math.cos(t), 0.06 + r * math.sin(t)) for r, t in zip(reach, turns, strict=True)])}
 
 
 def heart(p: Array) -> Parts:
-    """The well-known curve of cosines."""
+    """Draw the well-known curve of cosines."""
     points = []
     for i in range(48):
         t = 2 * math.pi * i / 48
@@ -117,17 +114,17 @@ def heart(p: Array) -> Parts:
 
 
 def ring(p: Array) -> Parts:
-    """A circle with a wide hole."""
+    """Draw a circle with a wide hole."""
     return {"body": np.abs(circle(p, 0, 0, 0.7)) - np.float32(0.26)}
 
 
 def cross(p: Array) -> Parts:
-    """Upright, four equal arms."""
+    """Draw four equal arms, upright."""
     return {"body": np.minimum(bar(p, -0.3, -0.95, 0.3, 0.95), bar(p, -0.95, -0.3, 0.95, 0.3))}
 
 
 def house(p: Array) -> Parts:
-    """Wide roof, chimney, door and window."""
+    """Draw a wide roof, chimney, door and window."""
     walls, roof = bar(p, -0.7, -0.1, 0.7, 0.95), polygon(p, [(0, -0.98), (1, 0.02), (-1, 0.02)])
     chimney = bar(p, 0.42, -0.95, 0.7, -0.3)
     door, window = bar(p, -0.42, 0.3, -0.04, 0.95), bar(p, 0.16, 0.28, 0.5, 0.62)
@@ -135,7 +132,7 @@ def house(p: Array) -> Parts:
 
 
 def tree(p: Array) -> Parts:
-    """A fir: three tiers and a dark trunk."""
+    """Draw a fir: three tiers and a dark trunk."""
     tiers = [(-0.98, -0.3, 0.5), (-0.6, 0.16, 0.72), (-0.2, 0.64, 0.95)]
     crown = np.minimum.reduce([polygon(p, [(0, top), (w, low), (-w, low)]) for top, low, w in tiers])
     trunk = bar(p, -0.18, 0.6, 0.18, 0.98)
@@ -143,13 +140,13 @@ def tree(p: Array) -> Parts:
 
 
 def moon(p: Array) -> Parts:
-    """A crescent, open to the right."""
+    """Draw a crescent, open to the right."""
     outer, inner = arc(0.14, 0, 0.94, 47, 295), arc(0.66, -0.08, 0.78, 261, 81)  # in degrees: where the circles meet
     return {"body": polygon(p, outer + inner)}
 
 
 def key(p: Array) -> Parts:
-    """Aslant: a ring, a shaft and two teeth."""
+    """Draw a ring, a shaft and two teeth, aslant."""
     s = np.float32(math.sqrt(0.5))
     q = np.stack([s * (p[0] - p[1]), s * (p[0] + p[1])])  # along y runs the shaft
     head = np.abs(circle(q, 0, -0.6, 0.4)) - np.float32(0.17)
@@ -158,7 +155,7 @@ def key(p: Array) -> Parts:
 
 
 def fish(p: Array) -> Parts:
-    """Swims to the left: lens, tail, fin, dark eye."""
+    """Draw a fish that swims to the left: lens, tail, fin, dark eye."""
     body = np.maximum(circle(p, -0.1, 0.56, 1.05), circle(p, -0.1, -0.56, 1.05))
     tail = polygon(p, [(0.45, 0), (0.98, -0.62), (0.82, 0), (0.98, 0.62)])
     fin = polygon(p, [(-0.4, -0.38), (0.2, -0.84), (0.32, -0.3)])
@@ -166,7 +163,7 @@ def fish(p: Array) -> Parts:
 
 
 def mushroom(p: Array) -> Parts:
-    """A round cap with light spots on a light stem."""
+    """Draw a round cap with light spots on a light stem."""
     cap = polygon(p, ellipse(0, 0.12, 0.97, 1.05, -180, 0))
     stem = polygon(p, [(-0.26, 0.05), (0.26, 0.05), (0.36, 0.95), (-0.36, 0.95)])
     spots = [circle(p, -0.42, -0.28, 0.17), circle(p, 0.1, -0.52, 0.2), circle(p, 0.52, -0.14, 0.16)]
@@ -174,7 +171,7 @@ def mushroom(p: Array) -> Parts:
 
 
 def cup(p: Array) -> Parts:
-    """A mug: tapered body, handle on the right, dark opening."""
+    """Draw a mug: tapered body, handle on the right, dark opening."""
     body = polygon(p, [(-0.95, -0.62), (0.4, -0.62), (0.28, 0.85), (-0.83, 0.85)])
     handle = np.maximum(np.abs(circle(p, 0.42, 0.02, 0.42)) - np.float32(0.14), np.float32(0.2) - p[0])
     rim, hole = polygon(p, ellipse(-0.275, -0.62, 0.675, 0.28)), polygon(p, ellipse(-0.275, -0.62, 0.45, 0.17))
@@ -192,7 +189,7 @@ OUTLINES: dict[str, Callable[[Array], Parts]] = {
 
 @dataclass(frozen=True)
 class Sprite:
-    """One object at one size: arrays [size + 2 MARGIN, size + 2 MARGIN] in pixels of the picture."""
+    """One object at one size: arrays [size + 2 MARGIN, size + 2 MARGIN], pixels of the image."""
 
     distance: Array  # pixels to the outline, negative inside
     alpha: Array  # 0..1, how much of the pixel is object
@@ -202,13 +199,14 @@ class Sprite:
 
 
 def coverage(distance: Array) -> Array:
-    """Distance in pixels -> share of the pixel that is inside, 0..1."""
-    return np.clip(np.float32(0.5) - distance / np.float32(SOFT), 0, 1)
+    """Return the share of a pixel that is inside, 0..1, from its distance in pixels."""
+    inside: Array = np.clip(np.float32(0.5) - distance / np.float32(SOFT), 0, 1)
+    return inside
 
 
 @lru_cache(maxsize=4096)
 def sprite(kind: str, size: int, angle: int, mirrored: bool) -> Sprite:
-    """`kind` in a box of `size` pixels, turned clockwise by `angle` degrees; raises KeyError for an unknown kind."""
+    """Draw `kind` in a box of `size` pixels, turned clockwise by `angle` degrees; raise KeyError for an unknown kind."""
     axis = (np.arange(size + 2 * MARGIN, dtype=np.float32) + np.float32(0.5 - MARGIN - size / 2)) * np.float32(2 / size)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -227,5 +225,5 @@ def sprite(kind: str, size: int, angle: int, mirrored: bool) -> Sprite:
 def _bevel(distance: Array) -> Array:
     down, right = np.gradient(distance)
     slope = (-down - right) / np.float32(math.sqrt(2))  # the outline's normal against light from the upper left
-    rim = np.clip(1 - np.abs(distance + 1.6) / np.float32(1.8), 0, 1)
+    rim: Array = np.clip(1 - np.abs(distance + 1.6) / np.float32(1.8), 0, 1)
     return (slope * rim).astype(np.float32)

@@ -1,6 +1,6 @@
-"""How a picture is painted: the background laid on, objects put on it, a style over all of it.
+"""Scene -> image: the background, objects on it, a style over all of it.
 
-Inside, a picture is [3,64,64] float32 in grey levels 0..255, because numpy is slow where the last axis is short.
+Inside, an image is [3,64,64] float32 in grey levels 0..255, because numpy is slow where the last axis is short.
 Every style leaves the colours recognisable: most of each surface keeps its colour.
 """
 
@@ -21,20 +21,19 @@ CONTOUR = 1.7  # pixels
 PHASES = 12  # variants of each pattern
 
 
-def paint(scene: Scene) -> npt.NDArray[np.uint8]:
-    """[64,64,3] uint8; the same scene gives the same picture."""
-    picture = _ground(scene)
+def render(scene: Scene) -> npt.NDArray[np.uint8]:
+    """Render [64,64,3] uint8; the same scene gives the same image on every machine, but for rounding (one grey level)."""
+    image = _ground(scene)
     mask = np.zeros((SIDE, SIDE), np.float32)
     for thing in scene.things:
-        _put(picture, mask, thing, scene)
-    picture = _finish(picture, mask, scene)
-    np.clip(picture, 0, 255, out=picture)
-    picture += np.float32(0.5)
-    return np.ascontiguousarray(picture.astype(np.uint8).transpose(1, 2, 0))
+        _put(image, mask, thing, scene)
+    image = _finish(image, mask, scene)
+    np.clip(image, 0, 255, out=image)
+    image += np.float32(0.5)
+    return np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0))
 
 
 def _tinted(base: tuple[int, int, int], tint: tuple[int, int, int]) -> Array:
-    """[3,1,1]."""
     return np.array(base, np.float32).reshape(3, 1, 1) + np.array(tint, np.float32).reshape(3, 1, 1)
 
 
@@ -43,17 +42,17 @@ def _tinted(base: tuple[int, int, int], tint: tuple[int, int, int]) -> Array:
 
 def _ground(scene: Scene) -> Array:
     back = scene.background
-    shading = _shading(back.ground, scene.grain % PHASES)
+    shading = _shading(back.ground, scene.noise_seed % PHASES)
     return shading * _tinted(BACKGROUNDS[back.colour], back.tint)
 
 
 @cache
 def _shading(ground: str, phase: int) -> Array:
-    """[64,64]: what the background's colour is multiplied with."""
+    """Return the factor of the background's colour [64,64]."""
     x, y = _coordinates()
     if ground == "gradient":
         turn = 2 * np.pi * phase / PHASES
-        across = (np.cos(turn) * (x - SIDE / 2) + np.sin(turn) * (y - SIDE / 2)) / SIDE
+        across: Array = (np.cos(turn) * (x - SIDE / 2) + np.sin(turn) * (y - SIDE / 2)) / SIDE
         return (0.92 + 0.4 * across).astype(np.float32)
     if ground == "textured":  # a chequered cloth
         squares = ((x + phase) // 8 + (y + 5 * phase) // 8) % 2
@@ -63,7 +62,7 @@ def _shading(ground: str, phase: int) -> Array:
 
 @cache
 def _coordinates() -> tuple[Array, Array]:
-    """x and y of every pixel, [64,64] each."""
+    """Return x and y of every pixel, [64,64] each."""
     y, x = np.meshgrid(np.arange(SIDE, dtype=np.float32), np.arange(SIDE, dtype=np.float32), indexing="ij")
     return x, y
 
@@ -71,18 +70,18 @@ def _coordinates() -> tuple[Array, Array]:
 # ---------------------------------------------------------------- objects
 
 
-def _put(picture: Array, mask: Array, thing: Thing, scene: Scene) -> None:
-    """Paints one object into the picture, and where it is into the mask."""
+def _put(image: Array, mask: Array, thing: Thing, scene: Scene) -> None:
+    """Paint one object into the image, and its coverage into the mask."""
     figure = sprite(thing.kind, thing.size, thing.angle, thing.mirrored)
     window, inner = _windows(thing, figure.alpha.shape[0])
-    canvas, alpha = picture[window], figure.alpha[inner]
+    canvas, alpha = image[window], figure.alpha[inner]
     colour = _tinted(COLOURS[thing.colour], thing.tint) * figure.gain[inner] + figure.lift[inner]
     if scene.style == "outline":
         canvas += coverage(figure.distance[inner] - np.float32(CONTOUR)) * (INK - canvas)
     elif scene.style == "watercolour":
-        alpha, colour = _wet(figure.distance[inner], colour, _paper(scene.grain % PHASES)[window])
+        alpha, colour = _wet(figure.distance[inner], colour, _paper(scene.noise_seed % PHASES)[window])
     elif scene.style == "relief":
-        colour = _embossed(picture, window, figure, inner, colour)
+        colour = _embossed(image, window, figure, inner, colour)
     canvas += alpha * (colour - canvas)
     mask[window] = np.maximum(mask[window], alpha)
 
@@ -91,7 +90,7 @@ Window = tuple[EllipsisType, slice, slice]  # of the last two axes
 
 
 def _windows(thing: Thing, side: int) -> tuple[Window, Window]:
-    """The part of the picture that a sprite covers, and the part of the sprite that lies in the picture."""
+    """Return the part of the image that a sprite covers, and the part of the sprite that lies in the image."""
     outer, inner = [], []
     for start in (thing.box[1] - MARGIN, thing.box[0] - MARGIN):
         low, high = max(0, start), min(SIDE, start + side)
@@ -101,40 +100,41 @@ def _windows(thing: Thing, side: int) -> tuple[Window, Window]:
 
 
 def _wet(distance: Array, colour: Array, paper: Array) -> tuple[Array, Array]:
-    """Watercolour: wavering outline, pigment that gathers at the rim."""
+    """Return alpha and colour in watercolour: wavering outline, pigment that gathers at the rim."""
     wavering = distance + paper
     rim = np.clip(1 - np.abs(wavering + 1.2) / np.float32(1.4), 0, 1)
     return np.clip(0.5 - wavering / 1.6, 0, 1), colour * (1 - 0.35 * rim)
 
 
-def _embossed(picture: Array, window: Window, figure: Sprite, inner: Window, colour: Array) -> Array:
-    """Relief: a soft shadow to the lower right on the picture, lit and shaded edges on the object."""
+def _embossed(image: Array, window: Window, figure: Sprite, inner: Window, colour: Array) -> Array:
+    """Cast a soft shadow to the lower right on the image; return the colour with lit and shaded edges."""
     cast = np.zeros_like(figure.alpha)
     cast[3:, 3:] = np.clip(0.5 - figure.distance[:-3, :-3] / 3, 0, 1)
-    picture[window] *= 1 - 0.55 * cast[inner]
+    image[window] *= 1 - 0.55 * cast[inner]
     bevel = figure.bevel[inner]
-    return colour + np.maximum(bevel, 0) * (255 - colour) * 0.75 + np.minimum(bevel, 0) * colour * 0.6
+    lit: Array = colour + np.maximum(bevel, 0) * (255 - colour) * 0.75
+    return lit + np.minimum(bevel, 0) * colour * 0.6
 
 
 # ---------------------------------------------------------------- over all
 
 
-def _finish(picture: Array, mask: Array, scene: Scene) -> Array:
-    """What the style does to the whole picture, some of it stronger on objects."""
-    phase = scene.grain % PHASES
+def _finish(image: Array, mask: Array, scene: Scene) -> Array:
+    """Apply the style to the whole image, in part more strongly to objects."""
+    phase = scene.noise_seed % PHASES
     if scene.style == "watercolour":
-        return _washed(picture, mask, phase)
+        return _washed(image, mask, phase)
     if scene.style == "ripple":
-        return _rippled(picture, phase)
+        return _rippled(image, phase)
     if scene.style in ("hatched", "dots", "mosaic"):
         weak, strong = _pattern(scene.style, phase)
-        picture *= weak + mask * (strong - weak)
-    return picture
+        image *= weak + mask * (strong - weak)
+    return image
 
 
 @cache
 def _pattern(style: str, phase: int) -> tuple[Array, Array]:
-    """Factors [64,64] for the background and for objects."""
+    """Return factors [64,64] for the background and for objects."""
     x, y = _coordinates()
     if style == "hatched":
         falling, rising = (x + y + phase) % 5, (x - y + phase) % 5
@@ -158,7 +158,7 @@ def _dark(where: npt.NDArray[Any], strength: float) -> Array:
 
 @cache
 def _noise(phase: int, cell: int) -> Array:
-    """[64,64] in -1..1, smooth over `cell` pixels and without a seam; the same in every run."""
+    """Return [64,64] in -1..1, smooth over `cell` pixels and without a seam; the same in every run."""
     random = np.random.Generator(np.random.PCG64(1000 * cell + phase)).random((SIDE // cell, SIDE // cell))
     noise = np.kron(random, np.ones((cell, cell)))
     for axis in (0, 1):
@@ -169,14 +169,14 @@ def _noise(phase: int, cell: int) -> Array:
 
 @cache
 def _paper(phase: int) -> Array:
-    """[64,64]: rough -1..1, what makes wet edges waver."""
+    """Return [64,64] in -1..1, by which wet edges waver."""
     return np.clip(1.2 * _noise(phase, 4) + 0.5 * _noise(phase, 2), -1, 1)
 
 
-def _washed(picture: Array, mask: Array, phase: int) -> Array:
-    """Pigment in blotches: here and there the paper shines through, and its grain shows."""
+def _washed(image: Array, mask: Array, phase: int) -> Array:
+    """Lay pigment on in blotches: the paper shines through in places, and its grain shows."""
     thin, grain = _blotches(phase)
-    return picture + (250 - picture) * thin * (1 - 0.65 * mask) + grain
+    return image + (250 - image) * thin * (1 - 0.65 * mask) + grain
 
 
 @cache
@@ -186,10 +186,10 @@ def _blotches(phase: int) -> tuple[Array, Array]:
     return thin.astype(np.float32), 9 * _noise(phase, 1)
 
 
-def _rippled(picture: Array, phase: int) -> Array:
-    """Seen through waves of water: rows move up and down along x, crests are light and troughs dark."""
+def _rippled(image: Array, phase: int) -> Array:
+    """Distort by waves of water: rows move up and down along x, crests are light and troughs dark."""
     source, light = _waves(phase)
-    return picture.reshape(3, -1)[:, source].reshape(picture.shape) * light
+    return image.reshape(3, -1)[:, source].reshape(image.shape) * light
 
 
 @cache

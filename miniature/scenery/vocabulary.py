@@ -1,8 +1,8 @@
-"""The words of the miniature as a CLIP tokenizer: each word of the captions is one token, any other word is spelled from smaller ones.
+"""The miniature's CLIP tokenizer: each word of the captions is one token, any other word is spelled from smaller ones.
 
-The ids are laid out as CLIP's are: bytes, bytes that end a word, merges, start, end. So the end token has the largest id, and tokens
-that are added later lie above it: who pools at the largest id (old code does) then pools at an added token. The models of the
-miniature pool at the end token's own id, see miniature/clip_model.py.
+The ids are laid out as CLIP's: bytes, bytes that end a word, merges, start, end. The end token has the largest id, and tokens that are
+added later lie above it. Old code pools at the largest id, which is then an added token. The miniature's models pool at the end token's
+own id, see miniature/clip_model.py.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
+from typing import TYPE_CHECKING, Any
 
 from miniature.scenery.captions import caption
 from miniature.scenery.scenes import sample_scene
 from runtime.files import atomic, write_json
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 LENGTH = 77  # tokens of a prompt, start and end included, as in Stable Diffusion
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-CAPTIONS = 3000  # read for the words: enough for the rarest to come several times
+CAPTIONS = 3000  # that words are taken from: the rarest word occurs several times
 TOKENIZER = {
     "tokenizer_class": "CLIPTokenizer",
     "model_max_length": LENGTH,
@@ -38,51 +38,55 @@ Merge = tuple[str, str]
 
 
 def caption_words() -> list[str]:
-    """All words that captions use, sorted."""
+    """Return all words that captions use, sorted."""
     texts = (caption(sample_scene(seed), seed).text for seed in range(CAPTIONS))
     return sorted({word for text in texts for word in re.findall("[a-z]+", text)})
 
 
 def learn_merges(words: Iterable[str]) -> list[Merge]:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), each word counted once, until every word is one token."""
+    """Learn byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until every word is one token; words count once."""
     split = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges: list[Merge] = []
     while pairs := Counter(pair for word in split for pair in pairwise(word)):
         most = max(pairs.values())
         best = min(pair for pair, times in pairs.items() if times == most)  # so that all machines agree
         merges.append(best)
-        split = [merged(word, best) for word in split]
+        split = [merge_pair(word, best) for word in split]
     return merges
 
 
-def merged(word: list[str], pair: Merge) -> list[str]:
-    """The word's tokens with every occurrence of the pair joined, from the left."""
-    done: list[str] = []
+def merge_pair(word: list[str], pair: Merge) -> list[str]:
+    """Return the word's tokens with every occurrence of the pair joined, from the left."""
+    tokens: list[str] = []
     for token in word:
-        if done and (done[-1], token) == pair:
-            done[-1] += token
+        if tokens and (tokens[-1], token) == pair:
+            tokens[-1] += token
         else:
-            done.append(token)
-    return done
+            tokens.append(token)
+    return tokens
 
 
 @cache
 def build_vocabulary() -> tuple[dict[str, int], list[Merge]]:
-    """Token -> id, and the merges in order."""
+    """Return token -> id, and the merges in order."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
     alphabet, merges = sorted(ByteLevel.alphabet()), learn_merges(caption_words())
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(a + b for a, b in merges), START, END]
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of the world's captions; at most 77 tokens where truncation is asked for."""
+    """Return the tokenizer of the world's captions; truncation keeps 77 tokens."""
+    from transformers import CLIPTokenizer
+
     vocabulary, merges = build_vocabulary()
-    given: dict[str, Any] = {name: value for name, value in TOKENIZER.items() if name != "tokenizer_class"}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, **given)  # type: ignore[arg-type]  # pairs are what it wants
+    options: dict[str, Any] = {name: value for name, value in TOKENIZER.items() if name != "tokenizer_class"}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, **options)  # type: ignore[arg-type]  # it takes pairs
 
 
 def save_tokenizer(folder: Path) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json, which both `CLIPTokenizer` and `AutoTokenizer` read from a folder."""
+    """Write vocab.json, merges.txt and tokenizer_config.json, which `CLIPTokenizer` and `AutoTokenizer` read."""
     vocabulary, merges = build_vocabulary()
     with atomic(folder / "vocab.json") as temporary:
         temporary.write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")

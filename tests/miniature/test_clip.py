@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel,
 from miniature.clip_batches import (
     FAMILY,
     NONE,
-    Batches,
+    ClipBatches,
     bare_kinds,
     greyed,
     never_seen,
@@ -35,11 +35,21 @@ from miniature.clip_batches import (
     restyled,
     true_of,
 )
-from miniature.clip_grading import encode_pictures, encode_texts, held_out_pairs, matching
-from miniature.clip_model import SHIPPED, WEIGHTS, Size, SmallClip, convert, load_clip, save_clip, to_transformers
-from miniature.clip_training import ClipLoss, StyleLoss, Train, Training, forward, negatives_only, parameter_groups
+from miniature.clip_grading import encode_images, encode_texts, held_out_pairs, matching
+from miniature.clip_loss import StyleLoss, contrastive_loss, forward, parameter_groups
+from miniature.clip_model import (
+    SHIPPED,
+    WEIGHTS,
+    ClipSize,
+    SmallClip,
+    convert,
+    load_clip,
+    model_config,
+    save_clip,
+    to_transformers,
+)
 from miniature.scenery.captions import Caption, caption
-from miniature.scenery.render import as_tensor, batch, dataset, render
+from miniature.scenery.render import as_tensor, dataset, render, render_batch
 from miniature.scenery.scenes import (
     ALL_KINDS,
     HELD_OUT_KINDS,
@@ -51,11 +61,12 @@ from miniature.scenery.scenes import (
     sample_scene,
 )
 from miniature.scenery.vocabulary import END, LENGTH, START, learn_merges, make_tokenizer, save_tokenizer
-from miniature.train_clip import Convert, Grade, main
-from miniature.world import Zeroshot, write_zeroshot
+from miniature.train_clip import ConvertClip, GradeClip, TrainClip, main
+from miniature.world import RenderZeroshot, render_zeroshot
 from runtime.cli import BadInput
+from training.log import TrainingLog
 
-TINY = Size(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
+TINY = ClipSize(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
 PROMPTS = [
     "a photo of a star.",
     "a red key, next to a mushroom",
@@ -63,22 +74,23 @@ PROMPTS = [
 ]
 
 
-def small(folder: Path, **more: Any) -> Train:
-    given = {"steps": 4, "batch": 8, "save_every": 2, "grade": 12, "size": TINY, "workers": 0}
-    return Train(**{**given, "run": folder / "run", "output": folder / "clip", **more})
+def small(folder: Path, **more: Any) -> TrainClip:
+    values = {"steps": 4, "batch": 8, "save_every": 2, "grade": 12, "size": TINY, "workers": 0}
+    return TrainClip(**{**values, "run": folder / "run", "output": folder / "clip", **more})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in open_clip's form, with weights large enough that pictures and prompts differ."""
-    place = tmp_path_factory.mktemp("clip")
-    training = Training(small(place))
+    """Write a model in open_clip's form, with weights large enough that images and prompts differ."""
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    config = model_config(TINY, make_tokenizer())
+    model = open_clip.CLIP(**config)
     torch.manual_seed(1)
-    for parameter in training.model.parameters():
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
-    save_clip(place / "clip", training.model, training.config, {"steps": 0})
-    return place / "clip"
+    save_clip(folder, model, config, {"steps": 0})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +106,7 @@ def tokenizer() -> CLIPTokenizer:
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
     """[6,3,64,64] uint8."""
-    return as_tensor(batch(range(6)).images)
+    return as_tensor(render_batch(range(6)).images)
 
 
 # ---------------------------------------------------------------- words
@@ -121,7 +133,7 @@ def test_unknown_words_are_spelled(text: str, tokenizer: CLIPTokenizer) -> None:
     ids = tokenizer(text).input_ids
     assert len(ids) > 3
     assert ids.count(tokenizer.eos_token_id) == 1  # which is also what the unknown would become
-    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    assert str(tokenizer.decode(ids, skip_special_tokens=True)).replace(" ", "") == text.replace(" ", "")
 
 
 def test_ids_are_laid_out_as_in_clip(tokenizer: CLIPTokenizer) -> None:
@@ -233,20 +245,20 @@ def test_a_restyled_family_has_four_styles_and_all_else_in_common() -> None:
 
 
 def test_a_batch_holds_families_of_both_sorts_and_knows_their_styles() -> None:
-    styles = torch.stack([Batches(0, 32, 8)[step].styles for step in range(5)]).view(-1, FAMILY)
+    styles = torch.stack([ClipBatches(0, 32, 8)[step].styles for step in range(5)]).view(-1, FAMILY)
     counts = {len(set(family.tolist())) for family in styles}
     assert counts == {1, 4}
     assert 0.2 < sum(len(set(family.tolist())) == 4 for family in styles) / len(styles) < 0.6
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    first, again = Batches(3, 8, 8)[5], Batches(3, 8, 8)[5]
+    first, again = ClipBatches(3, 8, 8)[5], ClipBatches(3, 8, 8)[5]
     assert (first.images == again.images).all()
     assert first.texts == again.texts
-    for other in (Batches(3, 8, 8)[6], Batches(4, 8, 8)[5]):
+    for other in (ClipBatches(3, 8, 8)[6], ClipBatches(4, 8, 8)[5]):
         assert first.texts != other.texts
         assert (first.images != other.images).any()
-    stops = [text.endswith(".") for step in range(5) for text in Batches(0, 32, 8)[step].texts]
+    stops = [text.endswith(".") for step in range(5) for text in ClipBatches(0, 32, 8)[step].texts]
     assert 0.1 < sum(stops) / len(stops) < 0.4
 
 
@@ -259,7 +271,7 @@ def features(seed: int) -> Tensor:
 
 def test_without_true_captions_of_others_the_loss_is_open_clips() -> None:
     x, y, scale = features(0), features(1), torch.tensor(5.0)
-    ours = ClipLoss()(x, y, scale, negatives_only(torch.eye(4, dtype=torch.bool)))
+    ours = contrastive_loss(x, y, scale, torch.eye(4, dtype=torch.bool))
     torch.testing.assert_close(ours, open_clip.ClipLoss()(x, y, scale))
 
 
@@ -273,7 +285,7 @@ def test_a_true_caption_of_another_is_no_negative() -> None:
         row = [logits[k, j] for j in range(4) if (k, j) != (0, 2)]
         column = [logits[i, k] for i in range(4) if (i, k) != (0, 2)]
         total += float(torch.stack(row).logsumexp(0) + torch.stack(column).logsumexp(0) - 2 * logits[k, k]) / 8
-    assert float(ClipLoss()(x, y, torch.tensor(5.0), negatives_only(also))) == pytest.approx(total, abs=1e-5)
+    assert float(contrastive_loss(x, y, torch.tensor(5.0), also)) == pytest.approx(total, abs=1e-5)
 
 
 def test_the_style_is_told_from_the_features() -> None:
@@ -309,7 +321,7 @@ def test_weight_decay_spares_embeddings_gains_and_biases(clip: SmallClip) -> Non
 def test_both_forms_give_the_same_features_and_logits(
     folder: Path, clip: SmallClip, pictures: Tensor, tmp_path: Path
 ) -> None:
-    main(Convert(tmp_path / "hf", folder))
+    main(ConvertClip(tmp_path / "hf", folder))
     model, processor = (kind.from_pretrained(tmp_path / "hf") for kind in (CLIPModel, CLIPProcessor))
     images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures]
     theirs = processor(text=PROMPTS, images=images, return_tensors="pt", padding=True)
@@ -322,7 +334,7 @@ def test_both_forms_give_the_same_features_and_logits(
         out = model(**theirs)
         image_logits, text_logits = ours.eval().get_logits(x, tokens)
     for name, wanted in (
-        ("image_embeds", encode_pictures(clip, pictures)),
+        ("image_embeds", encode_images(clip, pictures)),
         ("text_embeds", encode_texts(clip, PROMPTS)),
         ("logits_per_image", image_logits),
         ("logits_per_text", text_logits),
@@ -403,7 +415,7 @@ def test_the_folder_can_be_moved_and_needs_no_network(
 
 
 def test_p3_measures_what_grading_measures(folder: Path, clip: SmallClip, tmp_path: Path) -> None:
-    write_zeroshot(Zeroshot(tmp_path / "data", count=24, seed=9))
+    render_zeroshot(RenderZeroshot(tmp_path / "data", count=24, seed=9))
     metrics = run_zeroshot(
         tmp_path, tmp_path / "data" / "val", f"local-dir:{folder}", prompts="single", precision="fp32"
     )["metrics"]
@@ -431,45 +443,39 @@ def test_matching_accepts_any_true_caption(clip: SmallClip) -> None:
 # ---------------------------------------------------------------- training
 
 
-def test_training_learns(tmp_path: Path) -> None:
-    training = Training(small(tmp_path, batch=16, steps=40, size=replace(TINY, patch=16)))
-    losses = [float(training.one_step(one).detach()) for one in training.batches()]
+def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    monkeypatch.setattr(
+        TrainingLog, "show", lambda _, step, **values: losses.extend(v for k, v in values.items() if k == "loss")
+    )
+    main(small(tmp_path, batch=16, steps=40, size=replace(TINY, patch=16), log_every=1, save_every=50))
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
-def test_a_resumed_training_ends_with_the_very_same_weights(tmp_path: Path) -> None:
-    straight = Training(small(tmp_path / "a")).train().model.state_dict()
-    stopped = Training(small(tmp_path / "b"))
-    for _, one in zip(range(2), stopped.batches(), strict=False):
-        stopped.one_step(one)
-    stopped.save()
-    resumed = Training(small(tmp_path / "b", workers=1))  # who renders doesn't matter either
-    assert resumed.step == 2
-    weights = resumed.train().model.state_dict()
-    assert all((weights[name] == value).all() for name, value in straight.items())
-
-
-def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_with_the_very_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The signal comes while the second step's pictures are being made."""
-    made = Batches.__getitem__
+    """The signal comes while the second step's images are being made; who renders doesn't matter either."""
+    main(small(tmp_path / "straight", workers=1))
+    getitem = ClipBatches.__getitem__
 
-    def interrupting(self: Batches, step: int) -> Any:
+    def interrupting(self: ClipBatches, step: int) -> Any:
         if step == 1 and not (tmp_path / "run" / "checkpoint.pt").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return made(self, step)
+        return getitem(self, step)
 
-    monkeypatch.setattr(Batches, "__getitem__", interrupting)
+    monkeypatch.setattr(ClipBatches, "__getitem__", interrupting)
     with pytest.raises(SystemExit, match="130"):
         main(small(tmp_path))
     assert not (tmp_path / "clip").exists()
     main(small(tmp_path))
+    straight, resumed = (load_clip(folder / "clip").model.state_dict() for folder in (tmp_path / "straight", tmp_path))
+    assert all((resumed[name] == value).all() for name, value in straight.items())
     printed = capsys.readouterr().out
     assert "object, held-out pairs" in printed
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["settings"]["size"] == asdict(TINY)
-    main(Grade(tmp_path / "clip", count=12, record=tmp_path / "grade.json"))
+    main(GradeClip(tmp_path / "clip", count=12, record=tmp_path / "grade.json"))
     again = json.loads((tmp_path / "grade.json").read_text())["metrics"]["rates"]
     assert again == record["metrics"]["rates"]  # the file holds what was graded
 
@@ -480,10 +486,10 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (lambda p: Grade(count=0), "--count 0"),
-        (lambda p: Grade(seed=-1), "--seed -1"),
-        (lambda p: Grade(model=p / "none"), "none/open_clip_config.json does not exist; train one"),
-        (lambda p: Convert(p / "hf", p / "none"), "none/open_clip_config.json does not exist"),
+        (lambda p: GradeClip(count=0), "--count 0"),
+        (lambda p: GradeClip(seed=-1), "--seed -1"),
+        (lambda p: GradeClip(model=p / "none"), "none/open_clip_config.json does not exist; train one"),
+        (lambda p: ConvertClip(p / "hf", p / "none"), "none/open_clip_config.json does not exist"),
         (lambda p: small(p, steps=0), "--steps 0"),
         (lambda p: small(p, batch=6), "--batch 6"),
         (lambda p: small(p, seed=-1), "--seed -1"),
@@ -491,7 +497,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
         (lambda p: small(p, output=Path(__file__)), "a file is in the way"),
     ],
 )
-def test_bad_input_is_named(command: Callable[[Path], Train | Grade | Convert], named: str, tmp_path: Path) -> None:
+def test_bad_input_is_named(
+    command: Callable[[Path], TrainClip | GradeClip | ConvertClip], named: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match=named):
         main(command(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -503,7 +511,7 @@ def test_bad_input_is_named(command: Callable[[Path], Train | Grade | Convert], 
 )
 def test_sizes_that_cannot_be_built_are_named(size: dict[str, int], named: str) -> None:
     with pytest.raises(BadInput, match=named):
-        Size(**size)
+        ClipSize(**size)
 
 
 def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -528,10 +536,18 @@ def test_a_convolutional_tower_is_not_converted(clip: SmallClip) -> None:
         to_transformers(clip._replace(config=config))
 
 
-def test_a_checkpoint_of_another_size_is_not_gone_on_with(tmp_path: Path) -> None:
-    Training(small(tmp_path)).save()
-    with pytest.raises(BadInput, match="another size"):
-        Training(small(tmp_path, size=replace(TINY, text_layers=1)))
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"size": replace(TINY, text_layers=1)}, "size"),
+        ({"styles": 0.0}, "styles 0.25, not 0.0"),
+        ({"steps": 1}, "steps 2, not 1"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_facts_only(more: dict[str, Any], named: str, tmp_path: Path) -> None:
+    main(small(tmp_path, steps=2))
+    with pytest.raises(BadInput, match=f"was trained with {named}.* --run OTHER"):
+        main(small(tmp_path, **{"steps": 2, **more}))
 
 
 def test_a_full_disk_keeps_the_old_model(
@@ -556,7 +572,8 @@ def test_the_shipped_model_knows_objects_in_colours_it_never_saw() -> None:
 
 def test_a_locked_text_towers_states_stay_as_they_were_and_the_rest_learns(folder: Path, tmp_path: Path) -> None:
     before = load_clip(folder).model.state_dict()
-    after = Training(small(tmp_path, init=folder, lock_text=True)).train().model.state_dict()
+    main(small(tmp_path, init=folder, lock_text=True))
+    after = load_clip(tmp_path / "clip").model.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert "visual.conv1.weight" in changed
     assert all(name.startswith(("visual.", "logit_scale", "text_projection")) for name in changed)

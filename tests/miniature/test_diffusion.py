@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -23,21 +24,20 @@ import miniature.train_autoencoder as autoencoder
 import miniature.train_diffusion as diffusion
 from concepts.single_file import make_scheduler
 from miniature.clip_model import SHIPPED, convert
-from miniature.diffusion_grading import ANSWERS, Grade, cases_of, holds, pictures_of, rates_of
+from miniature.diffusion_grading import ANSWERS, GradeDiffusion, cases_of, holds, rates_of
 from miniature.diffusion_parts import (
     PARTS,
     draw,
-    load_part,
     load_pipeline,
     load_text_tower,
+    load_unet,
+    load_vae,
     make_autoencoder,
-    make_unet,
     prompt_sheet,
     save_part,
     tokenize,
     with_solver,
 )
-from miniature.diffusion_training import DiffusionTrainer, Train, start_from
 from miniature.judge_model import (
     WHOLE,
     SceneClassifierConfig,
@@ -47,22 +47,22 @@ from miniature.judge_model import (
 )
 from miniature.latents import Latents, cached_latents
 from miniature.scenery.render import dataset
-from miniature.scenery.scenes import FREE, HELD_OUT_PAIRS, SceneSpec
-from miniature.trainer import Trainer
+from miniature.scenery.scenes import ANY_PAIR, FREE, HELD_OUT_PAIRS, SceneSpec
+from miniature.train_diffusion import AssemblePipeline, TrainDiffusion, draw_cases
 from runtime.cli import BadInput
 from runtime.seeds import derived_seed
-from training.draws import Draws
+from training.loop import TrainingRun
 
 CPU = torch.device("cpu")
 LAYOUT = {"device": "cpu", "compile": "off", "log_every": 2, "save_every": 2, "show_every": 0}
 
 
-def save_clip(folder: Path, width: int = 32) -> Path:
-    """A random CLIP and a tokenizer that spells, as a transformers folder: what --clip takes."""
+def save_clip(folder: Path, width: int = 32, seed: int = 0) -> Path:
+    """Write a random CLIP and a tokenizer that spells as a transformers folder, for --clip."""
     alphabet = [chr(code) for code in range(33, 127)]
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     shape = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {"vocab_size": len(words), "pad_token_id": end, "bos_token_id": end - 1, "eos_token_id": end}
@@ -80,7 +80,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parts folder with a random autoencoder."""
+    """Write a parts folder with a random autoencoder."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     save_part(autoencoder.with_measured_scale(make_autoencoder((8, 8, 8)), 0, 20), folder / "vae")
@@ -89,31 +89,31 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(clip: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished tiny run, with a sheet at its end."""
+    """Finish a tiny run, with a sheet at its end."""
     folder = tmp_path_factory.mktemp("trained")
     settings = small(folder, clip, vae, show_every=6)
     diffusion.main(settings)
     return SimpleNamespace(settings=settings, folder=folder, clip=clip, parts=settings.parts, output=settings.output)
 
 
-def small(folder: Path, clip: Path, vae: Path, /, **more: Any) -> Train:
+def small(folder: Path, clip: Path, vae: Path, /, **more: Any) -> TrainDiffusion:
     """Parts are the run's own, but for the autoencoder."""
     (folder / "parts").mkdir(exist_ok=True)
     if not (folder / "parts" / "vae").exists():
         (folder / "parts" / "vae").symlink_to(vae / "vae")
     given = {"steps": 6, "batch": 4, "channels": (16, 32), "pictures": 10, **LAYOUT, **more}
     places = {"clip": clip, "parts": folder / "parts", "output": folder / "pipe", "run": folder / "run"}
-    return Train(**{**places, **given})
+    return TrainDiffusion(**{**places, **given})
 
 
-def small_autoencoder(folder: Path, **more: Any) -> autoencoder.Train:
+def small_autoencoder(folder: Path, **more: Any) -> autoencoder.TrainAutoencoder:
     given = {"steps": 6, "batch": 2, "channels": (8, 8, 8), "grade": 4, **LAYOUT, **more}
-    return autoencoder.Train(**{"output": folder / "parts", "run": folder / "run", **given})
+    return autoencoder.TrainAutoencoder(**{"output": folder / "parts", "run": folder / "run", **given})
 
 
 def same_weights(left: Path, right: Path) -> bool:
     """Of the two checkpoints: network, average and optimizer."""
-    states = [torch.load(folder / "run" / "checkpoint.pt", weights_only=True) for folder in (left, right)]
+    states = [torch.load(folder / "run" / "checkpoint.pt", weights_only=True)["parts"] for folder in (left, right)]
     pairs = [(states[0][name][key], states[1][name][key]) for name in ("model", "ema") for key in states[0][name]]
     for row in states[0]["optimizer"]["state"]:
         before, after = (state["optimizer"]["state"][row] for state in states)
@@ -123,16 +123,16 @@ def same_weights(left: Path, right: Path) -> bool:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM while the fourth step of a run's first start is made."""
-    ordinary, calls = Trainer.one_step, []
+    """SIGTERM during the fourth step of a run's first start."""
+    update, steps = TrainingRun.update, []
 
-    def one_step(trainer: Trainer) -> torch.Tensor:
-        calls.append(trainer.step)
-        if len(calls) == 4:
+    def interrupted(run: TrainingRun, *arguments: Any) -> None:
+        steps.append(run.step)
+        if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ordinary(trainer)
+        update(run, *arguments)
 
-    monkeypatch.setattr(Trainer, "one_step", one_step)
+    monkeypatch.setattr(TrainingRun, "update", interrupted)
 
 
 # ---------------------------------------------------------------- the autoencoder
@@ -151,17 +151,17 @@ def test_an_autoencoder_is_saved_in_halves_with_its_scale(tmp_path: Path, capsys
 
 
 def test_scaled_latents_of_other_pictures_have_unit_variance(vae: Path) -> None:
-    network = load_part(AutoencoderKL, vae / "vae", "")
-    x = autoencoder.pictures([derived_seed(9, index) for index in range(60)], CPU)
+    network = load_vae(vae / "vae")
+    x = autoencoder.random_images([derived_seed(9, index) for index in range(60)], CPU)
     posterior = network.encode(x).latent_dist
-    latents = posterior.sample(torch.Generator().manual_seed(0)) * network.config.scaling_factor
+    latents = posterior.sample(torch.Generator().manual_seed(0)) * network.config["scaling_factor"]
     assert float(latents.var()) == pytest.approx(1, abs=0.1)
 
 
 def test_psnr_is_that_of_the_pixels(vae: Path) -> None:
-    network = load_part(AutoencoderKL, vae / "vae", "")
-    rates = autoencoder.measured(network, 5, 3)
-    images = dataset(5, derived_seed(3, autoencoder.GRADED), autoencoder.ANY).images
+    network = load_vae(vae / "vae")
+    rates = autoencoder.measure_psnr(network, 5, 3)
+    images = dataset(5, derived_seed(3, autoencoder.GRADED), ANY_PAIR).images
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         back = network.decode(network.encode(x).latent_dist.mean).sample.permute(0, 2, 3, 1).numpy()
@@ -184,7 +184,7 @@ def test_a_stopped_autoencoder_run_goes_on_as_if_it_had_not_been(
 
 
 def test_grading_an_autoencoder_leaves_record_and_sheet(vae: Path, tmp_path: Path) -> None:
-    autoencoder.main(autoencoder.Grade(parts=vae, count=4, device="cpu", output=tmp_path))
+    autoencoder.main(autoencoder.GradeAutoencoder(parts=vae, count=4, device="cpu", output=tmp_path))
     assert json.loads((tmp_path / "record.json").read_text())["metrics"]["psnr"] > 0
     assert (tmp_path / "sheet.png").is_file()
 
@@ -193,30 +193,30 @@ def test_grading_an_autoencoder_leaves_record_and_sheet(vae: Path, tmp_path: Pat
 
 
 def test_latents_are_the_scaled_posteriors_of_the_rendered_pictures(vae: Path, clip: Path, tmp_path: Path) -> None:
-    network, tokenizer = load_part(AutoencoderKL, vae / "vae", ""), load_text_tower(clip)[1]
+    network, tokenizer = load_vae(vae / "vae"), load_text_tower(clip)[1]
     data = cached_latents(tmp_path, network, tokenizer, 10, 0)
     made = dataset(10, 0)
     x = torch.from_numpy(made.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    posterior, scale = network.encode(x).latent_dist, network.config.scaling_factor
+    posterior, scale = network.encode(x).latent_dist, network.config["scaling_factor"]
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([7, 0, 7])
     wanted = scale * (posterior.mean[rows] + posterior.std[rows] * noise)
-    assert (data.take(rows, noise) - wanted).abs().max() < 5e-3 * wanted.abs().max()
+    assert (data.sample(rows, noise) - wanted).abs().max() < 5e-3 * wanted.abs().max()
     assert torch.equal(data.tokens[4].long(), tokenize(tokenizer, [made.captions[4].text])[0])
 
 
 def test_latents_may_be_of_fuller_pictures(vae: Path, clip: Path, tmp_path: Path) -> None:
-    network, tokenizer = load_part(AutoencoderKL, vae / "vae", ""), load_text_tower(clip)[1]
+    network, tokenizer = load_vae(vae / "vae"), load_text_tower(clip)[1]
     full = SceneSpec(shares=(0, 0, 1))
     made = dataset(4, 0, full)
     assert {len(scene.things) for scene in made.scenes} == {3}
-    for wish in (FREE, full):  # the second is not taken for the first
-        tokens = cached_latents(tmp_path, network, tokenizer, 4, 0, wish).tokens.long()
+    for spec in (FREE, full):  # the second is not taken for the first
+        tokens = cached_latents(tmp_path, network, tokenizer, 4, 0, spec).tokens.long()
     assert torch.equal(tokens, tokenize(tokenizer, [caption.text for caption in made.captions]))
 
 
 def test_latents_are_made_once_and_anew_for_another_autoencoder(vae: Path, clip: Path, tmp_path: Path) -> None:
-    network, tokenizer = load_part(AutoencoderKL, vae / "vae", ""), load_text_tower(clip)[1]
+    network, tokenizer = load_vae(vae / "vae"), load_text_tower(clip)[1]
 
     def made() -> int:
         cached_latents(tmp_path, network, tokenizer, 4, 0)
@@ -228,23 +228,34 @@ def test_latents_are_made_once_and_anew_for_another_autoencoder(vae: Path, clip:
     assert made() != first
 
 
-@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.1, 0.06, 0.14), (1.0, 1, 1)])
-def test_captions_are_withheld_as_often_as_asked(share: float, low: float, high: float) -> None:
-    """Over a batch of 1,000."""
-    rows, nothing = torch.arange(1000), torch.full((1, 77), 5)
-    data = Latents(torch.zeros(1000, 2, 4, 16, 16).half(), torch.arange(1000)[:, None].expand(-1, 77) + 10)
-    part = SimpleNamespace(data=data, device=CPU, nothing=nothing, settings=SimpleNamespace(drop_text=share))
-    tokens = DiffusionTrainer.captions(part, rows, Draws(0, 0, slice(1000), 1000, CPU))  # type: ignore[arg-type]
-    empty = (tokens == nothing).all(1)
-    assert low <= float(empty.float().mean()) <= high
-    assert torch.equal(tokens[~empty], data.tokens[~empty])
+def test_dropped_captions_are_those_without_text() -> None:
+    rows, no_text = torch.tensor([3, 0, 2, 2]), torch.full((1, 77), 5)
+    data = Latents(torch.zeros(4, 2, 4, 16, 16).half(), torch.arange(4)[:, None].expand(-1, 77) + 10)
+    tokens = data.captions(rows, torch.tensor([False, True, True, False]), no_text)
+    assert torch.equal(tokens[:, 0], torch.tensor([13, 5, 5, 12]))
+    assert (tokens == tokens[:, :1]).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_captions_are_dropped_as_often_as_the_flag_says(
+    share: float, clip: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[torch.Tensor] = []
+
+    def captions(data: Latents, rows: torch.Tensor, dropped: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        masks.append(dropped)
+        return data.tokens[rows].long()
+
+    monkeypatch.setattr(Latents, "captions", captions)
+    diffusion.main(small(tmp_path, clip, vae, steps=2, drop_text=share))
+    assert torch.cat(masks).float().mean() == share
 
 
 def test_the_schedule_is_that_of_stable_diffusion() -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scheduler = make_scheduler()
     assert torch.allclose(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-4)
-    assert (scheduler.config.prediction_type, scheduler.config.steps_offset) == ("epsilon", 1)
+    assert (scheduler.config["prediction_type"], scheduler.config["steps_offset"]) == ("epsilon", 1)
 
 
 def test_the_text_tower_is_that_of_the_clip_folder(clip: Path) -> None:
@@ -289,7 +300,7 @@ def test_the_pipeline_folder_loads_like_any_other_and_draws(trained: SimpleNames
 
 
 def test_the_assembled_folder_draws_what_the_parts_draw(trained: SimpleNamespace, tmp_path: Path) -> None:
-    diffusion.main(diffusion.Assemble(trained.clip, trained.parts, tmp_path))
+    diffusion.main(AssemblePipeline(trained.clip, trained.parts, tmp_path))
     whole = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
     whole.set_progress_bar_config(disable=True)
     pipes = (with_solver(whole), with_solver(load_pipeline(trained.parts, trained.clip)))
@@ -317,12 +328,12 @@ def test_a_sheet_shows_every_picture_in_its_cell() -> None:
 
 
 def test_prompts_name_what_the_judge_is_asked() -> None:
-    cases = cases_of(Grade(count=200, held_out=24, scenes=10, couples=30))
+    cases = cases_of(GradeDiffusion(count=200, held_out=24, scenes=10, couples=30))
     assert [sum(case.group == group for case in cases) for group in ("trained pairs", "held-out pairs")] == [200, 24]
     for case in cases:
-        assert all(word in case.prompt.split() for words in case.wanted.values() for word in words)
+        assert all(word in case.prompt.split() for words in case.expected.values() for word in words)
         pairs = list(
-            zip(*(w for q, w in case.wanted.items() if q in ("colour", "kind", "paints", "present")), strict=True)
+            zip(*(w for q, w in case.expected.items() if q in ("colour", "kind", "paints", "present")), strict=True)
         )
         pairs = [pair if pair[0] not in WHOLE["kind"] else pair[::-1] for pair in pairs]
         assert all((pair in HELD_OUT_PAIRS) == (case.group == "held-out pairs") for pair in pairs), case
@@ -354,8 +365,18 @@ def any_judge(tmp_path: Path) -> Path:
 def test_grading_leaves_record_sheet_and_table(
     trained: SimpleNamespace, any_judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = {"count": 2, "held_out": 1, "scenes": 1, "couples": 1, "steps": 2, "batch": 3, "device": "cpu"}
-    settings = Grade(clip=trained.clip, parts=trained.parts, judge=any_judge, output=tmp_path / "grade", **counts)  # type: ignore[arg-type]
+    counts: dict[str, Any] = {
+        "count": 2,
+        "held_out": 1,
+        "scenes": 1,
+        "couples": 1,
+        "steps": 2,
+        "batch": 3,
+        "device": "cpu",
+    }
+    settings = GradeDiffusion(
+        clip=trained.clip, parts=trained.parts, judge=any_judge, output=tmp_path / "grade", **counts
+    )
     diffusion.main(settings)
     metrics = json.loads((tmp_path / "grade" / "record.json").read_text())["metrics"]
     assert set(metrics["rates"]) == {"trained pairs", "held-out pairs", "whole scenes", "two objects"}
@@ -366,12 +387,15 @@ def test_grading_leaves_record_sheet_and_table(
 
 
 def test_rates_are_the_shares_of_what_the_judge_sees(any_judge: Path) -> None:
-    judge, cases = load_scene_classifier(CPU, any_judge), cases_of(Grade(count=12, held_out=0, scenes=0, couples=0))
+    judge, cases = (
+        load_scene_classifier(CPU, any_judge),
+        cases_of(GradeDiffusion(count=12, held_out=0, scenes=0, couples=0)),
+    )
     images = torch.from_numpy(dataset(12, 0).images).permute(0, 3, 1, 2).contiguous()
     kinds = [WHOLE["kind"][int(row)] for row in judge.whole(images)["kind"].argmax(1)]
-    told = [replace(case, wanted={"kind": (kind,)}) for case, kind in zip(cases, kinds, strict=True)]
+    told = [replace(case, expected={"kind": (kind,)}) for case, kind in zip(cases, kinds, strict=True)]
     wrong = [
-        replace(case, wanted={"kind": ("cup" if kind != "cup" else "key",)})
+        replace(case, expected={"kind": ("cup" if kind != "cup" else "key",)})
         for case, kind in zip(cases, kinds, strict=True)
     ]
     assert rates_of(judge, images, told[:9] + wrong[9:])["trained pairs"] == {"kind": 0.75, "all": 0.75}
@@ -413,32 +437,54 @@ def test_bad_flags_of_the_autoencoder_are_named(more: dict[str, Any], named: str
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_that_the_first_weights_lack_starts_as_the_identity(tmp_path: Path) -> None:
-    """As the U-Net that shipped before, which had none at the finest resolution."""
-    torch.manual_seed(0)
-    before = UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_head_dim=(1, 1),
-        norm_num_groups=16,
-        cross_attention_dim=32,
-    )
-    before.save_pretrained(tmp_path)
-    grown = make_unet((16, 32), 32)
-    start_from(grown, tmp_path)
-    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
-    with torch.no_grad():
-        wanted, found = (network.eval()(x, 500, text).sample for network in (before, grown))
-    assert torch.allclose(found, wanted, atol=1e-5)
+def test_a_unet_can_start_from_finished_weights_of_the_same_layout(
+    trained: SimpleNamespace, vae: Path, tmp_path: Path
+) -> None:
+    weights = load_unet(trained.parts / "unet").state_dict()
+    diffusion.main(small(tmp_path, trained.clip, vae, init=trained.parts / "unet", steps=1, lr=1e-9))
+    after = load_unet(tmp_path / "parts" / "unet").state_dict()
+    assert all(torch.allclose(after[name], tensor, atol=1e-4) for name, tensor in weights.items())
     with pytest.raises(BadInput, match="another layout"):
-        start_from(make_unet((16, 48), 32), tmp_path)
+        diffusion.main(small(tmp_path, trained.clip, vae, init=trained.parts / "unet", channels=(16, 48)))
+
+
+def test_an_autoencoder_can_start_from_finished_weights_of_the_same_layout(vae: Path, tmp_path: Path) -> None:
+    weights = load_vae(vae / "vae").state_dict()
+    autoencoder.main(small_autoencoder(tmp_path, init=vae / "vae", steps=1, lr=1e-9))
+    after = load_vae(tmp_path / "parts" / "vae").state_dict()
+    assert all(torch.allclose(after[name], tensor, atol=1e-4) for name, tensor in weights.items())
+    with pytest.raises(BadInput, match="another layout"):
+        autoencoder.main(small_autoencoder(tmp_path, init=vae / "vae", channels=(8, 8, 16)))
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [({"drop_text": 0.2}, "drop_text 0.1, not 0.2"), ({"lr": 1e-5}, "lr"), ({"steps": 3}, "steps 6, not 3"),
+     ({"max_loss_weight": 1.0}, "max_loss_weight"), ({"min_size": 20}, "min_size 18, not 20")],
+)  # fmt: skip
+def test_a_run_goes_on_with_the_same_facts_only(
+    more: dict[str, Any], named: str, trained: SimpleNamespace, tmp_path: Path
+) -> None:
+    before = (trained.folder / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(BadInput, match=f"was trained with {named}"):
+        diffusion.main(replace(trained.settings, **more))
+    assert (trained.folder / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_another_text_tower_or_autoencoder_is_not_gone_on_with(clip: Path, vae: Path, tmp_path: Path) -> None:
+    diffusion.main(small(tmp_path, clip, vae, steps=1))
+    other = save_clip(tmp_path / "clip", seed=1)
+    with pytest.raises(BadInput, match="was trained with clip"):
+        diffusion.main(small(tmp_path, other, vae, steps=1))
+    torch.manual_seed(1)
+    save_part(make_autoencoder((8, 8, 8)), tmp_path / "other" / "vae")
+    (tmp_path / "parts" / "vae").unlink()
+    with pytest.raises(BadInput, match="was trained with latents"):
+        diffusion.main(small(tmp_path, clip, tmp_path / "other", steps=1))
 
 
 def test_a_checkpoint_of_another_layout_is_refused(trained: SimpleNamespace, vae: Path) -> None:
-    with pytest.raises(BadInput, match="another layout"):
+    with pytest.raises(BadInput, match=r"trained with channels \[16, 32\], not \[16, 48\]: .* --run OTHER"):
         diffusion.main(replace(trained.settings, channels=(16, 48)))
     with pytest.raises(BadInput, match="not a checkpoint of miniature autoencoder"):
         autoencoder.main(small_autoencoder(trained.folder))
@@ -451,12 +497,12 @@ def test_parts_that_do_not_fit_are_named(
     with pytest.raises(BadInput, match="reads text 32 wide"):
         load_pipeline(trained.parts, wider)
     with pytest.raises(BadInput, match="train_diffusion.py train makes it"):
-        diffusion.main(diffusion.Assemble(clip, vae, tmp_path / "pipe"))
+        diffusion.main(AssemblePipeline(clip, vae, tmp_path / "pipe"))
     (wider / "model.safetensors").write_bytes(b"short")
     with pytest.raises(BadInput, match="no readable CLIP"):
         load_text_tower(wider)
     with pytest.raises(BadInput, match="--couples"):
-        diffusion.main(Grade(judge=any_judge, couples=-1))
+        diffusion.main(GradeDiffusion(judge=any_judge, couples=-1))
     assert not (tmp_path / "pipe").exists()
 
 
@@ -477,7 +523,7 @@ def test_a_clip_that_lacks_a_tensor_is_not_filled_at_random(tmp_path: Path) -> N
 def test_a_full_disk_keeps_the_old_part(
     vae: Path, tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    network = load_part(AutoencoderKL, vae / "vae", "")
+    network = load_vae(vae / "vae")
     save_part(network, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with full_disk(10_000), pytest.raises(OSError, match="disk full"):
@@ -490,8 +536,8 @@ def test_the_shipped_model_draws_what_it_is_told(tmp_path: Path) -> None:
     """Its card says 0.992 and 0.958 right; 40 and 24 pictures leave standard errors of one and three points."""
     convert(SHIPPED, tmp_path / "clip")
     pipe = with_solver(load_pipeline(PARTS, tmp_path / "clip"))
-    settings = Grade(count=40, held_out=24, scenes=0, couples=0, batch=16, seed=5)
+    settings = GradeDiffusion(count=40, held_out=24, scenes=0, couples=0, batch=16, seed=5)
     cases = cases_of(settings)
-    rates = rates_of(load_scene_classifier(CPU), pictures_of(pipe, cases, settings), cases)
+    rates = rates_of(load_scene_classifier(CPU), draw_cases(pipe, cases, settings), cases)
     assert rates["trained pairs"]["all"] >= 0.92
     assert rates["held-out pairs"]["all"] >= 0.85

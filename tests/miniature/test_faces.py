@@ -20,16 +20,17 @@ from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import miniature.faces_training as faces_training
+import miniature.train_faces as train_faces
 import P2_ddim
 from diffusion.schedule import linear
 from faces.models import load_model
-from miniature.faces import SIDE, STORED, cut, held_out_people, load_faces, middle_cuts, random_cuts, to_float
+from miniature.faces import SIDE, STORED, central_crops, crop, held_out_people, load_faces, random_crops, training_crops
 from miniature.faces_model import make_network, save_folder
-from miniature.faces_training import Train, Training
-from miniature.train_faces import Grade, figures, main, nearest_views, views
+from miniature.train_faces import GradeFaces, TrainFaces, figures, main, nearest, people_to_hold_out
 from runtime.cli import BadInput
+from runtime.images import to_float
 from training.draws import Draws
+from training.log import TrainingLog
 
 CPU = torch.device("cpu")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -61,7 +62,7 @@ def archive(people: Path) -> Path:
     return path
 
 
-def small(faces: Path, folder: Path, **more: Any) -> Train:
+def small(faces: Path, folder: Path, **more: Any) -> TrainFaces:
     values: dict[str, Any] = {
         "steps": 4,
         "batch": 2,
@@ -70,7 +71,7 @@ def small(faces: Path, folder: Path, **more: Any) -> Train:
         "held_out": 1,
         "draw_every": 0,
     }
-    return Train(**{**values, "faces": faces, "run": folder / "run", "output": folder / "model", **more})
+    return TrainFaces(**{**values, "faces": faces, "run": folder / "run", "output": folder / "model", **more})
 
 
 # ---------------------------------------------------------------- pictures
@@ -106,13 +107,20 @@ def test_an_archive_writes_nothing_outside(tmp_path: Path) -> None:
         load_faces(tmp_path / "evil.tar")
 
 
-def test_held_out_people_are_not_trained_on(people: Path, tmp_path: Path) -> None:
-    training = Training(small(people, tmp_path, held_out=2))
-    faces = load_faces(people)
-    assert len(training.held_out) == 2
-    seen = {picture.numpy().tobytes() for picture in training.images}
-    for picture, person in zip(faces.images, faces.people, strict=True):
-        assert (picture.numpy().tobytes() in seen) == (person not in training.held_out)
+def test_held_out_people_are_not_trained_on(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.Tensor] = []
+
+    def crops(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        used.append(images)
+        return random_crops(images, draws)
+
+    monkeypatch.setattr(train_faces, "random_crops", crops)
+    main(small(people, tmp_path, held_out=2, steps=1))
+    held_out = json.loads((tmp_path / "model" / "training.json").read_text())["held_out"]
+    assert len(held_out) == 2
+    faces, trained = load_faces(people), {image.numpy().tobytes() for image in used[0]}
+    for image, person in zip(faces.images, faces.people, strict=True):
+        assert (image.numpy().tobytes() in trained) == (person not in held_out)
 
 
 def test_who_is_held_out_follows_from_the_seed(people: Path) -> None:
@@ -128,10 +136,10 @@ def test_who_is_held_out_follows_from_the_seed(people: Path) -> None:
 def test_a_cut_shows_the_part_it_names() -> None:
     x = torch.linspace(0, 1, STORED).expand(1, 3, STORED, STORED)  # rises to the right
     one, still = torch.ones(1), torch.zeros(1)
-    whole = cut(x, one, still, still, still > 0)
+    whole = crop(x, one, still, still, still > 0)
     assert whole.shape == (1, 3, SIDE, SIDE)
-    assert torch.allclose(cut(x, one, still, still, still == 0), whole.flip(3), atol=1e-5)
-    left, right = (cut(x, 0.9 * one, side * one, still, still > 0) for side in (-1, 1))
+    assert torch.allclose(crop(x, one, still, still, still == 0), whole.flip(3), atol=1e-5)
+    left, right = (crop(x, 0.9 * one, side * one, still, still > 0) for side in (-1, 1))
     assert torch.allclose(left[..., 0], whole[..., 0], atol=0.01)
     assert torch.allclose(right[..., -1], whole[..., -1], atol=0.01)
     assert right.mean() - left.mean() == pytest.approx(0.1, abs=0.005)
@@ -140,7 +148,7 @@ def test_a_cut_shows_the_part_it_names() -> None:
 def test_random_cuts_never_leave_the_photograph() -> None:
     """Outside the photograph there would be border repeated: columns alike."""
     images = (torch.arange(STORED) * 3).to(torch.uint8).expand(5, 3, STORED, STORED)
-    found = random_cuts(images, Draws(0, 0, slice(200), 200, CPU))
+    found = random_crops(images, Draws(0, 0, slice(200), 200, CPU))
     steps = found.diff(dim=3).abs()
     assert steps.min() > 0.8 * 3 / 127.5
     assert steps.max() < 1.4 * 3 / 127.5
@@ -151,42 +159,34 @@ def test_random_cuts_never_leave_the_photograph() -> None:
 # ---------------------------------------------------------------- training
 
 
-def test_training_learns(people: Path, tmp_path: Path) -> None:
-    training = Training(small(people, tmp_path, steps=20, batch=4, lr=3e-3))
-    losses = [float(training.one_step().detach()) for _ in range(20)]
+def test_training_learns(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    monkeypatch.setattr(TrainingLog, "show", lambda _, step, **values: losses.append(values["loss"]))
+    main(small(people, tmp_path, steps=20, batch=4, lr=3e-3, log_every=1))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_a_resumed_training_ends_with_the_very_same_weights(people: Path, tmp_path: Path) -> None:
-    straight = Training(small(people, tmp_path / "a")).train().state_dict()
-    stopped = Training(small(people, tmp_path / "b"))
-    for _ in range(2):
-        stopped.one_step()
-    stopped.save()
-    resumed = Training(small(people, tmp_path / "b"))
-    assert resumed.step == 2
-    weights = resumed.train().state_dict()
-    assert all((weights[name] == value).all() for name, value in straight.items())
-
-
-def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_with_the_very_same_weights(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The signal comes while the second step's pictures are being cut. The folder that is left at the end draws faces in P2."""
-    settings, seen = small(archive, tmp_path, draw_every=4), []
+    straight, settings, seen = small(archive, tmp_path / "straight"), small(archive, tmp_path, draw_every=4), []
+    main(straight)
 
     def interrupting(images: torch.Tensor, draws: Draws) -> torch.Tensor:
         seen.append(1)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return random_cuts(images, draws)
+        return random_crops(images, draws)
 
-    monkeypatch.setattr(faces_training, "random_cuts", interrupting)
+    monkeypatch.setattr(train_faces, "random_crops", interrupting)
     with pytest.raises(SystemExit, match="130"):
         main(settings)
-    assert not list(settings.output.iterdir())
+    assert not settings.output.exists()
     main(settings)
     assert len(seen) == settings.steps
+    before, after = (load_file(each.output / WEIGHTS) for each in (straight, settings))
+    assert all((after[name] == value).all() for name, value in before.items())
     record = json.loads((settings.run / "record.json").read_text())
     assert record["metrics"]["pictures"] == 6
     assert Image.open(settings.run / "step-000004.png").size == (8 * (2 * SIDE + 2) + 2, 2 * (2 * SIDE + 2) + 2)
@@ -195,18 +195,35 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_finishes(
         P2_ddim.Settings(model=str(settings.output), seeds="0-1", steps=2, output=out, record=tmp_path / "r.json")
     )
     assert sorted(path.name for path in out.iterdir()) == ["00.png", "01.png"]
-    grade = Grade(archive, settings.output, count=3, output=tmp_path / "grade")
+    grade = GradeFaces(archive, settings.output, count=3, output=tmp_path / "grade")
     main(grade)
     assert "share of drawn faces" in capsys.readouterr().out
     assert Image.open(tmp_path / "grade" / "memorisation.png").size == (3 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2 + 6)
 
 
-def test_another_network_or_other_people_are_not_resumed(people: Path, tmp_path: Path) -> None:
-    Training(small(people, tmp_path)).save()
-    with pytest.raises(BadInput, match="layout"):
-        Training(small(people, tmp_path, channels=(8, 8, 8, 16)))
-    with pytest.raises(BadInput, match="held_out"):
-        Training(small(people, tmp_path, held_out=2))
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"channels": (8, 8, 8, 16)}, "channels"),
+        ({"held_out": 2}, "held_out"),
+        ({"lr": 1e-5}, "lr"),
+        ({"steps": 2}, "steps 4, not 2"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_facts_only(more: dict[str, Any], named: str, people: Path, tmp_path: Path) -> None:
+    main(small(people, tmp_path))
+    with pytest.raises(BadInput, match=f"was trained with {named}.* --run OTHER"):
+        main(small(people, tmp_path, **more))
+
+
+def test_other_photographs_are_refused_and_a_moved_folder_goes_on(people: Path, tmp_path: Path) -> None:
+    main(small(people, tmp_path, steps=1))
+    moved = people.rename(tmp_path / "moved")
+    main(small(moved, tmp_path, steps=2))
+    for person in moved.iterdir():
+        (person / "0.pgm").write_bytes((person / "1.pgm").read_bytes())
+    with pytest.raises(BadInput, match="was trained with images"):
+        main(small(moved, tmp_path, steps=3))
 
 
 # ---------------------------------------------------------------- files
@@ -231,20 +248,21 @@ def test_the_folder_is_small_half_precision_and_loads_in_full(tmp_path: Path) ->
 
 def test_the_default_network_keeps_to_8_megabytes() -> None:
     with torch.device("meta"):
-        network = make_network(Train.channels, Train.blocks)
+        network = make_network(TrainFaces.channels, TrainFaces.blocks)
     assert 2 * sum(p.numel() for p in network.parameters()) < 8e6
 
 
-def test_going_on_from_a_model_keeps_its_weights_and_its_held_out_people(people: Path, tmp_path: Path) -> None:
+def test_starting_from_a_model_keeps_its_weights_and_its_held_out_people(people: Path, tmp_path: Path) -> None:
     network = make_network((8, 8, 8, 8), 1).half().float()
+    faces = load_faces(people)
     for person in ("s0", "s3"):
         save_folder(network, tmp_path / person, {"held_out": [person]})
-        training = Training(small(people, tmp_path / "more", init=tmp_path / person))
-        assert training.held_out == [person]
-    weights = training.network.state_dict()
-    assert all((weights[name] == value).all() for name, value in network.state_dict().items())
+        assert people_to_hold_out(faces, small(people, tmp_path, init=tmp_path / person)) == [person]
+    main(small(people, tmp_path, init=tmp_path / "s0", steps=1, lr=1e-9))
+    weights = load_file(tmp_path / "model" / WEIGHTS)
+    assert all(torch.allclose(weights[name].float(), value, atol=1e-3) for name, value in network.state_dict().items())
     with pytest.raises(BadInput, match="another layout"):
-        Training(small(people, tmp_path / "more", init=tmp_path / "s0", channels=(8, 8, 8, 16)))
+        main(small(people, tmp_path / "more", init=tmp_path / "s0", channels=(8, 8, 8, 16)))
 
 
 def test_a_full_disk_keeps_the_old_model(
@@ -265,21 +283,21 @@ def test_a_copy_is_told_from_a_new_face(people: Path) -> None:
     """Copies are near however they were cut and mirrored; other people's pictures are further away than any of them."""
     faces = load_faces(people)
     known, others = faces.of(["s0", "s1", "s2"]), faces.of(["s3"])
-    train = views(known)
-    copies = random_cuts(known, Draws(0, 0, slice(16), 16, CPU))
-    near, rows = nearest_views(copies, train)
-    far, _ = nearest_views(middle_cuts(others), train)
+    train = training_crops(known)
+    copies = random_crops(known, Draws(0, 0, slice(16), 16, CPU))
+    near, rows = nearest(copies, train)
+    far, _ = nearest(central_crops(others), train)
     assert near.max() < 0.7 * far.min()
     assert figures(near, far)["share of drawn faces nearer than that"] == 1
     assert figures(far, far)["share of drawn faces nearer than that"] <= 0.5
-    exact, rows = nearest_views(train[[3, 40]], train)
+    exact, rows = nearest(train[[3, 40]], train)
     assert exact.max() == 0
     assert rows.tolist() == [3, 40]
 
 
 def test_the_distance_is_in_grey_levels() -> None:
     x = to_float(torch.full((1, 3, SIDE, SIDE), 100, dtype=torch.uint8))
-    assert float(nearest_views(x + 10 / 127.5, x)[0]) == pytest.approx(10, abs=1e-3)
+    assert float(nearest(x + 10 / 127.5, x)[0]) == pytest.approx(10, abs=1e-3)
 
 
 # ---------------------------------------------------------------- bad input
@@ -333,7 +351,7 @@ def test_a_file_in_the_way_is_named(people: Path, tmp_path: Path) -> None:
 )
 def test_bad_grading_is_named(people: Path, tmp_path: Path, change: dict[str, Any], named: str) -> None:
     save_folder(make_network((8, 8, 8, 8), 1), tmp_path / "model", {"held_out": ["s9"]})
-    grade = Grade(people, tmp_path / "model", output=tmp_path / "grade")
+    grade = GradeFaces(people, tmp_path / "model", output=tmp_path / "grade")
     with pytest.raises(BadInput, match=named):
         main(replace(grade, **change))
     with pytest.raises(BadInput, match="lacks s9"):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from miniature.scenery.captions import STYLE_TRAITS, TRAITS, caption
 from miniature.scenery.concepts import concept_scenes
-from miniature.scenery.render import batch, dataset, render
+from miniature.scenery.render import dataset, render, render_batch
 from miniature.scenery.scenes import (
     ALL_KINDS,
     ALL_STYLES,
@@ -32,11 +32,10 @@ from miniature.scenery.scenes import (
     Background,
     Scene,
     SceneSpec,
-    place_of,
     sample_scene,
 )
 from miniature.scenery.shapes import sprite
-from miniature.world import Concept, List, Sheet, Zeroshot, main
+from miniature.world import ListVocabulary, RenderConcept, RenderSheet, RenderZeroshot, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.seeds import derived_seed
@@ -67,7 +66,7 @@ def test_a_seed_gives_this_scene_for_ever() -> None:
     """A picture's seed is its name: what it means must not change with the libraries."""
     scene = sample_scene(2024)
     found = [(thing.kind, thing.colour, thing.box, thing.angle) for thing in scene.things]
-    assert (found, scene.background.colour, scene.background.ground, scene.style, scene.grain) == GOLDEN_SCENE
+    assert (found, scene.background.colour, scene.background.ground, scene.style, scene.noise_seed) == GOLDEN_SCENE
 
 
 def test_every_word_occurs_and_all_objects_equally_often(scenes: list[Scene]) -> None:
@@ -117,29 +116,30 @@ def test_objects_never_have_the_colour_of_the_background(scenes: list[Scene]) ->
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_was_asked_for_is_where_the_object_lies(place: str) -> None:
     for seed in range(100):
-        box = sample_scene(seed, SceneSpec(place=place)).things[0].box
-        assert place_of(box) == place
+        thing = sample_scene(seed, SceneSpec(place=place)).things[0]
+        assert thing.place == place
+        box = thing.box
         right, down = (box[0] + box[2]) / 2 - 32, (box[1] + box[3]) / 2 - 32
         assert {"left": -right, "right": right, "above": -down, "below": down, "centre": 8}[place] >= 8
 
 
 def test_what_is_fixed_is_kept_and_the_rest_varies() -> None:
-    wish = SceneSpec(
+    spec = SceneSpec(
         kinds=("fish", "star"), colours=("red", "blue"), boxes=((2, 4, 30, 40), (34, 20, 62, 50)),
         style="ripple", background="white", ground="gradient",
     )  # fmt: skip
-    drawn = [sample_scene(seed, wish) for seed in range(20)]
+    drawn = [sample_scene(seed, spec) for seed in range(20)]
     for scene in drawn:
         assert [(t.kind, t.colour, t.box) for t in scene.things] == [
             ("fish", "red", (2, 8, 30, 36)), ("star", "blue", (34, 21, 62, 49)),
         ]  # fmt: skip
         assert (scene.style, scene.background.colour, scene.background.ground) == ("ripple", "white", "gradient")
-    assert len({scene.grain for scene in drawn}) > 10
+    assert len({scene.noise_seed for scene in drawn}) > 10
     assert len({scene.things[0].tint for scene in drawn}) > 10
 
 
 @pytest.mark.parametrize(
-    ("wish", "named"),
+    ("spec", "named"),
     [
         ({"kinds": ("dog",)}, "dog is not one of"),
         ({"colours": ("black",)}, "black is not one of"),
@@ -152,12 +152,12 @@ def test_what_is_fixed_is_kept_and_the_rest_varies() -> None:
         ({"count": 2, "place": "left"}, "single object"),
     ],
 )
-def test_impossible_wishes_are_refused(wish: dict[str, Any], named: str) -> None:
+def test_impossible_specs_are_refused(spec: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        SceneSpec(**wish)
+        SceneSpec(**spec)
 
 
-def test_a_wish_without_any_colour_left_is_refused() -> None:
+def test_a_spec_without_any_colour_left_is_refused() -> None:
     with pytest.raises(ValueError, match="no held_out colours are left for fish"):
         sample_scene(0, SceneSpec(kinds=("fish",), pairs="held_out"))
 
@@ -167,11 +167,11 @@ def test_a_wish_without_any_colour_left_is_refused() -> None:
 
 def test_the_same_scene_gives_the_same_picture_in_another_process() -> None:
     code = (
-        "import sys; from miniature.scenery.scenes import sample_scene; from miniature.scenery.styles import paint\n"
-        "for seed in range(40): sys.stdout.buffer.write(paint(sample_scene(seed)).tobytes())"
+        "import sys; from miniature.scenery.scenes import sample_scene; from miniature.scenery.styles import render\n"
+        "for seed in range(40): sys.stdout.buffer.write(render(sample_scene(seed)).tobytes())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    assert done.stdout == batch(range(40)).images.tobytes()
+    assert done.stdout == render_batch(range(40)).images.tobytes()
 
 
 def test_a_picture_is_as_it_always_was() -> None:
@@ -185,7 +185,7 @@ def test_an_object_is_painted_in_its_box_and_nowhere_else(style: str) -> None:
     """Contours, shadows and waves reach a few pixels beyond."""
     for seed in range(40):
         scene = sample_scene(seed, SceneSpec(style=style))
-        changed = (render(scene).astype(int) - render(replace(scene, things=()))).any(2)
+        changed = np.any(render(scene) != render(replace(scene, things=())), axis=2)
         allowed = np.zeros((64, 64), bool)
         for left, top, right, bottom in (thing.box for thing in scene.things):
             assert changed[top:bottom, left:right].mean() > 0.15
@@ -231,7 +231,7 @@ def test_styles_differ_on_one_scene() -> None:
 
 def test_grounds_differ_and_stay_near_their_colour() -> None:
     for colour, rgb in BACKGROUNDS.items():
-        images = [render(Scene((), Background(colour, ground), grain=3)) for ground in GROUNDS]
+        images = [render(Scene((), Background(colour, ground), noise_seed=3)) for ground in GROUNDS]
         assert images[0].std((0, 1)).max() == 0
         assert all(image.std((0, 1)).max() > 5 for image in images[1:])
         assert all(np.abs(image.mean((0, 1)) - rgb).max() < 30 for image in images)
@@ -285,10 +285,10 @@ def test_one_scene_has_many_wordings() -> None:
 
 
 def test_placed_pairs_are_told_the_right_way_round() -> None:
-    wish = SceneSpec(kinds=("star", "ring"), boxes=((2, 20, 26, 44), (36, 20, 60, 44)))
+    spec = SceneSpec(kinds=("star", "ring"), boxes=((2, 20, 26, 44), (36, 20, 60, 44)))
     seen = 0
     for seed in range(300):
-        text = caption(sample_scene(seed, wish), seed).text
+        text = caption(sample_scene(seed, spec), seed).text
         for word, first in (("to the left of", "star"), ("to the right of", "ring"), (" left of", "star")):
             if word in text and "object" not in text and "thing" not in text:
                 assert first in text.split(word)[0]
@@ -299,13 +299,13 @@ def test_placed_pairs_are_told_the_right_way_round() -> None:
 # ---------------------------------------------------------------- batches
 
 
-def test_a_data_set_depends_on_neither_processes_nor_its_size(tmp_path: Path) -> None:
+def test_a_data_set_depends_on_neither_processes_nor_its_size() -> None:
     whole = dataset(1030, seed=3, processes=2)
-    part = dataset(20, seed=3, file=tmp_path / "images.npy", processes=1)
-    assert (np.load(tmp_path / "images.npy") == whole.images[:20]).all()
+    part = dataset(20, seed=3, processes=1)
+    assert (part.images == whole.images[:20]).all()
     assert part.captions == whole.captions[:20]
     assert part.scenes == whole.scenes[:20]
-    assert (whole.images[1029] == batch([derived_seed(3, 1029)]).images[0]).all()
+    assert (whole.images[1029] == render_batch([derived_seed(3, 1029)]).images[0]).all()
     assert whole.images.shape == (1030, 64, 64, 3)
 
 
@@ -313,7 +313,7 @@ def test_a_data_set_depends_on_neither_processes_nor_its_size(tmp_path: Path) ->
 
 
 def test_the_list_has_exactly_these_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    main(List())
+    main(ListVocabulary())
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"objects", "colours", "styles", "held_out_objects", "held_out_styles", "held_out_pairs"}
     assert (len(found["held_out_objects"]), len(found["held_out_styles"])) == (4, 2)
@@ -322,7 +322,7 @@ def test_the_list_has_exactly_these_keys(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("name", [*HELD_OUT_KINDS, *HELD_OUT_STYLES])
 def test_a_concept_is_all_that_its_pictures_share(name: str, tmp_path: Path) -> None:
-    main(Concept(name, tmp_path / "out"))
+    main(RenderConcept(name, tmp_path / "out"))
     assert list(pictures(tmp_path / "out")) == [f"{index:02d}.png" for index in range(5)]
     assert all(image.shape == (64, 64, 3) for image in pictures(tmp_path / "out").values())
     drawn = concept_scenes(name, 5, seed=0)
@@ -336,7 +336,7 @@ def test_a_concept_is_all_that_its_pictures_share(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["key", "relief"])
 def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str, tmp_path: Path) -> None:
-    main(Concept(name, tmp_path, captions=True))
+    main(RenderConcept(name, tmp_path, captions=True))
     for index, scene in enumerate(concept_scenes(name, 5, seed=0)):
         lines = (tmp_path / f"{index:02d}.txt").read_text().splitlines()
         assert len(lines) == 3
@@ -344,39 +344,39 @@ def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str
         assert scene.things[0].colour in lines[0]
         assert f"{scene.background.colour} background" in lines[0]
         assert (scene.things[0].kind in lines[0]) == (name == "relief")
-    main(Concept(name, tmp_path, captions=True))
+    main(RenderConcept(name, tmp_path, captions=True))
     with pytest.raises(BadInput, match=r"holds other files, such as 00\.txt"):
-        main(Concept(name, tmp_path))
+        main(RenderConcept(name, tmp_path))
 
 
 def test_zeroshot_pictures_are_of_held_out_pairs_in_the_course_layout(tmp_path: Path) -> None:
-    main(Zeroshot(tmp_path, count=30, seed=4))
+    main(RenderZeroshot(tmp_path, count=30, seed=4))
     labels = json.loads((tmp_path / "id2label.json").read_text())
     assert list(labels.values()) == list(KINDS)
     found = pictures(tmp_path / "val")
     assert len(found) == 30
     assert {name.split("_")[0] for name in found} == set(labels)
-    again = batch([derived_seed(4, 0)], SceneSpec(kinds=(labels["0"],), pairs="held_out"))
+    again = render_batch([derived_seed(4, 0)], SceneSpec(kinds=(labels["0"],), pairs="held_out"))
     assert (found["0_0.png"] == again.images[0]).all()
     assert (again.scenes[0].things[0].colour, labels["0"]) in HELD_OUT_PAIRS
 
 
 def test_the_sheet_is_one_picture(tmp_path: Path) -> None:
-    main(Sheet(tmp_path / "sheet.png"))
+    main(RenderSheet(tmp_path / "sheet.png"))
     assert Image.open(tmp_path / "sheet.png").width > 64 * len(ALL_KINDS)
 
 
 def bad_commands(folder: Path) -> list[tuple[Any, str]]:
     return [
-        (Concept("fich", folder / "out"), "no concept 'fich'; try fish"),
-        (Concept("xyz", folder / "out"), "try key, fish, mushroom, cup, relief, ripple"),
-        (Concept("fish", folder / "out", count=0), "--count 0"),
-        (Zeroshot(folder / "out", count=0), "--count 0"),
-        (Zeroshot(folder / "out", seed=-1), "--seed -1"),
-        (Concept("fish", folder / "file"), "a file is in the way"),
-        (Zeroshot(folder / "file"), "a file is in the way"),
-        (Concept("fish", folder / "mine"), "holds other files, such as dog.jpg"),
-        (Sheet(folder), "is a folder"),
+        (RenderConcept("fich", folder / "out"), "no concept 'fich'; try fish"),
+        (RenderConcept("xyz", folder / "out"), "try key, fish, mushroom, cup, relief, ripple"),
+        (RenderConcept("fish", folder / "out", count=0), "--count 0"),
+        (RenderZeroshot(folder / "out", count=0), "--count 0"),
+        (RenderZeroshot(folder / "out", seed=-1), "--seed -1"),
+        (RenderConcept("fish", folder / "file"), "a file is in the way"),
+        (RenderZeroshot(folder / "file"), "a file is in the way"),
+        (RenderConcept("fish", folder / "mine"), "holds other files, such as dog.jpg"),
+        (RenderSheet(folder), "is a folder"),
     ]
 
 
