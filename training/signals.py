@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
-
-from runtime.cli import log
 
 
 class StopSignals:
@@ -30,9 +26,3 @@ class StopSignals:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def leave_stopped(step: int, checkpoint: Path) -> NoReturn:
-    """Says from where a stopped training goes on, and ends with exit code 130."""
-    log(f"stopped at step {step:,}; the same command goes on from {checkpoint}")
-    raise SystemExit(130)
