@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from concepts.composition.layout import Layout
+from concepts.composition.layout import Layout, prompts_by_region
 from concepts.sampling import StableDiffusionSampler
 from diffusion.samplers import Nudge, ddim_invert, unchanged
 
@@ -38,8 +38,7 @@ def align_to_references(
 
     index = {id(layout): row for row, layout in enumerate(distinct)}
     rows = torch.tensor([index[id(layout)] for layout in layouts], device=prompts.device)
-    by_region = zip(*(layout.prompts for layout in layouts), strict=True)
-    texts = sampler.text([prompt for region in by_region for prompt in region]).unflatten(0, (-1, len(layouts)))
+    texts = sampler.text(prompts_by_region(layouts)).unflatten(0, (-1, len(layouts)))
 
     def nudge(x: Tensor, t: int) -> Tensor:
         step = sampler.step_of(t)

@@ -114,6 +114,11 @@ class Layout:
                 )
 
 
+def prompts_by_region(layouts: Sequence[Layout]) -> list[str]:
+    """Return the base prompts of all layouts, then the prompts of their first regions, and so on."""
+    return [prompt for prompts in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in prompts]
+
+
 # ---------------------------------------------------------------- masks
 
 

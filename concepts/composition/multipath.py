@@ -31,7 +31,15 @@ from torch import Tensor
 from concepts.composition.alignment import align_to_references
 from concepts.composition.collage import MIDDLE, paste
 from concepts.composition.first_noise import predicted_background, with_sketch
-from concepts.composition.layout import Layout, Region, is_placed, mask_seed, outside, stack_soft_masks
+from concepts.composition.layout import (
+    Layout,
+    Region,
+    is_placed,
+    mask_seed,
+    outside,
+    prompts_by_region,
+    stack_soft_masks,
+)
 from concepts.composition.refinement import record_self_attention, refine_masks
 from concepts.composition.routing import BranchRouting, Piece, RegionMasks, routed
 from concepts.sampling import Request, StableDiffusionSampler
@@ -112,6 +120,7 @@ def compose(
         latents = sampler.solve(MultipathDenoiser.of(sampler, layouts), first_noise(sampler, requests))
         return sampler.decode(latents)
 
+    sampler.text(prompts_by_region(layouts))  # one call of the text encoder for all stages
     start = collage_step(layouts, sampler.config.steps, config)
     if start:
         x, x0 = base(sampler, requests, config, start)
@@ -287,8 +296,7 @@ class MultipathDenoiser:
         refine_steps: range = range(0),
     ) -> MultipathDenoiser:
         """Build the denoiser of layouts that have regions. Without `config` there are no concept branches."""
-        by_region = zip(*(layout.prompts for layout in layouts), strict=True)
-        texts = sampler.text([prompt for prompts in by_region for prompt in prompts]).unflatten(0, (-1, len(layouts)))
+        texts = sampler.text(prompts_by_region(layouts)).unflatten(0, (-1, len(layouts)))
         uncond = sampler.text([sampler.config.negative]).repeat(len(layouts), 1, 1)
         masks = RegionMasks(soft_masks_of(sampler, layouts))
         if config is None:
