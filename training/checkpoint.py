@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,3 @@ def load_state(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise BadInput(f"{path} is not a checkpoint of {kind}")
     return state
-
-
-def require_finite(loss: float, step: int, checkpoint: Path | None, cure: str = "a lower --lr") -> None:
-    """Stops a training whose loss is no number any more, before its weights are saved; raises BadInput."""
-    if not math.isfinite(loss):
-        left = f"{checkpoint} keeps the last good state" if checkpoint else "nothing is written"
-        raise BadInput(f"the loss is {loss} at step {step:,}: stopped; {left}. Try {cure}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
-
-from runtime.cli import log
+from typing import Any
 
 
 class StopSignals:
-    """`with StopSignals() as stop: ... if stop.asked: save and leave`. A second SIGINT interrupts at once."""
+    """A context in which a signal only sets `asked`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[signal.Signals, Any] = {}  # the handlers outside the context
 
     def __enter__(self) -> StopSignals:
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -30,9 +28,3 @@ class StopSignals:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def leave_stopped(step: int, checkpoint: Path) -> NoReturn:
-    """Says from where a stopped training goes on, and ends with exit code 130."""
-    log(f"stopped at step {step:,}; the same command goes on from {checkpoint}")
-    raise SystemExit(130)
