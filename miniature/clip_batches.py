@@ -143,22 +143,22 @@ def parts_of(scenes: list[Scene], patch: int) -> Tensor:
 
 def never_seen(scenes: list[Scene]) -> Tensor:
     """Return [N,kinds] bool: kinds, none of the scene's own, that training never shows in a colour of its objects."""
-    never = torch.zeros(len(scenes), len(ALL_KINDS), dtype=torch.bool)
-    for row, scene in enumerate(scenes):
-        own, colours = {thing.kind for thing in scene.things}, {thing.colour for thing in scene.things}
-        for colour, kind in HELD_OUT_PAIRS:
-            never[row, ALL_KINDS.index(kind)] |= colour in colours and kind not in own
-    return never
+    rows = []
+    for scene in scenes:
+        own = {thing.kind for thing in scene.things}
+        never = {kind for thing in scene.things for colour, kind in HELD_OUT_PAIRS if colour == thing.colour}
+        rows.append([kind in never - own for kind in ALL_KINDS])
+    return torch.tensor(rows)
 
 
 def bare_kinds(scenes: list[Scene], captions: list[Caption]) -> Tensor:
     """Return [N,kinds] bool: kinds that a caption, of this scene, names without a colour."""
-    bare = torch.zeros(len(scenes), len(ALL_KINDS), dtype=torch.bool)
-    for row, (scene, each) in enumerate(zip(scenes, captions, strict=True)):
-        for index, thing in enumerate(scene.things):
-            if f"kind{index}" in each.named and f"colour{index}" not in each.named:
-                bare[row, ALL_KINDS.index(thing.kind)] = True
-    return bare
+    rows = []
+    for scene, each in zip(scenes, captions, strict=True):
+        names = [(f"kind{i}", f"colour{i}", thing.kind) for i, thing in enumerate(scene.things)]
+        bare = {kind for name, colour, kind in names if name in each.named and colour not in each.named}
+        rows.append([kind in bare for kind in ALL_KINDS])
+    return torch.tensor(rows)
 
 
 # ---------------------------------------------------------------- which captions are true

@@ -37,10 +37,7 @@ WHOLE = {
     "ground": GROUNDS,
     "place": PLACES,
 }
-BOXED = {
-    "kind": (*ALL_KINDS, "none"),
-    "colour": tuple(COLOURS),
-}  # of a box, and of each cell of the map: what has its centre here?
+BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}  # of a box, and of the centre in each cell of the map
 SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the object's cells in it
 SURE = 0.8  # least probability of an object in a cell that counts; this and the scales were set on images of seed 9
 SMALLEST = 18  # pixels, of the world's objects

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TrainingLog:
     """Running mean of the loss and the speed; only the main process shows and writes them.
 
-    `add` every step, `read` every N steps (the only sync). The bar and TensorBoard's writer appear with the first step.
+    `start` once, `add` every step, `read` every N steps (the only sync).
     """
 
     def __init__(self, folder: Path, title: str, first: int, total: int, main: bool):
@@ -39,8 +39,6 @@ class TrainingLog:
 
     def add(self, loss: Tensor, images: int) -> None:
         """Accumulate on the device."""
-        if self.bar is None:
-            self.start()
         loss = loss.detach()
         self.sum = loss.clone() if self.sum is None else self.sum + loss
         self.count, self.images = self.count + 1, self.images + images
@@ -58,10 +56,9 @@ class TrainingLog:
         """Leave the time and images up to now out of the speed."""
         self.images, self.since = 0, time.perf_counter()
 
-    def pause(self, seconds: float = 0.0) -> None:
+    def pause(self) -> None:
         """Stop the clock, for work that is not training."""
         self.paused = time.perf_counter()
-        self.since += seconds
 
     def resume(self) -> None:
         """Go on from `pause`."""
@@ -79,8 +76,6 @@ class TrainingLog:
         """Write [3,H,W] uint8 to TensorBoard."""
         if self.writer:
             self.writer.add_image(name, image, step)
-
-    picture = image
 
     def close(self) -> None:
         """Flush TensorBoard and end the bar."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class StopSignals:
-    """`with StopSignals() as stop: ... if stop.asked: save and leave`. A second SIGINT interrupts at once."""
+    """A context in which a signal only sets `asked`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[signal.Signals, Any] = {}  # the handlers outside the context
 
     def __enter__(self) -> StopSignals:
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
