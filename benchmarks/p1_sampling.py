@@ -17,7 +17,7 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.timing import BENCH, ratios, seconds, spread
+from benchmarks.timing import BENCH, ratios, spread, timed
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
@@ -76,18 +76,14 @@ def main(settings: Settings) -> None:
     network, classifiers = load_network(settings.model, device), shipped_classifiers(device)
     config = DigitSamplerConfig.from_dict(network.sampler)
     requests = graded_requests(settings.seed, settings.count)
-    sampler, images = DigitSampler(network, config, len(requests)), {}
-
-    def default() -> None:
-        images["default"] = sampler.images(requests, "default sampler")
-
-    def baseline() -> None:
-        images["DDPM"] = two_pass_ddpm(network, requests, config.guidance, settings.steps).cpu()
+    sampler, images, ours = DigitSampler(network, config, len(requests)), {}, []
 
     DigitSampler(network, replace(config, steps=2), len(requests)).images(requests[:2], "warm-up")
-    ours = [seconds(default, device) for _ in range(settings.repeats)]
-    slow = seconds(baseline, device)
-    faster = ratios([slow] * len(ours), ours)
+    for _ in range(settings.repeats):
+        time, images["default"] = timed(lambda: sampler.images(requests, "default sampler"), device)
+        ours.append(time)
+    ddpm, images["DDPM"] = timed(lambda: two_pass_ddpm(network, requests, config.guidance, settings.steps), device)
+    faster = ratios([ddpm] * len(ours), ours)
     scores = {
         name: statistics.mean(accuracy(classifiers, to_uint8(batch), *labels_of(requests)))
         for name, batch in images.items()
@@ -95,10 +91,10 @@ def main(settings: Settings) -> None:
 
     print(f"{len(requests)} images, {machine.name}")
     print(f"default ({config.name}, {config.steps} steps): {spread(ours)} s, accuracy {scores['default']:.3f}")
-    print(f"DDPM, {settings.steps} steps, two passes: {slow:.2f} s, accuracy {scores['DDPM']:.3f}")
+    print(f"DDPM, {settings.steps} steps, two passes: {ddpm:.2f} s, accuracy {scores['DDPM']:.3f}")
     print(f"times faster: {spread(faster, 1)}")
     record = Record(settings, machine)
-    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [slow], "times faster": faster})
+    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [ddpm], "times faster": faster})
     record.add_repeats({f"accuracy, {name}": [score] for name, score in scores.items()})
     record.save(settings.record)
 

@@ -16,9 +16,10 @@ from typing import Literal
 
 import repository_root  # noqa: F401  # isort: split
 import torch
+from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
-from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
+from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread, timed
 from diffusion.steps import step_rule
 from faces.models import load_model
 from faces.noises import Noise, seeded_noises
@@ -59,27 +60,28 @@ def side_by_side(
     plain = PlainFaceUNet().to(device).eval()
     plain.load_state_dict(load_tensors(source))
     model = load_model(str(source), device, torch.bfloat16 if kind == "bf16" else torch.float32)
-    images: dict[str, list[torch.Tensor]] = {}
 
     @torch.inference_mode()
-    def baseline(steps: int = steps) -> None:
+    def baseline(steps: int = steps) -> list[Tensor]:
         allow_tf32(False)
         keep_freed_memory(False)
-        images["baseline"] = [plain_homework_ddim(plain, noise.x[None].to(device), steps)[0].cpu() for noise in noises]
+        return [plain_homework_ddim(plain, noise.x[None].to(device), steps)[0].cpu() for noise in noises]
 
-    def ours(steps: int = steps) -> None:
+    def ours(steps: int = steps) -> list[Tensor]:
         set_up(kind, machine)
         config = DdimConfig(step_rule("homework", len(model.schedule), steps), 0.0, 0)
-        images["ours"] = [image for _, image in sample_all(model, noises, config, len(noises), "ours")]
+        return [image for _, image in sample_all(model, noises, config, len(noises), "ours")]
 
     results: dict[str, list[float]] = {}
+    images: dict[str, list[Tensor]] = {}
     baseline(1)
     ours(1)
     for repeat in range(repeats):
         log(f"{kind}: repeat {repeat + 1} of {repeats}")
         for name, way in (("baseline", baseline), ("ours", ours)):
             weights = peak_memory(device, reset=True)
-            results.setdefault(f"{name}, s", []).append(seconds(way, device))
+            time, images[name] = timed(way, device)
+            results.setdefault(f"{name}, s", []).append(time)
             results.setdefault(f"{name}, GB", []).append(peak_memory(device) - weights)
     graded = zip(images["ours"], images["baseline"], strict=True)
     differences = [compare(to_image(a, "minmax"), to_image(b, "minmax")) for a, b in graded]

@@ -7,22 +7,28 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from runtime.files import ROOT
 
 BENCH = ROOT / "runs" / "bench"
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Return the wall time of one call, a GPU's queue drained before and after, and its result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def seconds(work: Callable[[], object], device: torch.device, count: int = 1) -> float:
-    """Return the wall time of `count` calls, a GPU's queue drained before and after."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        work()
-    synchronize(device)
-    return time.perf_counter() - start
+    """Return the wall time of `count` calls in a row."""
+    return timed(lambda: [work() for _ in range(count)], device)[0]
 
 
 def synchronize(device: torch.device) -> None:
