@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.p3_course import baselines_of, ordinary_word
+from benchmarks.p3_textual_inversion import baselines_of, ordinary_word
 
 
 def test_baselines_lie_two_deviations_from_the_ordinary_words_mean() -> None:
