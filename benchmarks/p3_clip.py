@@ -30,10 +30,7 @@ from runtime.device import Device, Machine, allow_tf32, detect, len_cores
 from runtime.files import ROOT, read_json, save_safetensors
 from runtime.record import Record
 from zeroshot.dataset import LabelledImages, list_images
-from zeroshot.features import encode_all
-from zeroshot.model import load
 from zeroshot.prompts import REPORT, fillers
-from zeroshot.weights import resolve
 
 CLASSES = 50
 MODEL = "ViT-B-32-quickgelu"
@@ -87,7 +84,11 @@ def whole_run(folder: Path, settings: Settings) -> tuple[float, str]:
 @torch.inference_mode()
 def measure(folder: Path, settings: Settings, machine: Machine, precision: str) -> dict[str, list[float]]:
     """Return images/s of the three ways, the ratios, and the shares of predictions that equal those of the batches."""
-    import open_clip  # slow to import
+    import open_clip  # slow to import, also below zeroshot/
+
+    from zeroshot.features import encode_all
+    from zeroshot.model import load
+    from zeroshot.weights import resolve
 
     device, weights = machine.device, str(folder / "random.safetensors")
     images = list_images(folder / "val")

@@ -38,7 +38,7 @@ from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
 from concepts.composition.layout import Layout, Region, box_mask, make_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
-from concepts.embeddings import file_of, install, read_vectors
+from concepts.embeddings import Vectors, file_of, install, read_vectors
 from concepts.inversion import weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
@@ -176,7 +176,7 @@ def large_sampler(settings: Settings, machine: Machine) -> StableDiffusionSample
 def miniature_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
     """Return the sampler with all vectors installed; learn the missing ones: the objects in one run, the styles in another."""
     model = settings.model or MODEL
-    vectors = {}
+    vectors: Vectors = {}
     for kind, names in NAMES.items() if not settings.ordinary else ():
         folder = settings.embeddings or FOLDER / learned_name(settings, model)
         missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]

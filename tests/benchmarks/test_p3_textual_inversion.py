@@ -1,4 +1,4 @@
-"""The baselines that the benchmark sets for the course's grades."""
+"""Baselines that the benchmark sets for the course's grades."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_objects_and_styles_have_margins_of_their_own() -> None:
 
 
 def test_the_ordinary_word_shares_most_with_the_concept() -> None:
-    """A fish is marked, wide, pointed and curved; a house the first three. Relief is smooth, soft and edged; outline smooth and edged,
-    and watercolour, which comes later, soft and edged."""
+    # fish: marked, wide, pointed, curved; house: the first three
     assert ordinary_word("fish") == "house"
+    # relief: smooth, soft, edged; outline: smooth, edged; watercolour, which comes later: soft, edged
     assert ordinary_word("relief") == "outline"
