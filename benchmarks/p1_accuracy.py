@@ -1,23 +1,22 @@
-"""How well the shipped digits are read, how varied they are, and how long 1,000 of them take: mean and spread over seeds.
+"""Accuracy and variety of the shipped digits: mean and spread over seeds.
 
-  python benchmarks/p1_accuracy.py                                   5 seeds with the shipped judges
-  python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's judge as well
+  python benchmarks/p1_accuracy.py                                        5 seeds, graded by the shipped classifiers
+  python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's classifier too
 
-Every seed draws the 1,000 pictures of hw2_1.sh once as the network gives them, then again what the shipped judges misread.
+The images of each seed are those of hw2_1.sh. They are graded without retries, then with them.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import repository_root  # noqa: F401  # isort: split
 import torch
-from torch import Tensor
 
-from digits.classifier import DigitClassifier, accuracy, load_classifier, quality, shipped_classifiers
+from benchmarks.timing import BENCH, spread
+from digits.classifier import accuracy, load_classifier, quality, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
 from P1_model import DOMAINS, load_network
 from runtime.cli import run_script
@@ -28,64 +27,56 @@ from runtime.record import Record
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the grading."""
 
-    checkpoint: Path = CHECKPOINT
+    model: Path = CHECKPOINT
+    """Checkpoint of P1."""
     mnistm_classifier: Path | None = None
-    """The course's Classifier.pth, graded beside our own judge."""
+    """The course's Classifier.pth. None = the shipped classifiers only."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     count: int = 50
-    """Pictures per digit and domain."""
+    """Images per digit and domain."""
     retries: int = 3
+    """New images at most for a digit that a shipped classifier misreads."""
     batch: int = 100
+    """Images at once."""
     device: Device = "auto"
-    record: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_accuracy.json"
+    record: Path = BENCH / "p1_accuracy.json"
 
 
-def measure(
-    images: Tensor, digits: Tensor, domains: Tensor, judges: list[DigitClassifier], course: DigitClassifier | None
-) -> dict[str, float]:
-    """Every number of the table for one set of pictures [N,3,28,28] uint8."""
-    scores = accuracy(judges, images, digits, domains)
-    found = {f"{name} accuracy": score for name, score in zip(DOMAINS, scores, strict=True)}
-    found["mean accuracy"] = statistics.mean(scores)
-    if course:
-        found["mnistm accuracy by the course's judge"] = accuracy([course], images, digits, domains)[0]
-    for domain, name in enumerate(DOMAINS):
-        found |= {f"{name} {key}": value for key, value in quality(judges[domain], images[domains == domain]).items()}
-    return found
+def main(settings: Settings) -> None:
+    """Print mean and spread over the seeds of every number, without and with retries."""
+    machine = detect(settings.device)
+    network, classifiers = load_network(settings.model, machine.device), shipped_classifiers(machine.device)
+    course = load_classifier(settings.mnistm_classifier, machine.device) if settings.mnistm_classifier else None
+    sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), settings.batch)
+    results: dict[str, list[float]] = {}
 
+    for seed in settings.seeds:
+        requests = graded_requests(seed, settings.count)
+        digits, domains = labels_of(requests)
+        images = dict(enumerate(to_uint8(sampler.images(requests, f"seed {seed}"))))
+        for way in ("without retries", "with retries"):
+            if way == "with retries":
+                redraw(sampler, classifiers, requests, images, settings.retries)
+            batch = torch.stack([images[row] for row in range(len(requests))])
+            scores = accuracy(classifiers, batch, digits, domains)
+            numbers = {f"{name} accuracy": score for name, score in zip(DOMAINS, scores, strict=True)}
+            numbers["mean accuracy"] = statistics.mean(scores)
+            if course:
+                numbers["mnistm accuracy by the course's classifier"] = accuracy([course], batch, digits, domains)[0]
+            for domain, name in enumerate(DOMAINS):
+                variety = quality(classifiers[domain], batch[domains == domain])
+                numbers |= {f"{name} {key}": value for key, value in variety.items()}
+            for name, value in numbers.items():
+                results.setdefault(f"{way}: {name}", []).append(value)
 
-def main(bench: Settings) -> None:
-    """Prints one line per number: mean and spread over the seeds, without and with retries."""
-    machine = detect(bench.device)
-    network, judges = load_network(bench.checkpoint, machine.device), shipped_classifiers(machine.device)
-    course = load_classifier(bench.mnistm_classifier, machine.device) if bench.mnistm_classifier else None
-    sampler = DigitSamplerConfig.from_dict(network.sampler)
-    rows: dict[str, list[dict[str, float]]] = {"as drawn": [], "with retries": []}
-    for seed in bench.seeds:
-        pictures = graded_requests(seed, bench.count)
-        digits, domains = labels_of(pictures)
-        start = time.perf_counter()
-        images = to_uint8(DigitSampler(network, sampler, bench.batch).images(pictures, f"seed {seed}"))
-        drawn = time.perf_counter() - start
-        rows["as drawn"].append({"seconds": drawn} | measure(images, digits, domains, judges, course))
-        start = time.perf_counter()
-        kept = dict(enumerate(images))
-        redraw(DigitSampler(network, sampler, bench.batch), judges, pictures, kept, bench.retries)
-        images = torch.stack([kept[row] for row in sorted(kept)])
-        again = drawn + time.perf_counter() - start
-        rows["with retries"].append({"seconds": again} | measure(images, digits, domains, judges, course))
-    for title, found in rows.items():
-        print(f"{title}: {len(bench.seeds)} seeds of {bench.count * 20:,} pictures")
-        for name in found[0]:
-            values = [row[name] for row in found]
-            print(f"  {name:40s} {statistics.mean(values):8.4f} +- {statistics.pstdev(values):.4f}")
-    record = Record(bench, machine)
-    record.add_repeats(
-        {f"{way}: {name}": [row[name] for row in found] for way, found in rows.items() for name in found[0]}
-    )
-    record.save(bench.record)
+    print(f"{len(settings.seeds)} seeds of {settings.count * 20:,} images, {machine.name}")
+    for name, values in results.items():
+        print(f"{name:60s} {spread(values, 4)}")
+    record = Record(settings, machine)
+    record.add_repeats(results)
+    record.save(settings.record)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Sampling speed of P1: the default sampler against 500-step DDPM with two passes per step, on the same network and seeds.
+"""Sampling speed of P1: the default sampler against 500-step DDPM with two passes per step, same network and seeds.
 
-  python benchmarks/p1_sampling.py                          100 pictures; about 6 minutes on two CPU cores
-  python benchmarks/p1_sampling.py --count 1 --repeats 5    20 pictures
+  python benchmarks/p1_sampling.py                          100 images; about 6 minutes on two CPU cores
+  python benchmarks/p1_sampling.py --count 1 --repeats 5    20 images
 
-Baseline: ancestral sampling on 500 steps (DDIM with eta 1 is that on a grid), guidance by two separate passes, eager, fp32.
+Baseline: ancestral sampling (DDIM with eta 1) on a grid of 500 steps, guidance by two separate passes, eager, fp32.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,14 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
+from benchmarks.timing import BENCH, ratios, spread, timed
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
 from digits.classifier import accuracy, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network
-from runtime.cli import progress_bar, run_script
+from runtime.cli import check_positive, progress_bar, run_script
 from runtime.device import Device, allow_tf32, detect
 from runtime.images import to_uint8
 from runtime.record import Record
@@ -32,26 +32,27 @@ from runtime.record import Record
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the comparison."""
 
-    checkpoint: Path = CHECKPOINT
+    model: Path = CHECKPOINT
+    """Checkpoint of P1."""
     count: int = 5
-    """Pictures per digit and domain."""
+    """Images per digit and domain."""
     repeats: int = 3
-    """Of the default sampler; the baseline runs once, its spread is over its steps."""
+    """Runs of the default sampler. The baseline runs once."""
     steps: int = 500
     """Steps of the baseline."""
     seed: int = 0
     device: Device = "auto"
-    record: Path = CHECKPOINT.parents[1] / "runs" / "bench" / "p1_sampling.json"
+    record: Path = BENCH / "p1_sampling.json"
 
 
 @torch.inference_mode()
-def two_pass_ddpm(network: Network, pictures: Sequence[DigitRequest], scale: float, steps: int) -> Tensor:
-    """[B,3,28,28]: every step runs the network with the digit, then without."""
+def two_pass_ddpm(network: Network, requests: Sequence[DigitRequest], scale: float, steps: int) -> Tensor:
+    """Return [B,3,28,28]: each step runs the network with the digit, then without."""
     device = next(network.unet.parameters()).device
-    digit, domain = labels_of(pictures, device)
-    streams = generators([p.seed for p in pictures])
+    digit, domain = labels_of(requests, device)
+    streams = generators([request.seed for request in requests])
     grid = step_rule("trailing", len(network.schedule), steps)
     bar = progress_bar(steps, "baseline", "step")
 
@@ -66,38 +67,36 @@ def two_pass_ddpm(network: Network, pictures: Sequence[DigitRequest], scale: flo
         return ddim(denoise, x, network.schedule, grid, streams, eta=1.0)
 
 
-def main(bench: Settings) -> None:
-    """Prints seconds and accuracy of both, and the ratio."""
-    machine = detect(bench.device)
+def main(settings: Settings) -> None:
+    """Print seconds and accuracy of both, and the ratio."""
+    check_positive(settings, "count", "repeats", "steps")
+    machine = detect(settings.device)
+    device = machine.device
     allow_tf32(False)
-    network, judges = load_network(bench.checkpoint, machine.device), shipped_classifiers(machine.device)
-    sampler = DigitSamplerConfig.from_dict(network.sampler)
-    pictures = graded_requests(bench.seed, bench.count)
-    digits, domains = labels_of(pictures)
-    DigitSampler(network, replace(sampler, steps=2), len(pictures)).images(pictures[:2], "warming up")
-    ours: list[float] = []
-    for _ in range(bench.repeats):
-        start = time.perf_counter()
-        quick = DigitSampler(network, sampler, len(pictures)).images(pictures, "default sampler")
-        ours.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    slow = two_pass_ddpm(network, pictures, sampler.guidance, bench.steps).cpu()
-    baseline = time.perf_counter() - start
+    network, classifiers = load_network(settings.model, device), shipped_classifiers(device)
+    config = DigitSamplerConfig.from_dict(network.sampler)
+    requests = graded_requests(settings.seed, settings.count)
+    sampler, images, ours = DigitSampler(network, config, len(requests)), {}, []
+
+    DigitSampler(network, replace(config, steps=2), len(requests)).images(requests[:2], "warm-up")
+    for _ in range(settings.repeats):
+        time, images["default"] = timed(lambda: sampler.images(requests, "default sampler"), device)
+        ours.append(time)
+    ddpm, images["DDPM"] = timed(lambda: two_pass_ddpm(network, requests, config.guidance, settings.steps), device)
+    faster = ratios([ddpm] * len(ours), ours)
     scores = {
-        name: accuracy(judges, to_uint8(images), digits, domains) for name, images in (("ours", quick), ("ddpm", slow))
+        name: statistics.mean(accuracy(classifiers, to_uint8(batch), *labels_of(requests)))
+        for name, batch in images.items()
     }
-    ratios = [baseline / seconds for seconds in ours]
-    means = {name: statistics.mean(values) for name, values in scores.items()}
-    print(f"{len(pictures)} pictures, {machine.name}")
-    print(
-        f"default ({sampler.name}, {sampler.steps} steps)  {statistics.mean(ours):8.2f} s  accuracy {means['ours']:.3f}"
-    )
-    print(f"DDPM, {bench.steps} steps, two passes  {baseline:8.2f} s  accuracy {means['ddpm']:.3f}")
-    print(f"ratio {statistics.mean(ratios):.1f} +- {statistics.pstdev(ratios):.1f}  (n = {len(ratios)})")
-    record = Record(bench, machine)
-    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [baseline], "times faster": ratios})
-    record.add_repeats({f"accuracy, {name}": [mean] for name, mean in means.items()})
-    record.save(bench.record)
+
+    print(f"{len(requests)} images, {machine.name}")
+    print(f"default ({config.name}, {config.steps} steps): {spread(ours)} s, accuracy {scores['default']:.3f}")
+    print(f"DDPM, {settings.steps} steps, two passes: {ddpm:.2f} s, accuracy {scores['DDPM']:.3f}")
+    print(f"times faster: {spread(faster, 1)}")
+    record = Record(settings, machine)
+    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [ddpm], "times faster": faster})
+    record.add_repeats({f"accuracy, {name}": [score] for name, score in scores.items()})
+    record.save(settings.record)
 
 
 if __name__ == "__main__":

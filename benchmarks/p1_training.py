@@ -6,14 +6,12 @@
 plain: images read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step,
        memory as the C library manages it.
 ours:  the step of P1_training.py with its defaults for this machine.
-A busy machine slows both rounds alike. The first step of each round is not counted. Compiling, where it is used, is reported apart.
+A busy machine slows both alike. The first step of each round is not counted, nor are the first two of all, which compile.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from benchmarks.plain_p1 import DigitFolder
+from benchmarks.timing import BENCH, ratios, seconds, spread
 from diffusion.loss import denoising_loss
 from diffusion.schedule import Schedule, add_noise, make_schedule, target
 from digits.recipes import RECIPES, TrainingRecipe
@@ -46,7 +45,7 @@ DROP_DIGIT, DROP_DOMAIN = 0.15, 0.1  # P1_training.py's defaults
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of the measurement."""
+    """Settings of the comparison."""
 
     data: Path = ROOT / "hw2_data" / "digits"
     """Folder with mnistm/ and svhn/."""
@@ -54,8 +53,9 @@ class Settings:
     steps: int = 8
     """Steps per round."""
     rounds: int = 5
+    """Rounds of each way, in turn."""
     device: Device = "auto"
-    record: Path = ROOT / "runs" / "bench" / "p1_training.json"
+    record: Path = BENCH / "p1_training.json"
 
 
 def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -74,13 +74,13 @@ def plain_step(
     """Return the textbook step on a network of this layout."""
     unet = UNet(layout).to(device)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-4, foreach=False, fused=False)
-    batches, levels = plain_batches(data, batch), schedule.alpha_bar.float().to(device)
+    batches, alpha_bars = plain_batches(data, batch), schedule.alpha_bar.float().to(device)
 
     def step() -> None:
         x0, digit, domain = (part.to(device) for part in next(batches))
         t = torch.randint(0, len(schedule), (len(x0),), device=device)
         eps = torch.randn_like(x0)
-        alpha_bar = levels[t][:, None, None, None]
+        alpha_bar = alpha_bars[t][:, None, None, None]
         output = unet(add_noise(x0, eps, alpha_bar), t, digit.argmax(1), domain.argmax(1))
         loss = (output - target(x0, eps, alpha_bar, schedule.prediction)).square().mean()
         optimizer.zero_grad()
@@ -107,8 +107,8 @@ def our_step(
         if device.type == "cpu":
             write_out_layers(unet)
         unet.compile()
-    rate = LearningRate(recipe.lr, 200, 0.5)
-    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0)
+    lr = LearningRate(recipe.lr, 200, 0.5)
+    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, lr, max_grad_norm=1.0, save_every=0)
     run = TrainingRun(config, {}, Trained(unet, optimizer, ema), Record(settings, machine))
     steps = iter(run)
 
@@ -131,16 +131,6 @@ def our_step(
     return step
 
 
-def seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Return the wall time of `count` steps, the device's queue drained."""
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def main(settings: Settings) -> None:
     """Print images per second of both, mean and spread, and the ratio."""
     machine, recipe = detect(settings.device), RECIPES[settings.preset]
@@ -151,21 +141,21 @@ def main(settings: Settings) -> None:
         steps = {"plain": plain_step(settings.data, layout, schedule, recipe.batch, device), "ours": ours}
         speeds: dict[str, list[float]] = {name: [] for name in steps}
         for name, step in steps.items():
-            log(f"{name}: first two steps took {seconds(step, 2, device):.1f} s")
+            log(f"{name}: first two steps took {seconds(step, device, 2):.1f} s")
         for _ in progress(range(settings.rounds), "rounds"):
             for name, step in steps.items():
                 set_up("fp32" if name == "plain" else "auto", machine, training=name == "ours")
                 keep_freed_memory(name == "ours")
-                seconds(step, 1, device)
-                taken = seconds(step, settings.steps, device)
-                speeds[name].append(settings.steps * recipe.batch / taken)
+                seconds(step, device)
+                speeds[name].append(settings.steps * recipe.batch / seconds(step, device, settings.steps))
 
-    ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True)]
-    for name, values in (*speeds.items(), ("ratio", ratios)):
-        print(f"{name:6s} {statistics.mean(values):8.2f} +- {statistics.pstdev(values):.2f}  (n = {len(values)})")
+    results = {f"{name}, images/s": values for name, values in speeds.items()}
+    results["times faster"] = ratios(speeds["ours"], speeds["plain"])
+    print(f"batches of {recipe.batch}, {machine.name}")
+    for name, values in results.items():
+        print(f"{name:20s} {spread(values)}")
     record = Record(settings, machine)
-    record.metrics["batch"] = recipe.batch
-    record.add_repeats({f"{name}, images/s": values for name, values in speeds.items()} | {"times faster": ratios})
+    record.add_repeats(results)
     record.save(settings.record)
 
 

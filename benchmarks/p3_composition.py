@@ -1,23 +1,24 @@
-"""Composition on the miniature: how often each level puts everything where it belongs, by the judge, on fresh layouts.
+"""Composition on the miniature: how often each level puts everything where it belongs, by the scene classifier, on fresh layouts.
 
   python benchmarks/p3_composition.py --count 200 --seed 1            learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
   python benchmarks/p3_composition.py --ablation --count 60           conductor with each of its parts on and off
   python benchmarks/p3_composition.py --ordinary --count 20           ordinary objects and styles in the place of learned ones
+  python benchmarks/p3_composition.py --large                         only time and memory, at 512x512; a GPU, or patience
 
 two     two learned objects, each in its box                          three   three learned objects
 scene   a learned object, an ordinary one in a colour, a background, a learned style: all four right
-leak    two learned objects in colours: share of pictures in which a kind or colour is seen outside its box
-alone   what the parts give alone, with the same vectors; possible: their product, what a level could reach at most
-time    seconds per picture of two objects over those of a plain guided picture
+leak    two learned objects in colours: share of images with a kind or colour outside its box
+alone   the share of right images of each part alone, with the same vectors; possible: their product, a limit for every level
+Last come seconds and peak memory of one image of two objects, against a plain guided image.
 
 Needs the miniature: python miniature/train_clip.py convert --output runs/miniature/clip; python miniature/train_diffusion.py assemble
+--large needs nothing: Stable Diffusion v1 with random weights (plain_p3.py), on which time and memory don't depend.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,50 +31,33 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.p3_composition_cases import (
-    CASES,
-    CaseName,
-    LayoutCase,
-    case_of,
-    possible,
-    question,
-    with_reference,
-)
-from benchmarks.p3_learning import (
-    BATCHES,
-    EMBEDDING_NOISE,
-    INITIAL,
-    LR,
-    MAX_LOSS_WEIGHT,
-    STEPS,
-    ZOOM_OUT,
-    learn,
-    pictures_of,
-)
-from benchmarks.p3_textual_inversion import MODEL
+from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, learn, write_images
+from benchmarks.plain_p3 import save_random_v1
+from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
+from concepts.composition.layout import Layout, Region, box_mask, make_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
-from concepts.embeddings import file_of, install, read_vectors
+from concepts.embeddings import Vectors, file_of, install, read_vectors
+from concepts.inversion import weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from miniature.judge_model import SceneClassifier, load_scene_classifier
-from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES, SIDE
+from miniature.scenery.scenes import SIDE
 from runtime.batches import in_batches
-from runtime.cli import BadInput, check_positive, log, progress, run_script
-from runtime.device import Device, detect, set_up
-from runtime.files import ROOT
+from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
+from runtime.device import Device, Machine, detect, set_up
 from runtime.images import labelled_grid
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
-KEPT = ROOT / "runs" / "bench" / "p3_composition"
-PICTURES = KEPT / "pictures"  # of every concept
+FOLDER = BENCH / "p3_composition"
+IMAGES = FOLDER / "pictures"  # of every concept
 BATCH = 10
-LEARN: dict[Kind, int] = STEPS | {"style": 400}  # and one vector: a style learned for likeness leaves objects less room
-NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
-WANTED = {"two": 0.9, "three": 0.85, "scene": 0.85}  # of what is possible
-Table = dict[str, dict[str, float]]
+LEARNING_STEPS: dict[Kind, int] = STEPS | {
+    "style": 400
+}  # and one vector: a style learned more closely suppresses objects
 VARIANTS: dict[str, ConductorConfig] = {
     "all": ConductorConfig(),
     "without attention": ConductorConfig(("features", "noise")),
@@ -87,248 +71,235 @@ VARIANTS: dict[str, ConductorConfig] = {
     "without containment": ConductorConfig(background_steps=0),
     "without collage": ConductorConfig(collage=0),
     "with refinement": ConductorConfig(refine=True),
-    "with alignment": ConductorConfig(),  # to a picture with ordinary objects in the boxes
+    "with alignment": ConductorConfig(),  # to an image with ordinary objects in the boxes
 }
+LARGE_LAYOUT = make_layout(
+    "a photo of a dog next to a cat",
+    [
+        Region("dog", "a photo of a dog on the left", box_mask((0.05, 0.2, 0.45, 0.9))),
+        Region("cat", "a photo of a cat on the right", box_mask((0.55, 0.2, 0.95, 0.9))),
+    ],
+    joint="a photo of a dog next to a cat",
+)
+Results = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Settings of the measurement."""
 
-    model: str = MODEL
+    model: str | None = None
+    """A folder or a file; with --large also random-v1. None = the miniature, with --large random-v1."""
     embeddings: Path | None = None
-    """Folder of the vectors, where what is absent is learned; none given: one below runs/bench/p3_composition, by weights and steps."""
+    """Folder of the vectors; missing ones are learned. None = one below runs/bench/p3_composition, by weights and steps."""
     cases: tuple[CaseName, ...] = CASES
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
     count: int = 200
     """Layouts per case."""
     alone: int = 400
-    """Pictures of every sort of part alone, shared among its parts, at least five each."""
+    """Images per sort of part alone, shared among its parts, at least five each."""
     ablation: bool = False
-    """Instead of levels: conductor with its parts on and off."""
+    """In the place of levels: conductor with its parts on and off."""
     ordinary: bool = False
-    """Objects and styles that the model was trained on, as if they were learned: what composition does with perfect vectors."""
-    means: ConductorConfig = ConductorConfig()
+    """Use objects and styles of the model's training as if they were learned: composition with perfect vectors."""
+    large: bool = False
+    """Only measure time and memory, on a layout for any model."""
+    config: ConductorConfig = ConductorConfig()
     learn: int = 0
-    """Steps of textual inversion; 0: 200 for the objects, 400 for the styles."""
+    """Steps of textual inversion. 0 = 200 for the objects, 400 for the styles."""
     steps: int = 25
+    """Steps of the solver."""
     guidance: float = 7.0
-    """What is composed from small objects wants more than a single one."""
+    """Guidance scale. Small objects need more than a single one."""
+    repeats: int = 3
+    """Timed images of every level."""
     seed: int = 1
     device: Device = "auto"
-    record: Path = ROOT / "runs" / "bench" / "p3_composition.json"
+    record: Path = BENCH / "p3_composition.json"
 
 
-def main(bench: Settings) -> None:
-    """Learns what isn't there, draws, judges, prints the table, writes the record."""
-    check_positive(bench, "count", "alone", "steps")
-    if min(bench.seed, bench.learn) < 0:
-        raise BadInput("--seed, --learn: give zero or more")
-    if not bench.cases or not bench.levels:
+def main(settings: Settings) -> None:
+    """Learn missing vectors, sample, grade, print the shares and write the record after every case."""
+    check(settings)
+    machine = detect(settings.device)
+    record = Record(settings, machine)
+    if settings.large:
+        record.add_repeats(times(settings, large_sampler(settings, machine), LARGE_LAYOUT))
+    else:
+        set_up("fp32", machine)
+        sampler, classifier = miniature_sampler(settings, machine), load_scene_classifier(machine.device)
+        rates: dict[str, float] = {}
+        for name in settings.cases:
+            indices = range(settings.count)
+            cases = [case_of(name, derived_seed(settings.seed, index), settings.ordinary) for index in indices]
+            if name != "leak":
+                rates |= part_rates(settings, classifier, sampler, cases, rates)
+                record.add_repeats({f"{name}: possible": [possible(cases, rates)]})
+            record.add_repeats(case_shares(settings, name, cases, classifier, sampler))
+            record.save(settings.record)
+        record.add_repeats({f"alone: {part}": [rate] for part, rate in rates.items()})
+        if not settings.ablation:
+            record.add_repeats(times(settings, sampler, case_of("two", 0, settings.ordinary).layout))
+    record.save(settings.record)
+    for title, values in record.metrics["repeats"].items():
+        print(f"{title:35s} {spread(values, 3) if len(values) > 1 else f'{values[0]:.3f}'}")
+    log(f"record: {settings.record}")
+
+
+def check(settings: Settings) -> None:
+    """Raise BadInput for settings that make no sense."""
+    check_positive(settings, "count", "alone", "steps", "repeats")
+    check_not_negative(settings, "seed", "learn")
+    if not settings.cases or not settings.levels:
         raise BadInput("--cases, --levels: give at least one of each")
-    if bench.ablation and bench.means != ConductorConfig():
+    if settings.ablation and settings.config != ConductorConfig():
         raise BadInput(
             "--ablation has means of its own: leave --inject, --focus, --sketch, --background-steps, --collage, --align, --refine out"
         )
-    bench.means.check()
-    machine = detect(bench.device)
-    set_up("fp32", machine)
-    record, judge = Record(bench, machine), load_scene_classifier(machine.device)
-    painter = painter_of(bench, machine.device)
-    record.metrics["alone"] = {}
-    for name in bench.cases:
-        cases = [case_of(name, derived_seed(bench.seed, index), bench.ordinary) for index in range(bench.count)]
-        if name != "leak":
-            alone(bench, judge, painter, cases, record.metrics["alone"])
-            record.metrics.setdefault("possible", {})[name] = possible(cases, record.metrics["alone"])
-        measure = ablated if bench.ablation else levels
-        rates = measure(bench, name, cases, judge, painter)
-        record.metrics |= rates
-        record.add_repeats({f"{name}: {level}": [rate] for level, rate in rates[name].items()})
-        record.save(bench.record)
-    if not bench.ablation:
-        record.metrics["time"] = times(painter, bench)
-    for group in ("alone", "possible", "time"):
-        record.add_repeats({f"{group}: {what}": [value] for what, value in record.metrics.get(group, {}).items()})
-    record.save(bench.record)
-    print("\n".join(table(record.metrics)))
-    log(f"record: {bench.record}")
+    settings.config.check()
 
 
-# ---------------------------------------------------------------- the model and its vectors
+# ---------------------------------------------------------------- models
 
 
-def painter_of(bench: Settings, device: torch.device) -> StableDiffusionSampler:
-    """With all vectors in place."""
-    if not bench.ordinary:
-        folder = bench.embeddings or KEPT / learned_name(bench)
-        for name in INITIAL:
-            pictures_of(name, PICTURES, True)
-        learn_absent(bench, folder)
-    pipe = load_pipeline(bench.model, device, torch.float32)
-    for name in () if bench.ordinary else HELD_OUT_KINDS + HELD_OUT_STYLES:
-        install(pipe, read_vectors(file_of(folder, f"<{name}>")))
+def large_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
+    """Return the sampler of --large, in bf16 where the hardware has it."""
+    half = set_up("auto", machine) == "bf16"
+    with tempfile.TemporaryDirectory() as temporary:
+        random = settings.model in (None, "random-v1")
+        model = save_random_v1(Path(temporary)) if random else settings.model
+        pipe = load_pipeline(str(model), machine.device, torch.bfloat16 if half else torch.float32)
     pipe.unet.to(memory_format=torch.channels_last)
-    return StableDiffusionSampler(pipe, SamplerConfig("dpm", bench.steps, Guidance(bench.guidance)))
+    return StableDiffusionSampler(pipe, SamplerConfig("dpm", settings.steps, Guidance(settings.guidance)))
 
 
-def learned_name(bench: Settings) -> str:
-    """Of the weights that vectors are learned for, since those of another model say nothing to it, and of the steps of learning."""
-    parts = [Path(bench.model) / part for part in ("text_encoder", "unet")]
-    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
-    if not files:
-        raise BadInput(
-            f"--model {bench.model}: wanted a diffusers folder with safetensors; without one, give --embeddings"
-        )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return "-".join([digest, *(f"{bench.learn or LEARN[kind]}" for kind in NAMES), f"{EMBEDDING_NOISE}", f"{ZOOM_OUT}"])
+def miniature_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
+    """Return the sampler with all vectors installed; learn the missing ones: the objects in one run, the styles in another."""
+    model = settings.model or MODEL
+    vectors: Vectors = {}
+    for kind, names in NAMES.items() if not settings.ordinary else ():
+        folder = settings.embeddings or FOLDER / learned_name(settings, model)
+        missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
+        if missing:
+            concepts = [
+                ConceptSet(f"<{name}>", write_images(name, IMAGES, True), INITIAL[kind], kind) for name in missing
+            ]
+            steps = settings.learn or LEARNING_STEPS[kind]
+            learn(concepts, folder, model=model, device=settings.device, steps=steps)
+        for name in names:
+            vectors |= read_vectors(file_of(folder, f"<{name}>"))
+    pipe = load_pipeline(model, machine.device, torch.float32)
+    install(pipe, vectors)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return StableDiffusionSampler(pipe, SamplerConfig("dpm", settings.steps, Guidance(settings.guidance)))
 
 
-def learn_absent(bench: Settings, folder: Path) -> None:
-    """Learn all concepts that have no file yet: the objects in one run, the styles in another."""
-    for kind, names in NAMES.items():
-        absent = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
-        flags = {"model": bench.model, "device": bench.device, "steps": bench.learn or LEARN[kind], "lr": LR}
-        flags |= {"batch": BATCHES[kind], "max_loss_weight": MAX_LOSS_WEIGHT}
-        flags |= {"embedding_noise": EMBEDDING_NOISE, "zoom_out": ZOOM_OUT}
-        if absent:
-            concepts = [ConceptSet(f"<{name}>", PICTURES / name, INITIAL[name], kind) for name in absent]
-            learn(concepts, folder, flags)
+def learned_name(settings: Settings, model: str) -> str:
+    """Return a folder name for the vectors: they depend on the model's weights, the steps and the recipe."""
+    if not Path(model).is_dir():
+        raise BadInput(f"--model {model}: wanted a diffusers folder with safetensors; without one, give --embeddings")
+    steps = [settings.learn or number for number in LEARNING_STEPS.values()]
+    return "-".join([weights_fingerprint(Path(model)), *map(str, [*steps, *RECIPE.values()])])
 
 
-# ---------------------------------------------------------------- drawing and judging
+# ---------------------------------------------------------------- sampling and grading
 
 
-def alone(
-    bench: Settings,
-    judge: SceneClassifier,
-    painter: StableDiffusionSampler,
+def part_rates(
+    settings: Settings,
+    classifier: SceneClassifier,
+    sampler: StableDiffusionSampler,
     cases: Sequence[LayoutCase],
-    known: dict[str, float],
-) -> None:
-    """Adds the rates of all parts of these cases that aren't known yet."""
+    earlier: dict[str, float],
+) -> dict[str, float]:
+    """Return the share of right images of each part alone that occurs in these cases and has no rate yet."""
     parts = {part for case in cases for part in case.parts}
     sorts = Counter(part.split()[0] for part in parts)
-    for part in sorted(parts - known.keys()):
-        random, count = Random(bench.seed), max(5, bench.alone // sorts[part.split()[0]])
-        asked = [question(part, random, bench.ordinary) for _ in range(count)]
-        orders = [Request(prompt, derived_seed(bench.seed, 1, index)) for index, (prompt, _) in enumerate(asked)]
-        images = drawn(painter.sample_images, orders, part)
-        wanted = {name: [answers[name] for _, answers in asked] for name in asked[0][1]}
-        known[part] = float(judge.agrees(images, **wanted).float().mean())
+    rates = {}
+    for part in sorted(parts - earlier.keys()):
+        random, count = Random(settings.seed), max(5, settings.alone // sorts[part.split()[0]])
+        questions = [question(part, random, settings.ordinary) for _ in range(count)]
+        seeds = [derived_seed(settings.seed, 1, index) for index in range(count)]
+        requests = [Request(prompt, seed) for (prompt, _), seed in zip(questions, seeds, strict=True)]
+        answers = {name: [own[name] for _, own in questions] for name in questions[0][1]}
+        images = sample(sampler.sample_images, requests, part)
+        rates[part] = float(classifier.agrees(images, **answers).float().mean())
+    return rates
 
 
-def drawn(paint: Callable[[list[Any]], Tensor], orders: Sequence[Any], title: str) -> Tensor:
-    """[N,3,64,64] uint8."""
-    chunks = in_batches(paint, orders, min(BATCH, len(orders)))
+def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
+    """Return [N,3,64,64] uint8."""
+    chunks = in_batches(work, requests, min(BATCH, len(requests)))
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
-def composed(
-    bench: Settings,
+def case_shares(
+    settings: Settings,
+    name: CaseName,
     cases: Sequence[LayoutCase],
-    painter: StableDiffusionSampler,
-    level: Level,
-    means: ConductorConfig,
-    title: str,
-) -> Tensor:
-    """A picture of each case, with a seed of its own."""
-    orders = [LayoutRequest(case.layout, derived_seed(bench.seed, 2, index)) for index, case in enumerate(cases)]
-    return drawn(partial(compose, painter, level=level, config=means), orders, title)
+    classifier: SceneClassifier,
+    sampler: StableDiffusionSampler,
+) -> Results:
+    """Return the share of right images, or of leaks, of every level or variant; write a sheet of the first images."""
+    ways: dict[str, tuple[Level, ConductorConfig]] = {level: (level, settings.config) for level in settings.levels}
+    if settings.ablation:
+        ways = {variant: ("conductor", config) for variant, config in VARIANTS.items()}
+    shares: Results = {}
+    sheet = []
+    for way, (level, config) in ways.items():
+        requests = []
+        for index, case in enumerate(cases):
+            aligned = settings.ablation and way == "with alignment"
+            plan = with_reference(case, derived_seed(settings.seed, 3, index)) if aligned else case
+            requests.append(LayoutRequest(plan.layout, derived_seed(settings.seed, 2, index)))
+        images = sample(partial(compose, sampler, level=level, config=config), requests, f"{name}, {way}")
+        graded = leaks if name == "leak" else right
+        share = sum(graded(classifier, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
+        shares[f"{name}: {way}"] = [share]
+        sheet.append(images[:12])
+        log(f"{name}, {way}: {share:.3f}")
+    columns = [f"{index}" for index in range(len(sheet[0]))]
+    path = settings.record.with_name(f"{settings.record.stem}_{name}.png")
+    labelled_grid(path, torch.cat(sheet), list(ways), columns, name, 1.0)
+    return shares
 
 
-def right(judge: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Whether everything is as the case wants it; image [3,64,64] uint8."""
+def right(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
+    """Return whether everything in an image [3,64,64] uint8 is as the case requires."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
-        where = torch.tensor([box]) * SIDE
-        if not judge.inside(image[None], where, [kind], [colour] if colour else None).all():
+        pixels = torch.tensor([box]) * SIDE
+        if not classifier.inside(image[None], pixels, [kind], [colour] if colour else None).all():
             return False
-    wanted = {name: [word] for name, word in case.whole.items()}
-    return not wanted or bool(judge.agrees(image[None], **wanted).all())
+    answers = {name: [word] for name, word in case.whole.items()}
+    return not answers or bool(classifier.agrees(image[None], **answers).all())
 
 
-def leaks(judge: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Whether any object's kind or colour is seen outside its box."""
+def leaks(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
+    """Return whether any object's kind or colour appears outside its box."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
-        where = torch.tensor([box]) * SIDE
-        if judge.leaked(image[None], where, [kind], [colour] if colour else None).any():
+        pixels = torch.tensor([box]) * SIDE
+        if classifier.leaked(image[None], pixels, [kind], [colour] if colour else None).any():
             return True
     return False
 
 
-def share(judge: SceneClassifier, name: CaseName, cases: Sequence[LayoutCase], images: Tensor) -> float:
-    """Of pictures that are right, or that leak."""
-    ask = leaks if name == "leak" else right
-    return sum(ask(judge, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
-
-
-def levels(
-    bench: Settings,
-    name: CaseName,
-    cases: Sequence[LayoutCase],
-    judge: SceneClassifier,
-    painter: StableDiffusionSampler,
-) -> Table:
-    """{case: {level: rate}}, and a sheet of the first pictures."""
-    rates: dict[str, float] = {}
-    sheet = []
-    for level in bench.levels:
-        images = composed(bench, cases, painter, level, bench.means, f"{name}, {level}")
-        rates[level] = share(judge, name, cases, images)
-        sheet.append(images[:12])
-        log(f"{name}, {level}: {rates[level]:.3f}")
-    columns = [f"{index}" for index in range(len(sheet[0]))]
-    labelled_grid(
-        bench.record.with_name(f"{bench.record.stem}_{name}.png"), torch.cat(sheet), bench.levels, columns, name, 1.0
-    )
-    return {name: rates}
-
-
-def ablated(
-    bench: Settings,
-    name: CaseName,
-    cases: Sequence[LayoutCase],
-    judge: SceneClassifier,
-    painter: StableDiffusionSampler,
-) -> Table:
-    """{case: {variant: rate}} of conductor."""
-    rates = {}
-    for variant, means in VARIANTS.items():
-        led = variant == "with alignment"
-        plans = [with_reference(case, derived_seed(bench.seed, 3, k)) if led else case for k, case in enumerate(cases)]
-        rates[variant] = share(judge, name, cases, composed(bench, plans, painter, "conductor", means, variant))
-        log(f"{name}, {variant}: {rates[variant]:.3f}")
-    return {name: rates}
-
-
-def times(painter: StableDiffusionSampler, bench: Settings, repeats: int = 3) -> dict[str, float]:
-    """Of single pictures of two objects, the least of some runs, over those of plain ones."""
-    layout = case_of("two", 0, bench.ordinary).layout
-
-    def seconds(level: Level | None) -> float:
-        start = time.perf_counter()
-        if level:
-            compose(painter, [LayoutRequest(layout, 0)], level, bench.means)
-        else:
-            painter.sample_images([Request("a photo of a red star", 0)])
-        return time.perf_counter() - start
-
-    plain = min(seconds(None) for _ in range(repeats + 1))
-    return {level: round(min(seconds(level) for _ in range(repeats)) / plain, 3) for level in bench.levels}
-
-
-def table(metrics: dict[str, Any]) -> list[str]:
-    """A line per case: rates, what is possible, what is wanted."""
-    lines = []
-    for name, values in metrics.items():
-        if name in ("alone", "possible", "repeats"):
-            continue
-        line = f"{name:<8}" + "".join(f"{level:>{len(level) + 2}}{value:7.3f}" for level, value in values.items())
-        if name in metrics.get("possible", {}):
-            most = metrics["possible"][name]
-            line += f"  possible{most:7.3f}  wanted{most * WANTED[name]:7.3f}"
-        lines.append(line)
-    return lines
+def times(settings: Settings, sampler: StableDiffusionSampler, layout: Layout) -> Results:
+    """Return seconds of one image of every level and of a plain one, in turn after a warm-up, ratios, and peak GB."""
+    ways: dict[str, Callable[[], Tensor]] = {"plain": partial(sampler.sample_images, [Request(layout.joint, 0)])}
+    for level in settings.levels:
+        ways[level] = partial(compose, sampler, [LayoutRequest(layout, 0)], level, settings.config)
+    memory: Results = {}
+    for name, way in ways.items():
+        peak_memory(sampler.device, reset=True)
+        way()
+        memory[f"{name}, GB"] = [peak_memory(sampler.device)]
+    results: Results = {f"{name}, s": [] for name in ways}
+    for _ in range(settings.repeats):
+        for name, way in ways.items():
+            results[f"{name}, s"].append(seconds(way, sampler.device))
+    for level in settings.levels:
+        results[f"{level}, s over plain"] = ratios(results[f"{level}, s"], results["plain, s"])
+    return results | memory
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks/p3_composition.py asks for: fresh layouts of every case, and the prompts of their parts alone."""
+"""Fresh layouts of every case of benchmarks/p3_composition.py, and the prompts of their parts alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from typing import Literal, get_args
 
 from concepts.composition.layout import Box, Layout, Region, Style, box_mask, make_layout
-from miniature.scenery.captions import with_article
+from miniature.scenery.captions import an
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (
     BACKGROUNDS,
@@ -27,8 +27,8 @@ from miniature.scenery.scenes import (
 
 CaseName = Literal["two", "three", "scene", "leak"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
-SIZES = {2: (26, 30), 3: (20, 20)}  # pixels, of the boxes' sides, by the number of objects
-ASIDE = 5  # pixels by which boxes are off the middle
+SIZES = {2: (26, 30), 3: (20, 20)}  # sides of the boxes in pixels, by the number of objects
+ASIDE = 5  # pixels by which boxes lie off the middle, at most
 WORDS = {
     (2, False): "{0} to the left of {1}",
     (2, True): "{0} above {1}",
@@ -39,7 +39,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """A layout, and what the judge should find: kinds (and colours) in boxes, of the whole the rest."""
+    """A layout, and what its image should show: kinds and colours in boxes, style and background of the whole."""
 
     layout: Layout
     boxes: tuple[Box, ...]
@@ -48,33 +48,33 @@ class LayoutCase:
     whole: dict[str, str]
     column: bool
     parts: tuple[str, ...]
-    """What has to succeed, as `question` takes it."""
+    """What has to succeed, in the form that `question` takes."""
 
 
 # ---------------------------------------------------------------- layouts
 
 
 def case_of(name: CaseName, seed: int, ordinary: bool = False) -> LayoutCase:
-    """One of many of its kind; with ordinary objects and styles in the place of learned ones."""
+    """Draw a case; `ordinary` objects and styles can replace learned ones."""
     random = Random(seed)
     objects, styles = (KINDS, STYLES) if ordinary else (HELD_OUT_KINDS, HELD_OUT_STYLES)
     count, column = 3 if name == "three" else 2, random.random() < 0.5
     boxes, kinds = boxes_of(count, column, random), random.sample(objects, count)
     if name == "scene":
-        return scene(kinds[0], random.choice(styles), boxes, column, random, ordinary)
+        return scene_case(kinds[0], random.choice(styles), boxes, column, random, ordinary)
     colours: list[str | None] = [None] * count
     if name == "leak":
         colours = list(random.sample(list(COLOURS), count))
     tokens = kinds if ordinary else [f"<{kind}>" for kind in kinds]
     phrases = [phrase(token, colour) for token, colour in zip(tokens, colours, strict=True)]
     bases = [phrase("object", colour) for colour in colours]
-    layout = planned(bases, phrases, tokens, boxes, column)
+    layout = layout_of(bases, phrases, tokens, boxes, column)
     parts = tuple(f"kind {kind}" for kind in kinds)
     return LayoutCase(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
 
 
-def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> LayoutCase:
-    """The report's failing kind of prompt."""
+def scene_case(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> LayoutCase:
+    """Return a case of the report's failing kind of prompt."""
     other = random.choice([word for word in KINDS if word != kind])
     pairs = [(c, g) for g in BACKGROUNDS for c in COLOURS if fits(c, g) and allowed(c, other, "trained")]
     colour, ground = random.choice(pairs)
@@ -82,12 +82,12 @@ def scene(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Ran
     both = [(phrase("object", None), phrase(token, None), kind, None), (phrase(other, colour),) * 2 + (other, colour)]
     random.shuffle(both)
     bases, phrases, kinds, colours = zip(*both, strict=True)
-    layout = planned(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(look)])
+    layout = layout_of(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(look)])
     parts = (f"kind {kind}", f"thing {colour} {other}", f"background {ground}", f"style {style}")
     return LayoutCase(layout, tuple(boxes), kinds, colours, {"style": style, "background": ground}, column, parts)
 
 
-def planned(
+def layout_of(
     bases: Sequence[str],
     phrases: Sequence[str],
     names: Sequence[str],
@@ -96,7 +96,7 @@ def planned(
     behind: str = "",
     styles: Sequence[Style] = (),
 ) -> Layout:
-    """The base prompt of `bases`; each one's own prompt says its phrase alone."""
+    """Return the layout whose base prompt joins `bases`; each region's prompt has its own phrase alone."""
     words = "a photo of " + WORDS[len(boxes), column] + behind
     regions = [
         Region(name, f"a photo of {mine}{behind}", box_mask(box))
@@ -107,41 +107,43 @@ def planned(
 
 
 def phrase(noun: str, colour: str | None) -> str:
-    """ "a star", "an orange <key>"."""
-    return with_article(f"{colour} {noun}" if colour else noun)
+    """Return "a star", "an orange <key>"."""
+    return an(f"{colour} {noun}" if colour else noun)
 
 
 def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
-    """In a row or column, in shares of the picture."""
-    slot, found = SIDE / count, []
+    """Draw boxes in a row or column, in shares of the image."""
+    slot, boxes = SIDE / count, []
     for index in range(count):
         size = 2 * random.randint(SIZES[count][0] // 2, SIZES[count][1] // 2)
         along = int(index * slot) + random.randint(0, int(slot) - size)
         aside = (SIDE - size) // 2 + random.randint(-ASIDE, ASIDE)
         left, top = (aside, along) if column else (along, aside)
-        found.append((left / SIDE, top / SIDE, (left + size) / SIDE, (top + size) / SIDE))
-    return found
+        boxes.append((left / SIDE, top / SIDE, (left + size) / SIDE, (top + size) / SIDE))
+    return boxes
 
 
 def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
-    """The same with a picture of other, ordinary objects in the boxes to follow."""
+    """Return the case with a reference image of other, ordinary objects in its boxes."""
     random = Random(seed)
     kinds = tuple(random.sample([kind for kind in KINDS if kind not in case.kinds], len(case.boxes)))
     corners = [[round(x * SIDE) for x in box] for box in case.boxes]
     boxes = tuple((left, top, right, bottom) for left, top, right, bottom in corners)
-    made = sample_scene(random.getrandbits(32), SceneSpec(kinds=kinds, boxes=boxes, style="flat"))
-    names = [phrase(thing.kind, thing.colour) for thing in made.things]
-    prompt = f"a photo of {WORDS[len(kinds), case.column].format(*names)} on a {made.background.colour} background"
-    picture = as_tensor(render(made)[None])[0]
-    return replace(case, layout=replace(case.layout, reference=picture, reference_prompt=prompt))
+    scene = sample_scene(random.getrandbits(32), SceneSpec(kinds=kinds, boxes=boxes, style="flat"))
+    names = [phrase(thing.kind, thing.colour) for thing in scene.things]
+    prompt = f"a photo of {WORDS[len(kinds), case.column].format(*names)} on a {scene.background.colour} background"
+    reference = as_tensor(render(scene)[None])[0]
+    return replace(case, layout=replace(case.layout, reference=reference, reference_prompt=prompt))
 
 
 # ---------------------------------------------------------------- parts
 
 
 def question(part: str, random: Random, ordinary: bool) -> tuple[str, dict[str, str]]:
-    """A prompt that asks for one part ("kind key", "thing red star", "background blue", "style relief") alone, and what the judge should
-    say of the whole picture."""
+    """Draw a prompt for one part alone; return it and the answers that the scene classifier should give.
+
+    Parts: "kind key", "thing red star", "background blue", "style relief".
+    """
     name, words = part.split(" ", 1)
     token = words if ordinary else f"<{words}>"
     kind = random.choice(KINDS)
@@ -156,5 +158,5 @@ def question(part: str, random: Random, ordinary: bool) -> tuple[str, dict[str, 
 
 
 def possible(cases: Sequence[LayoutCase], rates: dict[str, float]) -> float:
-    """The mean over cases of the product of their parts' rates."""
+    """Return the mean over cases of the product of their parts' rates."""
     return sum(prod(rates[part] for part in case.parts) for case in cases) / len(cases)

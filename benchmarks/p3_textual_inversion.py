@@ -1,224 +1,203 @@
-"""Textual inversion: speed against the plain method, and on the miniature what the judge and the course's grader see of what was learned.
+"""Textual inversion: speed against the plain method, and how well the miniature's held-out objects and styles are learned.
 
   python benchmarks/p3_textual_inversion.py speed                    steps/s and gradient, side by side
   python benchmarks/p3_textual_inversion.py speed --model random-v1 --init dog --batch 4 --device cuda       memory too
-  python benchmarks/p3_textual_inversion.py concepts                 held-out objects and styles, several seeds; goes on where it stopped
+  python benchmarks/p3_textual_inversion.py concepts                 every held-out concept, several seeds; continues where it stopped
   python benchmarks/p3_textual_inversion.py concepts --names key fish --seeds 1 --more-vectors 2 4
-  python benchmarks/p3_textual_inversion.py graded                   with what `concepts` learned: the course's 25 pictures and its grades
+  python benchmarks/p3_textual_inversion.py graded                   the vectors of `concepts`, graded as in the course
 
-random-v1 is Stable Diffusion v1 with random weights: speed and memory don't depend on what it knows. plain_p3.py is the plain method.
+speed     plain_p3.py is the plain method. random-v1 is Stable Diffusion v1 with random weights, on which speed does not depend.
+concepts  Share of images in which the miniature's scene classifier finds what the prompt says, for the token and its initial word.
+graded    25 images per prompt by P3_inference.py, scored by P3_evaluate.py. Baselines come from the nearest ordinary word,
+          as dog is for one's own dog: the named kind or style that shares most describing words with the concept. The initial
+          words would not do, since captions call these very concepts "object" and "unusual". A baseline is the word's mean
+          score over several seeds, plus (image) or minus (text) two standard deviations between seeds, pooled per kind.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from random import Random
+from typing import Any
 
 import repository_root  # noqa: F401  # isort: split
 import torch
-import tyro
+from torch import Tensor
 
-from benchmarks.p3_course import Course, token_of
-from benchmarks.p3_learning import (
-    BATCHES,
-    EMBEDDING_NOISE,
-    INITIAL,
-    LR,
-    MAX_LOSS_WEIGHT,
-    STEPS,
-    TOKEN,
-    VECTORS,
-    ZOOM_OUT,
-    Trial,
-    kind_of,
-    mean_rates,
-    outcome,
-    pictures_of,
-)
+from benchmarks.p3_learning import BATCHES, INITIAL, MODEL, NAMES, RECIPE, STEPS, VECTORS, kind_of, learn, write_images
 from benchmarks.plain_p3 import Plain, save_random_v1
-from concepts.dataset import Augmentation, ConceptData, ConceptSet
-from concepts.embeddings import file_of, read_vectors, save_vectors
-from concepts.inversion import TextualInversion, prepare_frozen
+from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
+from concepts.dataset import Augmentation, ConceptData, ConceptSet, Kind
+from concepts.embeddings import file_of, install, read_vectors, save_vectors
+from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from miniature.judge_model import load_scene_classifier
-from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
+from diffusion.guidance import Guidance
+from miniature.judge_model import SceneClassifier, load_scene_classifier
+from miniature.scenery.captions import STYLE_TRAITS, TRAITS, an
+from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, fits
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
-from runtime.files import ROOT, atomic
+from runtime.files import ROOT, read_json, write_json
 from runtime.record import Record
+from runtime.seeds import derived_seed
 from training.loop import LoopConfig, Trained, TrainingRun
 from training.schedule import LearningRate
 
-MODEL = "runs/miniature/stable_diffusion"
-BENCH = ROOT / "runs" / "bench"
-LEARNING_RATE = 5e-3  # P3_textual_inversion.py's default, for both methods
-WANTED = {
-    "object": 0.93,
-    "object and colour": 0.80,
-    "object and background": 0.80,
-    "style and object": 0.75,
+CONCEPTS = NAMES["object"] + NAMES["style"]
+TOKEN = "<new>"
+LR = 5e-3  # of both methods in `speed`: the default of P3_textual_inversion.py
+SAMPLER = SamplerConfig("dpm", 25, Guidance(5.0))
+SAMPLES = 20  # images at once
+PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # with the token; graded against: the captions of what has no name
+    "object": (
+        ("a photo of a {} on a blue background", "a photo of an object on a blue background"),
+        ("a {} on the left, outline style", "an object on the left, outline style"),
+    ),
+    "style": (
+        ("a photo of a red star in the style of {}", "a photo of a red star in the style of something unusual"),
+        ("a yellow house in the style of {}", "a yellow house in the style of something unusual"),
+    ),
 }
+Scores = dict[str, list[list[float]]]  # concept -> image and text score of each prompt
+Margins = dict[Kind, list[float]]  # what is added to the ordinary word's image and text score
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Ours against the plain method."""
+    """Compare our steps with the plain method's."""
 
     model: str = MODEL
     """A folder, a file, or random-v1."""
-    init: str = INITIAL["fish"]
-    """An ordinary word of the model."""
+    init: str = INITIAL["object"]
+    """A single word of the model's vocabulary."""
     steps: int = 20
-    """Of each repeat."""
+    """Steps per repeat."""
     batch: int = 8
     repeats: int = 5
     device: Device = "auto"
     precision: Precision = "auto"
-    """Of our way."""
+    """Precision of our way."""
     compile: AutoOnOff = "auto"
-    """Of our way; the first step, which compiles, is timed apart."""
+    """torch.compile of our way. auto = on CUDA. The first step, which compiles, is timed apart."""
     seed: int = 0
     record: Path = BENCH / "p3_textual_inversion_speed.json"
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """What is learned of every held-out object and style."""
+    """Learn held-out objects and styles, and grade images of them."""
 
     model: str = MODEL
-    names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
+    names: tuple[str, ...] = CONCEPTS
+    """Objects and styles."""
     seeds: int = 3
-    """With as many vectors as are usual: one for an object, two for a style."""
+    """Trainings of each concept: one vector for an object, two for a style."""
     more_vectors: tuple[int, ...] = (2, 4)
-    """Objects are learned with so many too, with one seed."""
+    """Further numbers of vectors with which each object is learned once."""
     count: int = 25
-    """Pictures of every question."""
+    """Images per question."""
     steps: int = 0
-    """0: 200 for an object, 800 for a style."""
+    """Steps of a training. 0 = 200 for an object, 800 for a style."""
     batch: int = 0
-    """0: 8 for an object, 24 for a style."""
-    lr: float = LR
-    max_norm: float = 1.0
-    max_loss_weight: float = MAX_LOSS_WEIGHT
-    embedding_noise: float = EMBEDDING_NOISE
-    zoom_out: float = ZOOM_OUT
-    captions: bool = True
-    """Learns from sentences that tell what else each picture shows."""
+    """Images per step. 0 = 8 for an object, 24 for a style."""
     seed: int = 0
-    """The first one."""
+    """The first seed."""
     device: Device = "auto"
-    precision: Precision = "auto"
     folder: Path = BENCH / "p3_concepts"
-    """Vectors and outcomes, one folder each: what is there is not made again."""
+    """Folder for vectors and outcomes, from which a stopped run continues."""
     record: Path = BENCH / "p3_textual_inversion.json"
 
 
 @dataclass(frozen=True)
 class Graded:
-    """The course's routine, with the vectors that `concepts` left."""
+    """Grade the vectors of `concepts` as the course does."""
 
     model: str = MODEL
     clip: str = "runs/miniature/clip"
-    names: tuple[str, ...] = HELD_OUT_KINDS + HELD_OUT_STYLES
+    names: tuple[str, ...] = CONCEPTS
+    """Objects and styles."""
     repeats: int = 6
-    """Seeds of the plain words' pictures: baselines lie two standard deviations between them above (text: below) their mean. By three, the
-    deviation would be a matter of chance."""
+    """Seeds of the ordinary words' images, 2 or more. With few, the standard deviation between them is a matter of chance."""
     seed: int = 0
     device: Device = "auto"
     concepts: Path = BENCH / "p3_concepts"
+    """Folder of `concepts`."""
     folder: Path = BENCH / "p3_course"
-    """input.json, pictures, grades."""
+    """Folder for input.json, images and grades."""
     record: Path = BENCH / "p3_course.json"
 
 
 def main(settings: Speed | Concepts | Graded) -> None:
-    """Run one of the three measurements."""
+    """Run one of the three measurements, print its numbers and write its record."""
+    machine = detect(settings.device)
+    record = Record(settings, machine)
     if isinstance(settings, Speed):
         check_positive(settings, "steps", "batch", "repeats")
-        compare_speed(settings)
-        return
-    if unknown := set(settings.names) - set(INITIAL):
-        raise BadInput(f"--names {', '.join(sorted(unknown))}: known are {', '.join(INITIAL)}")
-    measure_concepts(settings) if isinstance(settings, Concepts) else grade_course(settings)
+        record.add_repeats(compare_speed(settings, machine))
+    else:
+        if unknown := set(settings.names) - set(CONCEPTS):
+            raise BadInput(f"--names {', '.join(sorted(unknown))}: known are {', '.join(CONCEPTS)}")
+        if not settings.names:
+            raise BadInput("--names: give at least one")
+        measure_concepts(settings, record) if isinstance(settings, Concepts) else grade_course(settings, record)
+    record.save(settings.record)
+    for name, values in record.metrics["repeats"].items():
+        print(
+            f"{name:50s} {statistics.mean(values):.1e}" if "difference" in name else f"{name:50s} {spread(values, 3)}"
+        )
+    log(f"record: {settings.record}")
 
 
 # ---------------------------------------------------------------- speed
 
 
-def compare_speed(settings: Speed) -> None:
-    """Print both speeds, their ratio, the gradients' difference and, on a GPU, the memory; write the record."""
-    machine = detect(settings.device)
-    record, device = Record(settings, machine), machine.device
+def compare_speed(settings: Speed, machine: Machine) -> dict[str, list[float]]:
+    """Return seconds per step, ratios, the difference of the gradients, and on a GPU the peak memory of each way alone.
+
+    The ways take turns, so that a busy machine slows both alike.
+    """
+    device = machine.device
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_random_v1(folder / "v1") if settings.model == "random-v1" else settings.model
         settings = replace(settings, model=model)
-        concept = ConceptSet("<bench>", pictures_of("fish", folder, False), settings.init)
+        concept = ConceptSet(TOKEN, write_images("fish", folder, False), settings.init)
         set_up("fp32", machine)  # without TF32, which would round both
-        difference = gradient_difference(settings, concept, device)
-        found = side_by_side(settings, concept, machine, folder / "run")
-    ratios = {
-        kind: [plain / ours for plain, ours in zip(found[f"plain{kind}_s"], found[f"ours{kind}_s"], strict=True)]
-        for kind in ("", "_cpu")
-    }
-    record.metrics |= {"precision": found["precision"], "first_s": found["first_s"]}
-    record.add_repeats(
-        {"plain, s per step, fp32": found["plain_s"], f"ours, s per step, {found['precision']}": found["ours_s"]}
-    )
-    record.add_repeats({"times faster": ratios[""], "times faster, by processor time": ratios["_cpu"]})
-    record.add_repeats(
-        {f"{name}, GB": [found[f"{name}_bytes"] / 1e9] for name in ("plain", "ours") if device.type == "cuda"}
-    )
-    record.add_repeats({"gradient, relative difference": [difference]})
-    record.save(settings.record)
-    for name, told in (("ours", found["precision"]), ("plain", "fp32, eager")):
-        speed = 1 / statistics.mean(found[f"{name}_s"])
-        memory = f", {found[f'{name}_bytes'] / 1e9:.2f} GB at most" if device.type == "cuda" else ""
-        print(f"{name:<6}{speed:8.2f} steps/s of {settings.batch}, {told}{memory}")
-    for title, values in (("ratio", ratios[""]), ("of CPU time", ratios["_cpu"])):
-        if device.type == "cpu" or title == "ratio":
-            print(f"{title:<12}{statistics.mean(values):6.2f} +- {statistics.pstdev(values):.2f}")
-    print(f"gradient in fp32 differs by {difference:.1e}")
-    print(f"our first step took {found['first_s']:.1f} s")
-    log(f"record: {settings.record}")
+        results = {"gradient, relative difference": [gradient_difference(settings, concept, device)]}
+        precision = set_up(settings.precision, machine)
+        ways = {
+            "plain": partial(plain_step, settings, concept, device),
+            "ours": partial(our_step, settings, concept, machine, folder / "run"),
+        }
+        if device.type == "cuda":
+            results |= {f"{name}, GB": [memory_alone(build, device)] for name, build in ways.items()}
+        steps = {name: build() for name, build in ways.items()}
+        log(f"first step: {', '.join(f'{name} {seconds(step, device):.1f} s' for name, step in steps.items())}")
+
+        wall: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}  # which other programs don't affect
+        for _ in range(settings.repeats):
+            for name, step in steps.items():
+                start = time.process_time()
+                wall[name].append(seconds(step, device, settings.steps) / settings.steps)
+                cpu[name].append((time.process_time() - start) / settings.steps)
+    results |= {"plain, s per step, fp32": wall["plain"], f"ours, s per step, {precision}": wall["ours"]}
+    results["times faster"] = ratios(wall["plain"], wall["ours"])
+    return results | {"times faster, by processor time": ratios(cpu["plain"], cpu["ours"])}
 
 
-def side_by_side(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> dict[str, Any]:
-    """Return seconds per step, in turn, so that a busy machine disturbs both alike; on a GPU the peak memory of each alone."""
-    device = machine.device
-    precision = set_up(settings.precision, machine)
-    _, data = prepared(settings, concept, device, torch.float32)
-    samples = [data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)]
-
-    def plain() -> Callable[[int], object]:
-        method = Plain(settings.model, concept, device, LEARNING_RATE)
-        return lambda step: method.step(samples[step % len(samples)])
-
-    def ours() -> Callable[[int], object]:
-        return our_step(settings, concept, machine, folder)
-
-    found: dict[str, Any] = {"plain_s": [], "ours_s": [], "plain_cpu_s": [], "ours_cpu_s": [], "precision": precision}
-    if device.type == "cuda":
-        found |= {"plain_bytes": peak_bytes(plain, device), "ours_bytes": peak_bytes(ours, device)}
-    steps = {"plain": plain(), "ours": ours()}
-    found["first_s"] = seconds_per_step(steps["ours"], 1, device)[0]
-    steps["plain"](0)
-    for _ in range(settings.repeats):
-        for name, step in steps.items():
-            wall, cpu = seconds_per_step(step, settings.steps, device)
-            found[f"{name}_s"].append(wall)
-            found[f"{name}_cpu_s"].append(cpu)
-    return found
-
-
-def prepared(
+def prepare(
     settings: Speed, concept: ConceptSet, device: torch.device, dtype: torch.dtype
 ) -> tuple[TextualInversion, ConceptData]:
     """Return the frozen model with the concept's token, and its encoded images."""
@@ -229,59 +208,50 @@ def prepared(
     return inversion, data
 
 
-def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> Callable[[int], object]:
+def plain_step(settings: Speed, concept: ConceptSet, device: torch.device) -> Callable[[], None]:
+    """Return the step of the plain method, on the same samples as ours."""
+    _, data = prepare(settings, concept, device, torch.float32)
+    samples = cycle([data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)])
+    method = Plain(settings.model, concept, device, LR)
+    return lambda: method.step(next(samples))
+
+
+def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> Callable[[], None]:
     """Return the step of P3_textual_inversion.py with its defaults."""
     device, batch = machine.device, settings.batch
     precision = set_up(settings.precision, machine)
-    inversion, data = prepared(settings, concept, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    inversion, data = prepare(settings, concept, device, torch.bfloat16 if precision == "bf16" else torch.float32)
     worthwhile = settings.compile == "on" or device.type == "cuda"
     prepare_frozen(inversion.pipe, precision, worthwhile and should_compile(settings.compile, machine))
     embeddings = inversion.embeddings.learned
     optimizer = torch.optim.AdamW(embeddings.parameters(), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    config = LoopConfig("benchmark", folder, 10**9, batch, LearningRate(LEARNING_RATE, 25, 0.5), save_every=0)
+    config = LoopConfig("benchmark", folder, 10**9, batch, LearningRate(LR, 25, 0.5), save_every=0)
     run = TrainingRun(config, {}, Trained(embeddings, optimizer), Record(settings, machine), resume=False)
     steps = iter(run)
 
-    def step(_: int) -> None:
+    def step() -> None:
         samples = data.batch(next(steps), slice(batch), batch)
         run.update(inversion.loss(samples), after_step=partial(inversion.cap_norms, 1.0))
 
     return step
 
 
-def seconds_per_step(work: Callable[[int], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """Return the seconds per step: wall time, and CPU time, which other programs don't affect."""
-    synchronize(device)
-    start, cpu = time.perf_counter(), time.process_time()
-    for index in range(steps):
-        work(index)
-    synchronize(device)
-    return (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device) -> int:
-    """Return the peak memory of loading and two steps, with nothing else on the GPU."""
+def memory_alone(build: Callable[[], Callable[[], None]], device: torch.device) -> float:
+    """Return the peak GB of a GPU while nothing else is loaded: loading and two steps."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    step = build()
-    step(0), step(1)
-    return torch.cuda.max_memory_allocated(device)
+    peak_memory(device, reset=True)
+    seconds(build(), device, 2)
+    return peak_memory(device)
 
 
 def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.device) -> float:
     """Return the relative difference of the new row's gradients in fp32 on the same samples."""
-    inversion, data = prepared(settings, concept, device, torch.float32)
+    inversion, data = prepare(settings, concept, device, torch.float32)
     samples = data.batch(0, slice(settings.batch), settings.batch)
     inversion.loss(samples).backward()
     ours = inversion.embeddings.learned.weight.grad
-    theirs = Plain(settings.model, concept, device, LEARNING_RATE).gradient(samples)
+    theirs = Plain(settings.model, concept, device, LR).gradient(samples)
     assert ours is not None
     return float((ours[0] - theirs).norm() / theirs.norm())
 
@@ -289,102 +259,227 @@ def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.devi
 # ---------------------------------------------------------------- concepts
 
 
-def measure_concepts(settings: Concepts) -> None:
-    """Learn every concept with every seed, ask all questions, print the table and write the record."""
+@dataclass(frozen=True)
+class Trial:
+    """One concept, one training, and its questions: all that the outcome depends on, but the model and RECIPE."""
+
+    name: str
+    vectors: int
+    seed: int
+    steps: int
+    batch: int
+    count: int
+    """Images per question."""
+    initial: bool
+    """Ask the questions with the initial word too."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts with a place for the token, and the answers that the scene classifier should give for each image."""
+
+    name: str
+    prompts: tuple[str, ...]
+    answers: dict[str, tuple[str, ...]]
+
+
+def measure_concepts(settings: Concepts, record: Record) -> None:
+    """Learn every concept with every seed, ask all questions, and add shares and seconds to the record."""
     check_positive(settings, "seeds", "count")
     check_not_negative(settings, "steps", "batch")
-    if not settings.names:
-        raise BadInput("--names: give at least one")
-    machine = detect(settings.device)
-    set_up("fp32", machine)
-    record, judge = Record(settings, machine), load_scene_classifier(machine.device)
-    with record.timed("learning and drawing"):
-        outcomes = [outcome(trial, judge, settings.folder) for trial in trials_of(settings)]
-    seconds = [made["seconds"] for made in outcomes]
-    rates = mean_rates(outcomes)
-    record.metrics = {"outcomes": outcomes, "longest_s": max(seconds)}
-    record.add_repeats(
-        {f"{question}: {who}": shares for question, columns in rates.items() for who, shares in columns.items()}
-    )
-    record.save(settings.record)
-    lines = [
-        *table(rates),
-        f"a concept took {statistics.mean(seconds):.0f} s of training, at most {max(seconds):.0f} s",
-    ]
-    with atomic(settings.record.with_suffix(".txt")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    log(f"record: {settings.record}; the table: {settings.record.with_suffix('.txt')}")
-
-
-def trials_of(settings: Concepts) -> list[Trial]:
-    """Return the usual vectors with every seed, the initial word with the first, then more vectors for the objects."""
+    set_up("fp32", record.machine)
+    classifier = load_scene_classifier(record.machine.device)
     cases = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
-    cases += [(name, n, 0) for n in settings.more_vectors for name in settings.names if name in HELD_OUT_KINDS]
+    cases += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
+    outcomes: list[dict[str, Any]] = []
+    results: dict[str, list[float]] = {}
+    for name, vectors, seed in cases:
+        kind = kind_of(name)
+        steps, batch = settings.steps or STEPS[kind], settings.batch or BATCHES[kind]
+        initial = vectors == VECTORS[kind] and seed == 0
+        trial = Trial(name, vectors, settings.seed + seed, steps, batch, settings.count, initial)
+        outcomes.append(outcome(trial, settings, classifier))
+        for question, shares in outcomes[-1]["shares"].items():
+            for word, share in shares.items():
+                who = f"{vectors} vector{'s' * (vectors > 1)}" if word == "learned" else "initial word"
+                results.setdefault(f"{question}: {who}", []).append(share)
+        results.setdefault(f"training of one {kind}, s", []).append(outcomes[-1]["seconds"])
+    record.metrics["outcomes"] = outcomes
+    record.add_repeats(results)
+
+
+def outcome(trial: Trial, settings: Concepts, classifier: SceneClassifier) -> dict[str, Any]:
+    """Return seconds and shares of a trial: those in the folder if they are of the same trial, else learn and ask."""
+    folder = settings.folder / f"{trial.name}-{trial.vectors}-{trial.seed}"
+    file, facts = (
+        folder / "outcome.json",
+        asdict(trial) | RECIPE | {"weights": weights_fingerprint(Path(settings.model))},
+    )
+    if file.is_file() and (earlier := read_json(file))["facts"] == facts:
+        log(f"{folder}: kept from before")
+        return dict(earlier)
+
+    kind = kind_of(trial.name)
+    concept = ConceptSet(TOKEN, write_images(trial.name, folder, True), INITIAL[kind], kind, trial.vectors)
+    flags = {"steps": trial.steps, "batch": trial.batch, "seed": trial.seed}
+    timings = learn([concept], folder, model=settings.model, device=settings.device, **flags)["timings_s"]
+
+    pipe = load_pipeline(settings.model, classifier.device, torch.float32)
+    install(pipe, read_vectors(file_of(folder, TOKEN)))
+    sampler, shares = StableDiffusionSampler(pipe, SAMPLER), {}
+    words = {"learned": TOKEN} | ({"initial": INITIAL[kind]} if trial.initial else {})
+    for question in questions_of(trial.name, trial.count, trial.seed):
+        shares[question.name] = {
+            who: share_right(sampler, classifier, question, word, trial.seed) for who, word in words.items()
+        }
+        log(f"{folder.name}, {question.name}: {shares[question.name]}")
+    result = {"facts": facts, "seconds": round(timings["training"] - timings["validation"], 1), "shares": shares}
+    write_json(file, result)
+    return result
+
+
+def questions_of(name: str, count: int, seed: int) -> list[Question]:
+    """Return the questions about an object or a style, `count` prompts each."""
+    random = Random(derived_seed(seed, 17))
+    if kind_of(name) == "style":
+        kinds = tuple(random.choice(KINDS) for _ in range(count))
+        prompts = tuple(f"a photo of {an(kind)} in the style of {{}}" for kind in kinds)
+        return [Question("style and object", prompts, {"style": (name,) * count, "kind": kinds})]
+    grounds = tuple(random.choice(list(BACKGROUNDS)) for _ in range(count))
+    colours = tuple(random.choice(list(COLOURS)) for _ in range(count))
+    fitting = tuple(random.choice([ground for ground in BACKGROUNDS if fits(colour, ground)]) for colour in colours)
+    kind = {"kind": (name,) * count}
+    coloured = tuple(an(f"{colour} {{}}") for colour in colours)
+    behind, fitting_behind = ([f" on {an(ground)} background" for ground in names] for names in (grounds, fitting))
+    both = tuple(text + ground for text, ground in zip(coloured, fitting_behind, strict=True))
     return [
-        Trial(
-            name,
-            vectors,
-            flags_of(settings, name, settings.seed + seed),
-            settings.count,
-            settings.captions,
-            vectors == VECTORS[kind_of(name)] and not seed,
-        )
-        for name, vectors, seed in cases
+        Question("object", ("a photo of a {}",) * count, kind),
+        Question("object and colour", tuple(f"a photo of {text}" for text in coloured), kind | {"colour": colours}),
+        Question("object and background", tuple(f"a {{}}{text}" for text in behind), kind | {"background": grounds}),
+        Question("object, colour and background", both, kind | {"colour": colours, "background": fitting}),
     ]
 
 
-def flags_of(settings: Concepts, name: str, seed: int) -> dict[str, Any]:
-    """Return the flags of P3_textual_inversion.py for this concept and seed."""
-    same = ("model", "lr", "max_norm", "max_loss_weight", "embedding_noise", "zoom_out", "device", "precision")
-    return {flag: getattr(settings, flag) for flag in same} | {
-        "steps": settings.steps or STEPS[kind_of(name)],
-        "batch": settings.batch or BATCHES[kind_of(name)],
-        "seed": seed,
-    }
-
-
-def table(rates: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Return a line per question and column: mean, spread over concepts and seeds, target."""
-    lines = [f"{'share of pictures that are right':<34}{'of':<14}{'mean':>7}{'spread':>8}{'runs':>6}{'wanted':>8}"]
-    for question, columns in rates.items():
-        for who, shares in columns.items():
-            wanted = f"{WANTED[question]:8.2f}" if question in WANTED and who != "initial word" else ""
-            numbers = f"{statistics.mean(shares):7.3f}{statistics.pstdev(shares):8.3f}{len(shares):6d}"
-            lines.append(f"{question:<34}{who:<14}{numbers}{wanted}")
-    return lines
+def share_right(
+    sampler: StableDiffusionSampler, classifier: SceneClassifier, question: Question, word: str, seed: int
+) -> float:
+    """Return the share (0..1) of images with all answers right, with `word` in the prompts."""
+    requests = [Request(text.format(word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)]
+    starts = range(0, len(requests), SAMPLES)
+    images = torch.cat([sampler.sample_images(requests[start : start + SAMPLES]) for start in starts])
+    return float(classifier.agrees(images, **question.answers).float().mean())
 
 
 # ---------------------------------------------------------------- the course's grades
 
 
-def grade_course(settings: Graded) -> None:
-    """Make baselines, images and grades; print how many cases passed."""
+def grade_course(settings: Graded, record: Record) -> None:
+    """Sample and grade the ordinary words, set the baselines, grade the learned vectors, and add the shares to the record."""
     if settings.repeats < 2:
         raise BadInput(f"--repeats {settings.repeats}: a deviation takes two or more")
-    machine = detect(settings.device)
-    record, vectors = Record(settings, machine), {}
-    for name in settings.names:
-        learned = file_of(settings.concepts / f"{name}-{VECTORS[kind_of(name)]}-{settings.seed}", TOKEN)
-        if not learned.is_file():
-            raise BadInput(f"{learned} does not exist: `p3_textual_inversion.py concepts` makes it")
-        vectors[name] = file_of(settings.folder / "vectors", token_of(name))
-        save_vectors(vectors[name], token_of(name), read_vectors(learned)[TOKEN], f"{learned}")
-    course = Course(settings.model, settings.clip, settings.folder, settings.repeats, settings.seed, settings.device)
-    with record.timed("drawing and grading"):
-        record.metrics = course.graded(vectors)
+    folder, names = settings.folder, settings.names
+    vectors = {}
+    for name in names:
+        file = file_of(settings.concepts / f"{name}-{VECTORS[kind_of(name)]}-{settings.seed}", TOKEN)
+        if not file.is_file():
+            raise BadInput(f"{file} does not exist: `p3_textual_inversion.py concepts` makes it")
+        vectors[name] = read_vectors(file)[TOKEN]
+
+    # a concept's token stands for its vectors in one folder, for its ordinary word in the other
+    pipe = load_pipeline(settings.model, torch.device("cpu"), torch.float32)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for name in names:
+        write_images(name, folder / "references", False)
+        token, word = token_of(name), ordinary_word(name)
+        (index,) = pipe.tokenizer(word, add_special_tokens=False).input_ids
+        save_vectors(file_of(folder / "learned", token), token, vectors[name], f"{settings.concepts}")
+        save_vectors(file_of(folder / "ordinary", token), token, table[index][None], word)
+
+    write_input(folder / "input.json", names, {}, {})
+    seeds = range(settings.seed + 1, settings.seed + 1 + settings.repeats)
+    cases = [grade(settings, "ordinary", seed) for seed in seeds]
+    baselines, margins = baselines_of([scores_of(own) for own in cases])
+    write_input(folder / "input.json", names, baselines, margins)
+    record.metrics |= {"cases": grade(settings, "learned", settings.seed), "margins": margins}
     record.add_repeats({"share of cases passed": [float(case["passed"]) for case in record.metrics["cases"]]})
-    record.save(settings.record)
-    print(
-        f"{record.metrics['passed']} of {len(record.metrics['cases'])} cases passed; margins {record.metrics['margins']}"
-    )
-    log(f"record: {settings.record}; input.json, pictures and grades: {settings.folder}")
+    print(f"margins {margins}; input.json, images and grades: {folder}")
+
+
+def grade(settings: Graded, vectors: str, seed: int) -> list[dict[str, Any]]:
+    """Sample 25 images per prompt of input.json with the vectors of a folder, and return P3_evaluate.py's grades."""
+    folder = settings.folder
+    images, grades = folder / "images" / f"{vectors}-{seed}", folder / "grades" / f"{vectors}-{seed}"
+    common = ["--input", folder / "input.json", "--device", settings.device]
+    sample = ["P3_inference.py", "--model", settings.model, "--embeddings", folder / vectors, "--guidance", 5]
+    sample += ["--output", images, "--seed", seed, "--record", grades / "inference.json"]
+    score = ["P3_evaluate.py", "--images", images, "--references", folder / "references"]
+    score += ["--clip", settings.clip, "--output", grades]
+    for script, *flags in (sample, score):
+        command = [sys.executable, str(ROOT / str(script)), *map(str, flags + common)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return list(read_json(grades / "record.json")["metrics"]["cases"])
+
+
+def scores_of(cases: Sequence[dict[str, Any]]) -> Scores:
+    """Return the image and text scores of P3_evaluate.py's record."""
+    scores: Scores = {}
+    for case in cases:
+        scores.setdefault(case["key"], []).append([case["image_score"], case["text_score"]])
+    return scores
+
+
+def write_input(path: Path, names: Sequence[str], baselines: Scores, margins: Margins) -> None:
+    """Write the course's input.json; a concept without baselines has zeros."""
+    entries = {}
+    for name in names:
+        prompts, kind = PROMPTS[kind_of(name)], kind_of(name)
+        entries[name] = {
+            "src_image": "object",
+            "token_name": token_of(name),
+            "prompt": [text.format(token_of(name)) for text, _ in prompts],
+            "prompt_4_clip_eval": [plain for _, plain in prompts],
+            "baseline": baselines.get(name, [[0, 0]] * len(prompts)),
+            "baseline word": ordinary_word(name),
+            "margin over the baseline word": margins.get(kind, [0, 0]),
+        }
+    write_json(path, entries)
+
+
+def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
+    """Return the mean of several seeds' scores with the margin added, and the margins.
+
+    A margin is twice the standard deviation between seeds, pooled over all prompts of a kind: up for image, down for text.
+    """
+    baselines: Scores = {}
+    margins: Margins = {}
+    for kind in PROMPTS:
+        names = [name for name in rounds[0] if kind_of(name) == kind]
+        if not names:
+            continue
+        scores = torch.tensor([[values for name in names for values in scores[name]] for scores in rounds])
+        margin = 2 * scores.var(0).mean(0).sqrt() * torch.tensor([1.0, -1.0])
+        margins[kind] = rounded(margin)
+        means = iter(scores.mean(0) + margin)
+        baselines |= {name: [rounded(next(means)) for _ in rounds[0][name]] for name in names}
+    return baselines, margins
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Return numbers as input.json has them."""
+    return [round(x, 2) for x in values.tolist()]
+
+
+def ordinary_word(name: str) -> str:
+    """Return the named kind or style that shares most describing words with a held-out one; of equals the first."""
+    traits, named = (STYLE_TRAITS, STYLES) if kind_of(name) == "style" else (TRAITS, KINDS)
+    return max(named, key=lambda other: sum({name, other} <= set(holders) for holders in traits.values()))
+
+
+def token_of(name: str) -> str:
+    """Return <fish> for fish."""
+    return f"<{name}>"
 
 
 if __name__ == "__main__":
-    command: Any = (  # tyro makes a subcommand of each
-        Annotated[Speed, tyro.conf.subcommand("speed")]
-        | Annotated[Concepts, tyro.conf.subcommand("concepts")]
-        | Annotated[Graded, tyro.conf.subcommand("graded")]
-    )
+    command: Any = Speed | Concepts | Graded  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +14,12 @@ from P1_dataloader import read_picture
 from P1_model import DIGITS, DOMAINS
 from runtime.images import to_float
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The plain reader: one PNG per item -> (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
+    """Samples of one domain: (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
 
     def __init__(self, folder: Path, table: pd.DataFrame, domain: int):
         self.paths = [folder / "data" / name for name in table.image_name]

@@ -1,6 +1,6 @@
-"""The course's face network and its DDIM rule, written straight from their description and from nothing else of this repository.
+"""The course's face network and its DDIM rule, written from their description, without code of this repository.
 
-It is the baseline of benchmarks/p2_ddim.py (one picture at a time, eager) and the independent witness of the tests (in float64).
+Baseline of benchmarks/p2_ddim.py (one image at a time, eager) and independent reference of the tests (in float64).
 Tensor names are those of UNet.pt.
 """
 
@@ -29,7 +29,7 @@ UP = (  # module number, inputs and outputs (None: double the size), attention
 
 
 class Sinusoid(nn.Module):
-    """Integer steps [B] -> [B,128]: sines, then cosines."""
+    """Embedding of integer steps [B] as [B,128]: sines, then cosines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Sinusoid(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, plus the time; again; plus the input."""
+    """GroupNorm, SiLU, conv, plus the time embedding; the same again; plus the input."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -53,11 +53,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(h))) + self.skip(x)
+        out: Tensor = self.conv2(F.silu(self.norm2(h))) + self.skip(x)
+        return out
 
 
 class Attention(nn.Module):
-    """One head over all positions, the matrix of weights written out."""
+    """One attention head over all positions, its matrix of weights written out."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -67,7 +68,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)
         weights = torch.einsum("bci,bcj->bij", q, k).div(math.sqrt(x.shape[1])).softmax(-1)
-        return x + self.out(torch.einsum("bij,bcj->bci", weights, v).view_as(x))
+        h: Tensor = self.out(torch.einsum("bij,bcj->bci", weights, v).view_as(x))
+        return x + h
 
 
 class Unit(nn.Module):
@@ -79,11 +81,12 @@ class Unit(nn.Module):
         self.attention = Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.attention(self.resblocks(x, time))
+        h: Tensor = self.attention(self.resblocks(x, time))
+        return h
 
 
 class PlainFaceUNet(nn.Module):
-    """x [B,3,H,W], t [B] -> eps [B,3,H,W]; H and W are multiples of 32."""
+    """The face network: x [B,3,H,W] and t [B] to eps [B,3,H,W]. H and W are multiples of 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class PlainFaceUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = self.time(t)
-        h = self.down1(x)
+        h: Tensor = self.down1(x)
         skips = [h]
         for number, outputs, _ in DOWN:
             module = getattr(self, f"down{number}")
@@ -112,7 +115,8 @@ class PlainFaceUNet(nn.Module):
         for number, sizes, _ in UP:
             module = getattr(self, f"up{number}")
             h = module(torch.cat([h, skips.pop()], 1), time) if sizes else module(h)
-        return self.out(h)
+        eps: Tensor = self.out(h)
+        return eps
 
 
 def plain_homework_ddim(
@@ -122,26 +126,26 @@ def plain_homework_ddim(
     eta: float = 0.0,
     noises: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """The rule behind the course's pictures, a line per formula: x [B,3,H,W] noise -> picture, not yet scaled to 0..1."""
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
+    """Return the images [B,3,H,W] of the course's rule from noise x, a line per formula, not yet scaled to 0..1."""
+    alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
     times = list(range(1, 1000, 1000 // steps))[:steps][::-1]
     for index, t in enumerate(times):
-        alpha = abar[t].to(x.dtype)
-        alpha_prev = abar[times[index + 1] if index + 1 < steps else 0].to(x.dtype)
+        alpha_bar = alpha_bars[t].to(x.dtype)
+        alpha_bar_prev = alpha_bars[times[index + 1] if index + 1 < steps else 0].to(x.dtype)
         eps = network(x, torch.full((len(x),), t, device=x.device))
-        x0 = ((x - (1 - alpha).sqrt() * eps) / alpha.sqrt()).clamp(-1, 1)
-        sigma = eta * ((1 - alpha_prev) / (1 - alpha)).sqrt() * (1 - alpha / alpha_prev).sqrt()
-        x = alpha_prev.sqrt() * x0 + (1 - alpha_prev - sigma**2).sqrt() * eps
+        x0 = ((x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()).clamp(-1, 1)
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+        x = alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
         if noises:
             x = x + sigma * noises[index]
     return x
 
 
 def well_conditioned_weights(seed: int) -> dict[str, Tensor]:
-    """A state dict in UNet.pt's layout that is random yet stable over 50 steps, so that end-to-end comparisons mean something.
+    """Return a random state dict in UNet.pt's layout whose images stay stable over 50 steps, for end-to-end comparisons.
 
-    A clean path carries the picture past the random rest: down1 copies +x and -x of each colour into one group of channels,
-    up23.skip hands them to out, and out subtracts them (silu(x) - silu(-x) = x). The random rest weighs about a quarter.
+    A clean path carries the image past the random rest. down1 copies +x and -x of each colour into one group of channels.
+    up23.skip passes them to out, which subtracts them (silu(x) - silu(-x) = x). The random rest weighs about a quarter.
     """
     torch.manual_seed(seed)
     state = PlainFaceUNet().state_dict()

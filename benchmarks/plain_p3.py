@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
 from concepts.dataset import ConceptSet, InversionBatch, read_images, square
@@ -61,6 +60,8 @@ def save_random_v1(folder: Path) -> str:
 
     Speed and memory don't depend on the weights. They are small, so that nothing overflows.
     """
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline  # slow to import
+
     parts, stream = make_parts(), torch.Generator().manual_seed(0)
     for part in parts.values():
         values = {name: random_weight(name, tensor, stream) for name, tensor in part.state_dict().items()}

@@ -111,7 +111,9 @@ GPU_ENTRIES = (  # in order of worth; none needs a network
         f"--model {DIFFUSION} --init fish --steps 2 --repeats 2",
         seconds=120,
     ),
-    Measurement("p3_large", "benchmarks/p3_large.py", f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120),
+    Measurement(
+        "p3_large", "benchmarks/p3_composition.py --large", f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120
+    ),
 )
 
 

@@ -124,8 +124,8 @@ RECORD: dict[str, Any] = {
     [
         ({"cases": ()}, "--cases"),
         ({"levels": ()}, "--levels"),
-        ({"ablation": True, "means": ConductorConfig(sketch=1)}, "--ablation"),
-        ({"means": ConductorConfig(sketch=-1)}, "--sketch -1"),
+        ({"ablation": True, "config": ConductorConfig(sketch=1)}, "--ablation"),
+        ({"config": ConductorConfig(sketch=-1)}, "--sketch -1"),
         ({"model": "nowhere"}, "--model nowhere"),
     ],
 )

@@ -1,10 +1,10 @@
-"""The baselines that the benchmark sets for the course's grades."""
+"""Baselines that the benchmark sets for the course's grades."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.p3_course import baselines_of, ordinary_word
+from benchmarks.p3_textual_inversion import baselines_of, ordinary_word
 
 
 def test_baselines_lie_two_deviations_from_the_ordinary_words_mean() -> None:
@@ -30,7 +30,7 @@ def test_objects_and_styles_have_margins_of_their_own() -> None:
 
 
 def test_the_ordinary_word_shares_most_with_the_concept() -> None:
-    """A fish is marked, wide, pointed and curved; a house the first three. Relief is smooth, soft and edged; outline smooth and edged,
-    and watercolour, which comes later, soft and edged."""
+    # fish: marked, wide, pointed, curved; house: the first three
     assert ordinary_word("fish") == "house"
+    # relief: smooth, soft, edged; outline: smooth, edged; watercolour, which comes later: soft, edged
     assert ordinary_word("relief") == "outline"

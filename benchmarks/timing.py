@@ -1,0 +1,64 @@
+"""What the benchmarks share: times, peak memory, ratios, and how a spread is printed."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from runtime.files import ROOT
+
+BENCH = ROOT / "runs" / "bench"
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Return the wall time of one call, a GPU's queue drained before and after, and its result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def seconds(work: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    """Return the wall time of `count` calls in a row."""
+    return timed(lambda: [work() for _ in range(count)], device)[0]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """Return the largest GB since the last reset: of the GPU, or of the whole process on a CPU (nan except on Linux)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status, switch = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not switch.exists():
+        return float("nan")
+    if reset:
+        if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+            library.malloc_trim(0)  # memory that the C library keeps would not count again
+        switch.write_text("5")
+    (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak) * 1024 / 1e9
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Return slow / fast of every repeat."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return "mean +- standard deviation (n = repeats)"."""
+    return f"{statistics.mean(values):.{digits}f} +- {statistics.pstdev(values):.{digits}f} (n = {len(values)})"
