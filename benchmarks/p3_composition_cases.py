@@ -9,7 +9,7 @@ from random import Random
 from typing import Literal, get_args
 
 from concepts.composition.layout import Box, Layout, Region, Style, box_mask, make_layout
-from miniature.scenery.captions import an
+from miniature.scenery.captions import with_article
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (
     BACKGROUNDS,
@@ -108,7 +108,7 @@ def layout_of(
 
 def phrase(noun: str, colour: str | None) -> str:
     """Return "a star", "an orange <key>"."""
-    return an(f"{colour} {noun}" if colour else noun)
+    return with_article(f"{colour} {noun}" if colour else noun)
 
 
 def boxes_of(count: int, column: bool, random: Random) -> list[Box]:

@@ -44,7 +44,7 @@ from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from miniature.judge_model import SceneClassifier, load_scene_classifier
-from miniature.scenery.captions import STYLE_TRAITS, TRAITS, an
+from miniature.scenery.captions import STYLE_TRAITS, TRAITS, with_article
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, fits
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
@@ -343,14 +343,16 @@ def questions_of(name: str, count: int, seed: int) -> list[Question]:
     random = Random(derived_seed(seed, 17))
     if kind_of(name) == "style":
         kinds = tuple(random.choice(KINDS) for _ in range(count))
-        prompts = tuple(f"a photo of {an(kind)} in the style of {{}}" for kind in kinds)
+        prompts = tuple(f"a photo of {with_article(kind)} in the style of {{}}" for kind in kinds)
         return [Question("style and object", prompts, {"style": (name,) * count, "kind": kinds})]
     grounds = tuple(random.choice(list(BACKGROUNDS)) for _ in range(count))
     colours = tuple(random.choice(list(COLOURS)) for _ in range(count))
     fitting = tuple(random.choice([ground for ground in BACKGROUNDS if fits(colour, ground)]) for colour in colours)
     kind = {"kind": (name,) * count}
-    coloured = tuple(an(f"{colour} {{}}") for colour in colours)
-    behind, fitting_behind = ([f" on {an(ground)} background" for ground in names] for names in (grounds, fitting))
+    coloured = tuple(with_article(f"{colour} {{}}") for colour in colours)
+    behind, fitting_behind = (
+        [f" on {with_article(ground)} background" for ground in names] for names in (grounds, fitting)
+    )
     both = tuple(text + ground for text, ground in zip(coloured, fitting_behind, strict=True))
     return [
         Question("object", ("a photo of a {}",) * count, kind),

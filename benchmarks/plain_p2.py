@@ -41,7 +41,7 @@ class Sinusoid(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class ResidualBlock(nn.Module):
+class PlainResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, plus the time embedding; the same again; plus the input."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -77,7 +77,7 @@ class Unit(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, attend: bool):
         super().__init__()
-        self.resblocks = ResidualBlock(inputs, outputs)
+        self.resblocks = PlainResidualBlock(inputs, outputs)
         self.attention = Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

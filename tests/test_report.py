@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def counting(
     folder: Path, name: str = "a", code: int = 0, after: tuple[str, ...] = (), inputs: tuple[Path, ...] = ()
 ) -> Step:
-    """A step that adds a letter to a file beside its folder each time it runs, and ends with `code`."""
+    """Return a step that adds a letter to a file next to its folder each time it runs, and ends with `code`."""
     script = f"open({str(folder / 'ran')!r}, 'a').write({name!r}); print('error: it broke'); raise SystemExit({code})"
     return Step(name, f"step {name}", (("-c", script),), inputs, after)
 
@@ -113,7 +113,7 @@ def test_an_ended_process_is_told_by_its_signal(tmp_path: Path) -> None:
 
 
 def course_data(folder: Path) -> Path:
-    """The names of the course's files, and an input.json."""
+    """Write files of the course's names, and an input.json."""
     for name in ("face/noise/00.pt", "face/GT/00.png", "face/UNet.pt", "Classifier.pth", "clip_zeroshot/val/0_0.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -323,7 +323,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, path: Path, **options: Any) -> Iterator[Page]:
-    """The page in a fresh profile; its console must stay without errors."""
+    """Open the page in a fresh profile; its console must stay without errors."""
     context = browser.new_context(**options)
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "assert") else None)
