@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from digits.metrics import Reference, measure
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
+from runtime.hub import first_line
 from runtime.images import to_float
+from runtime.validation import validate
 
-KIND = "P1 digit judge"
 SHIPPED = ROOT / "checkpoints"
 HUB = "edadaltocg/resnet34_svhn"
 BATCH = 500  # images per forward pass
@@ -53,6 +54,16 @@ class ClassifierConfig:
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (1, 2, 2)
     fold: int = 2
+
+
+@dataclass(frozen=True)
+class ClassifierHeader:
+    """What a classifier file holds besides tensors, as JSON."""
+
+    kind: Literal["P1 digit judge"]
+    domain: int
+    model: ClassifierConfig
+    origin: dict[str, Any]
 
 
 def make_resnet(config: ClassifierConfig) -> nn.Sequential:
@@ -126,12 +137,11 @@ def round_weights(network: nn.Module) -> dict[str, Tensor]:
 def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierConfig, origin: dict[str, Any]) -> None:
     """Write one safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
     assert classifier.reference
-    header = {"kind": KIND, "domain": classifier.domain, "model": asdict(config), "origin": origin}
-    tensors = round_weights(classifier.network)
-    tensors = {f"network.{name}": value for name, value in tensors.items()}
+    header = ClassifierHeader("P1 digit judge", classifier.domain, config, origin)
+    tensors = {f"network.{name}": value for name, value in round_weights(classifier.network).items()}
     for name, value in classifier.reference.tensors().items():
         tensors[f"reference.{name}"] = value.cpu().contiguous()
-    save_safetensors(path, tensors, {"judge": json.dumps(header)})
+    save_safetensors(path, tensors, {"judge": json.dumps(asdict(header))})
 
 
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
@@ -141,10 +151,10 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     tensors, metadata = load_safetensors(path)
     if "judge" not in metadata:
         return course_classifier(tensors, path, device)
-    header = json.loads(metadata["judge"])
-    network = load_weights(make_resnet(ClassifierConfig(**header["model"])), strip_prefix(tensors, "network"), path)
+    header = validate(ClassifierHeader, json.loads(metadata["judge"]), f"{path}, header of a digit classifier")
+    network = load_weights(make_resnet(header.model), strip_prefix(tensors, "network"), path)
     reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
-    return DigitClassifier(to_channels_last(network, device), header["domain"], reference)
+    return DigitClassifier(to_channels_last(network, device), header.domain, reference)
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
@@ -166,10 +176,9 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 
     try:
         weights = load_state_dict_from_hf(HUB, weights_only=True)
-    except Exception as error:  # the hub's many errors share no class of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # the hub's many errors share no common class
         raise BadInput(
-            f"--svhn-classifier hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
+            f"--svhn-classifier hub: {HUB} can't be loaded ({first_line(error)}); name a local file of its weights instead"
         ) from None
     return course_classifier(weights, Path(HUB), device)
 
@@ -177,16 +186,6 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors under `prefix.`, without it."""
     return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-
-
-def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
-    """Load weights into the network; raise BadInput that names the first missing, unexpected or misshapen one."""
-    try:
-        network.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise BadInput(f"{path}: {reason[:200]}") from None
-    return network
 
 
 def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class TrainingLog:
     """Running mean of the loss and the speed; only the main process shows and writes them.
 
-    `add` every step, `read` every N steps (the only sync). The bar and TensorBoard's writer appear with the first step.
+    `add` every step, `read` every N steps (the only sync). Without `shown` there is no bar and no TensorBoard.
     """
 
-    def __init__(self, folder: Path, title: str, first: int, total: int, main: bool):
-        self.folder, self.title, self.first, self.total, self.main = folder, title, first, total, main
+    def __init__(self, folder: Path, title: str, first: int, total: int, shown: bool):
+        self.folder, self.title, self.first, self.total, self.shown = folder, title, first, total, shown
         self.bar: tqdm[int] | None = None
         self.writer: SummaryWriter | None = None
         self.sum: Tensor | None = None
@@ -30,18 +30,15 @@ class TrainingLog:
 
     def start(self) -> None:
         """Show the bar, open TensorBoard's writer and start the clock."""
-        self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
-        if self.main:
+        if self.shown:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+            self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Accumulate on the device."""
-        if self.bar is None:
-            self.start()
-        loss = loss.detach()
+        """Accumulate a detached loss on the device."""
         self.sum = loss.clone() if self.sum is None else self.sum + loss
         self.count, self.images = self.count + 1, self.images + images
         if self.bar is not None:
@@ -58,10 +55,9 @@ class TrainingLog:
         """Leave the time and images up to now out of the speed."""
         self.images, self.since = 0, time.perf_counter()
 
-    def pause(self, seconds: float = 0.0) -> None:
+    def pause(self) -> None:
         """Stop the clock, for work that is not training."""
         self.paused = time.perf_counter()
-        self.since += seconds
 
     def resume(self) -> None:
         """Go on from `pause`."""
@@ -79,8 +75,6 @@ class TrainingLog:
         """Write [3,H,W] uint8 to TensorBoard."""
         if self.writer:
             self.writer.add_image(name, image, step)
-
-    picture = image
 
     def close(self) -> None:
         """Flush TensorBoard and end the bar."""

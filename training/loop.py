@@ -28,7 +28,7 @@ from training.checkpoint import load_state, save_state
 from training.ema import Ema
 from training.log import TrainingLog
 from training.schedule import LearningRate
-from training.signals import StopSignals
+from training.signals import stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +55,7 @@ class LoopConfig:
     save_every: int = 200
     compiled: bool = False  # then the first step's time is reported on its own line
     elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
+    show: bool = True  # progress bar, TensorBoard, and the estimate of the time to go
 
 
 @dataclass
@@ -99,7 +100,8 @@ class TrainingRun:
             self._restore(load_state(self.checkpoint, config.kind))
         elif self.is_main:
             self.checkpoint.unlink(missing_ok=True)
-        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, self.is_main)
+        shown = config.show and self.is_main
+        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, shown)
         self.step_started = 0.0
 
     # ------------------------------------------------ checkpoint
@@ -155,8 +157,8 @@ class TrainingRun:
         if self.done:
             return
         self.log.start()
-        with StopSignals() as stop, self.record.timed("training"):
-            while not self.done and not stop.asked:
+        with stop_signals() as signals, self.record.timed("training"):
+            while not self.done and not signals:
                 self.step_started = time.perf_counter()
                 step = self.step
                 yield step
@@ -197,17 +199,14 @@ class TrainingRun:
 
         self.step += 1
         self.log.add(total, config.batch)
-        if config.compiled and "first_step" not in self.record.timings:
-            self._report_first_step(float(total))
+        if config.compiled and "first_step" not in self.record.timings:  # it compiles, which is excluded from the speed
+            loss, seconds = float(total), time.perf_counter() - self.step_started  # waits for the device first
+            self.record.timings["first_step"] = seconds
+            self.log.exclude_so_far()
+            log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
         if self.every(config.log_every) or self.every(config.save_every):
             self._report()  # before saving: a checkpoint must not hold a broken network
         self.log.pause()
-
-    def _report_first_step(self, loss: float) -> None:
-        """Report the first step, which compiles for about a minute, and exclude it from the speed."""
-        seconds = self.record.timings["first_step"] = time.perf_counter() - self.step_started
-        self.log.exclude_so_far()
-        log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
 
     def _report(self) -> None:
         """Show loss and speed; raise BadInput where the loss is not finite."""
@@ -217,7 +216,7 @@ class TrainingRun:
             raise BadInput(
                 f"the loss is {loss} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32"
             )
-        if self.is_main and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
+        if self.log.shown and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
         self.record.metrics |= {"loss": loss, "images_per_s": speed}
