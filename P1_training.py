@@ -101,8 +101,8 @@ class Settings:
 
 def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
     """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers."""
-    given = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
-    recipe = replace(RECIPES[preset], **given)
+    flags = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
+    recipe = replace(RECIPES[preset], **flags)
     check_positive(recipe, "steps", "batch", "lr")
     check_not_negative(recipe, "min_snr")
     check_positive(settings, "eval_count", "candidates", "final_count")

@@ -21,7 +21,7 @@ from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
 from runtime.hub import first_line
-from runtime.images import to_float
+from runtime.images import open_image, to_float
 from runtime.validation import validate
 
 SHIPPED = ROOT / "checkpoints"
@@ -233,12 +233,8 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
         if path.name[0] not in "0123456789":
             raise BadInput(f"{path}: the name must begin with its digit, as in 7_001.png")
         digits.append(int(path.name[0]))
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB").resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadInput(f"{path} is not a readable picture: {error}") from None
-        images.append(np.asarray(picture).transpose(2, 0, 1))
+        image = Image.fromarray(open_image(path).permute(1, 2, 0).numpy())
+        images.append(np.asarray(image.resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(images)), torch.tensor(digits)
 
 
@@ -250,12 +246,12 @@ def grade_folder(
     `critics`: classifiers with a reference, for the quality. Raises BadInput for a folder that can't be graded.
     """
     result: dict[str, Any] = {}
-    pictures = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
+    graded = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
     for name, classifier, critic, (images, digits) in zip(
-        DOMAINS, classifiers, critics or classifiers, pictures, strict=True
+        DOMAINS, classifiers, critics or classifiers, graded, strict=True
     ):
-        seen = classifier(images).argmax(1).cpu()
-        confusion = torch.bincount(digits * DIGITS + seen, minlength=DIGITS**2).view(DIGITS, DIGITS)
+        answers = classifier(images).argmax(1).cpu()
+        confusion = torch.bincount(digits * DIGITS + answers, minlength=DIGITS**2).view(DIGITS, DIGITS)
         result[name] = {
             "accuracy": int(confusion.trace()) / len(digits),
             "pictures": len(digits),
