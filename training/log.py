@@ -25,7 +25,7 @@ class TrainingLog:
         self.folder, self.title, self.first, self.total, self.shown = folder, title, first, total, shown
         self.bar: tqdm[int] | None = None
         self.writer: SummaryWriter | None = None
-        self.sum: Tensor | None = None
+        self.sum: Tensor | float = 0.0
         self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
 
     def start(self) -> None:
@@ -39,16 +39,16 @@ class TrainingLog:
 
     def add(self, loss: Tensor, images: int) -> None:
         """Accumulate a detached loss on the device."""
-        self.sum = loss.clone() if self.sum is None else self.sum + loss
+        self.sum = self.sum + loss
         self.count, self.images = self.count + 1, self.images + images
         if self.bar is not None:
             self.bar.update()
 
     def read(self) -> tuple[float, float]:
         """Return (mean loss, images per second) since the last reading."""
-        loss = float(self.sum) / self.count if self.sum is not None else float("nan")
+        loss = float(self.sum) / self.count if self.count else float("nan")
         speed = self.images / (time.perf_counter() - self.since)
-        self.sum, self.count, self.images, self.since = None, 0, 0, time.perf_counter()
+        self.sum, self.count, self.images, self.since = 0.0, 0, 0, time.perf_counter()
         return loss, speed
 
     def exclude_so_far(self) -> None:

@@ -6,7 +6,7 @@ for step in run:                    # stops on a signal, saves, measures the spe
     run.update(loss)                # backward, clip, learning rate, optimizer step, EMA, finite check
     if run.every(1000):
         ...                         # evaluation; its time does not count as training
-run.finish(metrics)                 # record.json; exit code 130 after a signal
+run.finish(accuracy=0.9)            # record.json; exit code 130 after a signal
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ class TrainingRun:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are made."""
+        """Return whether all steps are taken."""
         return self.step >= self.config.steps
 
     def every(self, steps: int) -> bool:
-        """Return whether `steps` have passed since the last time (0 = never), or all steps are made."""
+        """Return whether `steps` have passed since the last time (0 = never), or all steps are taken."""
         return self.done or bool(steps) and self.step % steps == 0
 
     def __iter__(self) -> Iterator[int]:
