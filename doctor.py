@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig
-from P1_model import PRESETS, Network, UNet, load_network
+from P1_model import PRESETS, UNet, load_network
 from runtime.cli import BadInput, run_script
 from runtime.device import Device, Machine, detect, set_up, to_channels_last
 from runtime.files import ROOT
@@ -63,13 +63,6 @@ def training_minutes(machine: Machine, preset: str) -> float:
     return step / batch * recipe.batch * recipe.steps / 60
 
 
-def digit_minutes(network: Network) -> float:
-    """Return the minutes of `bash hw2_1.sh out`, from measured steps."""
-    on_gpu = next(network.unet.parameters()).is_cuda
-    batch = 1000 if on_gpu else 100
-    return DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), batch).expected_seconds(1000) / 60
-
-
 @torch.inference_mode()
 def face_minutes(machine: Machine) -> float:
     """Estimate the minutes of `bash hw2_2.sh` with ten noises from the time of the network's commonest layer.
@@ -100,7 +93,9 @@ def main(settings: Settings) -> None:
     precision = set_up("auto", machine)
     print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
     try:
-        minutes = digit_minutes(load_network(CHECKPOINT, machine.device))
+        network = load_network(CHECKPOINT, machine.device)
+        sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), 1000 if preset == "gpu" else 100)
+        minutes = sampler.expected_seconds(1000) / 60
         print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
     except BadInput as error:
         print(f"  bash hw2_1.sh out               not possible: {error}")

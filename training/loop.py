@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,6 @@ from training.signals import stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Stateful(Protocol):
-    """Anything that a checkpoint can hold."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -60,17 +53,17 @@ class LoopConfig:
 
 @dataclass
 class Trained:
-    """What a training changes, and so what its checkpoint holds. `extra`: further modules, by name."""
+    """What a training changes, and so what its checkpoint holds. `extra`: further objects with a `state_dict`, by name."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
-    extra: dict[str, Stateful] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     average_gradients: bool = False  # over processes, in every update; for a network that DDP does not wrap
 
-    def parts(self) -> dict[str, Stateful]:
+    def parts(self) -> dict[str, Any]:
         """Return everything with a state, by the name it has in the checkpoint."""
-        parts: dict[str, Any] = {"model": self.network, "optimizer": self.optimizer, **self.extra}
+        parts = {"model": self.network, "optimizer": self.optimizer, **self.extra}
         return parts | ({"ema": self.ema} if self.ema else {})
 
 
