@@ -82,7 +82,7 @@ class Train:
     smoothing: float = 0.1
     """Share of every label that is spread over all digits."""
     ema: float = 0.998
-    """Decay of the averaged weights, which are the ones that are kept."""
+    """Decay of the averaged weights, which the classifier file holds."""
     save_every: int = 200
     """Steps between two checkpoints. 0 = only at the end."""
     seed: int = 0
@@ -122,9 +122,9 @@ def warp(x: Tensor, draws: Draws) -> Tensor:
 
 def train(settings: Train) -> None:
     """Train, grade on the validation images, write the classifier and record.json."""
-    # settings: what is not given comes from the domain's defaults
-    given = {name: value for name, value in vars(settings).items() if value is not None}
-    settings = replace(settings, **{**DEFAULTS[settings.domain], **given})
+    # settings: None becomes the domain's default
+    defaults = {name: value for name, value in DEFAULTS[settings.domain].items() if getattr(settings, name) is None}
+    settings = replace(settings, **defaults)
     assert settings.epochs is not None
     assert settings.recolour is not None
     assert settings.fold is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -48,10 +49,7 @@ class Digits:
 
     def fingerprint(self) -> int:
         """Return a checksum of all images and labels."""
-        value = 0
-        for tensor in (self.images, self.digits, self.domains):
-            value = zlib.crc32(tensor.cpu().contiguous().numpy().data, value)
-        return value
+        return checksum((self.images, self.digits, self.domains))
 
     def of_domain(self, domain: int) -> Digits:
         """Return only that domain's images."""
@@ -59,7 +57,7 @@ class Digits:
         return Digits(self.images[keep], self.digits[keep], self.domains[keep])
 
 
-# ---------------------------------------------------------------- csv and single pictures
+# ---------------------------------------------------------------- csv and single images
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -88,7 +86,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     return table.astype({"label": int})
 
 
-def read_picture(path: Path, resized: list[str] | None = None) -> np.ndarray:
+def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
     """Read [3,28,28] uint8 RGB; resize another size and append it to `resized`. Raise BadInput on a broken file."""
     pixels = open_image(path).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
@@ -137,18 +135,23 @@ def decode(folder: Path, table: pd.DataFrame, title: str, resized: list[str]) ->
     images = np.empty((len(table), *IMAGE_SHAPE), dtype=np.uint8)
     paths = [folder / "data" / name for name in table.image_name]
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(partial(read_picture, resized=resized), paths)
-        for row, picture in enumerate(progress(decoded, title, total=len(paths), leave=False)):
-            images[row] = picture
+        decoded = pool.map(partial(read_digit, resized=resized), paths)
+        for row, image in enumerate(progress(decoded, title, total=len(paths), leave=False)):
+            images[row] = image
     return torch.from_numpy(images)
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """Return the CRC-32 of all bytes, in the order of the names."""
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """Return the CRC-32 of all bytes."""
     value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].numpy().data, value)
-    return str(value)
+    for tensor in tensors:
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().data, value)
+    return value
+
+
+def cache_header(key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the header of a cache file that is up to date and undamaged."""
+    return {"key": key, "crc32": str(checksum(tensors[name] for name in sorted(tensors)))}
 
 
 def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
     if cache.is_file():
         try:
             tensors, metadata = load_safetensors(cache)
-            if metadata.get("key") == key and metadata.get("crc32") == checksum(tensors):
+            if metadata == cache_header(key, tensors):
                 return tensors
         except BadInput:
             pass  # a damaged cache is rebuilt
@@ -170,15 +173,11 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
     if resized:
         more = f" (and {len(resized) - 1:,} more pictures of other sizes)" if len(resized) > 1 else ""
         log(f"warning: {min(resized)}: resized to {SIZE}x{SIZE}{more}")
-    _store(tensors, key, cache)
-    return tensors
-
-
-def _store(tensors: dict[str, Tensor], key: str, cache: Path) -> None:
     try:
-        save_safetensors(cache, tensors, {"key": key, "crc32": checksum(tensors)})
+        save_safetensors(cache, tensors, cache_header(key, tensors))
     except OSError as error:  # a read-only data folder is fine, only slower the next time
         log(f"warning: no cache of the decoded pictures, {error}")
+    return tensors
 
 
 def load_digits(root: Path, split: Split) -> Digits:

@@ -163,8 +163,8 @@ def check(settings: Settings) -> None:
 def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     """Return the checkpoint's sampler with the flags that were given; raise BadInput for impossible numbers."""
     flags = {f.name: f.name for f in fields(DigitSamplerConfig)} | {"name": "sampler", "rescale": "guidance_rescale"}
-    given = {name: value for name, flag in flags.items() if (value := getattr(settings, flag)) is not None}
-    config = replace(DigitSamplerConfig.from_dict(network.sampler), **given)
+    changes = {name: value for name, flag in flags.items() if (value := getattr(settings, flag)) is not None}
+    config = replace(DigitSamplerConfig.from_dict(network.sampler), **changes)
     check_fractions(config, "eta")
     check_fractions(settings, "guidance_rescale")
     if not math.isfinite(config.guidance):

@@ -11,26 +11,30 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import load_safetensors, save_safetensors
+from runtime.validation import validate
 
 DIGITS, DOMAINS = 10, ("mnistm", "svhn")
 NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the null labels
 IMAGE_SHAPE = (3, 28, 28)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes the network's layout; stored in every checkpoint."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     channels: tuple[int, ...]  # one entry per resolution, finest first
     attention: tuple[bool, ...]  # self-attention at that resolution?
     blocks: int = 2  # residual blocks per resolution on the way down, one more on the way up
@@ -39,16 +43,6 @@ class ModelConfig:
     head_channels: int = 32
     conditioning: Literal["embedding", "onehot"] = "embedding"
     timesteps: int = 1000  # T; the one-hot conditioning receives t/T
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain types only, for a JSON file or a safetensors header."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> ModelConfig:
-        """Return the config of `to_dict`'s values; raise TypeError on an unknown name."""
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return ModelConfig(**fixed)
 
 
 PRESETS = {
@@ -73,17 +67,18 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def perceptron(inputs: int, outputs: int, activation: nn.Module) -> nn.Sequential:
+    """Return two linear layers around an activation: [B,inputs] -> [B,outputs]."""
+    return nn.Sequential(nn.Linear(inputs, outputs), activation, nn.Linear(outputs, outputs))
+
+
 class EmbeddingConditioning(nn.Module):
     """Sum of a timestep embedding and learned digit and domain embeddings, each table with one more row for the null label."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.width = config.channels[0] * 2
-        self.time = nn.Sequential(
-            nn.Linear(self.width, config.embedding),
-            nn.SiLU(),
-            nn.Linear(config.embedding, config.embedding),
-        )
+        self.time = perceptron(self.width, config.embedding, nn.SiLU())
         self.digit = nn.Embedding(DIGITS + 1, config.embedding)
         self.domain = nn.Embedding(len(DOMAINS) + 1, config.embedding)
 
@@ -99,27 +94,15 @@ class OneHotConditioning(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.timesteps = config.timesteps
-        self.time = nn.Sequential(
-            nn.Linear(1, config.embedding),
-            nn.GELU(),
-            nn.Linear(config.embedding, config.embedding),
-        )
-        self.context = nn.Sequential(
-            nn.Linear(DIGITS + len(DOMAINS), config.embedding),
-            nn.GELU(),
-            nn.Linear(config.embedding, config.embedding),
-        )
+        self.time = perceptron(1, config.embedding, nn.GELU())
+        self.context = perceptron(DIGITS + len(DOMAINS), config.embedding, nn.GELU())
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Map t, digit, domain, each [B] int64, to [B,embedding]."""
-        context = torch.cat(
-            [
-                F.one_hot(digit, DIGITS + 1)[:, :DIGITS],  # the null label becomes all zeros
-                F.one_hot(domain, len(DOMAINS) + 1)[:, : len(DOMAINS)],
-            ],
-            dim=1,
-        )
-        embedding: Tensor = self.time((t.float() / self.timesteps)[:, None]) + self.context(context.float())
+        digits = F.one_hot(digit, DIGITS + 1)[:, :DIGITS]  # the null label becomes all zeros
+        domains = F.one_hot(domain, len(DOMAINS) + 1)[:, : len(DOMAINS)]
+        context = self.context(torch.cat([digits, domains], dim=1).float())
+        embedding: Tensor = self.time((t.float() / self.timesteps)[:, None]) + context
         return embedding
 
 
@@ -138,17 +121,6 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels)
 
 
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution: [B,inputs,H,W] -> [B,outputs,H,W]."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, 1)
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """Convolve; inside a stage the embedding is passed too and not used."""
-        return super().forward(x)
-
-
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice; the embedding scales and shifts in between (Dhariwal & Nichol 2021)."""
 
@@ -157,7 +129,7 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.norm2, self.conv2 = group_norm(outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map x [B,inputs,H,W] and embedding [B,embedding] to [B,outputs,H,W]."""
@@ -174,29 +146,18 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm, self.qkv = group_norm(channels), Pointwise(channels, 3 * channels)
-        self.out = zero(Pointwise(channels, channels))
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
         self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention  # training/cpu_layers.py may replace it
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:
-        """Map x [B,C,H,W] to the same shape; the embedding is not used."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B,C,H,W] to the same shape."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
         attended = self.attend(q, k, v)  # [B, heads, H*W, C/heads]
         out: Tensor = x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
         return out
-
-
-class Downsample(nn.Conv2d):
-    """Halve the resolution: [B,C,H,W] -> [B,C',H/2,W/2]."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """Convolve with stride 2; the embedding is not used."""
-        return super().forward(x)
 
 
 class Upsample(nn.Conv2d):
@@ -206,8 +167,8 @@ class Upsample(nn.Conv2d):
         super().__init__(inputs, outputs, 3, padding=1)
         self.upsample: Callable[[Tensor], Tensor] = double  # training/cpu_layers.py may replace it
 
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """Upsample, then convolve; the embedding is not used."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample, then convolve."""
         return super().forward(self.upsample(x))
 
 
@@ -217,7 +178,7 @@ def double(x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """A sequence of modules that all take (x, embedding)."""
+    """A sequence of modules, of which the residual blocks take the embedding."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
@@ -226,7 +187,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Apply all modules to x [B,C,H,W] with embedding [B,embedding]."""
         for layer in self.layers:
-            x = layer(x, embedding)
+            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
         return x
 
 
@@ -259,7 +220,7 @@ class UNet(nn.Module):
         skips = [width]
         for level, (channels, attend) in enumerate(zip(config.channels, config.attention, strict=True)):
             if level:
-                self.down.append(Stage(Downsample(width, channels)))
+                self.down.append(Stage(nn.Conv2d(width, channels, 3, stride=2, padding=1)))
                 skips.append(width := channels)
             for _ in range(config.blocks):
                 self.down.append(Stage(residual(width, channels), *([attention(channels)] if attend else [])))
@@ -272,7 +233,7 @@ class UNet(nn.Module):
         for level, channels in reversed(list(enumerate(config.channels))):
             for block in range(config.blocks + 1):
                 # a 1x1 convolution mixes the skip connection in, so that the 3x3 ones stay narrow
-                merge = Pointwise(width + skips.pop(), channels)
+                merge = nn.Conv2d(width + skips.pop(), channels, 1)
                 layers: list[nn.Module] = [merge, residual(channels, channels)]
                 width = channels
                 if config.attention[level]:
@@ -319,19 +280,25 @@ class Network:
         return output
 
 
+@dataclass(frozen=True)
+class NetworkHeader:
+    """What a checkpoint holds besides the weights, as JSON."""
+
+    kind: Literal["P1 digit diffusion"]
+    model: ModelConfig
+    schedule: str
+    timesteps: int
+    prediction: Prediction
+    sampler: dict[str, Any]
+    origin: dict[str, Any]
+
+
 def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float32) -> None:
     """Write one safetensors file; everything but the weights is JSON in its header."""
-    header = {
-        "kind": "P1 digit diffusion",
-        "model": network.unet.config.to_dict(),
-        "schedule": network.schedule_name,
-        "timesteps": len(network.schedule),
-        "prediction": network.schedule.prediction,
-        "sampler": network.sampler,
-        "origin": network.origin,
-    }
+    schedule = network.schedule_name, len(network.schedule), network.schedule.prediction
+    header = NetworkHeader("P1 digit diffusion", network.unet.config, *schedule, network.sampler, network.origin)
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
-    save_safetensors(path, weights, {"network": json.dumps(header)})
+    save_safetensors(path, weights, {"network": json.dumps(asdict(header))})
 
 
 def load_network(path: Path, device: torch.device) -> Network:
@@ -339,16 +306,18 @@ def load_network(path: Path, device: torch.device) -> Network:
     weights, metadata = load_safetensors(path)
     if "network" not in metadata:
         raise BadInput(f"{path} is a safetensors file, but not a P1 checkpoint (no header)")
-    header = json.loads(metadata["network"])
-    try:
-        unet = UNet(ModelConfig.from_dict(header["model"]))
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} is a checkpoint of another kind or version: {error}") from None
-    try:
-        unet.load_state_dict({k: v.float() for k, v in weights.items()})
-    except RuntimeError as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[1].strip()[:200]}") from None
+    header = validate(NetworkHeader, json.loads(metadata["network"]), f"{path}, header of a P1 checkpoint")
+    unet = load_weights(UNet(header.model), {k: v.float() for k, v in weights.items()}, path)
     to_channels_last(unet, device).eval().requires_grad_(False)
-    prediction: Prediction = header["prediction"]
-    schedule = make_schedule(header["schedule"], header["timesteps"], prediction)
-    return Network(unet, schedule, header["schedule"], header["sampler"], header["origin"])
+    schedule = make_schedule(header.schedule, header.timesteps, header.prediction)
+    return Network(unet, schedule, header.schedule, header.sampler, header.origin)
+
+
+def load_weights(network: Module, weights: dict[str, Tensor], path: Path) -> Module:
+    """Load weights into the network and return it; raise BadInput that names the missing, unexpected or misshapen ones."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:  # torch's first line names only the class
+        reason = str(error).splitlines()[:2][-1].strip()
+        raise BadInput(f"{path}: {reason[:200]}") from None
+    return network

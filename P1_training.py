@@ -10,6 +10,7 @@ Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from diffusion.loss import denoising_loss, min_snr_weight
 from diffusion.schedule import Schedule, make_schedule
-from digits.classifier import DigitClassifier, accuracy, shipped_classifiers
+from digits.classifier import accuracy, shipped_classifiers
 from digits.recipes import RECIPES, TrainingRecipe, preset_values
 from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_dataloader import BalancedIndex, load_digits
@@ -100,8 +101,8 @@ class Settings:
 
 def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
     """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers."""
-    given = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
-    recipe = replace(RECIPES[preset], **given)
+    flags = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
+    recipe = replace(RECIPES[preset], **flags)
     check_positive(recipe, "steps", "batch", "lr")
     check_not_negative(recipe, "min_snr")
     check_positive(settings, "eval_count", "candidates", "final_count")
@@ -155,27 +156,10 @@ def main(settings: Settings) -> None:
     model, optimizer = accelerator.prepare(unet, adamw)
 
     # the run: continues from its checkpoint where there is one
-    config = LoopConfig(
-        "P1 training",
-        folder,
-        recipe.steps,
-        recipe.batch,
-        LearningRate(recipe.lr, settings.warmup, settings.decay, settings.decay_shape),
-        max_grad_norm=settings.max_grad_norm,
-        log_every=settings.log_every,
-        save_every=settings.save_every,
-        compiled=compiled,
-        elsewhere="--output OTHER (with --init to start from trained weights), or --resume never",
-    )
     facts = facts_of(settings, preset, recipe) | {"data": data.fingerprint()}
-    trained = Trained(unet, optimizer, ema)
+    config, trained = loop_config(settings, recipe, compiled), Trained(unet, optimizer, ema)
     run = TrainingRun(config, facts, trained, record, accelerator, resume=settings.resume == "auto")
-    history: list[dict[str, Any]] = run.history.setdefault("gradings", [])
-    candidates = BestCandidates(folder / "candidates", settings.candidates)
-    if run.is_main and not run.resumed:
-        candidates.clear()
-    classifiers = shipped_classifiers(device) if run.is_main else []
-    averaged = partial(averaged_network, ema, schedule, preset, recipe, settings)
+    grading = Grading(settings, run, partial(averaged_network, ema, schedule, preset, recipe, settings), device)
     if run.is_main:
         log(
             f"preset {preset} ({sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters), {precision}, "
@@ -183,7 +167,6 @@ def main(settings: Settings) -> None:
             f"{len(data):,} training images from {settings.data}; {recipe.steps:,} steps of {recipe.batch}; run folder {folder}"
         )
 
-    started = time.perf_counter()
     for step in run:
         # a batch, with some labels dropped so that the network learns the unconditional prediction too
         draws = Draws(settings.seed, step, share, recipe.batch, device)
@@ -204,20 +187,12 @@ def main(settings: Settings) -> None:
 
         # now and then: sample, grade, keep the weights if they are among the best
         if run.is_main and run.every(settings.eval_every):
-            seconds = time.perf_counter() - started
-            scores, images = graded(averaged(run.step), classifiers, settings.eval_count, settings.seed)
-            history.append({"step": run.step, "seconds": round(seconds, 1), **scores})
-            save_image(folder / f"step-{run.step:06d}.png", digit_sheet(images))
-            run.log.show(run.step, **scores)
-            if candidates.offer(run.step, scores["accuracy"], partial(save_network, network=averaged(run.step))):
-                save_network(folder / "best.safetensors", averaged(run.step), torch.float16)
+            grading.evaluate()
 
     if run.is_main and run.done:
-        if not candidates.ranked():  # stopped between the last step and its grading
-            candidates.offer(run.step, 0.0, partial(save_network, network=averaged(run.step)))
         with record.timed("final_grading"):
-            record.metrics |= choose_best(candidates, classifiers, settings, device)
-    run.finish(history=history)
+            record.metrics |= grading.choose_best()
+    run.finish(history=grading.history)
 
 
 def initial_weights(path: Path, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
@@ -227,6 +202,22 @@ def initial_weights(path: Path, preset: str, recipe: TrainingRecipe) -> dict[str
     if (start.unet.config, start.schedule_name, start.schedule.prediction) != ours:
         raise BadInput(f"--init {path} is of another layout or schedule than preset {preset}")
     return start.unet.state_dict()
+
+
+def loop_config(settings: Settings, recipe: TrainingRecipe, compiled: bool) -> LoopConfig:
+    """Return how the shared loop runs this training."""
+    return LoopConfig(
+        "P1 training",
+        settings.output,
+        recipe.steps,
+        recipe.batch,
+        LearningRate(recipe.lr, settings.warmup, settings.decay, settings.decay_shape),
+        max_grad_norm=settings.max_grad_norm,
+        log_every=settings.log_every,
+        save_every=settings.save_every,
+        compiled=compiled,
+        elsewhere="--output OTHER (with --init to start from trained weights), or --resume never",
+    )
 
 
 def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe) -> dict[str, Any]:
@@ -252,37 +243,58 @@ def averaged_network(
     return Network(cast(UNet, ema.module.eval()), schedule, recipe.schedule, asdict(recipe.sampler), origin)
 
 
-def graded(
-    network: Network, classifiers: list[DigitClassifier], count: int, seed: int
-) -> tuple[dict[str, float], Tensor]:
-    """Sample `count` images per digit and domain; return the accuracies and the images [N,3,28,28] uint8."""
-    requests = graded_requests(seed, count)
-    config = DigitSamplerConfig.from_dict(network.sampler)
-    images = to_uint8(DigitSampler(network, config, min(100, len(requests))).images(requests, "grading"))
-    mnistm, svhn = accuracy(classifiers, images, *labels_of(requests))
-    return {"mnistm": mnistm, "svhn": svhn, "accuracy": (mnistm + svhn) / 2}, images
+class Grading:
+    """Samples of the averaged weights, the classifiers' accuracies on them, and the weights with the best ones."""
 
+    def __init__(self, settings: Settings, run: TrainingRun, averaged: Callable[[int], Network], device: torch.device):
+        """`averaged` returns the network of a step; only the main process grades."""
+        self.settings, self.run, self.averaged, self.device = settings, run, averaged, device
+        self.history: list[dict[str, Any]] = run.history.setdefault("gradings", [])
+        self.candidates = BestCandidates(settings.output / "candidates", settings.candidates)
+        if run.is_main and not run.resumed:
+            self.candidates.clear()
+        self.classifiers = shipped_classifiers(device) if run.is_main else []
+        self.started = time.perf_counter()
 
-def choose_best(
-    candidates: BestCandidates, classifiers: list[DigitClassifier], settings: Settings, device: torch.device
-) -> dict[str, float]:
-    """Grade the candidates again with more images, keep the best as best.safetensors and return its accuracies.
+    def score(self, network: Network, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
+        """Sample `count` images per digit and domain; return the accuracies and the images [N,3,28,28] uint8."""
+        requests = graded_requests(seed, count)
+        config = DigitSamplerConfig.from_dict(network.sampler)
+        images = to_uint8(DigitSampler(network, config, min(100, len(requests))).images(requests, "grading"))
+        mnistm, svhn = accuracy(self.classifiers, images, *labels_of(requests))
+        return {"mnistm": mnistm, "svhn": svhn, "accuracy": (mnistm + svhn) / 2}, images
 
-    200 images carry a standard error of 0.7 points, too much for a choice.
-    """
-    results = []
-    for path in candidates.ranked():
-        network = load_network(path, device)
-        scores, images = graded(network, classifiers, settings.final_count, settings.seed + 1)
-        results.append((scores, network, images))
-        log(f"step {path.stem}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}")
+    def evaluate(self) -> None:
+        """Grade this step's weights, save their samples, and keep them if they are among the best."""
+        step, seconds = self.run.step, time.perf_counter() - self.started
+        network = self.averaged(step)
+        scores, images = self.score(network, self.settings.eval_count, self.settings.seed)
+        self.history.append({"step": step, "seconds": round(seconds, 1), **scores})
+        save_image(self.settings.output / f"step-{step:06d}.png", digit_sheet(images))
+        self.run.log.show(step, **scores)
+        if self.candidates.offer(step, scores["accuracy"], partial(save_network, network=network)):
+            save_network(self.settings.output / "best.safetensors", network, torch.float16)
 
-    scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
-    best = settings.output / "best.safetensors"
-    save_network(best, replace(network, origin=network.origin | scores), torch.float16)
-    save_image(settings.output / "best.png", digit_sheet(images))
-    log(f"best: step {network.origin['step']:,}, accuracy {scores['accuracy']:.4f}: {best}")
-    return scores
+    def choose_best(self) -> dict[str, float]:
+        """Grade the candidates again with more images, keep the best as best.safetensors and return its accuracies.
+
+        200 images carry a standard error of 0.7 points, too much for a choice.
+        """
+        if not self.candidates.ranked():  # stopped between the last step and its grading
+            self.candidates.offer(self.run.step, 0.0, partial(save_network, network=self.averaged(self.run.step)))
+        results = []
+        for path in self.candidates.ranked():
+            network = load_network(path, self.device)
+            scores, images = self.score(network, self.settings.final_count, self.settings.seed + 1)
+            results.append((scores, network, images))
+            log(f"step {path.stem}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}")
+
+        scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
+        best = self.settings.output / "best.safetensors"
+        save_network(best, replace(network, origin=network.origin | scores), torch.float16)
+        save_image(self.settings.output / "best.png", digit_sheet(images))
+        log(f"best: step {network.origin['step']:,}, accuracy {scores['accuracy']:.4f}: {best}")
+        return scores
 
 
 def digit_sheet(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ python doctor.py        (or: make doctor)
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig
-from P1_model import PRESETS, Network, UNet, load_network
+from P1_model import PRESETS, UNet, load_network
 from runtime.cli import BadInput, run_script
 from runtime.device import Device, Machine, detect, set_up, to_channels_last
 from runtime.files import ROOT
@@ -40,27 +41,26 @@ class Settings:
     device: Device = "auto"
 
 
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the mean time of three calls, after one that warms up."""
+    for repeat in range(4):
+        if repeat == 1:
+            start = time.perf_counter()
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / 3
+
+
 def training_minutes(machine: Machine, preset: str) -> float:
-    """Return the minutes of a P1 training: two measured steps (of at most 16 images on a CPU), scaled up."""
+    """Return the minutes of a P1 training: three measured steps (of at most 16 images on a CPU), scaled up."""
     recipe, device = RECIPES[preset], machine.device
     unet = to_channels_last(UNet(PRESETS[preset]), device)
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
     x = torch.randn(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
-    for repeat in range(3):
-        if repeat == 1:  # the first one warms up
-            start = time.perf_counter()
-        unet(x, labels, labels, labels).square().mean().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / 2 / batch * recipe.batch * recipe.steps / 60
-
-
-def digit_minutes(network: Network) -> float:
-    """Return the minutes of `bash hw2_1.sh out`, from measured steps."""
-    on_gpu = next(network.unet.parameters()).is_cuda
-    batch = 1000 if on_gpu else 100
-    return DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), batch).expected_seconds(1000) / 60
+    step = seconds(lambda: unet(x, labels, labels, labels).square().mean().backward(), device)
+    return step / batch * recipe.batch * recipe.steps / 60
 
 
 @torch.inference_mode()
@@ -71,14 +71,8 @@ def face_minutes(machine: Machine) -> float:
     """
     x = torch.randn(1, 128, 256, 256, device=machine.device).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(128, 128, 3, 3, device=machine.device)
-    for repeat in range(4):
-        if repeat == 1:  # the first one warms up
-            start = time.perf_counter()
-        F.conv2d(x, kernel, padding=1)
-    if machine.device.type == "cuda":
-        torch.cuda.synchronize(machine.device)
     layer = 2 * 128 * 128 * 9 * 256**2 / 1e9  # GFLOP
-    return (time.perf_counter() - start) / 3 / layer * 496 * 10 * 50 / 60
+    return seconds(lambda: F.conv2d(x, kernel, padding=1), machine.device) / layer * 496 * 10 * 50 / 60
 
 
 def main(settings: Settings) -> None:
@@ -99,7 +93,9 @@ def main(settings: Settings) -> None:
     precision = set_up("auto", machine)
     print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
     try:
-        minutes = digit_minutes(load_network(CHECKPOINT, machine.device))
+        network = load_network(CHECKPOINT, machine.device)
+        sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), 1000 if preset == "gpu" else 100)
+        minutes = sampler.expected_seconds(1000) / 60
         print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
     except BadInput as error:
         print(f"  bash hw2_1.sh out               not possible: {error}")

@@ -107,8 +107,8 @@ def our_step(
         if device.type == "cpu":
             write_out_layers(unet)
         unet.compile()
-    lr = LearningRate(recipe.lr, 200, 0.5)
-    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, lr, max_grad_norm=1.0, save_every=0)
+    rate = LearningRate(recipe.lr, 200, 0.5)
+    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0, show=False)
     run = TrainingRun(config, {}, Trained(unet, optimizer, ema), Record(settings, machine))
     steps = iter(run)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from P1_dataloader import read_picture
+from P1_dataloader import read_digit
 from P1_model import DIGITS, DOMAINS
 from runtime.images import to_float
 
@@ -29,6 +29,6 @@ class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = to_float(torch.from_numpy(read_picture(self.paths[index]).copy()))
+        image = to_float(torch.from_numpy(read_digit(self.paths[index]).copy()))
         digit = F.one_hot(torch.tensor(self.labels[index]), DIGITS).float()
         return image, digit, F.one_hot(torch.tensor(self.domain), len(DOMAINS)).float()

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from digits.metrics import Reference, measure
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
-from runtime.images import to_float
+from runtime.hub import first_line
+from runtime.images import open_image, to_float
+from runtime.validation import validate
 
-KIND = "P1 digit judge"
 SHIPPED = ROOT / "checkpoints"
 HUB = "edadaltocg/resnet34_svhn"
 BATCH = 500  # images per forward pass
@@ -53,6 +54,16 @@ class ClassifierConfig:
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (1, 2, 2)
     fold: int = 2
+
+
+@dataclass(frozen=True)
+class ClassifierHeader:
+    """What a classifier file holds besides tensors, as JSON."""
+
+    kind: Literal["P1 digit judge"]
+    domain: int
+    model: ClassifierConfig
+    origin: dict[str, Any]
 
 
 def make_resnet(config: ClassifierConfig) -> nn.Sequential:
@@ -126,12 +137,11 @@ def round_weights(network: nn.Module) -> dict[str, Tensor]:
 def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierConfig, origin: dict[str, Any]) -> None:
     """Write one safetensors file: weights, reference, and a JSON header with kind, domain, layout and `origin`."""
     assert classifier.reference
-    header = {"kind": KIND, "domain": classifier.domain, "model": asdict(config), "origin": origin}
-    tensors = round_weights(classifier.network)
-    tensors = {f"network.{name}": value for name, value in tensors.items()}
+    header = ClassifierHeader("P1 digit judge", classifier.domain, config, origin)
+    tensors = {f"network.{name}": value for name, value in round_weights(classifier.network).items()}
     for name, value in classifier.reference.tensors().items():
         tensors[f"reference.{name}"] = value.cpu().contiguous()
-    save_safetensors(path, tensors, {"judge": json.dumps(header)})
+    save_safetensors(path, tensors, {"judge": json.dumps(asdict(header))})
 
 
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
@@ -141,10 +151,10 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     tensors, metadata = load_safetensors(path)
     if "judge" not in metadata:
         return course_classifier(tensors, path, device)
-    header = json.loads(metadata["judge"])
-    network = load_weights(make_resnet(ClassifierConfig(**header["model"])), strip_prefix(tensors, "network"), path)
+    header = validate(ClassifierHeader, json.loads(metadata["judge"]), f"{path}, header of a digit classifier")
+    network = load_weights(make_resnet(header.model), strip_prefix(tensors, "network"), path)
     reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
-    return DigitClassifier(to_channels_last(network, device), header["domain"], reference)
+    return DigitClassifier(to_channels_last(network, device), header.domain, reference)
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
@@ -166,10 +176,9 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 
     try:
         weights = load_state_dict_from_hf(HUB, weights_only=True)
-    except Exception as error:  # the hub's many errors share no class of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # the hub's many errors share no common class
         raise BadInput(
-            f"--svhn-classifier hub: {HUB} can't be loaded ({reason[0][:100]}); name a local file of its weights instead"
+            f"--svhn-classifier hub: {HUB} can't be loaded ({first_line(error)}); name a local file of its weights instead"
         ) from None
     return course_classifier(weights, Path(HUB), device)
 
@@ -177,16 +186,6 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors under `prefix.`, without it."""
     return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-
-
-def load_weights(network: nn.Sequential, weights: dict[str, Tensor], path: Path) -> nn.Sequential:
-    """Load weights into the network; raise BadInput that names the first missing, unexpected or misshapen one."""
-    try:
-        network.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise BadInput(f"{path}: {reason[:200]}") from None
-    return network
 
 
 def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:
@@ -234,12 +233,8 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
         if path.name[0] not in "0123456789":
             raise BadInput(f"{path}: the name must begin with its digit, as in 7_001.png")
         digits.append(int(path.name[0]))
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB").resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadInput(f"{path} is not a readable picture: {error}") from None
-        images.append(np.asarray(picture).transpose(2, 0, 1))
+        image = Image.fromarray(open_image(path).permute(1, 2, 0).numpy())
+        images.append(np.asarray(image.resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(images)), torch.tensor(digits)
 
 
@@ -251,12 +246,12 @@ def grade_folder(
     `critics`: classifiers with a reference, for the quality. Raises BadInput for a folder that can't be graded.
     """
     result: dict[str, Any] = {}
-    pictures = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
+    graded = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
     for name, classifier, critic, (images, digits) in zip(
-        DOMAINS, classifiers, critics or classifiers, pictures, strict=True
+        DOMAINS, classifiers, critics or classifiers, graded, strict=True
     ):
-        seen = classifier(images).argmax(1).cpu()
-        confusion = torch.bincount(digits * DIGITS + seen, minlength=DIGITS**2).view(DIGITS, DIGITS)
+        answers = classifier(images).argmax(1).cpu()
+        confusion = torch.bincount(digits * DIGITS + answers, minlength=DIGITS**2).view(DIGITS, DIGITS)
         result[name] = {
             "accuracy": int(confusion.trace()) / len(digits),
             "pictures": len(digits),

@@ -43,10 +43,9 @@ def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Te
     It keeps the first `bank` and `real` features, and the moments with these weights [N+M].
     """
     mean, covariance = moments(torch.cat([train, val]), weights)
-    kept = train[:bank].half().float()  # as they will be read back
-    nearest = neighbour_distance(kept, 1)
-    threshold = nearest.quantile(COPY_PERCENTILE)
-    return Reference(mean.float(), covariance.float(), val[:real], kept, threshold)
+    stored = train[:bank].half().float()  # as they will be read back
+    threshold = neighbour_distance(stored, 1).quantile(COPY_PERCENTILE)
+    return Reference(mean.float(), covariance.float(), val[:real], stored, threshold)
 
 
 def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from runtime.distributed import ALONE, Shard
 from runtime.files import ROOT
 from runtime.images import to_uint8
 from runtime.seeds import derived_seed
+from runtime.validation import validate
 
 CHECKPOINT = ROOT / "checkpoints" / "p1_digits.safetensors"
 
@@ -44,9 +45,7 @@ class DigitSamplerConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:
         """Return the settings that a checkpoint carries; unknown names are ignored."""
-        names = {f.name for f in fields(DigitSamplerConfig)}
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        return DigitSamplerConfig(**fixed)
+        return validate(DigitSamplerConfig, values, "sampler of the checkpoint")
 
     def passes(self, timesteps: int) -> int:
         """Return the number of network calls: ancestral sampling takes all T."""

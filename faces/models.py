@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network,
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, output_folder, read_json
+from runtime.hub import first_line, is_hub_name
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -68,7 +68,7 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: La
     Raise BadInput for a file of another kind, and for labels that the model does not take.
     """
     path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.suffix.startswith((".p", ".s")):
+    if not path.exists() and is_hub_name(source) and not path.suffix.startswith((".p", ".s")):
         path = download(source)
     if path.is_dir():
         unet, schedule = load_folder(path)
@@ -142,8 +142,9 @@ def download(name: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
     except Exception as error:  # the hub's client raises errors of a dozen unrelated classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise BadInput(f"--model {name}: no such file or folder here, and the hub did not give it ({reason})") from None
+        raise BadInput(
+            f"--model {name}: no such file or folder here, and the hub did not give it ({first_line(error)})"
+        ) from None
     return folder
 
 
@@ -160,7 +161,7 @@ def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
     try:
         unet, info = cast(Any, UNet2DModel.from_pretrained)(places[0], local_files_only=True, output_loading_info=True)
     except Exception as error:  # diffusers raises many classes; its messages name the file
-        raise BadInput(f"--model {folder}: {str(error).strip().splitlines()[0][:200]}") from None
+        raise BadInput(f"--model {folder}: {first_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             names = sorted(info[problem])

@@ -80,7 +80,7 @@ def make_config(model: Model, rule: Rule, steps: int, eta: float, seed: int) -> 
 
 
 def open_model(args: SamplingArgs, machine: Machine) -> Model:
-    """Load the model of the flags in their precision, compiled where they ask for it."""
+    """Load the model of the flags in their precision, compiled where they say so."""
     precision = set_up(args.precision, machine)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(args.model, machine.device, dtype, Labels(args.digit, args.domain, args.guidance))

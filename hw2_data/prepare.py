@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
-from P1_dataloader import read_csv, read_picture
+from P1_dataloader import read_csv, read_digit
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
 from runtime.files import load_tensors, output_folder, read_json, require_file
 
@@ -254,7 +254,7 @@ def picture_problems(folder: Path, names: list[str]) -> list[str]:
     problems = [f"{folder}: {len(missing)} of {len(names)} images are missing, first {missing[0]}"] if missing else []
     try:
         for name in progress([name for name in names if name in present], f"reading {folder.parent.name}"):
-            read_picture(folder / name)
+            read_digit(folder / name)
     except BadInput as error:
         problems.append(str(error))
     return problems

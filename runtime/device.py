@@ -108,15 +108,15 @@ def set_up(precision: Precision, machine: Machine, training: bool = False) -> st
     return resolved
 
 
-def keep_freed_memory(kept: bool) -> None:
+def keep_freed_memory(keep: bool) -> None:
     """Make the C library keep freed memory for the next tensor; without glibc do nothing.
 
     Returning large blocks to the system and faulting them in again took a third of the time of 256x256 images.
     """
     trim_threshold, mmap_max = -1, -4  # mallopt's numbers in malloc.h
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(trim_threshold, -1 if kept else 128 * 1024)
-        library.mallopt(mmap_max, 0 if kept else 65536)
+        library.mallopt(trim_threshold, -1 if keep else 128 * 1024)
+        library.mallopt(mmap_max, 0 if keep else 65536)
 
 
 def should_compile(choice: AutoOnOff, machine: Machine) -> bool:

@@ -69,29 +69,23 @@ def require_file(path: Path, hint: str = "") -> Path:
     return Path(path)
 
 
-def refuse_source_folder(path: Path) -> None:
-    """Raise BadInput for a folder of the repository's own source, which an output would mix with."""
-    path = Path(path).resolve()
-    for init in ROOT.glob("*/__init__.py"):
-        if init.parent in (path, *path.parents):
-            raise BadInput(f"output {path}: {init.parent.name}/ holds this repository's source, name another folder")
-
-
 def output_folder(path: Path) -> Path:
-    """Create the folder; raise BadInput if a file is in the way or source code is there."""
-    refuse_source_folder(path)
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise BadInput(f"output {path}: a file is in the way, name a folder") from None
-    return Path(path)
+    """Create the folder; raise BadInput as `check_writable_folder` does."""
+    check_writable_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def check_writable_folder(path: Path) -> None:
-    """Raise BadInput where `output_folder` would, without creating the folder."""
-    refuse_source_folder(path)
+    """Raise BadInput if a file is in the way, or for a folder of the repository's own source, which an output would mix with."""
     if not _existing(path).is_dir():
         raise BadInput(f"output {path}: a file is in the way, name a folder")
+    resolved = path.resolve()
+    for init in ROOT.glob("*/__init__.py"):
+        if init.parent in (resolved, *resolved.parents):
+            raise BadInput(
+                f"output {resolved}: {init.parent.name}/ holds this repository's source, name another folder"
+            )
 
 
 def check_writable_file(path: Path, flag: str) -> None:

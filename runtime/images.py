@@ -29,9 +29,9 @@ def open_image(path: Path) -> Tensor:
 
 def save_image(path: Path, image: Tensor) -> None:
     """Write [3,H,W] uint8 as PNG, atomically; the same pixels give the same bytes."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
     with atomic(path) as temporary:
-        picture.save(temporary, "PNG")
+        Image.fromarray(pixels).save(temporary, "PNG")
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:

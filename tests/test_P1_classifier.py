@@ -38,7 +38,7 @@ from digits.classifier import (
 )
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
 from P1_classifier import Grade, Train, train
-from P1_dataloader import read_picture
+from P1_dataloader import read_digit
 from P1_model import DOMAINS
 from runtime.cli import BadInput, run_script
 from training.draws import Draws
@@ -66,7 +66,7 @@ def real_images() -> dict[str, tuple[Tensor, Tensor]]:
         rows = list(csv.DictReader(io.StringIO(files[f"digits/{name}/val.csv"].decode())))
         rows = rows[:: len(rows) // 1000][:1000]
         contents: list[Any] = [io.BytesIO(files[f"digits/{name}/data/{row['image_name']}"]) for row in rows]
-        images = torch.stack([torch.from_numpy(read_picture(content).copy()) for content in contents])
+        images = torch.stack([torch.from_numpy(read_digit(content).copy()) for content in contents])
         result[name] = (images, torch.tensor([int(row["label"]) for row in rows]))
     return result
 

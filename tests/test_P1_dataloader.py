@@ -23,7 +23,7 @@ from P1_dataloader import (
     load_digits,
     load_domain,
     read_csv,
-    read_picture,
+    read_digit,
     split_tables,
 )
 from runtime.cli import BadInput
@@ -285,19 +285,19 @@ def test_a_damaged_image_is_named(digits_folder: Path, split: str) -> None:
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("not an image")
     with pytest.raises(BadInput, match=r"a\.png is not a readable picture"):
-        read_picture(tmp_path / "a.png")
+        read_digit(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])
 def test_grey_and_palette_images_are_converted(tmp_path: Path, mode: str) -> None:
     random_image(mode=mode).save(tmp_path / "a.png")
     expected = np.asarray(random_image(mode=mode).convert("RGB")).transpose(2, 0, 1)
-    assert np.array_equal(read_picture(tmp_path / "a.png"), expected)
+    assert np.array_equal(read_digit(tmp_path / "a.png"), expected)
 
 
 def test_an_image_of_another_size_is_resized(tmp_path: Path) -> None:
     Image.new("RGB", (56, 40), (10, 200, 30)).save(tmp_path / "a.png")
-    image = read_picture(tmp_path / "a.png")
+    image = read_digit(tmp_path / "a.png")
     assert image.shape == (3, 28, 28)
     assert image.reshape(3, -1).T.tolist() == [[10, 200, 30]] * 784
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from P1_model import (
 )
 from runtime.cli import BadInput
 from runtime.images import to_uint8
+from runtime.validation import validate
 
 CPU = torch.device("cpu")
 FullDisk = Callable[[int], AbstractContextManager[None]]
@@ -142,13 +143,13 @@ def test_cpu_preset_stays_below_half_a_gflop_per_image() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_config_survives_json(preset: str) -> None:
-    values = json.loads(json.dumps(PRESETS[preset].to_dict()))
-    assert ModelConfig.from_dict(values) == PRESETS[preset]
+    values = json.loads(json.dumps(asdict(PRESETS[preset])))
+    assert validate(ModelConfig, values, "header") == PRESETS[preset]
 
 
 def test_config_refuses_an_unknown_name() -> None:
-    with pytest.raises(TypeError, match="depth"):
-        ModelConfig.from_dict({"depth": 3})
+    with pytest.raises(BadInput, match="depth is not known here"):
+        validate(ModelConfig, {"channels": [16], "attention": [False], "depth": 3}, "header")
 
 
 def test_network_comes_back_as_it_was_saved(tmp_path: Path, tiny_network: Network) -> None:
@@ -235,16 +236,20 @@ def test_safetensors_without_header_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "message"),
     [
-        {"kind": "something else"},
-        {"kind": "P1 digit diffusion", "model": {"channels": [16], "attention": [False], "depth": 3}},
+        ({"kind": "something else"}, "kind: .* it is 'something else'"),
+        (
+            {"kind": "P1 digit diffusion", "model": {"channels": [16], "attention": [False], "depth": 3}},
+            "model.depth is not known here",
+        ),
+        ({"kind": "P1 digit diffusion"}, "model is missing"),
     ],
-    ids=["another kind", "an unknown setting"],
+    ids=["another kind", "an unknown setting", "a missing part"],
 )
-def test_headers_of_another_kind_are_refused(tmp_path: Path, header: dict[str, object]) -> None:
+def test_headers_of_another_kind_are_refused(tmp_path: Path, header: dict[str, object], message: str) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "n.safetensors", {"network": json.dumps(header)})
-    with pytest.raises(BadInput, match=r"n\.safetensors"):
+    with pytest.raises(BadInput, match=rf"n\.safetensors, header of a P1 checkpoint, {message}"):
         load_network(tmp_path / "n.safetensors", CPU)
 
 

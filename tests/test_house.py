@@ -92,9 +92,9 @@ def test_only_the_folders_of_scripts_change_the_import_path() -> None:
 
 def test_signals_timesteps_and_resuming_have_one_place() -> None:
     texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in SOURCES}
-    assert [name for name, text in texts.items() if "with StopSignals()" in text and name != "training/signals.py"] == [
-        "training/loop.py"
-    ]
+    assert [
+        name for name, text in texts.items() if "with stop_signals()" in text and name != "training/signals.py"
+    ] == ["training/loop.py"]
     assert [name for name, text in texts.items() if re.search(r"stratified\(\) \*", text)] == ["training/draws.py"]
     assert not [name for name, text in texts.items() if "def _resume" in text]
 

@@ -1,4 +1,4 @@
-"""The best few weights of a training, each a file of its own, ranked by a score that is only an estimate."""
+"""The best few weights of a training, each in its own file, ranked by a score that is only an estimate."""
 
 from __future__ import annotations
 

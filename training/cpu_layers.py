@@ -59,7 +59,7 @@ class ExplicitPointwise(nn.Module):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
 
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B,inputs,H,W] -> [B,outputs,H,W]."""
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -12,29 +9,19 @@ from torch.optim.swa_utils import AveragedModel
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-class WarmupDecay:
-    """Averaging with min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten."""
-
-    def __init__(self, decay: float):
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def __call__(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-
 class Ema(AveragedModel):
-    """A copy of a network, `module`, that `update_parameters(network)` moves towards the current weights."""
+    """A copy of a network, `module`, that `update_parameters(network)` moves towards the current weights.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    """
 
     def __init__(self, network: nn.Module, decay: float):
-        self.averaging = WarmupDecay(decay)
-        super().__init__(network, multi_avg_fn=self.averaging)
+        super().__init__(network, multi_avg_fn=self.average)
+        self.decay = decay
         self.requires_grad_(False)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights and the number of updates, which the decay depends on."""
-        result = super().load_state_dict(state_dict, strict, assign)
-        self.averaging.updates = max(0, int(self.n_averaged) - 1)  # the first update is a copy
-        return result
+    @torch.no_grad()
+    def average(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
+        """Move the averaged tensors, in place, towards the current ones; torch copies them in the first update."""
+        n = int(self.n_averaged)  # stays on the CPU, unlike the argument: no device sync
+        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))

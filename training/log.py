@@ -18,38 +18,37 @@ if TYPE_CHECKING:
 class TrainingLog:
     """Running mean of the loss and the speed; only the main process shows and writes them.
 
-    `start` once, `add` every step, `read` every N steps (the only sync).
+    `start` once, `add` every step, `read` every N steps (the only sync). Without `shown` there is no bar and no TensorBoard.
     """
 
-    def __init__(self, folder: Path, title: str, first: int, total: int, main: bool):
-        self.folder, self.title, self.first, self.total, self.main = folder, title, first, total, main
+    def __init__(self, folder: Path, title: str, first: int, total: int, shown: bool):
+        self.folder, self.title, self.first, self.total, self.shown = folder, title, first, total, shown
         self.bar: tqdm[int] | None = None
         self.writer: SummaryWriter | None = None
-        self.sum: Tensor | None = None
+        self.sum: Tensor | float = 0.0
         self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
 
     def start(self) -> None:
         """Show the bar, open TensorBoard's writer and start the clock."""
-        self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
-        if self.main:
+        if self.shown:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+            self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Accumulate on the device."""
-        loss = loss.detach()
-        self.sum = loss.clone() if self.sum is None else self.sum + loss
+        """Accumulate a detached loss on the device."""
+        self.sum = self.sum + loss
         self.count, self.images = self.count + 1, self.images + images
         if self.bar is not None:
             self.bar.update()
 
     def read(self) -> tuple[float, float]:
         """Return (mean loss, images per second) since the last reading."""
-        loss = float(self.sum) / self.count if self.sum is not None else float("nan")
+        loss = float(self.sum) / self.count if self.count else float("nan")
         speed = self.images / (time.perf_counter() - self.since)
-        self.sum, self.count, self.images, self.since = None, 0, 0, time.perf_counter()
+        self.sum, self.count, self.images, self.since = 0.0, 0, 0, time.perf_counter()
         return loss, speed
 
     def exclude_so_far(self) -> None:

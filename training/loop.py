@@ -6,7 +6,7 @@ for step in run:                    # stops on a signal, saves, measures the spe
     run.update(loss)                # backward, clip, learning rate, optimizer step, EMA, finite check
     if run.every(1000):
         ...                         # evaluation; its time does not count as training
-run.finish(metrics)                 # record.json; exit code 130 after a signal
+run.finish(accuracy=0.9)            # record.json; exit code 130 after a signal
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,10 @@ from training.checkpoint import load_state, save_state
 from training.ema import Ema
 from training.log import TrainingLog
 from training.schedule import LearningRate
-from training.signals import StopSignals
+from training.signals import stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Stateful(Protocol):
-    """Anything that a checkpoint can hold."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -55,21 +48,22 @@ class LoopConfig:
     save_every: int = 200
     compiled: bool = False  # then the first step's time is reported on its own line
     elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
+    show: bool = True  # progress bar, TensorBoard, and the estimate of the time to go
 
 
 @dataclass
 class Trained:
-    """What a training changes, and so what its checkpoint holds. `extra`: further modules, by name."""
+    """What a training changes, and so what its checkpoint holds. `extra`: further objects with a `state_dict`, by name."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
-    extra: dict[str, Stateful] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     average_gradients: bool = False  # over processes, in every update; for a network that DDP does not wrap
 
-    def parts(self) -> dict[str, Stateful]:
+    def parts(self) -> dict[str, Any]:
         """Return everything with a state, by the name it has in the checkpoint."""
-        parts: dict[str, Any] = {"model": self.network, "optimizer": self.optimizer, **self.extra}
+        parts = {"model": self.network, "optimizer": self.optimizer, **self.extra}
         return parts | ({"ema": self.ema} if self.ema else {})
 
 
@@ -99,7 +93,8 @@ class TrainingRun:
             self._restore(load_state(self.checkpoint, config.kind))
         elif self.is_main:
             self.checkpoint.unlink(missing_ok=True)
-        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, self.is_main)
+        shown = config.show and self.is_main
+        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, shown)
         self.step_started = 0.0
 
     # ------------------------------------------------ checkpoint
@@ -143,11 +138,11 @@ class TrainingRun:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are made."""
+        """Return whether all steps are taken."""
         return self.step >= self.config.steps
 
     def every(self, steps: int) -> bool:
-        """Return whether `steps` have passed since the last time (0 = never), or all steps are made."""
+        """Return whether `steps` have passed since the last time (0 = never), or all steps are taken."""
         return self.done or bool(steps) and self.step % steps == 0
 
     def __iter__(self) -> Iterator[int]:
@@ -155,8 +150,8 @@ class TrainingRun:
         if self.done:
             return
         self.log.start()
-        with StopSignals() as stop, self.record.timed("training"):
-            while not self.done and not stop.asked:
+        with stop_signals() as signals, self.record.timed("training"):
+            while not self.done and not signals:
                 self.step_started = time.perf_counter()
                 step = self.step
                 yield step
@@ -197,17 +192,14 @@ class TrainingRun:
 
         self.step += 1
         self.log.add(total, config.batch)
-        if config.compiled and "first_step" not in self.record.timings:
-            self._report_first_step(float(total))
+        if config.compiled and "first_step" not in self.record.timings:  # it compiles, which is excluded from the speed
+            loss, seconds = float(total), time.perf_counter() - self.step_started  # waits for the device first
+            self.record.timings["first_step"] = seconds
+            self.log.exclude_so_far()
+            log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
         if self.every(config.log_every) or self.every(config.save_every):
             self._report()  # before saving: a checkpoint must not hold a broken network
         self.log.pause()
-
-    def _report_first_step(self, loss: float) -> None:
-        """Report the first step, which compiles for about a minute, and exclude it from the speed."""
-        seconds = self.record.timings["first_step"] = time.perf_counter() - self.step_started
-        self.log.exclude_so_far()
-        log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
 
     def _report(self) -> None:
         """Show loss and speed; raise BadInput where the loss is not finite."""
@@ -217,7 +209,7 @@ class TrainingRun:
             raise BadInput(
                 f"the loss is {loss} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32"
             )
-        if self.is_main and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
+        if self.log.shown and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
         self.record.metrics |= {"loss": loss, "images_per_s": speed}

@@ -20,13 +20,8 @@ class LearningRate:
 
     def at(self, step: int, total: int) -> float:
         """Return the learning rate of `step` (from 0) of `total`."""
-        return self.peak * lr_factor(step, total, self.warmup, self.decay, self.shape)
-
-
-def lr_factor(step: int, total: int, warmup: int, decay: float, shape: Decay = "linear") -> float:
-    """Return 0..1: rises over `warmup` steps, stays, and falls to 0 over the last `decay` (0..1) of `total` steps."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    if decay <= 0:
-        return rise
-    left = min(1.0, max(0.0, (total - step) / (decay * total)))
-    return rise * (left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.decay <= 0:
+            return self.peak * rise
+        left = min(1.0, max(0.0, (total - step) / (self.decay * total)))
+        return self.peak * (rise * (left if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)))

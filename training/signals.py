@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
-class StopSignals:
-    """A context in which a signal only sets `asked`; a second SIGINT interrupts at once."""
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield the signals received so far: empty = go on, else save and leave. A second SIGINT interrupts at once."""
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[signal.Signals, Any] = {}  # the handlers outside the context
-
-    def __enter__(self) -> StopSignals:
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def receive(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        received.append(number)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

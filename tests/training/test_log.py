@@ -10,7 +10,7 @@ from training.log import TrainingLog
 
 
 def test_log_reads_the_mean_loss_since_the_last_reading(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path, "test", 0, 4, main=False)
+    log = TrainingLog(tmp_path, "test", 0, 4, shown=False)
     means = []
     for pair in ((1.0, 2.0), (5.0, 7.0)):
         for loss in pair:

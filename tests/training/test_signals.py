@@ -7,29 +7,29 @@ import signal
 
 import pytest
 
-from training.signals import StopSignals
+from training.signals import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_requests_a_stop_and_raises_nothing(number: int) -> None:
-    with StopSignals() as stop:
-        assert not stop.asked
+    with stop_signals() as received:
+        assert not received
         os.kill(os.getpid(), number)
-        assert stop.asked
+        assert received
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
-    with StopSignals():
+    with stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_second_sigterm_still_waits_for_the_checkpoint() -> None:
-    with StopSignals() as stop:
+    with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert received
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -38,7 +38,7 @@ def test_handlers_are_restored_even_after_an_error(number: int) -> None:
     during = []
 
     def fail() -> None:
-        with StopSignals():
+        with stop_signals():
             during.append(signal.getsignal(number))
             raise ZeroDivisionError
 
