@@ -56,7 +56,14 @@ def mnistm_maker(
 ) -> Maker:
     """Return one split of MNIST blended with the photographs; MNIST is downloaded if `mnist` is None. Raise BadInput."""
     photographs = find_photographs(backgrounds)
-    images, labels = read_mnist(mnist or download_mnist(downloads), split)
+    if mnist is None:
+        from torchvision.datasets import MNIST  # slow to import
+
+        try:
+            MNIST(str(downloads), download=True)  # unless it is already there
+        except RuntimeError as error:
+            raise BadInput(f"MNIST download: {first_line(error)}; or give --mnist DIR") from None
+    images, labels = read_mnist(mnist or downloads, split)
 
     def make(index: int) -> tuple[Pixels, int]:
         rng = np.random.default_rng([*random_key, index])
@@ -101,17 +108,6 @@ def load_photograph(path: Path) -> Pixels:
 
 
 # ---------------------------------------------------------------- MNIST
-
-
-def download_mnist(folder: Path) -> Path:
-    """Download MNIST into `folder` with torchvision, unless it is already there."""
-    from torchvision.datasets import MNIST  # slow to import
-
-    try:
-        MNIST(str(folder), download=True)
-    except RuntimeError as error:
-        raise BadInput(f"MNIST download: {first_line(error)}; or give --mnist DIR") from None
-    return folder
 
 
 def read_mnist(folder: Path, split: Split) -> tuple[Pixels, Pixels]:

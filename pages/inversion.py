@@ -298,9 +298,8 @@ def learning_elements(folder: Path, case: Personalization) -> list[Element]:
         ]
     loss = folder / "loss.png"
     if loss.is_file():
-        elements.append(
-            Figure("Loss over the steps; most of its ups and downs are those of noise and timestep.", (loss,))
-        )
+        text = "Loss over the steps; most of its ups and downs are those of noise and timestep."
+        elements.append(Figure(text, (loss,)))
     return elements
 
 
