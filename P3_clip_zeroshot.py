@@ -16,27 +16,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from runtime.cli import BadInput, log, run_script
+from runtime.cli import BadInput, check_not_negative, log, run_script
 from runtime.device import Device, Machine, detect, set_up
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_writable_folder, output_folder
 from runtime.record import Record
+from zeroshot import results
 from zeroshot.dataset import list_images
 from zeroshot.features import FeatureExtractor
 from zeroshot.prompts import Names, templates_of
-from zeroshot.results import (
-    Choosing,
-    Result,
-    accuracies,
-    case_lines,
-    cases,
-    cases_figure,
-    confused_pairs,
-    confusion_figure,
-    per_class,
-    predictions,
-    write_csv,
-)
 
 
 @dataclass(frozen=True)
@@ -82,10 +70,8 @@ class Settings:
     """safetensors file of image features: read if it holds them, else written. None = not kept."""
     cache: Path = ROOT / "runs" / "p3_clip_cache"
     """Folder of the classifiers, by model, weights, names and prompts."""
-    cases: Choosing = "seed"
-    """Choice of the five right and five wrong cases: a draw by --seed, or the most confident."""
     seed: int = 0
-    """Seed of the cases."""
+    """Seed that draws the five right and five wrong cases."""
     batch: int = 0
     """Images at once. 0 = 32 on a CPU, where more is slower, and 512 on a GPU."""
     workers: int = 0
@@ -119,9 +105,7 @@ def main(settings: Settings) -> None:
     """Classify the images of a folder; write tables, figures and a record."""
     from zeroshot.weights import resolve  # imports open_clip, which is slow
 
-    for name in ("batch", "workers"):
-        if getattr(settings, name) < 0:
-            raise BadInput(f"--{name} {getattr(settings, name)}: must be above zero, or 0 for automatic")
+    check_not_negative(settings, "batch", "workers")
     machine = detect(settings.device)
     precision = set_up_precision(settings, machine)
     config = config_of(settings)
@@ -156,20 +140,21 @@ def main(settings: Settings) -> None:
     if not shard.main:
         return
     classifier = extractor.classifier(images.names, templates, config.names, settings.cache)
-    result = Result(images, classifier.logits(features).softmax(1))
+    result = results.Result(images, classifier.logits(features).softmax(1))
 
-    right, wrong = cases(result, settings.cases, settings.seed)
-    shares, pairs, lines = accuracies(result), confused_pairs(result), case_lines(result, right, wrong)
+    right, wrong = results.cases(result, settings.seed)
+    shares, pairs = results.accuracies(result), results.confused_pairs(result)
+    lines = results.case_lines(result, right, wrong)
     record.metrics |= {"processes": shard.world, **shares, "confused_pairs": pairs, "cases": lines}
     top1, top5, recall = (f"{100 * share:.2f}%" for share in shares.values())
     title = f"{source.label}\nprompts {config.prompts}, names {config.names}. Accuracy: {top1}"
 
     output_folder(output)
     with record.timed("writing"):
-        write_csv(output / "predictions.csv", predictions(result))
-        write_csv(output / "per_class.csv", per_class(result))
-        cases_figure(output / "cases.png", result, right, wrong, title)
-        confusion_figure(output / "confusion.png", result, title)
+        results.write_csv(output / "predictions.csv", results.predictions(result))
+        results.write_csv(output / "per_class.csv", results.per_class(result))
+        results.cases_figure(output / "cases.png", result, right, wrong, title)
+        results.confusion_figure(output / "confusion.png", result, title)
     record.save(output / "record.json")
 
     print(f"Model: {source.label}, {precision}")

@@ -69,9 +69,9 @@ def find_inputs(settings: Settings) -> Inputs:
         )
     detect(settings.device)
 
-    def in_data(name: str) -> Path | None:
-        path = settings.data.resolve() / name
-        return path if path.exists() and not settings.quick else None
+    def in_data(name: str, flag: Path | None = None) -> Path | None:
+        path = (flag or settings.data / name).resolve()
+        return path if flag or (path.exists() and not settings.quick) else None
 
     def local(name: str) -> str:
         return str(Path(name).resolve()) if Path(name).exists() else name
@@ -79,10 +79,8 @@ def find_inputs(settings: Settings) -> Inputs:
     return Inputs(
         steps=settings.output.resolve() / "steps",
         digits=settings.digits.resolve(),
-        mnistm_classifier=settings.mnistm_classifier.resolve()
-        if settings.mnistm_classifier
-        else in_data("Classifier.pth"),
-        unet=settings.unet.resolve() if settings.unet else in_data("face/UNet.pt"),
+        mnistm_classifier=in_data("Classifier.pth", settings.mnistm_classifier),
+        unet=in_data("face/UNet.pt", settings.unet),
         noise=in_data("face/noise"),
         reference=in_data("face/GT"),
         photographs=in_data("clip_zeroshot/val"),

@@ -1,8 +1,4 @@
-"""MNIST-M and SVHN from public originals: MNIST files, photographs and SVHN files.
-
-MNIST-M (Ganin et al. 2016, "Domain-Adversarial Training of Neural Networks") is |patch - digit| per channel, the patch from a photograph.
-The published images use MNIST as a mask. Any ink counts as 255, so the digit shows the photograph's negative with hard edges.
-"""
+"""MNIST-M (Ganin et al. 2016, arXiv 1505.07818) and SVHN from public originals: MNIST files, photographs and SVHN files."""
 
 from __future__ import annotations
 
@@ -29,14 +25,6 @@ PHOTOGRAPH_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 BSDS500 = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/"
 
 
-@dataclass(frozen=True)
-class OriginalDigits:
-    """Images uint8, [N, 28, 28] for MNIST and [N, 3, 32, 32] for SVHN, and labels [N] from 0 to 9."""
-
-    images: Pixels
-    labels: Pixels
-
-
 @dataclass
 class Maker:
     """A number of images, and how to make each: index -> image [28, 28, 3] uint8 and label, in any order."""
@@ -49,15 +37,18 @@ class Maker:
 
 
 def blend(patch: Pixels, digit: Pixels) -> Pixels:
-    """Return |patch - 255 [digit > 0]|: patch [28, 28, 3] and digit [28, 28], uint8 -> [28, 28, 3] uint8."""
+    """Return |patch - 255 [digit > 0]|: patch [28, 28, 3] and digit [28, 28], uint8 -> [28, 28, 3] uint8.
+
+    As in the published images, any ink counts as 255: the digit shows the photograph's negative with hard edges.
+    """
     mask = np.where(digit > 0, 255, 0)[..., None]
     return np.abs(patch - mask).astype(np.uint8)
 
 
-def random_crop(picture: Pixels, rng: np.random.Generator) -> Pixels:
+def random_crop(image: Pixels, rng: np.random.Generator) -> Pixels:
     """Cut 28x28 out of an image [H, W, 3], at a uniformly random position."""
-    top, left = (int(rng.integers(size - SIDE + 1)) for size in picture.shape[:2])
-    return picture[top : top + SIDE, left : left + SIDE]
+    top, left = (int(rng.integers(size - SIDE + 1)) for size in image.shape[:2])
+    return image[top : top + SIDE, left : left + SIDE]
 
 
 def mnistm_maker(
@@ -65,44 +56,49 @@ def mnistm_maker(
 ) -> Maker:
     """Return one split of MNIST blended with the photographs; MNIST is downloaded if `mnist` is None. Raise BadInput."""
     photographs = find_photographs(backgrounds)
-    digits = read_mnist(mnist or download_mnist(downloads), split)
+    if mnist is None:
+        from torchvision.datasets import MNIST  # slow to import
+
+        try:
+            MNIST(str(downloads), download=True)  # unless it is already there
+        except RuntimeError as error:
+            raise BadInput(f"MNIST download: {first_line(error)}; or give --mnist DIR") from None
+    images, labels = read_mnist(mnist or downloads, split)
 
     def make(index: int) -> tuple[Pixels, int]:
         rng = np.random.default_rng([*random_key, index])
-        picture = load_photograph(photographs[rng.integers(len(photographs))])
-        return blend(random_crop(picture, rng), digits.images[index]), int(digits.labels[index])
+        photograph = load_photograph(photographs[rng.integers(len(photographs))])
+        return blend(random_crop(photograph, rng), images[index]), int(labels[index])
 
-    return Maker(len(digits.labels), make)
+    return Maker(len(labels), make)
 
 
 def find_photographs(folder: Path) -> list[Path]:
     """Return the images in `folder` and below of at least 28x28, sorted; raise BadInput if there are none."""
     if not folder.is_dir():
         raise BadInput(f"--backgrounds {folder}: no such folder")
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOGRAPH_TYPES)
-    if not pictures:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTOGRAPH_TYPES)
+    if not paths:
         raise BadInput(f"--backgrounds {folder}: no pictures in it (jpg, png ..); {BSDS500}")
-    large = [p for p in pictures if min(_size(p)) >= SIDE]
+    large = []
+    for path in paths:
+        try:
+            with Image.open(path) as photograph:
+                large += [path] if min(photograph.size) >= SIDE else []
+        except UnidentifiedImageError:
+            raise BadInput(f"{path} is not a picture: remove it from the backgrounds") from None
     if not large:
-        raise BadInput(f"--backgrounds {folder}: all {len(pictures)} pictures are smaller than {SIDE}x{SIDE}")
+        raise BadInput(f"--backgrounds {folder}: all {len(paths)} pictures are smaller than {SIDE}x{SIDE}")
     return large
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except UnidentifiedImageError:
-        raise BadInput(f"{path} is not a picture: remove it from the backgrounds") from None
 
 
 @lru_cache(maxsize=600)
 def load_photograph(path: Path) -> Pixels:
     """Read [H, W, 3] uint8, reduced to a longer side of 512 but never to less than 28; raise BadInput if it is damaged."""
     try:
-        with Image.open(path) as picture:
-            scale = max(PHOTOGRAPH_SIDE / max(picture.size), SIDE / min(picture.size))
-            colour = picture.convert("RGB")
+        with Image.open(path) as photograph:
+            scale = max(PHOTOGRAPH_SIDE / max(photograph.size), SIDE / min(photograph.size))
+            colour = photograph.convert("RGB")
     except OSError as error:
         raise BadInput(f"{path} is damaged ({error}): remove it from the backgrounds") from None
     if scale < 1:
@@ -114,19 +110,11 @@ def load_photograph(path: Path) -> Pixels:
 # ---------------------------------------------------------------- MNIST
 
 
-def download_mnist(folder: Path) -> Path:
-    """Download MNIST into `folder` with torchvision, unless it is already there."""
-    from torchvision.datasets import MNIST  # slow to import
+def read_mnist(folder: Path, split: Split) -> tuple[Pixels, Pixels]:
+    """Return images [N, 28, 28] and labels [N] of one split; raise BadInput that names the file.
 
-    try:
-        MNIST(str(folder), download=True)
-    except RuntimeError as error:
-        raise BadInput(f"MNIST download: {first_line(error)}; or give --mnist DIR") from None
-    return folder
-
-
-def read_mnist(folder: Path, split: Split) -> OriginalDigits:
-    """Read one split from torchvision's layout or a flat folder of the four files, packed or not; raise BadInput that names the file."""
+    The folder has torchvision's layout or holds the four files, packed or not.
+    """
     prefix = "train" if split == "train" else "t10k"
     images_file = _mnist_file(folder, f"{prefix}-images-idx3-ubyte")
     labels_file = _mnist_file(folder, f"{prefix}-labels-idx1-ubyte")
@@ -135,7 +123,7 @@ def read_mnist(folder: Path, split: Split) -> OriginalDigits:
         raise BadInput(f"{images_file}: images of {images.shape[1:]}, not {SIDE}x{SIDE}")
     if len(images) != len(labels) or labels.max(initial=0) > 9:
         raise BadInput(f"{labels_file}: not the labels 0 to 9 of the {len(images)} images")
-    return OriginalDigits(images, labels)
+    return images, labels
 
 
 def _mnist_file(folder: Path, name: str) -> Path:
@@ -164,13 +152,10 @@ def _read_idx(path: Path, dimensions: int) -> Pixels:
 
 
 def svhn_maker(folder: Path, split: Split, download: bool) -> Maker:
-    """Return one split of SVHN from `folder`, downloaded to it first with `download`. Raise BadInput."""
-    digits = read_svhn(folder, split, download)
-    return Maker(len(digits.labels), lambda i: (svhn_image(digits.images[i]), int(digits.labels[i])))
+    """Return one split of SVHN from `folder`, downloaded to it first with `download`.
 
-
-def read_svhn(folder: Path, split: Split, download: bool) -> OriginalDigits:
-    """Read the train or test split of the cropped digits; raise BadInput if the file is missing or not the original."""
+    Raise BadInput if the file is missing or not the original.
+    """
     from torchvision.datasets import SVHN
 
     part = "train" if split == "train" else "test"
@@ -180,10 +165,10 @@ def read_svhn(folder: Path, split: Split, download: bool) -> OriginalDigits:
         advice = "or give --svhn DIR" if download else "leave --svhn out to download it"
         file = folder / SVHN.split_list[part][1]
         raise BadInput(f"{file}: {first_line(error)}; {advice}") from None
-    return OriginalDigits(svhn.data, svhn.labels)
+    return Maker(len(svhn.labels), lambda index: (svhn_image(svhn.data[index]), int(svhn.labels[index])))
 
 
 def svhn_image(image: Pixels) -> Pixels:
     """Resize [3, 32, 32] to [28, 28, 3] uint8. Cropping would cut wide digits, which touch the border."""
-    picture = Image.fromarray(image.transpose(1, 2, 0))
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))  # Pillow's antialiases
+    resized = Image.fromarray(image.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(resized)  # Pillow's resize antialiases

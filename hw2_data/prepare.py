@@ -10,30 +10,30 @@ Examples:
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import repository_root  # noqa: F401  # isort: split
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from concepts.course_format import read_input
 from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
 from P1_dataloader import read_csv, read_digit
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
-from runtime.files import load_tensors, output_folder, read_json, require_file
+from runtime.files import load_tensors, output_folder, require_file
+from runtime.images import open_image
+from zeroshot.dataset import list_images
 
 HERE = Path(__file__).resolve().parent
 Domain = Literal["mnistm", "svhn"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 SPLITS: tuple[Split, ...] = get_args(Split)
-Makers = dict[Split, Maker]
 
 # Images per digit 0..9 in the course's train.csv
 COURSE_COUNTS = {
@@ -95,61 +95,45 @@ def main(command: Course | Public | Rendered) -> None:
     if isinstance(command, Course):
         check_course(command.data)
         return
-    check_output(command)
-    makers = public_makers(command) if isinstance(command, Public) else rendered_makers(command)
-    for domain, domain_makers in makers.items():
-        write_domain(command.output / domain, domain_makers, command.overwrite)
+    check_flags(command)
+    makers = {domain: {split: maker_of(command, domain, split) for split in SPLITS} for domain in command.domains}
+    for domain, splits in makers.items():
+        write_domain(command.output / domain, splits, command.overwrite)
 
 
 # ---------------------------------------------------------------- what to build
 
 
-def rendered_makers(command: Rendered) -> dict[Domain, Makers]:
-    """Return both splits of the chosen domains, rendered."""
-    check_positive(command, "count")
-    counts = {"train": command.count, "val": max(1, command.count // 10)}
-    return {
-        domain: {s: rendered_maker(domain, counts[s], command.seed, stream(domain, s)) for s in SPLITS}
-        for domain in command.domains
-    }
-
-
-def public_makers(command: Public) -> dict[Domain, Makers]:
-    """Return both splits of the chosen domains from the originals; raise BadInput that names what is missing."""
-    limits = {"train": command.train_count, "val": command.val_count}
-    check_positive(command, *(f"{split}_count" for split, limit in limits.items() if limit is not None))
-    makers = {domain: {split: public_maker(command, domain, split) for split in SPLITS} for domain in command.domains}
-    for domain_makers in makers.values():
-        for split, maker in domain_makers.items():
-            maker.count = min(maker.count, limits[split] or maker.count)
-    return makers
-
-
-def public_maker(command: Public, domain: Domain, split: Split) -> Maker:
-    """Return one split of one domain from its originals."""
-    if domain == "svhn":
-        return svhn_maker(command.svhn or command.downloads, split, download=command.svhn is None)
-    if command.backgrounds is None:
-        raise BadInput(f"mnistm needs --backgrounds DIR: BSDS500 from {BSDS500} or any photographs")
-    random_key = (command.seed, stream("mnistm", split))
-    return mnistm_maker(command.mnist, command.downloads, command.backgrounds, split, random_key)
-
-
-def stream(domain: Domain, split: Split) -> int:
-    """Return a different number for the random stream of each domain and split."""
-    return DOMAINS.index(domain) * len(SPLITS) + SPLITS.index(split)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def check_output(command: Output) -> None:
-    """Raise BadInput, before any work, for output that cannot be written or would destroy something."""
+def check_flags(command: Public | Rendered) -> None:
+    """Raise BadInput, before any work, for a bad number and for output that cannot be written or would destroy something."""
+    counts = ("count",) if isinstance(command, Rendered) else ("train_count", "val_count")
+    check_positive(command, *(name for name in counts if getattr(command, name) is not None))
     check_not_negative(command, "seed")
     if not command.domains:
         raise BadInput("--domains: name mnistm, svhn or both")
     for domain in command.domains:
         check_target(output_folder(command.output) / domain, command.overwrite)
+
+
+def maker_of(command: Public | Rendered, domain: Domain, split: Split) -> Maker:
+    """Return the maker of one split of one domain; raise BadInput that names what is missing."""
+    stream = DOMAINS.index(domain) * len(SPLITS) + SPLITS.index(split)  # of random numbers
+    if isinstance(command, Rendered):
+        count = command.count if split == "train" else max(1, command.count // 10)
+        return rendered_maker(domain, count, command.seed, stream)
+    if domain == "svhn":
+        maker = svhn_maker(command.svhn or command.downloads, split, download=command.svhn is None)
+    elif command.backgrounds is None:
+        raise BadInput(f"mnistm needs --backgrounds DIR: BSDS500 from {BSDS500} or any photographs")
+    else:
+        key = (command.seed, stream)
+        maker = mnistm_maker(command.mnist, command.downloads, command.backgrounds, split, key)
+    limit = command.train_count if split == "train" else command.val_count
+    maker.count = min(maker.count, limit or maker.count)
+    return maker
+
+
+# ---------------------------------------------------------------- writing
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -162,38 +146,33 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise BadInput(f"{target} is more than data/, train.csv and val.csv: not overwritten, move it away")
 
 
-def write_domain(target: Path, makers: Makers, overwrite: bool) -> None:
-    """Write data/*.png, numbered across splits, and one csv per split; the folder appears complete or not at all."""
+def write_domain(target: Path, makers: dict[Split, Maker], overwrite: bool) -> None:
+    """Write data/*.png, numbered across splits, and one csv per split.
+
+    The folder appears complete; on any error `target` stays unchanged.
+    """
     first = 0
-    with whole_folder(target) as folder:
-        (folder / "data").mkdir()
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        (new / "data").mkdir(parents=True)
         for split, maker in makers.items():
             rows = ["image_name,label"]
             for index in progress(range(maker.count), f"{target.name} {split}"):
                 image, label = maker.make(index)
                 rows.append(f"{first + index:05d}.png,{label}")
-                Image.fromarray(image).save(folder / "data" / f"{first + index:05d}.png")
-            (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+                Image.fromarray(image).save(new / "data" / f"{first + index:05d}.png")
+            (new / f"{split}.csv").write_text("\n".join(rows) + "\n")
             first += maker.count
+
         check_target(target, overwrite)  # again: it may have appeared meanwhile
+        try:
+            if os.path.lexists(target):
+                os.replace(target, old)
+            os.replace(new, target)
+        finally:
+            if old.exists() and not os.path.lexists(target):
+                os.replace(old, target)
     log(f"{target}: " + ", ".join(f"{maker.count} {split}" for split, maker in makers.items()))
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder on the same disk; on success it replaces `target`, on any error `target` stays unchanged."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = temporary / "new", temporary / "old"
-    try:
-        new.mkdir()
-        yield new
-        if os.path.lexists(target):
-            os.replace(target, old)
-        os.replace(new, target)
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the course's data
@@ -220,7 +199,7 @@ def check_course(data: Path) -> None:
 
 
 def check_domain(folder: Path) -> list[str]:
-    """Print the counts of one domain with the course's, and return what makes it unusable."""
+    """Print the counts of one domain, and return what makes it unusable."""
     print(f"digits/{folder.name}")
     problems = []
     for split in SPLITS:
@@ -232,22 +211,22 @@ def check_domain(folder: Path) -> list[str]:
         except BadInput as error:
             problems.append(str(error))
             continue
-        print_counts(split, table.label.value_counts(), COURSE_COUNTS[folder.name] if split == "train" else ())
-        problems += picture_problems(folder / "data", table.image_name.tolist())
+        counts = table.label.value_counts()
+        print_counts(f"{split}.csv", [int(counts.get(digit, 0)) for digit in range(10)])
+        if split == "train":
+            print_counts("the course's", COURSE_COUNTS[folder.name])
+        problems += image_problems(folder / "data", table.image_name.tolist())
     for problem in problems:
         print(f"  UNUSABLE: {problem}")
     return problems
 
 
-def print_counts(split: str, counts_of: Mapping[int, int], expected: Sequence[int]) -> None:
-    """Print a table of total and count per digit, and the course's below it."""
-    counts = [int(counts_of.get(digit, 0)) for digit in range(10)]
-    for title, row in ((f"{split}.csv", counts), ("the course's", expected)):
-        if row:
-            print(f"  {title:<13}{sum(row):>7} images; per digit" + "".join(f"{count:>7}" for count in row))
+def print_counts(title: str, counts: Sequence[int]) -> None:
+    """Print the total and the count of each digit."""
+    print(f"  {title:<13}{sum(counts):>7} images; per digit" + "".join(f"{count:>7}" for count in counts))
 
 
-def picture_problems(folder: Path, names: list[str]) -> list[str]:
+def image_problems(folder: Path, names: list[str]) -> list[str]:
     """Return a line for missing images, and one for the first unreadable image."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [name for name in names if name not in present]
@@ -268,43 +247,29 @@ def check_face(folder: Path) -> Findings:
     noises = [load_tensors(path) for path in sorted(folder.glob("noise/*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
-    sizes = [picture_size(path) for path in folder.glob("GT/*.png")]
+    sizes = [tuple(open_image(path).shape[1:]) for path in folder.glob("GT/*.png")]
     yield sizes == [(256, 256)] * 10, f"GT/: {len(sizes)} of 10 pictures of sizes {sorted(set(sizes))}"
     tensors = len(load_tensors(require_file(folder / "UNet.pt")))
     yield tensors == 427, f"UNet.pt: {tensors} of 427 tensors"
 
 
 def check_zeroshot(folder: Path) -> Findings:
-    """Expect 2,500 images {class}_{image}.png whose class is in id2label.json."""
-    names = [path.name for path in folder.glob("val/*.png")]
-    yield len(names) == 2500, f"val/: {len(names)} of 2500 pictures"
-    listed = [path for path in (folder / "id2label.json", folder / "id.json") if path.is_file()]
-    labels = read_json(listed[0] if listed else folder / "id2label.json")
-    unknown = [name for name in names if name.split("_")[0] not in labels]
-    yield len(labels) == 50 and not unknown, f"{len(labels)} of 50 class names; {len(unknown)} pictures without one"
+    """Expect 2,500 images {class}_{image}.png of 50 classes, all named in id2label.json."""
+    images = list_images(folder / "val")
+    yield len(images) == 2500, f"val/: {len(images)} of 2500 pictures"
+    yield len(images.classes) == 50, f"{len(images.classes)} of 50 class names"
 
 
 def check_concepts(folder: Path) -> Findings:
-    """Expect images of each concept and, for each key of input.json, equally many prompts, edited prompts and baselines."""
+    """Expect images of each concept, and an input.json with all that grading needs."""
     for concept in ("0", "1", "cat"):
-        pictures = len(list(folder.glob(f"{concept}/*.jpg")))
-        yield pictures > 0, f"{concept}/: {pictures} pictures"
-    entries = read_json(folder / "input.json")
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise BadInput(f"{folder / 'input.json'} must be an object of objects, one for each concept")
-    for key, entry in entries.items():
-        lengths = [len(entry.get(name, ())) for name in ("prompt", "prompt_4_clip_eval", "baseline")]
-        fine = len(set(lengths)) == 1 and all(entry.get("token_name", "?") in p for p in entry.get("prompt", ()))
-        yield fine, f"input.json {key}: {entry.get('token_name')}, {lengths} prompts, prompts to grade, baselines"
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Return width and height; raise BadInput if the file is not an image."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except UnidentifiedImageError:
-        raise BadInput(f"{path} is not a picture") from None
+        count = len(list(folder.glob(f"{concept}/*.jpg")))
+        yield count > 0, f"{concept}/: {count} pictures"
+    for entry in read_input(folder / "input.json", graded=True):
+        yield (
+            True,
+            f"input.json {entry.key}: {entry.token}, {len(entry.prompts)} prompts with texts to grade and baselines",
+        )
 
 
 if __name__ == "__main__":

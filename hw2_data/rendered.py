@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float64]
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ZOOM = 3  # everything is drawn this many times larger, then averaged down
 PHOTOGRAPHS, PHOTOGRAPH_SIDE = 64, 128
-PHOTOGRAPH_STREAM = 99  # a random stream of their own, apart from those of the images
+PHOTOGRAPH_STREAM = 99  # a random stream apart from those of the images
 GLYPH_HEIGHT, GLYPH_BOX = 60, 104  # pixels of a cached letter, with room around it
 FONT_SHARE = 0.15  # of the handwritten domain: print has shapes that the splines lack
 
@@ -78,15 +78,12 @@ def rendered_maker(domain: str, count: int, seed: int, stream: int) -> Maker:
 
     def make(index: int) -> tuple[Pixels, int]:
         rng, label = np.random.default_rng([seed, stream, index]), index % 10
-        return house_number(label, rng) if domain == "svhn" else blended(label, seed, rng), label
+        if domain == "svhn":
+            return house_number(label, rng), label
+        patch = random_crop(procedural_photograph(seed, int(rng.integers(PHOTOGRAPHS))), rng)
+        return blend(patch, handwriting(label, rng)), label
 
     return Maker(count, make)
-
-
-def blended(label: int, seed: int, rng: np.random.Generator) -> Pixels:
-    """Render [28, 28, 3] uint8: handwriting blended with one of the seed's procedural photographs."""
-    picture = procedural_photograph(seed, int(rng.integers(PHOTOGRAPHS)))
-    return blend(random_crop(picture, rng), handwriting(label, rng))
 
 
 # ---------------------------------------------------------------- handwriting
@@ -97,24 +94,23 @@ def handwriting(label: int, rng: np.random.Generator) -> Pixels:
     if rng.random() < FONT_SHARE:
         return _lettering(str(label), rng, SIDE - 9, spread=0.2)
     variants = PEN_STROKES[label]
-    strokes = [_spline(points) for points in _points(variants[rng.integers(len(variants))])]
+    texts = variants[rng.integers(len(variants))].split("|")
+    strokes = [_spline(np.array([point.split(",") for point in text.split()], float) / 100) for text in texts]
     lengths = [len(s) for s in strokes]
     points = _fit(_distort(np.concatenate(strokes), rng), rng)
     width = round(ZOOM * rng.uniform(1.4, 3.2))
     canvas = Image.new("L", (SIDE * ZOOM, SIDE * ZOOM))
+    draw, radius = ImageDraw.Draw(canvas), width / 2
     for stroke in np.split(points * ZOOM, np.cumsum(lengths)[:-1]):
-        _pen(ImageDraw.Draw(canvas), stroke, width)
+        draw.line([tuple(point) for point in stroke], fill=255, width=width)
+        for x, y in stroke:  # round joints and ends
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     ink = np.asarray(canvas.reduce(ZOOM))
     return np.where(ink > 96, ink, 0).astype(np.uint8)  # the blend takes any ink: no halo
 
 
-def _points(strokes: str) -> list[Floats]:
-    """Return the points [N, 2] of each stroke in the unit box."""
-    return [np.array([p.split(",") for p in stroke.split()], float) / 100 for stroke in strokes.split("|")]
-
-
 def _spline(points: Floats) -> Floats:
-    """Return the Catmull-Rom curve [M, 2] through points [N, 2]."""
+    """Return the Catmull-Rom curve [M, 2] through points [N, 2] of the unit box."""
     p = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     t = np.linspace(0, 1, 8)[:, None, None]
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
@@ -145,13 +141,6 @@ def _fit(points: Floats, rng: np.random.Generator) -> Floats:
     return fitted
 
 
-def _pen(draw: ImageDraw.ImageDraw, stroke: Floats, width: int) -> None:
-    radius = width / 2
-    draw.line([tuple(p) for p in stroke], fill=255, width=width)
-    for x, y in stroke:  # round joints and ends
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-
-
 # ---------------------------------------------------------------- photographs
 
 NATURAL = np.array([(125, 120, 112), (128, 105, 74), (86, 104, 58), (115, 142, 170), (170, 140, 105)])
@@ -164,12 +153,11 @@ def procedural_photograph(seed: int, index: int) -> Pixels:
     rng = np.random.default_rng([seed, PHOTOGRAPH_STREAM, index])
     regions = int(rng.integers(2, 7))
     owner = np.argmax([_fractal(rng, rng.uniform(1.9, 2.7)) for _ in range(regions)], axis=0)
-    picture = np.zeros((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE, 3))
+    image = np.zeros((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE, 3))
     for region in range(regions):
-        surface = _surface(rng)
-        picture[owner == region] = surface[owner == region]
+        image[owner == region] = _surface(rng)[owner == region]
     light = 1 + 0.12 * _fractal(rng, 2.2)[..., None]
-    return np.clip(picture * light, 0, 255).astype(np.uint8)
+    return np.clip(image * light, 0, 255).astype(np.uint8)
 
 
 def _fractal(rng: np.random.Generator, slope: float) -> Floats:
@@ -262,9 +250,8 @@ def _lettering(text: str, rng: np.random.Generator, height: float, spread: float
     for place, character in enumerate(text, -(len(text) // 2)):
         canvas.paste(255, (GLYPH_BOX + round(place * advance), 0), _glyph(font, character, bold))
     view = _view(rng, spread, GLYPH_HEIGHT / (height * ZOOM))
-    side = (SIDE * ZOOM, SIDE * ZOOM)
-    seen = canvas.transform(side, Image.Transform.AFFINE, view, Image.Resampling.BILINEAR)
-    return np.asarray(seen.reduce(ZOOM))
+    enlarged = canvas.transform((SIDE * ZOOM, SIDE * ZOOM), Image.Transform.AFFINE, view, Image.Resampling.BILINEAR)
+    return np.asarray(enlarged.reduce(ZOOM))
 
 
 def _view(rng: np.random.Generator, spread: float, scale: float) -> tuple[float, ...]:

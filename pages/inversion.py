@@ -6,19 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pages.elements import Element, Figure, Score, Section, Table, settings_table
+from pages.elements import Element, Figure, Score, Section, Table
 from pages.inputs import CLIP, DIFFUSION, Inputs
 from runtime.cli import BadInput
 from runtime.files import read_json
 from runtime.steps import Command, Step, relative
 
-if TYPE_CHECKING:
-    from concepts.course_format import CourseConcept
-
-LEARN_SETTINGS = ("steps", "batch", "lr", "max_norm", "precision", "seed")
-SAMPLE_SETTINGS = ("solver", "steps", "guidance", "seed", "precision")
 MARGIN = (5.0, -1.0)  # added to the image and text score of the ordinary word, which is part of the scored text itself
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
 LEARNING = (
@@ -154,16 +149,17 @@ def sections(inputs: Inputs) -> list[Section]:
                 Step(graded, title, (draw,), case.files, after, files),
                 Step(scores, grading, (grade(scores, graded, case.graded),), case.files, (graded,)),
             ),
-            elements=lambda: grading_elements(
-                inputs.steps / graded, inputs.steps / scores, "the course's" if inputs.model else "the"
-            ),
+            elements=lambda: grading_elements(inputs.steps / scores, "the course's" if inputs.model else "the"),
         ),
         section(
             name=f"{case.prefix}-together",
             title="Several concepts in one prompt",
             text=TOGETHER,
             steps=(Step(together, "P3: several concepts in one prompt", (all_in_one,), case.files, (words,)),),
-            elements=lambda: prompt_elements(inputs.steps / together, case.prompts),
+            elements=lambda: [
+                Figure(f"“{prompt}”", tuple(sorted((inputs.steps / together / "images").glob(f"{index}_*.png"))))
+                for index, prompt in enumerate(case.prompts)
+            ],
         ),
     ]
     if len(case.layout_words) > 1:
@@ -195,14 +191,19 @@ def course_concepts(inputs: Inputs) -> Personalization:
     file = folder / "input.json"
     if not file.is_file():
         raise BadInput(f"--model needs {file}, which does not exist: give --data")
-    concepts = [course_concept(folder, entry) for entry in read_input(file)]
+    concepts = []
+    for entry in read_input(file):  # a style if a prompt says so, else an object that starts from its name's last word
+        style = any(f"style of {entry.token}" in prompt for prompt in entry.prompts)
+        kind, init = ("style", "painting") if style else ("object", entry.source.split()[-1].lower())
+        concepts.append({"token": entry.token, "images": f"{folder / entry.key}", "init": init, "kind": kind})
     if (folder / "cat").is_dir() and all(Path(concept["images"]).name != "cat" for concept in concepts):
         concepts.append({"token": "<cat>", "images": f"{folder / 'cat'}", "init": "cat", "kind": "object"})
     objects = [concept for concept in concepts if concept["kind"] == "object"] or concepts
-    style = "".join([f" in the style of {concept['token']}" for concept in concepts if concept["kind"] == "style"][:1])
+    styles = [f" in the style of {concept['token']}" for concept in concepts if concept["kind"] == "style"]
+    styled = styles[0] if styles else ""
     first, last = objects[0]["token"], objects[-1]["token"]
     together = f"a {first} next to a {last}" if first != last else f"a photo of a {first}"
-    bench = f"A {first} perched on a park bench with the Taipei 101 behind{style}"
+    bench = f"A {first} perched on a park bench with the Taipei 101 behind{styled}"
     return Personalization(
         prefix="p3",
         inputs=f"{relative(model)}, {relative(folder)}",
@@ -211,20 +212,12 @@ def course_concepts(inputs: Inputs) -> Personalization:
         concepts=concepts,
         graded=file,
         references=folder,
-        prompts=(f"a photo of a {first}{style}", bench, together),
+        prompts=(f"a photo of a {first}{styled}", bench, together),
         layout_words=tuple(dict.fromkeys((objects[0]["init"], objects[-1]["init"]))),
         learn_flags=("--steps", "500", "--validate-every", "125"),
         guidance="7.5",
         files=(folder, Path(model)),
     )
-
-
-def course_concept(folder: Path, entry: CourseConcept) -> dict[str, str]:
-    """Return a concept for `--concepts`: a style if a prompt says so, else an object that starts from its name's last word."""
-    style = any(f"style of {entry.token}" in prompt for prompt in entry.prompts)
-    init = "painting" if style else entry.source.split()[-1].lower()
-    images = f"{folder / entry.key}"
-    return {"token": entry.token, "images": images, "init": init, "kind": "style" if style else "object"}
 
 
 def miniature_concepts(inputs: Inputs) -> Personalization:
@@ -292,10 +285,8 @@ def with_baselines(entries: dict[str, Any], record: Path) -> dict[str, Any]:
 
 def learning_elements(folder: Path, case: Personalization) -> list[Element]:
     """Return each concept's images, how samples came to resemble them, and the loss."""
-    record = read_json(folder / "record.json")
-    elements: list[Element] = [
-        Score("tokens learned", f"{len(case.concepts)} in {record['timings_s']['training']:.0f} s")
-    ]
+    seconds = read_json(folder / "record.json")["timings_s"]["training"]
+    elements: list[Element] = [Score("tokens learned", f"{len(case.concepts)} in {seconds:.0f} s")]
     for concept in case.concepts:
         token = concept["token"]
         images = sorted(p for p in Path(concept["images"]).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -307,16 +298,14 @@ def learning_elements(folder: Path, case: Personalization) -> list[Element]:
         ]
     loss = folder / "loss.png"
     if loss.is_file():
-        elements.append(
-            Figure("Loss over the steps; most of its ups and downs are those of noise and timestep.", (loss,))
-        )
-    return [*elements, settings_table("Settings", {name: record["settings"][name] for name in LEARN_SETTINGS})]
+        text = "Loss over the steps; most of its ups and downs are those of noise and timestep."
+        elements.append(Figure(text, (loss,)))
+    return elements
 
 
-def grading_elements(images: Path, grades: Path, whose: str) -> list[Element]:
+def grading_elements(folder: Path, whose: str) -> list[Element]:
     """Return a row per prompt with its scores and baselines, and the best five images of each."""
-    metrics = read_json(grades / "record.json")["metrics"]
-    settings = read_json(images / "record.json")["settings"]
+    metrics = read_json(folder / "record.json")["metrics"]
     rows = []
     for case in metrics["cases"]:
         image, text = case["baseline"]
@@ -325,32 +314,17 @@ def grading_elements(images: Path, grades: Path, whose: str) -> list[Element]:
     head = ("concept", "graded text", "image", "baseline", "text", "baseline", "")
     return [
         Score(f"prompts whose scores reach {whose} baselines", f"{metrics['passed']} of {len(rows)}", "all"),
-        Figure("The best five images of every prompt, with image and text score.", (grades / "best.png",)),
+        Figure("The best five images of every prompt, with image and text score.", (folder / "best.png",)),
         Table("Mean scores of the best five images", head, tuple(rows)),
-        settings_table("Settings", {name: settings[name] for name in SAMPLE_SETTINGS} | {"clip": metrics["clip"]}),
-    ]
-
-
-def prompt_elements(folder: Path, prompts: tuple[str, ...]) -> list[Element]:
-    """Return a row of images per prompt."""
-    settings = read_json(folder / "record.json")["settings"]
-    return [
-        *(
-            Figure(f"“{prompt}”", tuple(sorted((folder / "images").glob(f"{index}_*.png"))))
-            for index, prompt in enumerate(prompts)
-        ),
-        settings_table("Settings", {name: settings[name] for name in SAMPLE_SETTINGS}),
     ]
 
 
 def layout_elements(folder: Path, prompt: str) -> list[Element]:
     """Return the levels in one figure, and the images of the strongest."""
-    record = read_json(folder / "record.json")
     images = tuple(sorted((folder / "images").glob("*.png")))
-    seconds = record["metrics"]["seconds_per_picture"]
+    seconds = read_json(folder / "record.json")["metrics"]["seconds_per_picture"]
     return [
         Score("composed images (conductor)", f"{len(images)}, {seconds:.2f} s each"),
         Figure(LEVELS, (folder / "levels.png",)),
         Figure(f"“{prompt}”: conductor.", images),
-        settings_table("Settings", {name: record["settings"][name] for name in SAMPLE_SETTINGS}),
     ]

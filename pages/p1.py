@@ -29,7 +29,7 @@ def sections(inputs: Inputs) -> list[Section]:
     shipped, classifier, figures = inputs.digits == DIGITS, inputs.mnistm_classifier, inputs.steps / "p1_figures"
     weights = f"{'shipped' if shipped else 'your'} weights {relative(inputs.digits)}"
     modes = ["retries"] if inputs.quick else ["retries", "plain"]
-    wanted = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "sweep"]
+    kinds = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "sweep"]
     draw = ("P1_report.py", "--model", inputs.digits, "--output", figures, "--device", inputs.device, "--figures")
     return [
         Section(
@@ -58,7 +58,7 @@ def sections(inputs: Inputs) -> list[Section]:
             "background follow the noise, the shape follows the digit.",
             inputs=weights,
             shipped=shipped,
-            steps=(Step("p1_figures", "P1: figures", ((*draw, *wanted),), (inputs.digits,)),),
+            steps=(Step("p1_figures", "P1: figures", ((*draw, *kinds),), (inputs.digits,)),),
             elements=lambda: [
                 Figure(text, (figures / name,)) for name, text in FIGURES.items() if (figures / name).is_file()
             ],

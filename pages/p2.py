@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pages.elements import Element, Figure, Score, Section, Table, settings_table
+from pages.elements import Element, Figure, Score, Section, Table
 from pages.inputs import FACES, Inputs
 from runtime.files import read_json
 from runtime.steps import Command, Step, relative
 
-SETTINGS = ("model", "noise", "seeds", "steps", "rule", "eta", "to_uint8", "seed", "precision")
 HINT = "The course's faces: UNET=face/UNet.pt DATA=hw2_data with face/noise and face/GT in it (or all three there)."
 FIGURES = {
     "eta.png": "Rows: eta. Columns: the first four noises.",
@@ -59,17 +58,12 @@ def sections(inputs: Inputs) -> list[Section]:
 def face_elements(folder: Path) -> list[Element]:
     """Return the faces, and their errors if there was a reference."""
     record = read_json(folder / "record.json")
-    errors, settings = record["metrics"]["reference"], record["settings"]
+    errors, steps = record["metrics"]["reference"], record["settings"]["steps"]
     paths = tuple(sorted((folder / "images").glob("*.png")))
-    faces = Figure(f"{len(paths)} noises, {len(paths)} faces, eta 0, {settings['steps']} steps.", paths)
-    about = settings_table("Settings", {name: settings[name] for name in SETTINGS})
+    faces = Figure(f"{len(paths)} noises, {len(paths)} faces, eta 0, {steps} steps.", paths)
     if not errors:
         seconds = record["timings_s"]["drawing"] / len(paths)
-        return [
-            Score(f"faces drawn by DDIM in {settings['steps']} steps", f"{len(paths)}, {seconds:.2f} s each"),
-            faces,
-            about,
-        ]
+        return [Score(f"faces drawn by DDIM in {steps} steps", f"{len(paths)}, {seconds:.2f} s each"), faces]
     rows = tuple(
         (stem, f"{error['mse']:.4f}", f"{error['largest']:.0f}", "PASS" if error["pass"] else "FAIL")
         for stem, error in errors.items()
@@ -81,7 +75,6 @@ def face_elements(folder: Path) -> list[Element]:
         Score("mean squared error against the course's faces", f"{mean / len(errors):.4f}", "below 20"),
         faces,
         Table("Against the course's faces, on 0..255", head, rows),
-        about,
     ]
 
 

@@ -18,7 +18,7 @@ from pages.elements import Element, Section, plain
 from runtime.device import detect
 from runtime.files import atomic, read_json
 from runtime.record import git_revision, versions
-from runtime.steps import Outcome, command_line, relative
+from runtime.steps import Outcome, Step, command_line, relative
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROBLEMS = {
@@ -31,34 +31,23 @@ RECORD_FACTS = ("seed", "device", "started", "revision")  # shown before the set
 
 
 @dataclass(frozen=True)
-class StepSummary:
-    """A step as the page shows it: commands, time or state, and records as rows of texts."""
-
-    title: str
-    state: str
-    commands: list[str]
-    records: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class RenderedSection:
     """A section with its elements, or the reason why there are none."""
 
     section: Section
-    steps: list[StepSummary]
+    steps: list[tuple[Step, Outcome, list[dict[str, Any]]]]
+    """Each step with what became of it and with its records, by `record_of`."""
     elements: list[Element]
     reason: str
 
 
 def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcome]) -> RenderedSection:
     """Return what a section's steps left in `folder`. A result that cannot be read is a reason, not an error."""
-    summaries, reasons = [], []
+    steps, reasons = [], []
     for step in section.steps:
         outcome = outcomes[step.name]
         records = [] if outcome.reason else sorted((folder / step.name).glob("record*.json"))
-        state = outcome.state if outcome.reason else f"{outcome.seconds:.0f} s"
-        commands = [command_line(command) for command in step.commands]
-        summaries.append(StepSummary(step.title, state, commands, [record_of(path) for path in records]))
+        steps.append((step, outcome, [record_of(path) for path in records]))
         reasons += [f"{step.title}: {outcome.reason}"] if outcome.reason else []
     elements: list[Element] = []
     if not reasons:
@@ -66,7 +55,7 @@ def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcom
             elements = section.elements()
         except Exception as error:  # a file of another version may hold anything; the other sections are still useful
             reasons = [f"Its results can't be read ({type(error).__name__}: {error})."]
-    return RenderedSection(section, summaries, elements, "\n".join(reasons))
+    return RenderedSection(section, steps, elements, "\n".join(reasons))
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -91,13 +80,14 @@ def write_page(path: Path, rendered: Sequence[RenderedSection], command: str) ->
     """Write the page atomically; `command` is the one that makes it."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **options)
-    steps = {step.title for one in rendered for step in one.steps}
+    steps = {step.name for one in rendered for step, *_ in one.steps}
     present = sum(not one.reason for one in rendered)
     html = environment.get_template("page.html").render(
         title=TITLE,
         problems={key: name for key, name in PROBLEMS.items() if any(one.section.problem == key for one in rendered)},
         rendered=rendered,
         embedded=embedded,
+        command_line=command_line,
         style=Markup((TEMPLATES / "style.css").read_text()),
         script=Markup((TEMPLATES / "enlarge.js").read_text()),
         date=time.strftime("%d %B %Y, %H:%M"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from functools import partial
 from pathlib import Path
 
@@ -71,34 +70,16 @@ def classify(inputs: Inputs, folder: Path, *flags: str | Path) -> Command:
 def result_elements(folder: Path, target: str) -> list[Element]:
     """Return the accuracies, five right and five wrong cases, and the most frequent mistakes."""
     metrics = read_json(folder / "record.json")["metrics"]
-    top1 = percent(metrics["top1"])
-    shares = (
-        ("top 1", top1),
-        ("top 5", percent(metrics["top5"])),
-        ("mean over the classes", percent(metrics["mean_recall"])),
-    )
+    shares = (("top 5", percent(metrics["top5"])), ("mean over the classes", percent(metrics["mean_recall"])))
     pairs = tuple(
         (pair["truth"], pair["predicted"], f"{pair['times']} of {pair['pictures']}")
         for pair in metrics["confused_pairs"]
     )
     return [
-        Score(f"zero-shot accuracy, {metrics['pictures']:,} images", top1, target),
+        Score(f"zero-shot accuracy, {metrics['pictures']:,} images", percent(metrics["top1"]), target),
         Figure("Right cases above, wrong ones below, each with the three likeliest classes.", (folder / "cases.png",)),
         Figure("Rows: what the images show. Columns: what they were classified as.", (folder / "confusion.png",)),
-        Table("Right answers", ("", "share"), shares),
-        Table(
-            "Five right and five wrong cases",
-            ("", "file", "shows", "classified as"),
-            tuple(map(case_row, metrics["cases"])),
-        ),
+        Table("Right answers", ("", "share"), (("top 1", percent(metrics["top1"])), *shares)),
         Table("Most frequent mistakes", ("shows", "classified as", "how often"), pairs),
         settings_table("Settings", {name: metrics.get(name) for name in SETTINGS}),
     ]
-
-
-def case_row(line: str) -> tuple[str, ...]:
-    """Return a table row of a printed case: "Failed Cases: ('1.png', 'GT:oak', 'Predicted:elm')"."""
-    kind, fields = line.split(": ", 1)
-    file, *names = ast.literal_eval(fields)
-    truth, predicted = names[0].removeprefix("GT:"), names[-1].removeprefix("Predicted:")
-    return ("right" if kind.startswith("Success") else "wrong", file, truth, predicted)

@@ -231,7 +231,7 @@ def test_what_a_run_leaves_behind(tiny_clip: str, labelled: Path, tmp_path: Path
     assert all(Image.open(tmp_path / "out" / name).width > 300 for name in ("cases.png", "confusion.png"))
 
 
-@pytest.mark.skipif(not STANDIN.is_file(), reason=f"{STANDIN.name} is not beside the repository")
+@pytest.mark.skipif(not STANDIN.is_file(), reason=f"{STANDIN.name} is not next to the repository")
 def test_the_layout_of_the_homework(tiny_clip: str, tmp_path: Path) -> None:
     with tarfile.open(STANDIN) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -309,7 +309,7 @@ def test_one_command_makes_a_page_of_its_own(report_page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's chromium without a window or a connection of its own."""
+    """Debian's chromium without a window and without a connection."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not program:

@@ -88,25 +88,20 @@ class LabelledImages:
         return digest.hexdigest()
 
     def open(self, index: int) -> Image.Image:
-        """Return one image, RGB, and log the first of each other mode. Raise BadInput as `read_image` does."""
-        image, mode = read_image(self.paths[index])
+        """Return one image as RGB, and log the first of each other mode. Raise BadInput if it is broken or deeper than 8 bits."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                mode = file.mode
+                image = file.convert("RGB") if mode in CONVERTIBLE else None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadInput(f"{path} is not a readable picture: {error}") from None
+        if image is None:
+            raise BadInput(f"{path} has mode {mode}, which has no clear RGB form: save it with 8 bits per channel")
         if mode not in self.modes:
             self.modes.add(mode)
-            log(f"pictures of mode {mode}, such as {self.paths[index]}, are converted to RGB")
+            log(f"pictures of mode {mode}, such as {path}, are converted to RGB")
         return image
-
-
-def read_image(path: Path) -> tuple[Image.Image, str]:
-    """Return the image as RGB, and the mode of its file. Raise BadInput if it is broken or deeper than 8 bits."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            image = file.convert("RGB") if mode in CONVERTIBLE else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is not a readable picture: {error}") from None
-    if image is None:
-        raise BadInput(f"{path} has mode {mode}, which has no clear RGB form: save it with 8 bits per channel")
-    return image, mode
 
 
 def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:

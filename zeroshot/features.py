@@ -108,11 +108,19 @@ class FeatureExtractor:
 
         Raise BadInput for a file with the features of other images.
         """
-        tensors, labels = _read_features(file, images) if file and file.exists() else ({}, {})
+        tensors: dict[str, Tensor] = {}
+        metadata = {"pictures": images.fingerprint}  # and the label of each model, by key
+        if file and file.exists():
+            tensors, metadata = load_safetensors(file)
+            if metadata.get("pictures") != images.fingerprint:
+                raise BadInput(
+                    f"--embeddings {file} holds no features of the pictures in {images.paths[0].parent}:"
+                    " name another file or remove it"
+                )
         if self.key in tensors:
             return tensors[self.key]
-        if labels:
-            others = ", ".join(labels.values())
+        if tensors:
+            others = ", ".join(metadata[key] for key in tensors)
             log(f"{file} has features of {others}, none of {self.source.label} as set: computed and added")
 
         clip = self.clip
@@ -121,8 +129,7 @@ class FeatureExtractor:
             features = encode_all(clip, images, batch, workers or len_cores(), shard)
 
         if file and is_main_process():
-            metadata = {"pictures": images.fingerprint, **labels, self.key: self.source.label}
-            save_safetensors(file, {**tensors, self.key: features}, metadata)
+            save_safetensors(file, tensors | {self.key: features}, metadata | {self.key: self.source.label})
         return features
 
     def classifier(self, classes: list[str], templates: Sequence[str], names: Names, cache: Path) -> Classifier:
@@ -143,14 +150,3 @@ class FeatureExtractor:
         tensors = {"classifier": classifier.weight.contiguous(), "scale_and_bias": numbers}
         save_safetensors(path, tensors, {"model": self.source.label})
         return classifier
-
-
-def _read_features(file: Path, images: LabelledImages) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the features in a file and the labels of their models, both by key. Raise BadInput if they are of other images."""
-    tensors, metadata = load_safetensors(file)
-    if metadata.get("pictures") != images.fingerprint:
-        folder = images.paths[0].parent
-        raise BadInput(
-            f"--embeddings {file} holds no features of the pictures in {folder}: name another file or remove it"
-        )
-    return tensors, {key: label for key, label in metadata.items() if key in tensors}

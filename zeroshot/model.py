@@ -72,9 +72,8 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
     """
     whole = source.model.startswith((LOCAL, HUB))
     archive = not whole and is_openai_archive(source.weights)
-    logging.disable(
-        logging.WARNING if archive else logging.NOTSET
-    )  # its weights follow, so "initialized randomly" misleads
+    # an archive's weights follow, so "initialized randomly" misleads
+    logging.disable(logging.WARNING if archive else logging.NOTSET)
     try:
         with hub(source.online):
             model, _, transform = open_clip.create_model_and_transforms(
@@ -89,9 +88,7 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
             tokenizer = open_clip.get_tokenizer(source.model)
         if archive:
             model.load_state_dict(_openai_tensors(source.weights))
-    except (
-        Exception
-    ) as error:  # a damaged or foreign file makes open_clip, torch or transformers raise errors of any class
+    except Exception as error:  # of any class, by open_clip, torch or transformers for a damaged or foreign file
         raise BadInput(f"--model {source.model} can't be loaded from {source.weights}: {_reason(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -111,8 +108,5 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
     if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
         return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"
-    if "huggingface.co" in text:
-        return (
-            "its tokenizer or text tower is not on this machine: name it by a tag or hf-hub:NAME once, with a network"
-        )
-    return text[:240]
+    absent = "its tokenizer or text tower is not on this machine: name it by a tag or hf-hub:NAME once, with a network"
+    return absent if "huggingface.co" in text else text[:240]

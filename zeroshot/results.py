@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +16,11 @@ from runtime.files import atomic
 from zeroshot.dataset import LabelledImages
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CASES = 5
-Choosing = Literal["seed", "confidence"]
-Row = dict[str, Any]  # of a table: column -> value
 
 
 @dataclass
@@ -68,28 +67,22 @@ def accuracies(result: Result) -> dict[str, float]:
     }
 
 
-def per_class(result: Result) -> list[Row]:
+def per_class(result: Result) -> pd.DataFrame:
     """Return a row per class: id, name, images, right ones, recall, precision, and its most frequent wrong prediction."""
-    rows = []
-    for row, (number, name) in enumerate(result.images.classes.items()):
-        count, predicted = int(result.confusion[row].sum()), int(result.confusion[:, row].sum())
-        right, others = int(result.confusion[row, row]), result.confusion[row].clone()
-        others[row] = 0
-        rows.append(
-            {
-                "class": number,
-                "name": name,
-                "pictures": count,
-                "right": right,
-                "recall": round(right / count, 4) if count else None,
-                "precision": round(right / predicted, 4) if predicted else None,
-                "taken_for": result.name(others.argmax()) if others.any() else "",
-            }
-        )
-    return rows
+    import pandas as pd  # slow to import
+
+    names, confusion = np.array(result.images.names), result.confusion.numpy()
+    right, wrong = confusion.diagonal(), confusion - np.diag(confusion.diagonal())
+    table = pd.DataFrame(
+        {"class": list(result.images.classes), "name": names, "pictures": confusion.sum(1), "right": right}
+    )
+    table["recall"] = (table.right / confusion.sum(1)).round(4)  # empty without images
+    table["precision"] = (table.right / confusion.sum(0)).round(4)
+    table["taken_for"] = np.where(wrong.any(1), names[wrong.argmax(1)], "")
+    return table
 
 
-def confused_pairs(result: Result, count: int = 10) -> list[Row]:
+def confused_pairs(result: Result, count: int = 10) -> list[dict[str, Any]]:
     """Return the most frequent mistakes: truth, predicted, how often, and how many images the truth has."""
     wrong = result.confusion - result.confusion.diag().diag()
     times, cells = wrong.flatten().sort(descending=True, stable=True)
@@ -102,47 +95,38 @@ def confused_pairs(result: Result, count: int = 10) -> list[Row]:
     return pairs
 
 
-def predictions(result: Result) -> list[Row]:
+def predictions(result: Result) -> pd.DataFrame:
     """Return a row per image: file, truth, prediction, probability, and the five most probable classes."""
-    rows = []
-    for path, truth, best, shares in zip(
-        result.images.paths,
-        result.images.truth,
-        result.best,
-        result.probabilities.gather(1, result.best).tolist(),
-        strict=True,
-    ):
-        rows.append(
-            {
-                "file": path.name,
-                "truth": result.name(truth),
-                "predicted": result.name(best[0]),
-                "probability": f"{shares[0]:.6f}",
-                "top5": "|".join(result.name(row) for row in best),
-                "top5_probability": "|".join(f"{share:.6f}" for share in shares),
-            }
-        )
-    return rows
+    import pandas as pd  # slow to import
+
+    names = np.array(result.images.names)
+    best = names[result.best]
+    shares = [[f"{share:.6f}" for share in row] for row in result.probabilities.gather(1, result.best).tolist()]
+    return pd.DataFrame(
+        {
+            "file": [path.name for path in result.images.paths],
+            "truth": names[result.images.truth],
+            "predicted": best[:, 0],
+            "probability": [row[0] for row in shares],
+            "top5": list(map("|".join, best)),
+            "top5_probability": list(map("|".join, shares)),
+        }
+    )
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, atomically. There is at least one."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write the table without its index, atomically."""
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 # ---------------------------------------------------------------- the report's lines
 
 
-def cases(result: Result, choosing: Choosing, seed: int) -> tuple[list[int], list[int]]:
-    """Return the rows of up to five right and five wrong images: a draw by the seed, or the most confident."""
+def cases(result: Result, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows of up to five right and five wrong images, drawn by the seed."""
     right = result.predicted == result.images.truth
-    if choosing == "confidence":
-        order = result.probabilities.amax(1).argsort(descending=True, stable=True)
-    else:
-        order = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))
     return order[right[order]][:CASES].tolist(), order[~right[order]][:CASES].tolist()
 
 
@@ -176,10 +160,10 @@ def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequen
     _save(figure, path)
 
 
-def _draw_case(picture: Axes, bars: Axes, result: Result, row: int) -> None:
+def _draw_case(photo: Axes, bars: Axes, result: Result, row: int) -> None:
     truth = int(result.images.truth[row])
-    picture.imshow(result.images.open(row), interpolation="nearest")
-    picture.set_title(f"{result.images.paths[row].name}\n{result.name(truth)}", fontsize=9)
+    photo.imshow(result.images.open(row), interpolation="nearest")
+    photo.set_title(f"{result.images.paths[row].name}\n{result.name(truth)}", fontsize=9)
     for rank, index in enumerate(result.best[row, :3].tolist()):
         share = float(result.probabilities[row, index])
         colour = "tab:green" if index == truth else "tab:red" if rank == 0 else "tab:gray"

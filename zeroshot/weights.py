@@ -62,7 +62,11 @@ class Source:
     @cached_property
     def digests(self) -> dict[str, str]:
         """File name -> sha256."""
-        return {path.name: sha256(path) for path in self.files}
+        digests = {}
+        for path in self.files:
+            with open(path, "rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
 
     @cached_property
     def identity(self) -> str:
@@ -70,15 +74,6 @@ class Source:
         config = None if self.model.startswith((LOCAL, HUB)) else open_clip.get_model_config(self.model)
         parts = (config, self.quick_gelu, self.preprocessing, open_clip.__version__)
         return hashlib.sha256(repr((parts, self.digests)).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, read block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- from names to files
@@ -101,7 +96,9 @@ def resolve(model: str, weights: str | None, download: bool = False) -> Source:
     tag = weights.lower().replace("-", "_")
     if tag in tags:
         path = find_weights(model, tag) or _download(model, tag, download)
-        online = download and _needs_hub(model)
+        # open_clip takes the text tower or tokenizer of these from the hub
+        hub_text = {"hf_model_name", "hf_tokenizer_name"} & open_clip.get_model_config(model)["text_cfg"].keys()
+        online = download and bool(hub_text)
         return Source(model, tag, path, (path,), needs_quick_gelu(model, tag, path), online)
     if not Path(weights).is_file():
         near = ", ".join(difflib.get_close_matches(weights, tags, 3, 0.4) or tags) or "none known"
@@ -184,12 +181,6 @@ def _download(model: str, tag: str, allowed: bool) -> Path:
         f"the weights {tag} of {model} are not on this machine: {reason};"
         f" by hand, get {url} and place it as {WEIGHTS / f'{model}.{tag}{Path(url).suffix}'}"
     )
-
-
-def _needs_hub(model: str) -> bool:
-    """Return whether open_clip takes the architecture's text tower or tokenizer from the hub."""
-    config = open_clip.get_model_config(model)
-    return any(name in config["text_cfg"] for name in ("hf_model_name", "hf_tokenizer_name"))
 
 
 # ---------------------------------------------------------------- the activation

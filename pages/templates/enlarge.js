@@ -1,14 +1,14 @@
 "use strict";
 const large = document.getElementById("large");
-const picture = large.querySelector("img");
+const image = large.querySelector("img");
 for (const zoom of document.querySelectorAll(".zoom")) {
   zoom.addEventListener("click", () => {
     const small = zoom.querySelector("img");
-    picture.src = small.src;
-    picture.alt = small.alt;
-    picture.className = small.className;
+    image.src = small.src;
+    image.alt = small.alt;
+    image.className = small.className;
     const wide = small.naturalWidth;  // as wide as the window; on a phone as wide as it is, to be moved about
-    picture.style.width = small.className ? "" : `max(min(92vw, ${1.5 * wide}px), min(${wide}px, 56rem))`;
+    image.style.width = small.className ? "" : `max(min(92vw, ${1.5 * wide}px), min(${wide}px, 56rem))`;
     large.querySelector("p").textContent = zoom.dataset.caption;
     large.showModal();
     large.scrollTo(0, 0);

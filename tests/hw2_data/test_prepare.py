@@ -91,7 +91,7 @@ def test_every_mnistm_image_is_a_photograph_outside_and_its_negative_inside_the_
     originals: dict[str, Any], tmp_path: Path
 ) -> None:
     main(Public(output=tmp_path / "out", domains=("mnistm",), **originals))
-    digits = read_mnist(originals["mnist"], "train")
+    digits, _ = read_mnist(originals["mnist"], "train")
     crops = [
         load_photograph(path)[y : y + 28, x : x + 28]
         for path in find_photographs(originals["backgrounds"])
@@ -100,15 +100,15 @@ def test_every_mnistm_image_is_a_photograph_outside_and_its_negative_inside_the_
     ]
     for index in range(3):
         made = np.asarray(Image.open(tmp_path / "out/mnistm/data" / f"{index:05d}.png")).astype(int)
-        background = np.abs(made - 255 * (digits.images[index] > 0)[..., None])  # the blend undoes itself
+        background = np.abs(made - 255 * (digits[index] > 0)[..., None])  # the blend undoes itself
         assert any((background == crop).all() for crop in crops)
 
 
 @needs_shared
 def test_the_original_files_are_read() -> None:
-    digits = read_mnist(SHARED / "mnist", "val")
-    assert digits.images.shape == (10_000, 28, 28)
-    assert digits.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    images, labels = read_mnist(SHARED / "mnist", "val")
+    assert images.shape == (10_000, 28, 28)
+    assert labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 
 @needs_shared
@@ -126,7 +126,7 @@ def test_torchvisions_layout_is_read_too(originals: dict[str, Any], tmp_path: Pa
     for packed in originals["mnist"].iterdir():
         (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     flat, nested = read_mnist(originals["mnist"], "train"), read_mnist(tmp_path / "root", "train")
-    np.testing.assert_array_equal(flat.images, nested.images)
+    np.testing.assert_array_equal(flat[0], nested[0])
 
 
 def test_a_large_photograph_is_reduced_but_never_below_a_crop(tmp_path: Path) -> None:
@@ -315,14 +315,23 @@ def test_the_other_parts_are_compared_with_the_course(
     (tmp_path / "face" / "noise").mkdir(parents=True)
     torch.save(torch.zeros(1, 3, 256, 256), tmp_path / "face/noise/00.pt")
     (tmp_path / "textual_inversion").mkdir()
-    entry = {"token_name": "<new1>", "prompt": ["a <new1>"], "prompt_4_clip_eval": ["a dog"], "baseline": [[70, 30]]}
-    (tmp_path / "textual_inversion/input.json").write_text(json.dumps({"0": entry, "1": {**entry, "baseline": []}}))
+    entry: dict[str, Any] = {
+        "src_image": "dog",
+        "token_name": "<new1>",
+        "prompt": ["a <new1>"],
+        "prompt_4_clip_eval": ["a dog"],
+        "baseline": [[70, 30]],
+    }
+    (tmp_path / "textual_inversion/input.json").write_text(json.dumps({"0": entry}))
     main(Course(data=tmp_path))
     printed = capsys.readouterr().out
     assert "NOT AS IN THE COURSE: noise/: 1 of 10 files, 1 of the right shape" in printed
     assert "UNUSABLE: " + str(tmp_path / "face/UNet.pt") in printed
     assert "  ok: input.json 0: <new1>" in printed
-    assert "NOT AS IN THE COURSE: input.json 1: <new1>" in printed
+
+    (tmp_path / "textual_inversion/input.json").write_text(json.dumps({"0": entry, "1": {**entry, "baseline": []}}))
+    main(Course(data=tmp_path))
+    assert "input.json, '1': baseline must have one item for each of the 1 prompts" in capsys.readouterr().out
 
 
 def test_val_csv_may_be_absent(drawn: Path, tmp_path: Path) -> None:

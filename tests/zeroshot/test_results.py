@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -31,11 +32,11 @@ def test_accuracies_recall_and_pairs_of_a_known_case() -> None:
     assert [tuple(pair.values()) for pair in confused_pairs(result)] == [
         ("ant", "bee", 1, 4), ("bee", "ant", 1, 2), ("bee", "cat", 1, 2)
     ]  # fmt: skip
-    table = {row["name"]: row for row in per_class(result)}
-    assert [row["right"] for row in table.values()] == [3, 0, 0, 0, 0, 0, 0]
-    assert table["ant"]["precision"] == pytest.approx(3 / 4)
-    assert table["ant"]["taken_for"] == "bee"
-    assert table["cat"]["recall"] is None
+    table = per_class(result).set_index("name")
+    assert table.right.tolist() == [3, 0, 0, 0, 0, 0, 0]
+    assert table.precision["ant"] == pytest.approx(3 / 4)
+    assert table.taken_for["ant"] == "bee"
+    assert table.recall.isna().tolist() == [False, False, True, True, True, True, True]
 
 
 def test_fewer_than_five_classes_have_a_top_five() -> None:
@@ -43,19 +44,16 @@ def test_fewer_than_five_classes_have_a_top_five() -> None:
     assert accuracies(Result(images, torch.tensor([[0.9, 0.1]])))["top5"] == 1
 
 
-def test_cases_by_seed_and_by_confidence() -> None:
+def test_cases_are_drawn_by_the_seed() -> None:
     rows = [[0.5 + n / 100, 0.5 - n / 100] + [0.0] * 5 for n in range(40)]
     result = result_of(rows, [n % 2 for n in range(40)])
-    right, wrong = cases(result, "confidence", 0)
-    assert right == [38, 36, 34, 32, 30]
-    assert wrong == [39, 37, 35, 33, 31]
-    assert cases(result, "seed", 1) == cases(result, "seed", 1)
-    assert cases(result, "seed", 1) != cases(result, "seed", 2)
-    right, wrong = cases(result, "seed", 1)
+    assert cases(result, 1) == cases(result, 1)
+    assert cases(result, 1) != cases(result, 2)
+    right, wrong = cases(result, 1)
     assert {n % 2 for n in right} == {0}
     assert {n % 2 for n in wrong} == {1}
 
 
 def test_a_table_is_plain_csv(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", [{"name": 'a, "b"', "recall": None}, {"name": "é", "recall": 0.5}])
+    write_csv(tmp_path / "t.csv", pd.DataFrame({"name": ['a, "b"', "é"], "recall": [float("nan"), 0.5]}))
     assert (tmp_path / "t.csv").read_bytes() == 'name,recall\n"a, ""b""",\né,0.5\n'.encode()
