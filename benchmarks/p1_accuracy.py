@@ -15,7 +15,7 @@ from pathlib import Path
 import repository_root  # noqa: F401  # isort: split
 import torch
 
-from benchmarks.timing import BENCH, spread
+from benchmarks.timing import BENCH, report
 from digits.classifier import accuracy, load_classifier, quality, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
 from P1_model import DOMAINS, load_network
@@ -47,6 +47,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Print mean and spread over the seeds of every number, without and with retries."""
     machine = detect(settings.device)
+    record = Record(settings, machine)
     network, classifiers = load_network(settings.model, machine.device), shipped_classifiers(machine.device)
     course = load_classifier(settings.mnistm_classifier, machine.device) if settings.mnistm_classifier else None
     sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), settings.batch)
@@ -72,11 +73,8 @@ def main(settings: Settings) -> None:
                 results.setdefault(f"{way}: {name}", []).append(value)
 
     print(f"{len(settings.seeds)} seeds of {settings.count * 20:,} images, {machine.name}")
-    for name, values in results.items():
-        print(f"{name:60s} {spread(values, 4)}")
-    record = Record(settings, machine)
     record.add_repeats(results)
-    record.save(settings.record)
+    report(record, settings.record)
 
 
 if __name__ == "__main__":

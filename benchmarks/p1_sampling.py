@@ -17,7 +17,7 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.timing import BENCH, ratios, spread, timed
+from benchmarks.timing import BENCH, ratios, report, timed
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.steps import step_rule
@@ -83,20 +83,16 @@ def main(settings: Settings) -> None:
         time, images["default"] = timed(lambda: sampler.images(requests, "default sampler"), device)
         ours.append(time)
     ddpm, images["DDPM"] = timed(lambda: two_pass_ddpm(network, requests, config.guidance, settings.steps), device)
-    faster = ratios([ddpm] * len(ours), ours)
-    scores = {
-        name: statistics.mean(accuracy(classifiers, to_uint8(batch), *labels_of(requests)))
-        for name, batch in images.items()
-    }
-
-    print(f"{len(requests)} images, {machine.name}")
-    print(f"default ({config.name}, {config.steps} steps): {spread(ours)} s, accuracy {scores['default']:.3f}")
-    print(f"DDPM, {settings.steps} steps, two passes: {ddpm:.2f} s, accuracy {scores['DDPM']:.3f}")
-    print(f"times faster: {spread(faster, 1)}")
     record = Record(settings, machine)
-    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [ddpm], "times faster": faster})
-    record.add_repeats({f"accuracy, {name}": [score] for name, score in scores.items()})
-    record.save(settings.record)
+    record.add_repeats({"default sampler, s": ours, "DDPM, two passes, s": [ddpm]})
+    record.add_repeats({"times faster": ratios([ddpm] * len(ours), ours)})
+    for name, batch in images.items():
+        scores = accuracy(classifiers, to_uint8(batch), *labels_of(requests))
+        record.add_repeats({f"accuracy, {name}": [statistics.mean(scores)]})
+    print(
+        f"{len(requests)} images, {config.name} with {config.steps} steps, DDPM with {settings.steps}, {machine.name}"
+    )
+    report(record, settings.record)
 
 
 if __name__ == "__main__":

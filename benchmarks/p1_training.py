@@ -12,10 +12,11 @@ A busy machine slows both alike. The first step of each round is not counted, no
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import repository_root  # noqa: F401  # isort: split
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from benchmarks.plain_p1 import DigitFolder
-from benchmarks.timing import BENCH, ratios, seconds, spread
+from benchmarks.timing import BENCH, ratios, report, seconds
 from diffusion.loss import denoising_loss
 from diffusion.schedule import Schedule, add_noise, make_schedule, target
 from digits.recipes import RECIPES, TrainingRecipe
@@ -58,23 +59,16 @@ class Settings:
     record: Path = BENCH / "p1_training.json"
 
 
-def plain_batches(data: Path, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield batches from the folder reader, endlessly: images, one-hot digits, one-hot domains."""
-    sets = [DigitFolder(data / name, split_tables(data / name)["train"], domain) for domain, name in enumerate(DOMAINS)]
-    loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
-        ConcatDataset(sets), batch, shuffle=True, drop_last=True
-    )
-    while True:
-        yield from loader
-
-
 def plain_step(
     data: Path, layout: ModelConfig, schedule: Schedule, batch: int, device: torch.device
 ) -> Callable[[], None]:
     """Return the textbook step on a network of this layout."""
     unet = UNet(layout).to(device)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-4, foreach=False, fused=False)
-    batches, alpha_bars = plain_batches(data, batch), schedule.alpha_bar.float().to(device)
+    alpha_bars = schedule.alpha_bar.float().to(device)
+    sets = [DigitFolder(data / name, split_tables(data / name)["train"], domain) for domain, name in enumerate(DOMAINS)]
+    loader: DataLoader[Any] = DataLoader(ConcatDataset(sets), batch, shuffle=True, drop_last=True)
+    batches = chain.from_iterable(repeat(loader))
 
     def step() -> None:
         x0, digit, domain = (part.to(device) for part in next(batches))
@@ -149,14 +143,11 @@ def main(settings: Settings) -> None:
                 seconds(step, device)
                 speeds[name].append(settings.steps * recipe.batch / seconds(step, device, settings.steps))
 
-    results = {f"{name}, images/s": values for name, values in speeds.items()}
-    results["times faster"] = ratios(speeds["ours"], speeds["plain"])
     print(f"batches of {recipe.batch}, {machine.name}")
-    for name, values in results.items():
-        print(f"{name:20s} {spread(values)}")
     record = Record(settings, machine)
-    record.add_repeats(results)
-    record.save(settings.record)
+    record.add_repeats({f"{name}, images/s": values for name, values in speeds.items()})
+    record.add_repeats({"times faster": ratios(speeds["ours"], speeds["plain"])})
+    report(record, settings.record)
 
 
 if __name__ == "__main__":

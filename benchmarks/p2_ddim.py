@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
-from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread, timed
+from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds, timed
 from diffusion.steps import step_rule
 from faces.models import load_model
 from faces.noises import Noise, seeded_noises
@@ -123,9 +123,9 @@ def main(settings: Settings) -> None:
             if on_gpu and kind == "bf16" and settings.size == 256:
                 shares = [count * steps * GFLOP / 1e3 / time / ceiling for time in results["ours, s"]]
                 results[f"share of the {ceiling:.0f} TFLOP/s of a large matrix multiplication"] = shares
-            print("\n".join(f"{kind}: {name:30s} {spread(values, 4)}" for name, values in results.items()), flush=True)
             record.add_repeats({f"{kind}: {name}": values for name, values in results.items()})
             record.save(settings.record)
+    report(record, settings.record)
 
 
 if __name__ == "__main__":

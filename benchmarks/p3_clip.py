@@ -24,7 +24,7 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from PIL import Image
 
-from benchmarks.timing import BENCH, ratios, spread, timed
+from benchmarks.timing import BENCH, ratios, report, timed
 from runtime.cli import check_not_negative, check_positive, run_script
 from runtime.device import Device, Machine, allow_tf32, detect, len_cores
 from runtime.files import ROOT, read_json, save_safetensors
@@ -156,9 +156,7 @@ def main(settings: Settings) -> None:
         record.add_repeats(measure(folder, settings, machine, precision))
 
     print(f"{MODEL}, random weights, {precision}, {machine.name}, torch {torch.__version__}")
-    for title, values in record.metrics["repeats"].items():
-        print(f"{title:40s} {spread(values)}")
-    record.save(settings.record)
+    report(record, settings.record)
 
 
 if __name__ == "__main__":

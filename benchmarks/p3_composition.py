@@ -3,7 +3,6 @@
   python benchmarks/p3_composition.py --count 200 --seed 1            learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
   python benchmarks/p3_composition.py --ablation --count 60           conductor with each of its parts on and off
-  python benchmarks/p3_composition.py --ordinary --count 20           ordinary objects and styles in the place of learned ones
   python benchmarks/p3_composition.py --large                         only time and memory, at 512x512; a GPU, or patience
 
 two     two learned objects, each in its box                          three   three learned objects
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +33,11 @@ from torch import Tensor
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
 from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, learn, write_images
 from benchmarks.plain_p3 import save_random_v1
-from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
+from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.composition.layout import Layout, Region, box_mask, make_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
-from concepts.embeddings import Vectors, file_of, install, read_vectors
+from concepts.embeddings import Vectors, file_of, find_vectors, install
 from concepts.inversion import weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
@@ -100,8 +99,6 @@ class Settings:
     """Images per sort of part alone, shared among its parts, at least five each."""
     ablation: bool = False
     """In the place of levels: conductor with its parts on and off."""
-    ordinary: bool = False
-    """Use objects and styles of the model's training as if they were learned: composition with perfect vectors."""
     large: bool = False
     """Only measure time and memory, on a layout for any model."""
     config: ConductorConfig = ConductorConfig()
@@ -120,34 +117,6 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Learn missing vectors, sample, grade, print the shares and write the record after every case."""
-    check(settings)
-    machine = detect(settings.device)
-    record = Record(settings, machine)
-    if settings.large:
-        record.add_repeats(times(settings, large_sampler(settings, machine), LARGE_LAYOUT))
-    else:
-        set_up("fp32", machine)
-        sampler, classifier = miniature_sampler(settings, machine), load_scene_classifier(machine.device)
-        rates: dict[str, float] = {}
-        for name in settings.cases:
-            indices = range(settings.count)
-            cases = [case_of(name, derived_seed(settings.seed, index), settings.ordinary) for index in indices]
-            if name != "leak":
-                rates |= part_rates(settings, classifier, sampler, cases, rates)
-                record.add_repeats({f"{name}: possible": [possible(cases, rates)]})
-            record.add_repeats(case_shares(settings, name, cases, classifier, sampler))
-            record.save(settings.record)
-        record.add_repeats({f"alone: {part}": [rate] for part, rate in rates.items()})
-        if not settings.ablation:
-            record.add_repeats(times(settings, sampler, case_of("two", 0, settings.ordinary).layout))
-    record.save(settings.record)
-    for title, values in record.metrics["repeats"].items():
-        print(f"{title:35s} {spread(values, 3) if len(values) > 1 else f'{values[0]:.3f}'}")
-    log(f"record: {settings.record}")
-
-
-def check(settings: Settings) -> None:
-    """Raise BadInput for settings that make no sense."""
     check_positive(settings, "count", "alone", "steps", "repeats")
     check_not_negative(settings, "seed", "learn")
     if not settings.cases or not settings.levels:
@@ -157,74 +126,84 @@ def check(settings: Settings) -> None:
             "--ablation has means of its own: leave --inject, --focus, --sketch, --background-steps, --collage, --align, --refine out"
         )
     settings.config.check()
+    machine = detect(settings.device)
+    record = Record(settings, machine)
+
+    sampler = open_sampler(settings, machine)
+    if settings.large:
+        record.add_repeats(times(settings, sampler, LARGE_LAYOUT))
+    else:
+        classifier = load_scene_classifier(machine.device)
+        rates: dict[str, float] = {}  # of the parts alone
+        for name in settings.cases:
+            indices = range(settings.count)
+            cases = [case_of(name, derived_seed(settings.seed, index)) for index in indices]
+            if name != "leak":
+                add_part_rates(rates, settings, cases, classifier, sampler)
+                record.add_repeats({f"{name}: possible": [possible(cases, rates)]})
+            record.add_repeats(case_shares(settings, name, cases, classifier, sampler))
+            record.save(settings.record)
+        record.add_repeats({f"alone: {part}": [rate] for part, rate in rates.items()})
+        if not settings.ablation:
+            record.add_repeats(times(settings, sampler, case_of("two", 0).layout))
+
+    report(record, settings.record)
 
 
 # ---------------------------------------------------------------- models
 
 
-def large_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
-    """Return the sampler of --large, in bf16 where the hardware has it."""
-    half = set_up("auto", machine) == "bf16"
+def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
+    """Return the sampler: of the miniature with the vectors of all concepts in fp32; with --large in bf16 if it is native."""
+    half = set_up("auto" if settings.large else "fp32", machine) == "bf16"
+    model = settings.model or ("random-v1" if settings.large else MODEL)
+    vectors = {} if settings.large else learned_vectors(settings, model)
     with tempfile.TemporaryDirectory() as temporary:
-        random = settings.model in (None, "random-v1")
-        model = save_random_v1(Path(temporary)) if random else settings.model
-        pipe = load_pipeline(str(model), machine.device, torch.bfloat16 if half else torch.float32)
-    pipe.unet.to(memory_format=torch.channels_last)
-    return StableDiffusionSampler(pipe, SamplerConfig("dpm", settings.steps, Guidance(settings.guidance)))
-
-
-def miniature_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
-    """Return the sampler with all vectors installed; learn the missing ones: the objects in one run, the styles in another."""
-    model = settings.model or MODEL
-    vectors: Vectors = {}
-    for kind, names in NAMES.items() if not settings.ordinary else ():
-        folder = settings.embeddings or FOLDER / learned_name(settings, model)
-        missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
-        if missing:
-            concepts = [
-                ConceptSet(f"<{name}>", write_images(name, IMAGES, True), INITIAL[kind], kind) for name in missing
-            ]
-            steps = settings.learn or LEARNING_STEPS[kind]
-            learn(concepts, folder, model=model, device=settings.device, steps=steps)
-        for name in names:
-            vectors |= read_vectors(file_of(folder, f"<{name}>"))
-    pipe = load_pipeline(model, machine.device, torch.float32)
+        model = save_random_v1(Path(temporary)) if model == "random-v1" else model
+        pipe = load_pipeline(model, machine.device, torch.bfloat16 if half else torch.float32)
     install(pipe, vectors)
     pipe.unet.to(memory_format=torch.channels_last)
     return StableDiffusionSampler(pipe, SamplerConfig("dpm", settings.steps, Guidance(settings.guidance)))
 
 
-def learned_name(settings: Settings, model: str) -> str:
-    """Return a folder name for the vectors: they depend on the model's weights, the steps and the recipe."""
-    if not Path(model).is_dir():
-        raise BadInput(f"--model {model}: wanted a diffusers folder with safetensors; without one, give --embeddings")
-    steps = [settings.learn or number for number in LEARNING_STEPS.values()]
-    return "-".join([weights_fingerprint(Path(model)), *map(str, [*steps, *RECIPE.values()])])
+def learned_vectors(settings: Settings, model: str) -> Vectors:
+    """Return the vectors of all concepts; learn the missing ones: the objects in one run, the styles in another."""
+    steps = {kind: settings.learn or number for kind, number in LEARNING_STEPS.items()}
+    folder = settings.embeddings
+    if not folder:
+        if not Path(model).is_dir():
+            cure = "wanted a diffusers folder with safetensors; without one, give --embeddings"
+            raise BadInput(f"--model {model}: {cure}")
+        parts = [weights_fingerprint(Path(model)), *steps.values(), *RECIPE.values()]  # vectors depend on these
+        folder = FOLDER / "-".join(map(str, parts))
+    for kind, names in NAMES.items():
+        missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
+        concepts = [ConceptSet(f"<{name}>", write_images(name, IMAGES, True), INITIAL[kind], kind) for name in missing]
+        if concepts:
+            learn(concepts, folder, model=model, device=settings.device, steps=steps[kind])
+    return find_vectors([f"<{name}>" for names in NAMES.values() for name in names], [folder])
 
 
 # ---------------------------------------------------------------- sampling and grading
 
 
-def part_rates(
+def add_part_rates(
+    rates: dict[str, float],
     settings: Settings,
+    cases: Sequence[LayoutCase],
     classifier: SceneClassifier,
     sampler: StableDiffusionSampler,
-    cases: Sequence[LayoutCase],
-    earlier: dict[str, float],
-) -> dict[str, float]:
-    """Return the share of right images of each part alone that occurs in these cases and has no rate yet."""
+) -> None:
+    """Add the share of right images of each part of these cases, alone, that has no rate yet."""
     parts = {part for case in cases for part in case.parts}
     sorts = Counter(part.split()[0] for part in parts)
-    rates = {}
-    for part in sorted(parts - earlier.keys()):
+    for part in sorted(parts - rates.keys()):
         random, count = Random(settings.seed), max(5, settings.alone // sorts[part.split()[0]])
-        questions = [question(part, random, settings.ordinary) for _ in range(count)]
-        seeds = [derived_seed(settings.seed, 1, index) for index in range(count)]
-        requests = [Request(prompt, seed) for (prompt, _), seed in zip(questions, seeds, strict=True)]
-        answers = {name: [own[name] for _, own in questions] for name in questions[0][1]}
+        prompts, answers = zip(*(question(part, random) for _ in range(count)), strict=True)
+        requests = [Request(prompt, derived_seed(settings.seed, 1, index)) for index, prompt in enumerate(prompts)]
         images = sample(sampler.sample_images, requests, part)
-        rates[part] = float(classifier.agrees(images, **answers).float().mean())
-    return rates
+        expected = {name: [own[name] for own in answers] for name in answers[0]}
+        rates[part] = float(classifier.agrees(images, **expected).float().mean())
 
 
 def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
@@ -253,8 +232,9 @@ def case_shares(
             plan = with_reference(case, derived_seed(settings.seed, 3, index)) if aligned else case
             requests.append(LayoutRequest(plan.layout, derived_seed(settings.seed, 2, index)))
         images = sample(partial(compose, sampler, level=level, config=config), requests, f"{name}, {way}")
-        graded = leaks if name == "leak" else right
-        share = sum(graded(classifier, case, image) for case, image in zip(cases, images, strict=True)) / len(cases)
+        graded = leaks if name == "leak" else is_right
+        pairs = zip(cases, images.split(1), strict=True)
+        share = sum(graded(classifier, case, image) for case, image in pairs) / len(cases)
         shares[f"{name}: {way}"] = [share]
         sheet.append(images[:12])
         log(f"{name}, {way}: {share:.3f}")
@@ -264,23 +244,21 @@ def case_shares(
     return shares
 
 
-def right(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Return whether everything in an image [3,64,64] uint8 is as the case requires."""
-    for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
-        pixels = torch.tensor([box]) * SIDE
-        if not classifier.inside(image[None], pixels, [kind], [colour] if colour else None).all():
-            return False
-    answers = {name: [word] for name, word in case.whole.items()}
-    return not answers or bool(classifier.agrees(image[None], **answers).all())
+def is_right(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
+    """Return whether everything in an image [1,3,64,64] uint8 is as the case requires."""
+    inside = all(bool(classifier.inside(image, *box_question)) for box_question in box_questions(case))
+    return inside and (not case.whole or bool(classifier.agrees(image, **{k: [v] for k, v in case.whole.items()})))
 
 
 def leaks(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Return whether any object's kind or colour appears outside its box."""
+    """Return whether any object's kind or colour appears outside its box in an image [1,3,64,64] uint8."""
+    return any(bool(classifier.leaked(image, *box_question)) for box_question in box_questions(case))
+
+
+def box_questions(case: LayoutCase) -> Iterator[tuple[Tensor, list[str], list[str] | None]]:
+    """Yield each object's box [1,4] in pixels, its kind and its colour, as the scene classifier takes them."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
-        pixels = torch.tensor([box]) * SIDE
-        if classifier.leaked(image[None], pixels, [kind], [colour] if colour else None).any():
-            return True
-    return False
+        yield torch.tensor([box]) * SIDE, [kind], [colour] if colour else None
 
 
 def times(settings: Settings, sampler: StableDiffusionSampler, layout: Layout) -> Results:

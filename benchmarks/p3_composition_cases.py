@@ -18,7 +18,6 @@ from miniature.scenery.scenes import (
     HELD_OUT_STYLES,
     KINDS,
     SIDE,
-    STYLES,
     SceneSpec,
     allowed,
     fits,
@@ -54,18 +53,17 @@ class LayoutCase:
 # ---------------------------------------------------------------- layouts
 
 
-def case_of(name: CaseName, seed: int, ordinary: bool = False) -> LayoutCase:
-    """Draw a case; `ordinary` objects and styles can replace learned ones."""
+def case_of(name: CaseName, seed: int) -> LayoutCase:
+    """Draw a case."""
     random = Random(seed)
-    objects, styles = (KINDS, STYLES) if ordinary else (HELD_OUT_KINDS, HELD_OUT_STYLES)
     count, column = 3 if name == "three" else 2, random.random() < 0.5
-    boxes, kinds = boxes_of(count, column, random), random.sample(objects, count)
+    boxes, kinds = boxes_of(count, column, random), random.sample(HELD_OUT_KINDS, count)
     if name == "scene":
-        return scene_case(kinds[0], random.choice(styles), boxes, column, random, ordinary)
+        return scene_case(kinds[0], random.choice(HELD_OUT_STYLES), boxes, column, random)
     colours: list[str | None] = [None] * count
     if name == "leak":
         colours = list(random.sample(list(COLOURS), count))
-    tokens = kinds if ordinary else [f"<{kind}>" for kind in kinds]
+    tokens = [f"<{kind}>" for kind in kinds]
     phrases = [phrase(token, colour) for token, colour in zip(tokens, colours, strict=True)]
     bases = [phrase("object", colour) for colour in colours]
     layout = layout_of(bases, phrases, tokens, boxes, column)
@@ -73,16 +71,15 @@ def case_of(name: CaseName, seed: int, ordinary: bool = False) -> LayoutCase:
     return LayoutCase(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
 
 
-def scene_case(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random, ordinary: bool) -> LayoutCase:
+def scene_case(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random) -> LayoutCase:
     """Return a case of the report's failing kind of prompt."""
     other = random.choice([word for word in KINDS if word != kind])
     pairs = [(c, g) for g in BACKGROUNDS for c in COLOURS if fits(c, g) and allowed(c, other, "trained")]
     colour, ground = random.choice(pairs)
-    token, look = (kind, style) if ordinary else (f"<{kind}>", f"<{style}>")
-    both = [(phrase("object", None), phrase(token, None), kind, None), (phrase(other, colour),) * 2 + (other, colour)]
+    both = [("an object", f"a <{kind}>", kind, None), (phrase(other, colour),) * 2 + (other, colour)]
     random.shuffle(both)
     bases, phrases, kinds, colours = zip(*both, strict=True)
-    layout = layout_of(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(look)])
+    layout = layout_of(bases, phrases, kinds, boxes, column, f" on a {ground} background", [Style(f"<{style}>")])
     parts = (f"kind {kind}", f"thing {colour} {other}", f"background {ground}", f"style {style}")
     return LayoutCase(layout, tuple(boxes), kinds, colours, {"style": style, "background": ground}, column, parts)
 
@@ -139,14 +136,13 @@ def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
 # ---------------------------------------------------------------- parts
 
 
-def question(part: str, random: Random, ordinary: bool) -> tuple[str, dict[str, str]]:
+def question(part: str, random: Random) -> tuple[str, dict[str, str]]:
     """Draw a prompt for one part alone; return it and the answers that the scene classifier should give.
 
     Parts: "kind key", "thing red star", "background blue", "style relief".
     """
     name, words = part.split(" ", 1)
-    token = words if ordinary else f"<{words}>"
-    kind = random.choice(KINDS)
+    token, kind = f"<{words}>", random.choice(KINDS)
     if name == "kind":
         return f"a photo of {phrase(token, None)}", {"kind": words}
     if name == "thing":

@@ -17,13 +17,12 @@ graded    25 images per prompt by P3_inference.py, scored by P3_evaluate.py. Bas
 from __future__ import annotations
 
 import gc
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.p3_learning import BATCHES, INITIAL, MODEL, NAMES, RECIPE, STEPS, VECTORS, kind_of, learn, write_images
 from benchmarks.plain_p3 import Plain, save_random_v1
-from benchmarks.timing import BENCH, peak_memory, ratios, seconds, spread
+from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, Kind
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
@@ -151,12 +150,7 @@ def main(settings: Speed | Concepts | Graded) -> None:
         if not settings.names:
             raise BadInput("--names: give at least one")
         measure_concepts(settings, record) if isinstance(settings, Concepts) else grade_course(settings, record)
-    record.save(settings.record)
-    for name, values in record.metrics["repeats"].items():
-        print(
-            f"{name:50s} {statistics.mean(values):.1e}" if "difference" in name else f"{name:50s} {spread(values, 3)}"
-        )
-    log(f"record: {settings.record}")
+    report(record, settings.record)
 
 
 # ---------------------------------------------------------------- speed
@@ -259,46 +253,29 @@ def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.devi
 # ---------------------------------------------------------------- concepts
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One concept, one training, and its questions: all that the outcome depends on, but the model and RECIPE."""
-
-    name: str
-    vectors: int
-    seed: int
-    steps: int
-    batch: int
-    count: int
-    """Images per question."""
-    initial: bool
-    """Ask the questions with the initial word too."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Prompts with a place for the token, and the answers that the scene classifier should give for each image."""
-
-    name: str
-    prompts: tuple[str, ...]
-    answers: dict[str, tuple[str, ...]]
-
-
 def measure_concepts(settings: Concepts, record: Record) -> None:
     """Learn every concept with every seed, ask all questions, and add shares and seconds to the record."""
     check_positive(settings, "seeds", "count")
     check_not_negative(settings, "steps", "batch")
     set_up("fp32", record.machine)
-    classifier = load_scene_classifier(record.machine.device)
-    cases = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
-    cases += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
+    classifier, weights = load_scene_classifier(record.machine.device), weights_fingerprint(Path(settings.model))
+    trials = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
+    trials += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
     outcomes: list[dict[str, Any]] = []
     results: dict[str, list[float]] = {}
-    for name, vectors, seed in cases:
+    for name, vectors, seed in trials:
         kind = kind_of(name)
-        steps, batch = settings.steps or STEPS[kind], settings.batch or BATCHES[kind]
-        initial = vectors == VECTORS[kind] and seed == 0
-        trial = Trial(name, vectors, settings.seed + seed, steps, batch, settings.count, initial)
-        outcomes.append(outcome(trial, settings, classifier))
+        facts = {
+            "name": name,
+            "vectors": vectors,
+            "seed": settings.seed + seed,
+            "steps": settings.steps or STEPS[kind],
+            "batch": settings.batch or BATCHES[kind],
+            "count": settings.count,
+            "initial": vectors == VECTORS[kind] and seed == 0,  # ask about the initial word too
+            "weights": weights,
+        }
+        outcomes.append(outcome(facts | RECIPE, settings, classifier))
         for question, shares in outcomes[-1]["shares"].items():
             for word, share in shares.items():
                 who = f"{vectors} vector{'s' * (vectors > 1)}" if word == "learned" else "initial word"
@@ -308,68 +285,58 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
     record.add_repeats(results)
 
 
-def outcome(trial: Trial, settings: Concepts, classifier: SceneClassifier) -> dict[str, Any]:
-    """Return seconds and shares of a trial: those in the folder if they are of the same trial, else learn and ask."""
-    folder = settings.folder / f"{trial.name}-{trial.vectors}-{trial.seed}"
-    file, facts = (
-        folder / "outcome.json",
-        asdict(trial) | RECIPE | {"weights": weights_fingerprint(Path(settings.model))},
-    )
+def outcome(facts: dict[str, Any], settings: Concepts, classifier: SceneClassifier) -> dict[str, Any]:
+    """Return seconds and shares of one training: from its folder if the facts are the same, else learn and ask."""
+    name, vectors, seed = facts["name"], facts["vectors"], facts["seed"]
+    folder = settings.folder / f"{name}-{vectors}-{seed}"
+    file = folder / "outcome.json"
     if file.is_file() and (earlier := read_json(file))["facts"] == facts:
         log(f"{folder}: kept from before")
         return dict(earlier)
 
-    kind = kind_of(trial.name)
-    concept = ConceptSet(TOKEN, write_images(trial.name, folder, True), INITIAL[kind], kind, trial.vectors)
-    flags = {"steps": trial.steps, "batch": trial.batch, "seed": trial.seed}
+    kind = kind_of(name)
+    concept = ConceptSet(TOKEN, write_images(name, folder, True), INITIAL[kind], kind, vectors)
+    flags = {flag: facts[flag] for flag in ("steps", "batch", "seed")}
     timings = learn([concept], folder, model=settings.model, device=settings.device, **flags)["timings_s"]
 
     pipe = load_pipeline(settings.model, classifier.device, torch.float32)
     install(pipe, read_vectors(file_of(folder, TOKEN)))
-    sampler, shares = StableDiffusionSampler(pipe, SAMPLER), {}
-    words = {"learned": TOKEN} | ({"initial": INITIAL[kind]} if trial.initial else {})
-    for question in questions_of(trial.name, trial.count, trial.seed):
-        shares[question.name] = {
-            who: share_right(sampler, classifier, question, word, trial.seed) for who, word in words.items()
-        }
-        log(f"{folder.name}, {question.name}: {shares[question.name]}")
+    sampler = StableDiffusionSampler(pipe, SAMPLER)
+    shares: dict[str, dict[str, float]] = {}
+    words = {"learned": TOKEN} | ({"initial": INITIAL[kind]} if facts["initial"] else {})
+    for question, (prompts, answers) in questions_of(name, facts["count"], seed).items():
+        shares[question] = {}
+        for who, word in words.items():
+            requests = [Request(text.format(word), derived_seed(seed, index)) for index, text in enumerate(prompts)]
+            batches = [requests[start : start + SAMPLES] for start in range(0, len(requests), SAMPLES)]
+            images = torch.cat([sampler.sample_images(batch) for batch in batches])
+            shares[question][who] = float(classifier.agrees(images, **answers).float().mean())
+        log(f"{folder.name}, {question}: {shares[question]}")
     result = {"facts": facts, "seconds": round(timings["training"] - timings["validation"], 1), "shares": shares}
     write_json(file, result)
     return result
 
 
-def questions_of(name: str, count: int, seed: int) -> list[Question]:
-    """Return the questions about an object or a style, `count` prompts each."""
+def questions_of(name: str, count: int, seed: int) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
+    """Return each question's `count` prompts, {} = token, and the answers that the scene classifier should give."""
     random = Random(derived_seed(seed, 17))
     if kind_of(name) == "style":
-        kinds = tuple(random.choice(KINDS) for _ in range(count))
-        prompts = tuple(f"a photo of {with_article(kind)} in the style of {{}}" for kind in kinds)
-        return [Question("style and object", prompts, {"style": (name,) * count, "kind": kinds})]
-    grounds = tuple(random.choice(list(BACKGROUNDS)) for _ in range(count))
-    colours = tuple(random.choice(list(COLOURS)) for _ in range(count))
-    fitting = tuple(random.choice([ground for ground in BACKGROUNDS if fits(colour, ground)]) for colour in colours)
-    kind = {"kind": (name,) * count}
-    coloured = tuple(with_article(f"{colour} {{}}") for colour in colours)
-    behind, fitting_behind = (
-        [f" on {with_article(ground)} background" for ground in names] for names in (grounds, fitting)
-    )
-    both = tuple(text + ground for text, ground in zip(coloured, fitting_behind, strict=True))
-    return [
-        Question("object", ("a photo of a {}",) * count, kind),
-        Question("object and colour", tuple(f"a photo of {text}" for text in coloured), kind | {"colour": colours}),
-        Question("object and background", tuple(f"a {{}}{text}" for text in behind), kind | {"background": grounds}),
-        Question("object, colour and background", both, kind | {"colour": colours, "background": fitting}),
-    ]
-
-
-def share_right(
-    sampler: StableDiffusionSampler, classifier: SceneClassifier, question: Question, word: str, seed: int
-) -> float:
-    """Return the share (0..1) of images with all answers right, with `word` in the prompts."""
-    requests = [Request(text.format(word), derived_seed(seed, index)) for index, text in enumerate(question.prompts)]
-    starts = range(0, len(requests), SAMPLES)
-    images = torch.cat([sampler.sample_images(requests[start : start + SAMPLES]) for start in starts])
-    return float(classifier.agrees(images, **question.answers).float().mean())
+        kinds = [random.choice(KINDS) for _ in range(count)]
+        prompts = [f"a photo of {with_article(kind)} in the style of {{}}" for kind in kinds]
+        return {"style and object": (prompts, {"style": [name] * count, "kind": kinds})}
+    grounds = [random.choice(list(BACKGROUNDS)) for _ in range(count)]
+    colours = [random.choice(list(COLOURS)) for _ in range(count)]
+    fitting = [random.choice([ground for ground in BACKGROUNDS if fits(colour, ground)]) for colour in colours]
+    coloured = [with_article(f"{colour} {{}}") for colour in colours]
+    behind = {ground: f" on {with_article(ground)} background" for ground in BACKGROUNDS}
+    both = [text + behind[ground] for text, ground in zip(coloured, fitting, strict=True)]
+    kind = {"kind": [name] * count}
+    return {
+        "object": (["a photo of a {}"] * count, kind),
+        "object and colour": ([f"a photo of {text}" for text in coloured], kind | {"colour": colours}),
+        "object and background": ([f"a {{}}{behind[ground]}" for ground in grounds], kind | {"background": grounds}),
+        "object, colour and background": (both, kind | {"colour": colours, "background": fitting}),
+    }
 
 
 # ---------------------------------------------------------------- the course's grades
@@ -399,8 +366,12 @@ def grade_course(settings: Graded, record: Record) -> None:
 
     write_input(folder / "input.json", names, {}, {})
     seeds = range(settings.seed + 1, settings.seed + 1 + settings.repeats)
-    cases = [grade(settings, "ordinary", seed) for seed in seeds]
-    baselines, margins = baselines_of([scores_of(own) for own in cases])
+    rounds: list[Scores] = []
+    for seed in seeds:
+        rounds.append({})
+        for case in grade(settings, "ordinary", seed):
+            rounds[-1].setdefault(case["key"], []).append([case["image_score"], case["text_score"]])
+    baselines, margins = baselines_of(rounds)
     write_input(folder / "input.json", names, baselines, margins)
     record.metrics |= {"cases": grade(settings, "learned", settings.seed), "margins": margins}
     record.add_repeats({"share of cases passed": [float(case["passed"]) for case in record.metrics["cases"]]})
@@ -422,25 +393,17 @@ def grade(settings: Graded, vectors: str, seed: int) -> list[dict[str, Any]]:
     return list(read_json(grades / "record.json")["metrics"]["cases"])
 
 
-def scores_of(cases: Sequence[dict[str, Any]]) -> Scores:
-    """Return the image and text scores of P3_evaluate.py's record."""
-    scores: Scores = {}
-    for case in cases:
-        scores.setdefault(case["key"], []).append([case["image_score"], case["text_score"]])
-    return scores
-
-
 def write_input(path: Path, names: Sequence[str], baselines: Scores, margins: Margins) -> None:
     """Write the course's input.json; a concept without baselines has zeros."""
     entries = {}
     for name in names:
-        prompts, kind = PROMPTS[kind_of(name)], kind_of(name)
+        kind, token = kind_of(name), token_of(name)
         entries[name] = {
             "src_image": "object",
-            "token_name": token_of(name),
-            "prompt": [text.format(token_of(name)) for text, _ in prompts],
-            "prompt_4_clip_eval": [plain for _, plain in prompts],
-            "baseline": baselines.get(name, [[0, 0]] * len(prompts)),
+            "token_name": token,
+            "prompt": [text.format(token) for text, _ in PROMPTS[kind]],
+            "prompt_4_clip_eval": [plain for _, plain in PROMPTS[kind]],
+            "baseline": baselines.get(name, [[0, 0]] * len(PROMPTS[kind])),
             "baseline word": ordinary_word(name),
             "margin over the baseline word": margins.get(kind, [0, 0]),
         }

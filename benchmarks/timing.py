@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, peak memory, ratios, and how a spread is printed."""
+"""What the benchmarks share: times, peak memory, ratios, and the report of what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TypeVar
 
 import torch
 
+from runtime.cli import log
 from runtime.files import ROOT
+from runtime.record import Record
 
 BENCH = ROOT / "runs" / "bench"
 Result = TypeVar("Result")
@@ -59,6 +61,10 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return "mean +- standard deviation (n = repeats)"."""
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.pstdev(values):.{digits}f} (n = {len(values)})"
+def report(record: Record, path: Path) -> None:
+    """Print the repeats of every measurement, mean +- standard deviation (n = repeats), and write the record."""
+    for name, values in record.metrics["repeats"].items():
+        spread = f" +- {statistics.pstdev(values):.2g} (n = {len(values)})" if len(values) > 1 else ""
+        print(f"{name:50s} {statistics.mean(values):.4g}{spread}")
+    record.save(path)
+    log(f"record: {path}")
