@@ -3,7 +3,7 @@
   python P3_clip_zeroshot.py                           the report's model and prompt: ViT-B-32, openai, "A photo of {}"
   python P3_clip_zeroshot.py --preset best             the best known setting (downloads its weights once)
   python P3_clip_zeroshot.py --model ViT-L-14 --weights openai --prompts cifar --names clean
-  python P3_clip_zeroshot.py --model local-dir:FOLDER --embeddings features.safetensors     other prompts need no image again
+  python P3_clip_zeroshot.py --model local-dir:FOLDER --features features.safetensors     other prompts need no image again
   torchrun --nproc_per_node 4 P3_clip_zeroshot.py      four GPUs share the images
 
 Nothing is downloaded unless you name a preset, a tag, or a hub model.
@@ -66,7 +66,7 @@ class Settings:
     """raw: class names as in the file. clean: spaces and articles ("a photo of an oak tree"). None = the preset's."""
     output: Path | None = None
     """Folder of the results. None = runs/p3_clip/(model_prompts_names)."""
-    embeddings: Path | None = None
+    features: Path | None = None
     """safetensors file of image features: read if it holds them, else written. None = not kept."""
     cache: Path = ROOT / "runs" / "p3_clip_cache"
     """Folder of the classifiers, by model, weights, names and prompts."""
@@ -136,7 +136,7 @@ def main(settings: Settings) -> None:
 
     # several processes share the images, and the first does the rest
     with sharing() as shard:
-        features = extractor.features(images, settings.embeddings, settings.batch, settings.workers, shard)
+        features = extractor.features(images, settings.features, settings.batch, settings.workers, shard)
     if not shard.main:
         return
     classifier = extractor.classifier(images.names, templates, config.names, settings.cache)

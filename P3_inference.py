@@ -75,10 +75,10 @@ class Settings:
     """Also score each concept inside its mask with --clip: text, and similarity to its images if the layout names them."""
     embeddings: tuple[Path, ...] = ()
     """Files and folders with learned tokens, searched before checkpoints/p3."""
-    solver: Solver = "dpm"
+    sampler: Solver = "dpm"
     """dpm = DPM-Solver++ (2M), ddim = DDIM at eta 0."""
     steps: int = 25
-    """Steps of the solver."""
+    """Sampling steps."""
     guidance: float = 7.5
     """Scale of classifier-free guidance."""
     interval: tuple[float, float] = (0.0, 1.0)
@@ -233,7 +233,7 @@ def jobs_of(settings: Settings) -> list[Job]:
 def sampler_config(settings: Settings) -> SamplerConfig:
     """Return the sampler that the flags describe."""
     guidance = Guidance(settings.guidance, settings.interval, settings.guidance_rescale)
-    return SamplerConfig(settings.solver, settings.steps, guidance, settings.negative, settings.size)
+    return SamplerConfig(settings.sampler, settings.steps, guidance, settings.negative, settings.size)
 
 
 # ---------------------------------------------------------------- a dry run

@@ -75,7 +75,7 @@ def whole_run(folder: Path, settings: Settings) -> tuple[float, str]:
     """Run the script on the inputs of `folder`; return its seconds after the imports, and its precision."""
     command = [sys.executable, str(ROOT / "P3_clip_zeroshot.py"), "--images", "val", "--model", MODEL]
     command += ["--weights", "random.safetensors", "--output", "out", "--cache", "cache"]
-    command += ["--embeddings", "features.safetensors", "--device", settings.device, "--batch", str(settings.batch)]
+    command += ["--features", "features.safetensors", "--device", settings.device, "--batch", str(settings.batch)]
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
     record = read_json(folder / "out" / "record.json")
     return sum(record["timings_s"].values()), record["metrics"]["precision"]

@@ -105,7 +105,7 @@ class Settings:
     learn: int = 0
     """Steps of textual inversion. 0 = 200 for the objects, 400 for the styles."""
     steps: int = 25
-    """Steps of the solver."""
+    """Sampling steps."""
     guidance: float = 7.0
     """Guidance scale. Small objects need more than a single one."""
     repeats: int = 3

@@ -30,6 +30,8 @@ RENAMED = (
     ("--mnistm-judge", "--mnistm-classifier"),
     ("--svhn-judge", "--svhn-classifier"),
     ("--checkpoint", "--model"),
+    ("--solver", "--sampler"),
+    ("--embeddings", "--features"),
     ("--judge", "--mnistm-classifier"),
     ("--output", "--record"),
 )

@@ -81,7 +81,7 @@ def test_ddim_with_a_noise_stream_for_each_image(digits: Path, tmp_path: Path) -
 def test_zero_shot_features_and_predictions(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     flags = ("--model", tiny_clip, "--images", str(labelled), "--batch", "4", "--precision", "fp32", "--output", "out")
     one, two = both_ways(
-        tmp_path, "P3_clip_zeroshot.py", *flags, "--embeddings", "features.safetensors", "--cache", "cache"
+        tmp_path, "P3_clip_zeroshot.py", *flags, "--features", "features.safetensors", "--cache", "cache"
     )
     for name in ("out/predictions.csv", "out/per_class.csv", "out/cases.png", "out/confusion.png"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

@@ -114,7 +114,7 @@ class FeatureExtractor:
             tensors, metadata = load_safetensors(file)
             if metadata.get("pictures") != images.fingerprint:
                 raise BadInput(
-                    f"--embeddings {file} holds no features of the pictures in {images.paths[0].parent}:"
+                    f"--features {file} holds no features of the pictures in {images.paths[0].parent}:"
                     " name another file or remove it"
                 )
         if self.key in tensors:

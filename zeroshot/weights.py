@@ -64,8 +64,11 @@ class Source:
         """File name -> sha256."""
         digests = {}
         for path in self.files:
+            digest = hashlib.sha256()
             with open(path, "rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                while part := file.read(1 << 24):
+                    digest.update(part)
+            digests[path.name] = digest.hexdigest()
         return digests
 
     @cached_property
