@@ -85,7 +85,7 @@ class PromptGrade:
 
     @cached_property
     def order(self) -> list[int]:
-        """The images, best first."""
+        """Indices of the images, best first."""
         return rank(self.image, self.text).tolist()
 
     @cached_property

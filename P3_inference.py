@@ -132,9 +132,9 @@ def main(settings: Settings) -> None:
         pipe = load_pipeline(settings.model, machine.device, dtype)
         install(pipe, vectors)
         sampler = StableDiffusionSampler(pipe, sampler_config(settings))
+        shape = sampler.shape  # raises BadInput for a size that the model doesn't support
         if layout:
-            layout.check_resolution(*sampler.shape[1:])
-        assert sampler.shape  # raises BadInput for a size that the model doesn't support
+            layout.check_resolution(*shape[1:])
         to_channels_last(pipe.unet, machine.device)
         pays = settings.compile == "on" or machine.device.type == "cuda" and count >= COMPILE_COUNT and not layout
         if pays and should_compile(settings.compile, machine):

@@ -117,7 +117,7 @@ def test_the_batch_changes_no_feature(tiny_clip: str, labelled: Path) -> None:
 def test_a_second_run_needs_no_model_and_no_picture_and_says_the_same(
     tiny_clip: str, labelled: Path, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {"embeddings": tmp_path / "features.safetensors", "prompts": "cifar"}
+    more: dict[str, Any] = {"features": tmp_path / "features.safetensors", "prompts": "cifar"}
     first = run(tmp_path, labelled, tiny_clip, **more)
     table = (tmp_path / "out" / "predictions.csv").read_bytes()
     second = run(tmp_path, labelled, tiny_clip, **more)
@@ -156,7 +156,7 @@ def test_a_damaged_classifier_is_built_anew(tiny_clip: str, labelled: Path, tmp_
 
 def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     file = tmp_path / "features.safetensors"
-    run(tmp_path, labelled, tiny_clip, embeddings=file)
+    run(tmp_path, labelled, tiny_clip, features=file)
     before = file.read_bytes()
     other = tmp_path / "val"
     other.mkdir()
@@ -164,7 +164,7 @@ def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, label
         (other / path.name).write_bytes(path.read_bytes())
     Image.new("RGB", (32, 32)).save(other / "0_7.png")  # one picture of thirty is another
     with pytest.raises(BadInput, match="no features of the pictures"):
-        run(tmp_path, other, tiny_clip, embeddings=file, labels=labelled.parent / "id2label.json")
+        run(tmp_path, other, tiny_clip, features=file, labels=labelled.parent / "id2label.json")
     assert file.read_bytes() == before
 
 
@@ -173,11 +173,11 @@ def test_embeddings_of_another_model_are_told_and_added(
 ) -> None:
     file = tmp_path / "features.safetensors"
     save_model(tmp_path / "other", seed=1)
-    run(tmp_path, labelled, tiny_clip, embeddings=file)
-    other = run(tmp_path, labelled, f"local-dir:{tmp_path / 'other'}", embeddings=file)
+    run(tmp_path, labelled, tiny_clip, features=file)
+    other = run(tmp_path, labelled, f"local-dir:{tmp_path / 'other'}", features=file)
     assert f"features of {tiny_clip}, none of local-dir:{tmp_path / 'other'}" in capsys.readouterr().err
     assert "images" in other["timings_s"]
-    assert "images" not in run(tmp_path, labelled, tiny_clip, embeddings=file)["timings_s"]
+    assert "images" not in run(tmp_path, labelled, tiny_clip, features=file)["timings_s"]
 
 
 def test_flags_replace_those_of_the_preset() -> None:
@@ -191,8 +191,8 @@ def test_flags_replace_those_of_the_preset() -> None:
 
 
 def test_kept_features_serve_other_prompts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
-    run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors")
-    kept = run(tmp_path, labelled, tiny_clip, prompts="cifar", embeddings=tmp_path / "features.safetensors")
+    run(tmp_path, labelled, tiny_clip, features=tmp_path / "features.safetensors")
+    kept = run(tmp_path, labelled, tiny_clip, prompts="cifar", features=tmp_path / "features.safetensors")
     alone = run(tmp_path / "alone", labelled, tiny_clip, prompts="cifar")
     assert "images" not in kept["timings_s"]
     assert kept["metrics"] == alone["metrics"]
@@ -285,7 +285,7 @@ def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: 
         ({"labels": Path("nowhere.json")}, "nowhere.json does not exist"),
         ({"batch": -1}, "--batch -1"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
-        ({"embeddings": ROOT / "LICENSE"}, "not a safetensors file"),
+        ({"features": ROOT / "LICENSE"}, "not a safetensors file"),
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(
@@ -307,7 +307,7 @@ def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: P
 def test_an_output_that_is_a_file_is_refused_before_the_work(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(BadInput, match="a file is in the way"):
-        run(tmp_path, labelled, tiny_clip, embeddings=tmp_path / "features.safetensors")
+        run(tmp_path, labelled, tiny_clip, features=tmp_path / "features.safetensors")
     assert (tmp_path / "out").read_text() == "precious"
     assert not (tmp_path / "features.safetensors").exists()
 
