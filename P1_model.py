@@ -223,7 +223,8 @@ class UNet(nn.Module):
                 self.down.append(Stage(nn.Conv2d(width, channels, 3, stride=2, padding=1)))
                 skips.append(width := channels)
             for _ in range(config.blocks):
-                self.down.append(Stage(residual(width, channels), *([attention(channels)] if attend else [])))
+                attentions = [attention(channels)] if attend else []  # made first: the order fixes a seed's weights
+                self.down.append(Stage(residual(width, channels), *attentions))
                 skips.append(width := channels)
 
         self.middle = Stage(residual(width, width), attention(width), residual(width, width))
