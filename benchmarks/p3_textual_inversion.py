@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.p3_learning import BATCHES, INITIAL, MODEL, NAMES, RECIPE, STEPS, VECTORS, kind_of, learn, write_images
 from benchmarks.plain_p3 import Plain, save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
-from concepts.dataset import Augmentation, ConceptData, ConceptSet, Kind
+from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
@@ -171,7 +171,7 @@ def compare_speed(settings: Speed, machine: Machine) -> dict[str, list[float]]:
         results = {"gradient, relative difference": [gradient_difference(settings, concept, device)]}
         precision = set_up(settings.precision, machine)
         ways = {
-            "plain": partial(plain_step, settings, concept, device),
+            "plain": partial(plain_step, settings, concept, samples_of(settings, concept, device)),
             "ours": partial(our_step, settings, concept, machine, folder / "run"),
         }
         if device.type == "cuda":
@@ -202,12 +202,16 @@ def prepare(
     return inversion, data
 
 
-def plain_step(settings: Speed, concept: ConceptSet, device: torch.device) -> Callable[[], None]:
-    """Return the step of the plain method, on the same samples as ours."""
+def samples_of(settings: Speed, concept: ConceptSet, device: torch.device) -> list[InversionBatch]:
+    """Return the samples of the first steps."""
     _, data = prepare(settings, concept, device, torch.float32)
-    samples = cycle([data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)])
-    method = Plain(settings.model, concept, device, LR)
-    return lambda: method.step(next(samples))
+    return [data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)]
+
+
+def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[InversionBatch]) -> Callable[[], None]:
+    """Return the step of the plain method, on the samples of our first steps."""
+    method, batches = Plain(settings.model, concept, samples[0].t.device, LR), cycle(samples)
+    return lambda: method.step(next(batches))
 
 
 def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> Callable[[], None]:
