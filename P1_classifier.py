@@ -239,7 +239,6 @@ def grade(settings: Grade) -> None:
 
     if settings.record.resolve().is_relative_to(settings.folder.resolve()):
         raise BadInput(f"--record {settings.record} lies inside the graded folder: name another place")
-    check_writable_file(settings.record, "--record")
     machine = detect(settings.device)
     record = Record(settings, machine)
     classifiers = chosen_classifiers(settings, machine.device)
@@ -248,7 +247,6 @@ def grade(settings: Grade) -> None:
 
     with record.timed("grading"):
         result = record.metrics = grade_folder(settings.folder, classifiers, critics)
-    record.save(settings.record)
 
     # confusion and quality per domain, then the three graded numbers
     for name in DOMAINS:
@@ -257,7 +255,8 @@ def grade(settings: Grade) -> None:
         print(f"{name} quality: " + ", ".join(f"{k} {v:.4f}" for k, v in result[name]["quality"].items()) + "\n")
     for name in DOMAINS:
         print(f"{name} accuracy: {result[name]['accuracy']:.4f}")
-    print(f"mean accuracy: {result['mean']:.4f}")
+    print(f"mean accuracy: {result['mean']:.4f}", flush=True)
+    record.save(settings.record)
     log(f"record: {settings.record}")
 
 

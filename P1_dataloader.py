@@ -22,7 +22,7 @@ from torch import Tensor
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, log, progress
 from runtime.files import load_safetensors, save_safetensors
-from runtime.images import open_image
+from runtime.images import read_image
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,8 @@ def read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise BadInput(f"{path} does not exist; make the data with: python hw2_data/prepare.py --help")
     try:
-        lines = pd.read_csv(path, dtype=str, keep_default_na=False, header=None)  # three fields in a row are an error
+        # three fields in a row are an error; some editors put a byte order mark first
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, header=None, encoding="utf-8-sig")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is empty or not a csv: {' '.join(str(error).split())}") from None
     header = ",".join(lines.iloc[0])
@@ -88,13 +89,12 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
     """Read [3,28,28] uint8 RGB; resize another size and append it to `resized`. Raise BadInput on a broken file."""
-    pixels = open_image(path).permute(1, 2, 0).numpy()
-    height, width = pixels.shape[:2]
-    if (height, width) != (SIZE, SIZE):
-        pixels = np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    image = read_image(path)
+    if (image.width, image.height) != (SIZE, SIZE):
         if resized is not None:
-            resized.append(f"{path} is {width}x{height}")
-    return pixels.transpose(2, 0, 1)
+            resized.append(f"{path} is {image.width}x{image.height}")
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 # ---------------------------------------------------------------- the cache
@@ -117,7 +117,7 @@ def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
 
 def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     """Return a hash of every row and of every file's name, size and time; raise BadInput for a missing image."""
-    digest = hashlib.sha256(b"1")  # the cache's format
+    digest = hashlib.sha256(b"2")  # the cache's format
     for split, table in tables.items():
         digest.update(split.encode())
         for row, name, label in zip(table.index, table.image_name, table.label, strict=True):

@@ -87,10 +87,12 @@ def main(settings: Settings) -> None:
     config = sampler_config(settings, network)
     requests = graded_requests(settings.seed, settings.count, settings.digits, [*map(DOMAINS.index, settings.domains)])
     largest = 1000 if machine.device.type == "cuda" else 100
+    record = Record(settings, machine)
 
     if settings.dry_run:
         shipped_classifiers(machine.device)
-        check_writable_folder(settings.output)
+        for domain in settings.domains:
+            check_writable_folder(settings.output / domain)
         free = check_disk_space(settings.output, needed := len(requests) * 4096)
         seconds = DigitSampler(network, config, settings.batch or min(largest, len(requests))).expected_seconds(
             len(requests)
@@ -111,7 +113,6 @@ def main(settings: Settings) -> None:
         output_folder(settings.output / domain)
     warn_extra_files(names)
     classifiers = shipped_classifiers(machine.device) if settings.retries else []  # a missing one shows before the work
-    record = Record(settings, machine)
 
     with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
         # this process's images, and other seeds for those that are misread
@@ -130,14 +131,14 @@ def main(settings: Settings) -> None:
             "processes": shard.world, "shares": shard.gather([len(rows)]),
         }  # fmt: skip
 
-        # the grid and the record, by the first process
+        # the record and the grid, by the first process
         everything = dict(shard.gather(list(images.items()))) if settings.grid else {}
         if shard.main:
+            record.save(settings.record)
+            print(f"{len(requests)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
             if settings.grid:
                 whole = torch.stack([everything[row] for row in sorted(everything)])
                 save_image(settings.grid, image_grid(whole, settings.count, scale=2))
-            record.save(settings.record)
-            print(f"{len(requests)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
 
 
 def check(settings: Settings) -> None:
@@ -155,7 +156,6 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--retries {settings.retries}: must be 0 or more")
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
-    check_writable_file(settings.record, "--record")
     if settings.grid:
         check_writable_file(settings.grid, "--grid")
 

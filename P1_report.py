@@ -73,21 +73,22 @@ def main(settings: Settings) -> None:
     folder = output_folder(settings.output)
     record, paths = Record(settings, machine), []
 
-    if "grid" in settings.figures:
-        with record.timed("grid"):
-            paths += [grid_figure(sampler, domain, settings.seed, folder) for domain in range(len(DOMAINS))]
-    if "reverse" in settings.figures:
-        with record.timed("reverse"):
-            paths.append(reverse_figure(network, settings.seed, folder))
-    if "sweep" in settings.figures:
-        requests = graded_requests(settings.seed, settings.sweep_count)
-        with record.timed("sweep"):
-            rows = sweep(sampler, shipped_classifiers(machine.device), requests, settings.scales)
-        paths.append(sweep_figure(rows, settings.sweep_count * DIGITS, folder))
-        record.metrics["sweep"] = rows
-
-    record.metrics["figures"] = [path.name for path in paths]
-    record.save(folder / "record.json")
+    try:
+        if "grid" in settings.figures:
+            with record.timed("grid"):
+                paths += [grid_figure(sampler, domain, settings.seed, folder) for domain in range(len(DOMAINS))]
+        if "reverse" in settings.figures:
+            with record.timed("reverse"):
+                paths.append(reverse_figure(network, settings.seed, folder))
+        if "sweep" in settings.figures:
+            requests = graded_requests(settings.seed, settings.sweep_count)
+            with record.timed("sweep"):
+                rows = sweep(sampler, shipped_classifiers(machine.device), requests, settings.scales)
+            record.metrics["sweep"] = rows
+            paths.append(sweep_figure(rows, settings.sweep_count * DIGITS, folder))
+    finally:  # a figure that fails costs no numbers
+        record.metrics["figures"] = [path.name for path in paths]
+        record.save(folder / "record.json")
     print("\n".join(map(str, paths)))
 
 

@@ -29,7 +29,7 @@ from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_n
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, default_hint, log, run_script
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, file_fingerprint, output_folder
-from runtime.images import image_grid, save_image, to_float, to_uint8
+from runtime.images import decoration, image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from training.best import BestCandidates
 from training.cpu_layers import write_out_layers
@@ -270,7 +270,8 @@ class Grading:
         network = self.averaged(step)
         scores, images = self.score(network, self.settings.eval_count, self.settings.seed)
         self.history.append({"step": step, "seconds": round(seconds, 1), **scores})
-        save_image(self.settings.output / f"step-{step:06d}.png", digit_sheet(images))
+        with decoration(sheet := self.settings.output / f"step-{step:06d}.png"):
+            save_image(sheet, digit_sheet(images))
         self.run.log.show(step, **scores)
         if self.candidates.offer(step, scores["accuracy"], partial(save_network, network=network)):
             save_network(self.settings.output / "best.safetensors", network, torch.float16)
@@ -292,7 +293,8 @@ class Grading:
         scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
         best = self.settings.output / "best.safetensors"
         save_network(best, replace(network, origin=network.origin | scores), torch.float16)
-        save_image(self.settings.output / "best.png", digit_sheet(images))
+        with decoration(sheet := self.settings.output / "best.png"):
+            save_image(sheet, digit_sheet(images))
         log(f"best: step {network.origin['step']:,}, accuracy {scores['accuracy']:.4f}: {best}")
         return scores
 

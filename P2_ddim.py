@@ -64,6 +64,7 @@ def main(settings: Settings) -> None:
 
     # The model, which --export saves under other names
     machine = detect(settings.device)
+    record = Record(settings, machine)
     model = open_model(settings, machine)
     if settings.export:
         if is_main_process():
@@ -80,7 +81,6 @@ def main(settings: Settings) -> None:
         save_noises(settings.save_noise, noises)
 
     # Every process samples its share of the noises; the first one reports for all
-    record = Record(settings, machine)
     rows: dict[str, dict[str, float | bool]] = {}
     count = 0
     with sharing() as shard:

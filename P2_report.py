@@ -76,13 +76,15 @@ def main(settings: Settings) -> None:
         with record.timed("eta"):
             columns = noises[: settings.columns]
             rows = [draw(columns, config, f"eta {config.eta:g}") for config in configs]
-            record.metrics["eta"] = eta_figures(folder, settings.etas, columns, rows)
+            record.metrics["eta"] = distances = eta_distances(columns, rows)
+            record.save(folder / "record.json")
+            eta_figures(folder, settings.etas, rows, distances)
         print(folder / "eta.png", folder / "eta_mse.png", sep="\n")
 
     if "interpolation" in settings.figures:
         with record.timed("interpolation"):
             alphas = [index / (settings.frames - 1) for index in range(settings.frames)]
-            norms = {}
+            norms = record.metrics["interpolation"] = {}
             for name, interpolate in (("slerp", slerp), ("linear", linear)):
                 frames = [
                     Noise(f"{name}_{alpha:.3f}", interpolate(noises[0].x, noises[1].x, alpha)) for alpha in alphas
@@ -94,7 +96,6 @@ def main(settings: Settings) -> None:
                 norms[name] = [float(frame.x.norm()) / math.sqrt(frame.x.numel()) for frame in frames]
             title = "Length of the noise (the model knows 1)"
             line_figure(folder / "noise_norm.png", alphas, {"norm / sqrt(dimensions)": norms}, "alpha", title)
-            record.metrics["interpolation"] = norms
         print(*(folder / f"{name}.png" for name in ("slerp", "linear", "noise_norm")), sep="\n")
 
     record.save(folder / "record.json")
@@ -108,23 +109,20 @@ def sample_images(
     return torch.stack([to_image(image, to_uint8) for image in images])
 
 
-def eta_figures(
-    folder: Path, etas: tuple[float, ...], noises: list[Noise], rows: list[Tensor]
-) -> dict[str, list[float]]:
-    """Draw the grid and the distances; return {stem: MSE on 0..255 to the first eta's image, per eta}.
-
-    `rows`: for each eta the images [N,C,H,W] uint8 of the noises.
-    """
-    labels, columns = [f"eta {eta:g}" for eta in etas], [noise.stem for noise in noises]
-    title = "Same noise down each column, more randomness per row"
-    labelled_grid(folder / "eta.png", torch.cat(rows), labels, columns, title, side_in_inches(rows[0]))
-    distances = {
-        stem: [float(compare(row[column], rows[0][column])["mse"]) for row in rows]
-        for column, stem in enumerate(columns)
+def eta_distances(noises: list[Noise], rows: list[Tensor]) -> dict[str, list[float]]:
+    """Return {stem: MSE on 0..255 to the first eta's image, per eta} of images [N,C,H,W] uint8 per eta."""
+    return {
+        noise.stem: [float(compare(row[column], rows[0][column])["mse"]) for row in rows]
+        for column, noise in enumerate(noises)
     }
+
+
+def eta_figures(folder: Path, etas: tuple[float, ...], rows: list[Tensor], distances: dict[str, list[float]]) -> None:
+    """Draw the grid of the images [N,C,H,W] uint8 per eta, and their distances."""
+    labels, title = [f"eta {eta:g}" for eta in etas], "Same noise down each column, more randomness per row"
+    labelled_grid(folder / "eta.png", torch.cat(rows), labels, [*distances], title, side_in_inches(rows[0]))
     panel = {f"MSE (0..255) to eta {etas[0]:g}": distances}
     line_figure(folder / "eta_mse.png", etas, panel, "eta", "How far eta moves the pictures")
-    return distances
 
 
 def side_in_inches(images: Tensor) -> float:

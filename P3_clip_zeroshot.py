@@ -12,6 +12,7 @@ Nothing is downloaded unless you name a preset, a tag, or a hub model.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,8 @@ from typing import Literal
 from runtime.cli import BadInput, check_not_negative, log, run_script
 from runtime.device import Device, Machine, detect, set_up
 from runtime.distributed import sharing
-from runtime.files import ROOT, check_writable_folder, output_folder
+from runtime.files import ROOT, check_writable_file, check_writable_folder, output_folder
+from runtime.images import decoration
 from runtime.record import Record
 from zeroshot import results
 from zeroshot.dataset import list_images
@@ -120,6 +122,10 @@ def main(settings: Settings) -> None:
         label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{source.label}_{config.prompts}_{config.names}").strip("-")
         output = settings.output or ROOT / "runs" / "p3_clip" / label
         check_writable_folder(output)
+        if settings.features:
+            check_writable_file(settings.features, "--features")
+        if settings.cache != Settings.cache:
+            check_writable_folder(settings.cache, "--cache")
         extractor = FeatureExtractor(source, machine.device, precision, record)
         record.metrics = {
             "model": source.label,
@@ -153,8 +159,6 @@ def main(settings: Settings) -> None:
     with record.timed("writing"):
         results.write_csv(output / "predictions.csv", results.predictions(result))
         results.write_csv(output / "per_class.csv", results.per_class(result))
-        results.cases_figure(output / "cases.png", result, right, wrong, title)
-        results.confusion_figure(output / "confusion.png", result, title)
     record.save(output / "record.json")
 
     print(f"Model: {source.label}, {precision}")
@@ -164,6 +168,11 @@ def main(settings: Settings) -> None:
     print(f"Accuracy: {top1}", *lines, sep="\n")
     for pair in pairs:
         print("confused: {truth} taken for {predicted}, {times} of {pictures}".format(**pair))
+    sys.stdout.flush()
+    with decoration(output / "cases.png"):
+        results.cases_figure(output / "cases.png", result, right, wrong, title)
+    with decoration(output / "confusion.png"):
+        results.confusion_figure(output / "confusion.png", result, title)
     log(f"tables, figures and record.json in {output}")
 
 

@@ -21,7 +21,8 @@ from concepts.clip_scores import Resizing, Scorer, open_images, rank
 from concepts.course_format import IMAGES_PER_PROMPT, CourseConcept, find_images, image_path, read_input
 from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect, set_up
-from runtime.files import ROOT, atomic, output_folder
+from runtime.files import ROOT, check_writable_folder, output_folder
+from runtime.images import decoration, plain_text, save_figure
 from runtime.record import Record
 
 DATA = ROOT / "hw2_data" / "textual_inversion"
@@ -116,28 +117,32 @@ def main(settings: Settings) -> None:
     concepts = read_input(settings.input, graded=True)
     prompts = [find_images_of(settings.images, one, index) for one in concepts for index in range(len(one.prompts))]
     references = {concept.key: find_images(settings.references / concept.key) for concept in concepts}
+    keeps = can_keep_results(settings.output)
     machine = detect(settings.device)
     set_up("fp32", machine)
     record = Record(settings, machine)
     with record.timed("model"):
         scorer = Scorer.load(settings.clip, machine.device, settings.resizing)
-    output_folder(settings.output)
     if abs(scorer.scale - 100) > 0.5:
         log(f"text scores are logits_per_image: {scorer.scale:.2f} x cosine with this CLIP, 100 with the course's")
 
     # each file is decoded and encoded once
     grades = []
     with record.timed("grading"):
-        features = {key: scorer.encode(open_images(paths), settings.batch) for key, paths in references.items()}
+        features = {
+            key: scorer.encode(open_images(paths, as_graded=True), settings.batch) for key, paths in references.items()
+        }
         for prompt in prompts:
             grades.append(grade(scorer, prompt, features[prompt.concept.key], settings.batch))
             image, text = grades[-1].means
             print(f"{prompt.name}: {prompt.text}")
             print(f"CLIP Image Score: {image:.2f}\nCLIP Text Score: {text:.2f}\n{grades[-1].verdict}", flush=True)
 
-    # the table, the figure, the record
+    # the table, the record, the figure
     lines = table(grades)
-    print("", *lines, sep="\n")
+    print("", *lines, sep="\n", flush=True)
+    if not keeps:
+        return
     record.metrics = {
         "clip": settings.clip,
         "logit_scale": scorer.scale,
@@ -145,12 +150,25 @@ def main(settings: Settings) -> None:
         "passed": sum(result.passed for result in grades),
         "cases": [as_json(result) for result in grades],
     }
-    best_figure(settings.output / "best.png", grades, f"{settings.clip}: {lines[-1]}; image / text score")
-    record.save(settings.output / "record.json")
+    record.save(output_folder(settings.output) / "record.json")
+    with decoration(figure := settings.output / "best.png"):
+        best_figure(figure, grades, f"{settings.clip}: {lines[-1]}; image / text score")
     log(f"best.png and record.json in {settings.output}")
 
 
 # ---------------------------------------------------------------- files
+
+
+def can_keep_results(output: Path) -> bool:
+    """Return whether the folder can be written; raise BadInput if not, for the default folder only log it: scores are printed too."""
+    try:
+        check_writable_folder(output)
+    except BadInput as error:
+        if output != Settings.output:
+            raise
+        log(f"warning: no best.png and record.json, {error}")
+        return False
+    return True
 
 
 def find_images_of(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt:
@@ -183,7 +201,7 @@ def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) 
     """Score a prompt's images by features of its references [R,D]."""
     from torchvision.transforms.v2.functional import resize
 
-    images = open_images(prompt.paths)
+    images = open_images(prompt.paths, as_graded=True)
     features = scorer.encode(images, batch)
     image, text = scorer.image_scores(features, references), scorer.text_scores(features, prompt.text)
     best = rank(image, text)[:BEST].tolist()
@@ -223,6 +241,7 @@ def as_json(grade: PromptGrade) -> dict[str, Any]:
     }
 
 
+@plain_text()
 def best_figure(path: Path, grades: list[PromptGrade], title: str) -> None:
     """Write a row per prompt with its best five images, the best on the left, and their scores."""
     from matplotlib.figure import Figure
@@ -230,13 +249,12 @@ def best_figure(path: Path, grades: list[PromptGrade], title: str) -> None:
     inch = min(2.4, 400 / len(grades))  # a figure can't be higher than 65,000 pixels
     height = inch * len(grades) + 0.5
     figure = Figure(figsize=(9, height))
-    figure.suptitle(title, fontsize=10, parse_math=False, y=1 - 0.1 / height, va="top")
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
     axes = figure.subplots(len(grades), BEST, squeeze=False)
     for row, grade in zip(axes, grades, strict=True):
         draw_row(row, grade)
     figure.subplots_adjust(0.01, 0.3 / height, 0.99, 1 - 0.85 / height, wspace=0.04, hspace=0.42)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    save_figure(path, figure, 130)
 
 
 def draw_row(row: Any, grade: PromptGrade) -> None:
@@ -248,7 +266,7 @@ def draw_row(row: Any, grade: PromptGrade) -> None:
     image_mean, text_mean = grade.means
     scores = f"image {image_mean:.2f}, text {text_mean:.2f}: {grade.verdict}"
     heading = f"{grade.graded.name}  {scores}\n{grade.graded.text[:110]}"
-    row[0].set_title(heading, loc="left", fontsize=8, parse_math=False)  # runs over its neighbours, which have none
+    row[0].set_title(heading, loc="left", fontsize=8)  # runs over its neighbours, which have none
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from diffusion.guidance import Guidance
 from runtime.cli import BadInput, check_fractions, check_positive, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.distributed import Shard, sharing
-from runtime.files import ROOT, check_disk_space, check_writable_file, output_folder, read_json
+from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder, read_json
 from runtime.images import open_image, save_image
 from runtime.record import Record
 
@@ -118,6 +118,9 @@ def main(settings: Settings) -> None:
     vectors = find_job_vectors(jobs, settings.embeddings, settings.model, settings.input, settings.references)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
     check_disk_space(settings.output, bytes_needed(settings, jobs))
+    for folder in {path.parent for job in jobs for path in job.files}:
+        check_writable_folder(folder)
+    record = Record(settings, machine)
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path:
             check_writable_file(path, flag)
@@ -126,7 +129,7 @@ def main(settings: Settings) -> None:
         return
 
     # the model with its tokens, and the CLIP
-    record, count = Record(settings, machine), sum(len(job.seeds) for job in jobs)
+    count = sum(len(job.seeds) for job in jobs)
     with record.timed("loading"):
         dtype = torch.bfloat16 if set_up(settings.precision, machine) == "bf16" else torch.float32
         pipe = load_pipeline(settings.model, machine.device, dtype)
@@ -167,14 +170,14 @@ def main(settings: Settings) -> None:
                 "processes": len(shares),
                 "shares": shares,
             }
+            if layout and scorer and settings.scores:
+                record.metrics["concepts"] = score_concepts(scorer, layout, jobs[0].files)
+            record.save(settings.record)
+            print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each", flush=True)
             if layout and settings.draw_layout:
                 save_image(settings.draw_layout, draw_layout(layout))
             if layout and settings.figure:
                 levels_figure(settings.figure, sampler, layout, jobs[0].seeds, settings.config)
-            if layout and scorer and settings.scores:
-                record.metrics["concepts"] = score_concepts(scorer, layout, jobs[0].files)
-            record.save(settings.record)
-            print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each")
 
 
 # ---------------------------------------------------------------- the flags

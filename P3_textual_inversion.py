@@ -32,7 +32,7 @@ from runtime.batches import is_out_of_memory
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, output_folder
-from runtime.images import line_figure
+from runtime.images import decoration, line_figure
 from runtime.record import Record
 from training.draws import process_rows
 from training.loop import LoopConfig, Trained, TrainingRun
@@ -116,7 +116,7 @@ def main(settings: Settings) -> None:
     from concepts.clip_scores import Scorer
 
     output_folder(settings.output)
-    folder = output_folder(settings.run or RUNS / "+".join(concept.token.strip("<>") for concept in concepts))
+    folder = output_folder(settings.run or RUNS / "+".join(concept.token.strip("<>") for concept in concepts), "--run")
 
     # the machine
     machine = detect(settings.device)
@@ -184,7 +184,8 @@ def main(settings: Settings) -> None:
             print(f"{token}: {path}")
         if len(losses) > 1:
             steps, means = zip(*losses, strict=True)
-            line_figure(folder / "loss.png", steps, {"loss": {"mean": list(means)}}, "step", "Textual inversion")
+            with decoration(folder / "loss.png"):
+                line_figure(folder / "loss.png", steps, {"loss": {"mean": list(means)}}, "step", "Textual inversion")
         log(f"progress and record: {folder}")
     learned = [asdict(concept) for concept in concepts]
     run.finish(concepts=learned, precision=precision, losses=dict(losses), scores=validator.scores())

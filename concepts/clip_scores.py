@@ -1,6 +1,7 @@
 """CLIP scores of images, number for number as the course grades them: similarity to the references, fit to the prompt, the ranking.
 
-The grader ignores EXIF rotation and calls transformers' CLIP in fp32. CLIP: Radford et al. 2021, arXiv 2103.00020.
+The grader ignores EXIF rotation and transparency, and so does P3_evaluate.py, which logs it.
+It calls transformers' CLIP in fp32. CLIP: Radford et al. 2021, arXiv 2103.00020.
 
 image score   mean over all references of 100 x cosine of the image features
 text score    logits_per_image: the cosine times the model's own logit scale, which is 100 for OpenAI's models
@@ -25,7 +26,7 @@ from runtime.cli import BadInput, log
 from runtime.device import len_cores
 from runtime.files import read_json, require_file
 from runtime.hub import first_line, hub, hub_answers, quiet_libraries
-from runtime.images import open_image
+from runtime.images import read_as_graded, read_image, to_tensor
 
 Resizing = Literal["torchvision", "pillow"]
 TEXT_WEIGHT = 2.5
@@ -100,10 +101,13 @@ def rank(image_scores: Tensor, text_scores: Tensor) -> Tensor:
     return (image_scores + TEXT_WEIGHT * text_scores).argsort(descending=True, stable=True)
 
 
-def open_images(paths: Sequence[Path]) -> list[Tensor]:
-    """Read images [3,H,W] uint8 in parallel, in order; raise BadInput for the first that isn't one."""
+def open_images(paths: Sequence[Path], as_graded: bool = False) -> list[Tensor]:
+    """Read images [3,H,W] uint8 in parallel, in order; raise BadInput for the first that isn't one.
+
+    `as_graded` reads as the course's grader does, see `read_as_graded`.
+    """
     with ThreadPoolExecutor(len_cores()) as pool:
-        return list(pool.map(open_image, paths))
+        return [to_tensor(image) for image in pool.map(read_as_graded if as_graded else read_image, paths)]
 
 
 # ---------------------------------------------------------------- loading

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import ConfigDict, Strict
 from torch import Tensor
 
 from concepts.embeddings import require_token, text_width, tokenize
 from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
-from runtime.files import read_json
+from runtime.files import read_json, read_text
+from runtime.images import read_image
 from runtime.seeds import derived_seed
 from runtime.validation import validate
 from training.draws import Draws
@@ -29,6 +30,7 @@ Kind = Literal["object", "style"]
 Crop = Literal["center", "random"]
 TEMPLATES: dict[str, tuple[str, ...]] = {"object": OBJECT, "style": STYLE}
 MAX_VECTORS = 8
+CAMERA_FORMATS = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 SMALLER_VIEWS = 8  # of every image of an object, with `zoom_out`
 
 
@@ -92,7 +94,8 @@ def image_files(folder: Path) -> list[Path]:
     sentences = {path.with_suffix(".txt") for path in images}
     for path in files:
         if path not in images and path not in sentences:
-            log(f"{path} is no picture: skipped")
+            cure = ", save it as JPEG" if path.suffix.lower() in CAMERA_FORMATS else ""
+            log(f"{path} is no picture: skipped{cure}")
     if not images:
         raise BadInput(f"--images {folder} holds no picture")
     if len(images) == 1:
@@ -108,10 +111,7 @@ def read_sentences(image: Path, token: str) -> list[str]:
     file = image.with_suffix(".txt")
     if not file.is_file():
         return []
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not a readable text: {error}") from None
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
             raise BadInput(f"{file}, line {number}: {line!r} wants {{}} where {token} stands")
@@ -121,21 +121,6 @@ def read_sentences(image: Path, token: str) -> list[str]:
 def read_images(folder: Path) -> list[Image.Image]:
     """Return all images of a folder by name, as `read_image` does; raise BadInput."""
     return [read_image(path) for path in image_files(folder)]
-
-
-def read_image(path: Path) -> Image.Image:
-    """Return an image in RGB, rotated as its EXIF data says, on white where it is transparent; raise BadInput."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # more than 8 bit: the value of white is unknown
-                raise BadInput(f"{path} has mode {image.mode}: save it with 8 bits per channel")
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is not a readable picture: {error}") from None
 
 
 # ---------------------------------------------------------------- tensors

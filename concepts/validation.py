@@ -15,7 +15,7 @@ from concepts.inversion import TextualInversion
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from diffusion.guidance import Guidance
 from runtime.batches import in_batches
-from runtime.images import labelled_grid, line_figure
+from runtime.images import decoration, labelled_grid, line_figure
 from runtime.seeds import derived_seed
 from training.log import TrainingLog
 
@@ -72,7 +72,8 @@ class Validator:
                         self.best[token] = (score, vectors[token])
         pipe.vae.to(vae_device)
         self.validations.append(validation)
-        self.draw_figures()
+        with decoration(self.folder):
+            self.draw_figures()
         log.show(step, **{f"score {token}": score for token, score in validation.scores.items()})
         for token, images in validation.images.items():
             log.image(step, token, torch.cat(list(images), 2))

@@ -21,7 +21,7 @@ from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
 from runtime.hub import first_line
-from runtime.images import open_image, to_float
+from runtime.images import read_as_graded, to_float
 from runtime.validation import validate
 
 SHIPPED = ROOT / "checkpoints"
@@ -233,7 +233,7 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
         if path.name[0] not in "0123456789":
             raise BadInput(f"{path}: the name must begin with its digit, as in 7_001.png")
         digits.append(int(path.name[0]))
-        image = Image.fromarray(open_image(path).permute(1, 2, 0).numpy())
+        image = read_as_graded(path)
         images.append(np.asarray(image.resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(images)), torch.tensor(digits)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion.guidance import Denoise, Guidance, guided
@@ -205,7 +206,7 @@ def export(model: Model, folder: Path) -> None:
 
     if not isinstance(model.network, UNet2DModel):
         raise BadInput(f"--export: {model.name} is a P1 checkpoint, only face models can be exported")
-    if any(output_folder(folder).iterdir()):
+    if any(output_folder(folder, "--export").iterdir()):
         raise BadInput(f"--export {folder}: the folder is not empty")
     scheduler = DDIMScheduler(
         num_train_timesteps=len(model.schedule),
@@ -216,6 +217,9 @@ def export(model: Model, folder: Path) -> None:
     )
     folder = folder.absolute()
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
-        DDIMPipeline(model.network, scheduler).save_pretrained(Path(temporary) / "whole")
+        try:
+            DDIMPipeline(model.network, scheduler).save_pretrained(Path(temporary) / "whole")
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder} (disk full?): {error}") from None
         folder.rmdir()
         (Path(temporary) / "whole").replace(folder)

@@ -81,7 +81,7 @@ def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[
 
 def save_noises(folder: Path, noises: Sequence[Noise]) -> None:
     """Write each noise to NN.pt as [1,C,H,W], atomically."""
-    output_folder(folder)
+    output_folder(folder, "--save-noise")
     for noise in noises:
         with atomic(folder / f"{noise.stem}.pt") as temporary:
             torch.save(noise.x[None].clone(), temporary)

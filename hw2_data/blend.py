@@ -11,10 +11,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from runtime.cli import BadInput
 from runtime.hub import first_line
+from runtime.images import DAMAGE
 
 Split = Literal["train", "val"]
 Pixels = npt.NDArray[np.uint8]
@@ -85,7 +86,7 @@ def find_photographs(folder: Path) -> list[Path]:
         try:
             with Image.open(path) as photograph:
                 large += [path] if min(photograph.size) >= SIDE else []
-        except UnidentifiedImageError:
+        except (OSError, Image.DecompressionBombError):
             raise BadInput(f"{path} is not a picture: remove it from the backgrounds") from None
     if not large:
         raise BadInput(f"--backgrounds {folder}: all {len(paths)} pictures are smaller than {SIDE}x{SIDE}")
@@ -99,7 +100,7 @@ def load_photograph(path: Path) -> Pixels:
         with Image.open(path) as photograph:
             scale = max(PHOTOGRAPH_SIDE / max(photograph.size), SIDE / min(photograph.size))
             colour = photograph.convert("RGB")
-    except OSError as error:
+    except DAMAGE as error:
         raise BadInput(f"{path} is damaged ({error}): remove it from the backgrounds") from None
     if scale < 1:
         width, height = (max(SIDE, round(scale * size)) for size in colour.size)

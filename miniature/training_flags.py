@@ -44,7 +44,7 @@ class TrainingFlags:
         check_positive(self, "steps", "batch", "lr", "log_every", "save_every", *positive)
         check_not_negative(self, "seed")
         check_fractions(self, "ema")
-        check_writable_folder(self.run)
+        check_writable_folder(self.run, "--run")
 
     def facts(self, weights: str, *names: str, **more: Any) -> dict[str, Any]:
         """Return what decides the weights: what all trainings share, the flags `names`, and `more`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -64,6 +65,10 @@ def _require(settings: object, names: Iterable[str], valid: Callable[[Any], bool
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
     """Parse `settings` from the command line, run `main` on it and exit: 0 done, 2 bad input, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name that the terminal's encoding lacks ends no finished run
     message, code = _outcome(main, settings, description)
     # the exception is gone by now, and with it any unfinished progress bar, which would share the message's line
     if code:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import tempfile
@@ -25,20 +27,60 @@ ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path`, on any error `path` stays unchanged."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Yield a temporary path next to `path`; on success it replaces `path`, on any error `path` stays unchanged.
+
+    A link is followed to its target; devices and pipes are written into. A failure, such as a full disk, is an OSError that names `path`.
+    """
+    stream, target = _is_stream(path), Path(os.path.realpath(path))
+    temporary = None
     try:
+        if target.is_dir() or target.is_symlink():  # a link that is left leads to itself
+            raise OSError(errno.EISDIR if target.is_dir() else errno.ELOOP, "")
+        if not stream:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        place = None if stream else target.parent
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=place)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
+        if stream:
+            with open(_open_stream(path), "wb") as output:
+                output.write(temporary.read_bytes())
+            return
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(target)) and temporary:
+            raise  # of another file, read while this one was written
+        raise _named(error, path) from None
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            raise
+        raise OSError(f"could not write {path} (disk full?): {str(error).splitlines()[0]}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """Return the error about `path`, not about the temporary file."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return OSError(error.errno or errno.EIO, reason, str(path))
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether the path is a device, a pipe or an open file's number, which must not be replaced by a file."""
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return special or str(path.absolute()).startswith(("/dev/fd/", "/dev/std", "/proc/"))
+
+
+def _open_stream(path: Path) -> int:
+    """Open for writing; raise OSError at once for a pipe that nobody reads, where an ordinary open would wait forever."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0))
+    os.set_blocking(handle, True)
+    return handle
 
 
 def _umask() -> int:
@@ -53,10 +95,18 @@ def write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read UTF-8 without the byte order mark that some editors put first; raise BadInput for a file that is no text."""
+    try:
+        return require_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a text in UTF-8: {error}") from None
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file; raise BadInput with the line of a syntax error."""
     try:
-        return json.loads(require_file(path).read_text(encoding="utf-8"))
+        return json.loads(require_file(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
 
@@ -69,38 +119,60 @@ def require_file(path: Path, hint: str = "") -> Path:
     return Path(path)
 
 
-def output_folder(path: Path) -> Path:
+def output_folder(path: Path, flag: str = "--output") -> Path:
     """Create the folder; raise BadInput as `check_writable_folder` does."""
-    check_writable_folder(path)
-    path.mkdir(parents=True, exist_ok=True)
+    check_writable_folder(path, flag)
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
     return path
 
 
-def check_writable_folder(path: Path) -> None:
-    """Raise BadInput if a file is in the way, or for a folder of the repository's own source, which an output would mix with."""
-    if not _existing(path).is_dir():
-        raise BadInput(f"output {path}: a file is in the way, name a folder")
-    resolved = path.resolve()
+def check_writable_folder(path: Path, flag: str = "--output") -> None:
+    """Raise BadInput if no file can be written there, or for a folder of this repository's source, which an output would mix with."""
+    resolved = Path(os.path.realpath(path))
     for init in ROOT.glob("*/__init__.py"):
         if init.parent in (resolved, *resolved.parents):
             raise BadInput(
-                f"output {resolved}: {init.parent.name}/ holds this repository's source, name another folder"
+                f"{flag} {resolved}: {init.parent.name}/ holds this repository's source, name another folder"
             )
+    _try_to_write(resolved, f"{flag} {path}", "a file is in the way, name a folder")
 
 
 def check_writable_file(path: Path, flag: str) -> None:
-    """Raise BadInput if no file can be written: `path` is a folder, or one of its parents is a file. Write nothing."""
-    if path.is_dir():
+    """Raise BadInput if no file can be written there; leave nothing. Devices and pipes with a reader are fine."""
+    if os.path.isdir(path):
         raise BadInput(f"{flag} {path} is a folder: name a file")
-    if not (place := _existing(path.parent)).is_dir():
-        raise BadInput(f"{flag} {path}: {place} is a file, name a folder")
+    if _is_stream(path):
+        try:
+            _open_stream(path)  # stays open: a reader would take its closing for the end
+        except OSError as error:
+            nobody = error.errno == errno.ENXIO
+            raise BadInput(
+                f"{flag} {path}: {'nobody reads this pipe' if nobody else error.strerror}, name a file"
+            ) from None
+        return
+    target = Path(os.path.realpath(path))
+    if os.path.islink(target):
+        raise BadInput(f"{flag} {path} is a link that leads to itself: name a file")
+    _try_to_write(target.parent, f"{flag} {path}", "{} is a file, name a folder", target.name)
+
+
+def _try_to_write(folder: Path, what: str, in_the_way: str, name: str = "") -> None:
+    """Raise BadInput unless a file can be created in the folder or, before that exists, in its nearest parent."""
+    try:
+        place = _existing(folder)
+        if not place.is_dir():
+            raise BadInput(f"{what}: {in_the_way.format(place)}")
+        tempfile.TemporaryFile(dir=place).close()  # permission bits alone don't say it: read-only mounts, root
+        (place / name).exists()  # raises OSError for a name too long
+    except OSError as error:
+        raise BadInput(f"{what} can't be written ({error.strerror}): name another place") from None
 
 
 def check_disk_space(output: Path, needed: int) -> int:
     """Return the free bytes on the disk of the folder `output`; raise BadInput if `needed` bytes do not fit."""
     free = shutil.disk_usage(_existing(output)).free
     if free < needed:
-        raise BadInput(f"output {output}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+        raise BadInput(f"--output {output}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
     return free
 
 
@@ -149,9 +221,6 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, atomically; raise OSError if the disk is full, as every other writer does."""
+    """Write a safetensors file, atomically."""
     with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"could not write {path} (disk full?): {error}") from None
+        save_file(tensors, temporary, metadata)

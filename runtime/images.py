@@ -2,29 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, log
 from runtime.files import atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def open_image(path: Path) -> Tensor:
-    """Read an image of any mode as RGB [3,H,W] uint8; raise BadInput if it cannot be read."""
+ORIENTATION = ExifTags.Base.Orientation
+# what Pillow raises for damaged files; pictures twice as large as its limit are refused, so its warning below that says nothing
+DAMAGE = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
+
+
+@contextmanager
+def image_file(path: Path) -> Iterator[Image.Image]:
+    """Open an image and decode it; raise BadInput if that fails, within the block too."""
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
+            file.load()
+            yield file
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is not a readable picture: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no format that is read here, save it as JPEG or PNG"
+        raise BadInput(f"{path} is not a readable picture: {reason}") from None
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Return a decoded image as RGB: rotated as its EXIF data says, 16 bits reduced to 8, `background` where it is transparent.
+
+    Raise ValueError for 32 bits or floating point, whose white is unknown.
+    """
+    sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    with suppress(*DAMAGE):  # of the EXIF data alone, which the pixels don't need
+        image = ImageOps.exif_transpose(image)
+    if sixteen_bits:
+        pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":
+        raise ValueError(f"it has mode {image.mode}, save it with 8 bits per channel")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def read_image(path: Path, background: str = "white") -> Image.Image:
+    """Return an image of any mode as RGB, as `to_rgb` does; raise BadInput if it can't be read."""
+    with image_file(path) as file:
+        return to_rgb(file, background)
+
+
+def read_as_graded(path: Path) -> Image.Image:
+    """Return RGB as the course's graders read it: rotation and transparency are ignored. Log where that changes the image."""
+    with image_file(path) as file:
+        image = file.convert("RGBA" if "transparency" in file.info else "RGB").convert("RGB")
+        if file.mode not in ("RGB", "L") or file.getexif().get(ORIENTATION, 1) != 1:
+            with suppress(ValueError):
+                if (shown := to_rgb(file)).size != image.size or shown.tobytes() != image.tobytes():
+                    log(f"{path}: rotation, transparency or 16 bits are ignored, as the course's grader does")
+        return image
+
+
+def open_image(path: Path, background: str = "white") -> Tensor:
+    """Read an image of any mode as RGB [3,H,W] uint8, as `to_rgb` does; raise BadInput if it can't be read."""
+    return to_tensor(read_image(path, background))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an RGB image as [3,H,W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def save_image(path: Path, image: Tensor) -> None:
@@ -43,6 +109,41 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Te
     return grid.to(torch.uint8)
 
 
+# ---------------------------------------------------------------- figures
+
+
+@contextmanager
+def decoration(path: Path) -> Iterator[None]:
+    """Log one line if the figure `path` fails: it costs no vectors, records or printed results."""
+    try:
+        yield
+    except Exception as error:
+        log(f"warning: no figure {path}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Draw the texts of figures in this block as they are: `$` starts no formula, and a missing glyph is no warning."""
+    import matplotlib  # slow to import
+
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def shorten(text: str, most: int = 60) -> str:
+    """Return a text that fits into a figure, in one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 2]}.."
+
+
+def save_figure(path: Path, figure: Figure, dpi: int = 160) -> None:
+    """Write a matplotlib figure as PNG, atomically."""
+    with atomic(path) as temporary, plain_text():
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
+@plain_text()
 def labelled_grid(
     path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, inch: float = 0.6
 ) -> None:
@@ -50,9 +151,11 @@ def labelled_grid(
 
     `inch`: side of an image in the figure.
     """
-    plt = _pyplot()
+    from matplotlib.figure import Figure  # slow to import
+
     width, height = inch * len(columns) + 1.0, inch * len(rows) + 0.7  # room for labels and title
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for index, axis in enumerate(axes.flat):
         row, column = divmod(index, len(columns))
         axis.imshow(images[index].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -64,40 +167,30 @@ def labelled_grid(
             axis.set_title(columns[column], fontsize=9)
     figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top")
     figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.06, 0.06)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
+@plain_text()
 def line_figure(
     path: Path, x: Sequence[float], panels: dict[str, dict[str, list[float]]], x_label: str, title: str
 ) -> None:
     """Draw one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(4 * len(panels), 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=True):
         for label, values in lines.items():
-            axis.plot(x, values, marker="o", label=label)
+            axis.plot(x, values, marker="o", label=shorten(label))
         axis.set(title=name, xlabel=x_label)
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(path, figure)
 
 
-def _pyplot() -> Any:
-    """Import matplotlib without a screen; it is slow to import."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
-    _pyplot().close(figure)
+# ---------------------------------------------------------------- values
 
 
 def to_float(images: Tensor) -> Tensor:

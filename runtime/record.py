@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from runtime.cli import log
 from runtime.device import Machine
-from runtime.files import write_json
+from runtime.files import check_writable_file, write_json
 
 PACKAGES = (
     "torch",
@@ -31,13 +32,24 @@ PACKAGES = (
 
 @dataclass
 class Record:
-    """The facts of a run, which `save` writes. `settings` is the script's dataclass."""
+    """The facts of a run, which `save` writes. `settings` is the script's dataclass.
+
+    A place that --record names is checked at once: BadInput. The default place is a courtesy, and only a warning where it can't be written.
+    """
 
     settings: Any
     machine: Machine
     timings: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+    def __post_init__(self) -> None:
+        place = getattr(self.settings, "record", None)
+        if place and not self._is_default(place):
+            check_writable_file(place, "--record")
+
+    def _is_default(self, path: Path) -> bool:
+        return bool(path == getattr(type(self.settings), "record", None))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -53,24 +65,27 @@ class Record:
         self.metrics.setdefault("repeats", {}).update(values)
 
     def save(self, path: Path) -> None:
-        """Write the record, atomically."""
+        """Write the record, atomically; for the default place of --record an error is a line."""
         settings = asdict(self.settings)
-        write_json(
-            path,
-            {
-                "script": Path(sys.argv[0]).name,
-                "command": sys.argv,
-                "started": self.started,
-                "settings": settings,
-                "seed": settings.get("seed"),
-                "device": str(self.machine.device),
-                "machine": self.machine.name,
-                "versions": versions(),
-                "revision": git_revision(),
-                "timings_s": {k: round(v, 3) for k, v in self.timings.items()},
-                "metrics": self.metrics,
-            },
-        )
+        values = {
+            "script": Path(sys.argv[0]).name,
+            "command": sys.argv,
+            "started": self.started,
+            "settings": settings,
+            "seed": settings.get("seed"),
+            "device": str(self.machine.device),
+            "machine": self.machine.name,
+            "versions": versions(),
+            "revision": git_revision(),
+            "timings_s": {k: round(v, 3) for k, v in self.timings.items()},
+            "metrics": self.metrics,
+        }
+        try:
+            write_json(path, values)
+        except OSError as error:
+            if not self._is_default(path):
+                raise
+            log(f"warning: no record of this run, {error}")
 
 
 def versions() -> dict[str, str]:

@@ -295,6 +295,18 @@ def test_grey_and_palette_images_are_converted(tmp_path: Path, mode: str) -> Non
     assert np.array_equal(read_digit(tmp_path / "a.png"), expected)
 
 
+def test_sixteen_bits_keep_their_grey(tmp_path: Path) -> None:
+    Image.fromarray(np.full((28, 28), 134 * 257, np.uint16)).save(tmp_path / "a.png")
+    assert (read_digit(tmp_path / "a.png") == 134).all()
+
+
+def test_a_csv_may_begin_with_a_byte_order_mark(digits_folder: Path) -> None:
+    path = digits_folder / "mnistm" / "train.csv"
+    plain = read_csv(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_csv(path).equals(plain)
+
+
 def test_an_image_of_another_size_is_resized(tmp_path: Path) -> None:
     Image.new("RGB", (56, 40), (10, 200, 30)).save(tmp_path / "a.png")
     image = read_digit(tmp_path / "a.png")

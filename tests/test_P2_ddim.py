@@ -291,6 +291,27 @@ def test_an_output_that_is_a_file_is_named(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("flag", "place"), [("record", "file/record.json"), ("save_noise", "file/noises"), ("output", "file/out")]
+)
+def test_places_that_cannot_be_written_are_named_before_the_work(
+    run: Any, tmp_path: Path, flag: str, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=f"^--{flag.replace('_', '-')} {tmp_path / place}: .* name a folder$"):
+        run(**{"seeds": "0", "output": tmp_path / "out", flag: tmp_path / place})
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_default_record_that_cannot_be_written_is_a_warning(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Settings, "record", tmp_path / "file" / "record.json")
+    assert list(run(seeds="0", record=Settings.record)) == ["00"]
+    assert "warning: no record of this run" in capsys.readouterr().err
+
+
 def test_pictures_that_are_finished_stay_when_a_later_one_fails(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

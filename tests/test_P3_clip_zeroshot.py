@@ -304,6 +304,38 @@ def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: P
         run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
 
 
+@pytest.mark.parametrize("flag", ["features", "cache"])
+def test_places_that_cannot_be_written_are_named_before_the_work(
+    flag: str, tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=f"^--{flag} {tmp_path}/file/a"):
+        run(tmp_path, labelled, tiny_clip, **{flag: tmp_path / "file" / "a"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["for $x_{$", "猫", "very long " * 300], ids=["formula", "script", "long"])
+def test_class_names_of_any_form_are_drawn(name: str, tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([name, *NAMES[1:]]))
+    run(tmp_path, labelled, tiny_clip, labels=labels, names="raw")
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"cases.png", "confusion.png"}
+
+
+def test_a_figure_that_fails_costs_no_results(
+    tiny_clip: str, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr("zeroshot.results.cases_figure", fail)
+    run(tmp_path, labelled, tiny_clip)
+    out, err = capsys.readouterr()
+    assert "Accuracy: " in out
+    assert f"warning: no figure {tmp_path / 'out' / 'cases.png'}: no room" in err
+    assert (tmp_path / "out" / "confusion.png").is_file()
+
+
 def test_an_output_that_is_a_file_is_refused_before_the_work(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(BadInput, match="a file is in the way"):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from concepts import clip_scores
@@ -26,7 +25,7 @@ from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT, write_json
-from runtime.images import open_image
+from runtime.images import read_as_graded
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
@@ -179,14 +178,32 @@ def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip:
             assert one["text_score"] == pytest.approx(other["text_score"], abs=1e-4)
 
 
+def test_a_default_folder_that_cannot_be_written_is_a_warning(
+    graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    flags: dict[str, Any] = {
+        "input": graded / "input.json",
+        "images": graded / "out",
+        "references": graded / "references",
+    }
+    with pytest.raises(BadInput, match="^--output .* a file is in the way"):
+        main(Settings(**flags, clip=str(clip), output=tmp_path / "file" / "out"))
+    monkeypatch.setattr(Settings, "output", tmp_path / "file" / "out")
+    main(Settings(**flags, clip=str(clip), output=Settings.output))
+    out, err = capsys.readouterr()
+    assert "cases passed" in out
+    assert "warning: no best.png and record.json, --output" in err
+
+
 def test_every_file_is_decoded_once(graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
 
-    def counted(path: Path) -> Tensor:
+    def counted(path: Path) -> Image.Image:
         opened.append(path)
-        return open_image(path)
+        return read_as_graded(path)
 
-    monkeypatch.setattr(clip_scores, "open_image", counted)
+    monkeypatch.setattr(clip_scores, "read_as_graded", counted)
     run(graded, clip, output=tmp_path)
     assert len(opened) == len(set(opened)) == 3 * 25 + 3 + 2
 
@@ -214,7 +231,7 @@ def test_tensors_and_pil_pictures_have_the_same_features(graded: Path, clip: Pat
     scorer = Scorer.load(str(clip), CPU)
     paths = sorted((graded / "references" / "0").iterdir())
     pictures = [Image.open(path).convert("RGB") for path in paths]
-    assert torch.equal(scorer.encode(pictures), scorer.encode(open_images(paths)))
+    assert torch.equal(scorer.encode(pictures), scorer.encode(open_images(paths, as_graded=True)))
 
 
 def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
@@ -222,7 +239,7 @@ def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
     scorer, picture = Scorer.load(str(clip), CPU, "pillow"), Image.open(paths[0]).convert("RGB")
     small = picture.resize((64, 96), Image.Resampling.BICUBIC).crop((0, 16, 64, 80))
     expected = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
-    pixels = scorer.processor(images=open_images(paths[:1]), return_tensors="pt").pixel_values
+    pixels = scorer.processor(images=open_images(paths[:1], as_graded=True), return_tensors="pt").pixel_values
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 

@@ -448,6 +448,28 @@ def test_two_processes_learn_like_one(tmp_path: Path, model: str, images: Path) 
     torch.testing.assert_close(vectors_of(one.output), vectors_of(two.output), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["a formula's sign", "figures that fail"])
+def test_figures_cost_no_vectors(
+    fails: bool,
+    tmp_path: Path,
+    model: str,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no room")
+
+    if fails:
+        monkeypatch.setattr("concepts.validation.labelled_grid", fail)
+        monkeypatch.setattr("P3_textual_inversion.line_figure", fail)
+    main(settings(tmp_path, model, images, validate=("a {} for $x_{$",)))
+    assert (tmp_path / "learned" / "learned_new1.safetensors").is_file()
+    assert (tmp_path / "run" / "record.json").is_file()
+    assert (tmp_path / "run" / "loss.png").exists() != fails
+    assert ("warning: no figure " in capsys.readouterr().err) == fails
+
+
 # ---------------------------------------------------------------- images and bad input
 
 
@@ -503,12 +525,14 @@ def test_an_empty_folder_and_a_broken_picture_are_named(tmp_path: Path) -> None:
 def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_pictures(tmp_path / "images", 1)
     (folder / "paper.pdf").write_bytes(b"%PDF")
+    (folder / "phone.HEIC").write_bytes(b"....ftypheic")
     assert len(read_images(folder)) == 1
     told = capsys.readouterr().err
-    assert "paper.pdf is no picture: skipped" in told
+    assert "paper.pdf is no picture: skipped\n" in told
+    assert "phone.HEIC is no picture: skipped, save it as JPEG\n" in told
     assert "one picture only" in told
-    Image.new("I;16", (8, 8)).save(folder / "deep.png")
-    with pytest.raises(BadInput, match=r"deep\.png has mode I;16"):
+    Image.new("F", (8, 8)).save(folder / "deep.tif")
+    with pytest.raises(BadInput, match=r"deep\.tif is not a readable picture: it has mode F"):
         read_images(folder)
 
 

@@ -14,10 +14,7 @@ from runtime.files import atomic, load_tensors, require_file
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write all or nothing: on a full disk or a crash the previous file survives."""
     with atomic(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's writer reports a full disk this way
-            raise OSError(f"could not write {path} (disk full?): {str(error).splitlines()[0]}") from None
+        torch.save(state, temporary)
 
 
 def load_state(path: Path, kind: str) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from runtime.cli import BadInput, log
 from runtime.files import read_json
-from runtime.images import SUFFIXES
+from runtime.images import SUFFIXES, image_file, to_rgb
 from runtime.validation import validate
 
-CONVERTIBLE = {"RGB", "1", "L", "LA", "La", "P", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 ClassName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -88,16 +87,10 @@ class LabelledImages:
         return digest.hexdigest()
 
     def open(self, index: int) -> Image.Image:
-        """Return one image as RGB, and log the first of each other mode. Raise BadInput if it is broken or deeper than 8 bits."""
+        """Return one image as RGB, and log the first of each other mode. Raise BadInput if it can't be read."""
         path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                mode = file.mode
-                image = file.convert("RGB") if mode in CONVERTIBLE else None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadInput(f"{path} is not a readable picture: {error}") from None
-        if image is None:
-            raise BadInput(f"{path} has mode {mode}, which has no clear RGB form: save it with 8 bits per channel")
+        with image_file(path) as file:
+            mode, image = file.mode, to_rgb(file)
         if mode not in self.modes:
             self.modes.add(mode)
             log(f"pictures of mode {mode}, such as {path}, are converted to RGB")

@@ -148,5 +148,8 @@ class FeatureExtractor:
             classifier = clip.classifier(classes, fillers(templates, names))
         numbers = torch.tensor([classifier.scale, classifier.bias], dtype=torch.float64)
         tensors = {"classifier": classifier.weight.contiguous(), "scale_and_bias": numbers}
-        save_safetensors(path, tensors, {"model": self.source.label})
+        try:
+            save_safetensors(path, tensors, {"model": self.source.label})
+        except OSError as error:  # only slower the next time
+            log(f"warning: the classifier is not kept, {error}")
         return classifier

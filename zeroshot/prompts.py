@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.cli import BadInput
+from runtime.files import read_text
 
 Names = Literal["raw", "clean"]
 
@@ -57,12 +58,8 @@ def templates_of(prompts: str) -> tuple[str, ...]:
 
 def read_templates(path: Path) -> tuple[str, ...]:
     """Read one template a line, # for comments; {} or any {word} is the class. Raise BadInput for a line without it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise BadInput(f"--prompts {path} is not a text file") from None
     templates = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         text = re.sub(r"\{\w*\}", "{}", line.strip())
         if not text or text.startswith("#"):
             continue

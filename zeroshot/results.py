@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from runtime.files import atomic
+from runtime.images import plain_text, save_figure, shorten
 from zeroshot.dataset import LabelledImages
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CASES = 5
 
@@ -144,6 +144,7 @@ def case_lines(result: Result, right: Sequence[int], wrong: Sequence[int]) -> li
 # ---------------------------------------------------------------- figures
 
 
+@plain_text()
 def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequence[int], title: str) -> None:
     """Draw right cases in the upper row, wrong ones in the lower: the image and its three most probable classes."""
     from matplotlib.figure import Figure
@@ -157,26 +158,27 @@ def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequen
             _draw_case(axes[2 * line, column], axes[2 * line + 1, column], result, row)
     figure.suptitle(f"{title}; upper row right, lower row wrong", fontsize=10)
     figure.subplots_adjust(0.02, 0.02, 0.99, 0.86, 0.1, 0.28)
-    _save(figure, path)
+    save_figure(path, figure, 130)
 
 
 def _draw_case(photo: Axes, bars: Axes, result: Result, row: int) -> None:
     truth = int(result.images.truth[row])
     photo.imshow(result.images.open(row), interpolation="nearest")
-    photo.set_title(f"{result.images.paths[row].name}\n{result.name(truth)}", fontsize=9)
+    photo.set_title(f"{shorten(result.images.paths[row].name)}\n{shorten(result.name(truth))}", fontsize=9)
     for rank, index in enumerate(result.best[row, :3].tolist()):
         share = float(result.probabilities[row, index])
         colour = "tab:green" if index == truth else "tab:red" if rank == 0 else "tab:gray"
         bars.barh(rank, share, color=colour, alpha=0.45, height=0.8)
-        bars.text(0.01, rank, f"{result.name(index)}  {100 * share:.1f}%", va="center", fontsize=8)
+        bars.text(0.01, rank, f"{shorten(result.name(index))}  {100 * share:.1f}%", va="center", fontsize=8)
     bars.set(xlim=(0, 1), ylim=(2.5, -0.5))
 
 
+@plain_text()
 def confusion_figure(path: Path, result: Result, title: str) -> None:
     """Draw the confusion matrix in shares of each row; rows are the truth."""
     from matplotlib.figure import Figure
 
-    names, counts = result.images.names, result.confusion.double()
+    names, counts = list(map(shorten, result.images.names)), result.confusion.double()
     size = 8 if len(names) <= 60 else 5
     longest = max(map(len, names))
     margin = 0.5 + 0.0085 * size * longest  # inches; measuring texts takes longer than drawing
@@ -191,9 +193,4 @@ def confusion_figure(path: Path, result: Result, title: str) -> None:
     axis.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, label="share of the class's pictures")
     figure.subplots_adjust(margin / side, margin / side, 1 - 0.8 / side, 1 - 0.6 / side)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    save_figure(path, figure, 130)

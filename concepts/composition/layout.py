@@ -330,7 +330,7 @@ def read_layout(path: Path) -> Layout:
 
 def _read_mask(path: Path, entry: ConceptEntry) -> Tensor | None:
     if entry.mask:
-        image = open_image(path.parent / entry.mask).float().mean(0) / 255
+        image = open_image(path.parent / entry.mask, "black").float().mean(0) / 255
         return (F.interpolate(image[None, None], size=(MASK_SIZE, MASK_SIZE), mode="area")[0, 0] > 0.5).float()
     if entry.box:
         left, top, right, bottom = entry.box

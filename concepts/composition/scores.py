@@ -104,4 +104,4 @@ def levels_figure(
     plan = draw_layout(layout, columns[0].shape[2])
     cells = torch.stack([image for row in zip(*columns, strict=True) for image in (plan, *row)])
     rows = [f"picture {number}" for number in range(len(seeds))]
-    labelled_grid(path, cells, rows, ["layout", *levels], layout.joint.replace("$", r"\$"), inch=1.8)
+    labelled_grid(path, cells, rows, ["layout", *levels], layout.joint, inch=1.8)

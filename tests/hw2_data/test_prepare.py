@@ -369,7 +369,7 @@ def test_from_any_directory_a_file_in_the_way_ends_with_one_line_and_code_2(tmp_
     command = [sys.executable, script, "rendered", "--output", "file"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: output file: a file is in the way, name a folder"]
+    assert done.stderr.splitlines() == ["error: --output file: a file is in the way, name a folder"]
 
 
 def test_the_command_line_reaches_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

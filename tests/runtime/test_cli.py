@@ -78,6 +78,12 @@ def test_a_bad_flag_exits_with_2_and_names_itself() -> None:
     assert "--sise" in done.stderr
 
 
+def test_a_stdout_of_another_encoding_ends_no_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("print('o/' + chr(233), chr(0x732b))")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\no/\\xe9 \\u732b\n", "")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     done = run("1 / 0")
     assert done.returncode == 1

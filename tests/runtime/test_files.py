@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,11 +26,27 @@ from runtime.files import (
     load_tensors,
     output_folder,
     read_json,
+    read_text,
     require_file,
+    save_safetensors,
     write_json,
 )
 
 FullDisk = Callable[[int], AbstractContextManager[None]]
+
+
+def save_safetensors_of(path: Path) -> None:
+    save_safetensors(path, {"x": torch.zeros(5000)}, {})
+
+
+def torch_save(path: Path) -> None:
+    with atomic(path) as temporary:
+        torch.save(torch.zeros(5000), temporary)
+
+
+def write_text(path: Path) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text("x" * 5000)
 
 
 def fail_while_writing(path: Path, error: type[BaseException]) -> None:
@@ -109,6 +128,19 @@ def test_read_json_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(mark + b'{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert read_text(tmp_path / "a.json") == '{"a": 1}'
+
+
+def test_read_text_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match=r"a\.txt is not a text in UTF-8"):
+        read_text(tmp_path / "a.txt")
+
+
 def test_require_file_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no\.pt does not exist; train one first"):
         require_file(tmp_path / "no.pt", "train one first")
@@ -138,7 +170,7 @@ def test_output_folder_refuses_a_file_in_the_way(tmp_path: Path, inside: str) ->
 def test_an_output_inside_a_source_package_is_one_line_and_leaves_nothing(path: str) -> None:
     target, package = ROOT / path, "digits" if path == "digits" else "faces"
     with pytest.raises(
-        BadInput, match=f"^output {target.resolve()}: {package}/ holds this repository's source, name another"
+        BadInput, match=f"^--output {target.resolve()}: {package}/ holds this repository's source, name another"
     ):
         output_folder(target)
     assert target.exists() == (path == "digits")
@@ -165,6 +197,99 @@ def test_a_file_is_writable_unless_it_is_a_folder_or_below_a_file(tmp_path: Path
     with pytest.raises(BadInput, match="^--record .*file is a file, name a folder$"):
         check_writable_file(tmp_path / "file" / "record.json", "--record")
     assert not (tmp_path / "new").exists()
+
+
+def refuse_to_create(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied", "/tmp/hidden")
+
+
+def test_a_place_without_permission_is_named_by_its_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse_to_create)  # permission bits don't bind root
+    with pytest.raises(BadInput, match=f"^--grid {tmp_path}/a.png can't be written .Permission denied.: name another"):
+        check_writable_file(tmp_path / "a.png", "--grid")
+    with pytest.raises(BadInput, match=f"^--run {tmp_path}/new can't be written"):
+        output_folder(tmp_path / "new", "--run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_checking_a_place_leaves_nothing(tmp_path: Path) -> None:
+    check_writable_file(tmp_path / "a.json", "--record")
+    check_writable_folder(tmp_path / "b" / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="^--record .*File name too long"):
+        check_writable_file(tmp_path / ("a" * 300), "--record")
+    with pytest.raises(BadInput, match="^--output .*File name too long"):
+        check_writable_folder(tmp_path / ("a" * 300) / "b")
+
+
+# ---------------------------------------------------------------- links, pipes, devices
+
+
+@pytest.mark.parametrize("target", ["there.json", "new.json", "sub/new.json"])
+def test_a_link_is_followed_to_its_target(tmp_path: Path, target: str) -> None:
+    (tmp_path / "there.json").write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    check_writable_file(link, "--record")
+    write_json(link, 1)
+    assert link.is_symlink()
+    assert read_json(tmp_path / target) == 1
+
+
+def test_a_link_to_a_missing_folder_makes_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real/out")
+    output_folder(tmp_path / "link")
+    assert (tmp_path / "real" / "out").is_dir()
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(BadInput, match="^--record .*leads to itself"):
+        check_writable_file(tmp_path / "a", "--record")
+    with pytest.raises(OSError, match="Too many levels"):
+        write_json(tmp_path / "a", 1)
+
+
+def test_a_pipe_with_a_reader_is_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "fifo"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        code = "import sys, pathlib; from runtime.files import *; path = pathlib.Path(sys.argv[1]);"
+        code += "check_writable_file(path, '--record'); write_json(path, {'a': 1})"
+        while subprocess.run([sys.executable, "-c", code, pipe], cwd=ROOT, capture_output=True).returncode:
+            time.sleep(0.1)  # until the reader is there
+        assert reader.communicate()[0] == b'{\n  "a": 1\n}\n'
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_pipe_without_a_reader_is_refused_and_never_waits(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BadInput, match="^--record .*: nobody reads this pipe, name a file"):
+        check_writable_file(tmp_path / "fifo", "--record")
+    with pytest.raises(OSError, match="fifo"):
+        write_json(tmp_path / "fifo", 1)
+
+
+def test_an_open_files_number_is_appended_to(tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w") as log:
+        print("before", file=log, flush=True)
+        write_json(Path(f"/dev/fd/{log.fileno()}"), 1)
+    assert (tmp_path / "log.txt").read_text() == "before\n1\n"
+
+
+@pytest.mark.parametrize("write", [save_safetensors_of, torch_save, write_text], ids=lambda write: write.__name__)
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+    write: Callable[[Path], None], tmp_path: Path, full_disk: FullDisk
+) -> None:
+    path = tmp_path / "a.bin"
+    path.write_text("old")
+    with full_disk(1000), pytest.raises(OSError, match=str(path)) as error:
+        write(path)
+    assert f".{path.stem}-" not in str(error.value)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
 
 
 def test_a_lack_of_disk_space_is_named_before_the_work(tmp_path: Path) -> None:

@@ -1,14 +1,29 @@
-"""Images: files with the same pixels, and grids."""
+"""Images: files of every kind as RGB, files with the same pixels, grids, and figures with any text."""
 
 from __future__ import annotations
 
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from runtime.images import image_grid, save_image
+from runtime.cli import BadInput
+from runtime.images import (
+    decoration,
+    image_grid,
+    labelled_grid,
+    line_figure,
+    open_image,
+    read_as_graded,
+    read_image,
+    save_image,
+)
 
 
 def some_pictures(count: int, size: int = 28) -> torch.Tensor:
@@ -45,3 +60,165 @@ def test_grid_is_filled_row_by_row_and_enlarged_without_smoothing() -> None:
 def test_grid_is_white_between_the_pictures() -> None:
     grid = image_grid(some_pictures(6, size=4), columns=3, gap=1)
     assert bool((grid[:, :, [0, 5, 10, 15]] == 255).all())
+
+
+# ---------------------------------------------------------------- reading
+
+WHITE, RED, GREY = (255, 255, 255), (255, 0, 0), (128, 128, 128)
+
+
+def turned(path: Path) -> None:
+    """Save 40x20, which EXIF turns by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), RED).save(path, exif=exif)
+
+
+def clear(mode: str) -> Callable[[Path], None]:
+    return lambda path: Image.new("RGBA", (20, 40), (255, 0, 0, 0)).convert(mode).save(path)
+
+
+def clear_palette(path: Path) -> None:
+    image = Image.new("P", (20, 40))
+    image.putpalette([255, 0, 0])
+    image.save(path, transparency=b"\x00")
+
+
+def sixteen_bits(path: Path) -> None:
+    Image.fromarray(np.full((40, 20), 128 * 257, np.uint16)).save(path)
+
+
+def of_mode(mode: str) -> Callable[[Path], None]:
+    return lambda path: Image.new("RGB", (20, 40), RED).convert(mode).save(path, quality=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "colour"),
+    [
+        ("turned.png", turned, RED),
+        ("turned.jpg", turned, (254, 0, 0)),
+        ("rgba.png", clear("RGBA"), WHITE),
+        ("la.png", clear("LA"), WHITE),
+        ("rgba.webp", clear("RGBA"), WHITE),
+        ("palette.png", clear_palette, WHITE),
+        ("palette.gif", of_mode("P"), RED),
+        ("deep.png", sixteen_bits, GREY),
+        ("deep.tif", sixteen_bits, GREY),
+        ("deep.pgm", sixteen_bits, GREY),
+        ("cmyk.jpg", of_mode("CMYK"), (254, 0, 0)),
+        ("cmyk.tif", of_mode("CMYK"), RED),
+    ],
+)
+def test_an_image_of_any_kind_is_upright_opaque_and_of_8_bits(
+    tmp_path: Path, name: str, save: Callable[[Path], None], colour: tuple[int, int, int]
+) -> None:
+    save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(tmp_path / name)
+    assert (image.mode, image.size) == ("RGB", (20, 40))
+    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
+    assert tuple(open_image(tmp_path / name).shape) == (3, 40, 20)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG's bytes with these chunks between header and end."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks, (b"IEND", b"")]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+PIXELS = (b"IDAT", zlib.compress(bytes(4 * 13)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!DOCTYPE html><html></html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic",
+        b"\x89PNG\r\n\x1a\n",
+        png(4, 4, PIXELS)[:40],
+        png(4, 4, (b"IDAT", b"no zlib")),
+        png(60_000, 60_000, PIXELS),
+        png(4, 4, (b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000))), PIXELS),
+        b"\xff\xd8\xff\xe0\x00\x10JFIF",
+        b"GIF89a",
+        b"BM" + bytes(60),
+        b"II*\x00\xff\xff\xff\xff",
+        b"P5 99999999999999999999 4 255\n",
+    ],
+    ids=[
+        "empty",
+        "page",
+        "lfs",
+        "heic",
+        "start",
+        "cut",
+        "no zlib",
+        "bomb",
+        "text bomb",
+        "jpeg",
+        "gif",
+        "bmp",
+        "tiff",
+        "pgm",
+    ],
+)
+def test_a_damaged_image_is_one_line_with_its_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (open_image, read_as_graded):
+        with pytest.raises(BadInput, match=r"a\.png is not a readable picture: .") as error:
+            read(tmp_path / "a.png")
+        assert "\n" not in str(error.value)
+
+
+def test_a_format_that_is_not_read_names_the_cure_and_a_missing_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic")
+    with pytest.raises(BadInput, match=r"a\.heic is not a readable picture: .*save it as JPEG or PNG"):
+        read_image(tmp_path / "a.heic")
+    with pytest.raises(BadInput, match=r"b\.png does not exist"):
+        read_image(tmp_path / "b.png")
+
+
+def test_damaged_exif_data_cost_no_image(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert read_image(tmp_path / "a.jpg").size == (8, 8)
+
+
+@pytest.mark.parametrize(("save", "logged"), [(turned, True), (clear("RGBA"), True), (of_mode("RGB"), False)])
+def test_the_graders_reading_ignores_rotation_and_transparency_and_says_so(
+    save: Callable[[Path], None], logged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as file:
+        assert read_as_graded(tmp_path / "a.png").tobytes() == file.convert("RGB").tobytes()
+    assert (f"{tmp_path / 'a.png'}: rotation, transparency or 16 bits are ignored" in capsys.readouterr().err) == logged
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    "text", ["for $x_{$", "$100", r"\frac{$a$", "猫 и é", "_a", "very long " * 300, "", "two\nlines"]
+)
+def test_any_text_may_stand_in_a_figure(tmp_path: Path, text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labelled_grid(tmp_path / "a.png", some_pictures(1), [text], [text], text)
+        line_figure(tmp_path / "b.png", [0, 1], {"loss": {text: [1.0, 2.0], "b": [1.0, 2.0]}}, "step", text)
+    assert open_image(tmp_path / "a.png").shape[0] == open_image(tmp_path / "b.png").shape[0] == 3
+
+
+def test_a_decoration_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with decoration(tmp_path / "a.png"):
+        raise ValueError("two\nlines")
+    assert capsys.readouterr().err == f"warning: no figure {tmp_path / 'a.png'}: two lines\n"
+
+
+def test_a_decoration_stops_for_ctrl_c(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), decoration(tmp_path / "a.png"):
+        raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.cli import BadInput
 from runtime.device import Machine
 from runtime.record import Record
 
@@ -59,3 +60,32 @@ def test_timed_adds_up_and_counts_failed_blocks_too() -> None:
     with pytest.raises(ZeroDivisionError), record.timed("work"):
         raise ZeroDivisionError
     assert 10.0 < record.timings["work"] < 11.0
+
+
+def test_a_place_that_was_named_is_checked_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    @dataclass(frozen=True)
+    class Run:
+        record: Path = tmp_path / "runs" / "record.json"
+
+    Record(Run(tmp_path / "elsewhere.json"), MACHINE)
+    with pytest.raises(BadInput, match="^--record .*file is a file, name a folder"):
+        Record(Run(tmp_path / "file" / "record.json"), MACHINE)
+
+
+def test_a_default_place_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").touch()
+
+    @dataclass(frozen=True)
+    class Run:
+        record: Path = tmp_path / "runs" / "record.json"
+
+    Record(Run(), MACHINE).save(Run.record)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no record of this run, ")
+    assert str(Run.record) in line
+    with pytest.raises(OSError, match="other.json"):
+        Record(Run(), MACHINE).save(tmp_path / "runs" / "other.json")

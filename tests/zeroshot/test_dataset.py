@@ -62,10 +62,10 @@ def test_other_modes_are_converted_and_logged_once(
     assert capsys.readouterr().err.count(f"mode {mode}, such as {images.paths[0]}") == 1
 
 
-def test_deep_images_are_named(labelled: Path, tmp_path: Path) -> None:
+def test_images_without_a_clear_white_are_named(labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "val" / "0_1.png")
-    with pytest.raises(BadInput, match="0_1.png has mode I;16"):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "val" / "0_1.tif")
+    with pytest.raises(BadInput, match="0_1.tif is not a readable picture: it has mode F, save it with 8 bits"):
         list_images(tmp_path / "val", labelled.parent / "id2label.json").open(0)
 
 
