@@ -81,6 +81,8 @@ class Settings:
 def main(settings: Settings) -> None:
     """Sample, redraw what is misread, write, record; several processes share the images."""
     check(settings)
+    digits, domains = tuple(dict.fromkeys(settings.digits)), tuple(dict.fromkeys(settings.domains))
+    settings = replace(settings, digits=digits, domains=domains)  # one given twice counts once
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine)
     network = load_network(settings.model, machine.device)

@@ -28,10 +28,10 @@ from concepts.composition.layout import Layout, auto_layout, read_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose, passes
 from concepts.composition.scores import FIGURE_ROWS, draw_layout, levels_figure, mean_scores, scores_inside
 from concepts.course_format import IMAGES_PER_PROMPT, remove, stale_files
-from concepts.embeddings import Vectors, install, require_width, tokens_in
+from concepts.embeddings import TokenSearch, add_names, install, require_width, tokenize, tokens_in
 from concepts.jobs import Job, find_job_vectors, graded_jobs, layout_job, prompt_jobs
 from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler, generate_batches
-from concepts.stable_diffusion import check_model, load_pipeline
+from concepts.stable_diffusion import check_model, load_pipeline, load_tokenizer
 from diffusion.guidance import Guidance
 from runtime.cli import BadInput, check_fractions, check_positive, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
@@ -115,7 +115,8 @@ def main(settings: Settings) -> None:
     jobs = jobs_of(settings)
     layout = jobs[0].layout
     machine = detect(settings.device)
-    vectors = find_job_vectors(jobs, settings.embeddings, settings.model, settings.input, settings.references)
+    texts = [*(text for job in jobs for text in job.texts), settings.negative]
+    search = find_job_vectors(texts, settings.embeddings, settings.model, settings.input, settings.references)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
     check_disk_space(settings.output, bytes_needed(settings, jobs))
     for folder in {path.parent for job in jobs for path in job.files}:
@@ -125,7 +126,7 @@ def main(settings: Settings) -> None:
         if path:
             check_writable_file(path, flag)
     if settings.dry_run:
-        dry_run(settings, jobs, vectors, machine)
+        dry_run(settings, jobs, search, machine)
         return
 
     # the model with its tokens, and the CLIP
@@ -133,7 +134,7 @@ def main(settings: Settings) -> None:
     with record.timed("loading"):
         dtype = torch.bfloat16 if set_up(settings.precision, machine) == "bf16" else torch.float32
         pipe = load_pipeline(settings.model, machine.device, dtype)
-        install(pipe, vectors)
+        install(pipe, search.vectors)
         sampler = StableDiffusionSampler(pipe, sampler_config(settings))
         shape = sampler.shape  # raises BadInput for a size that the model doesn't support
         if layout:
@@ -169,6 +170,7 @@ def main(settings: Settings) -> None:
                 "passes_per_picture": passes_per_image(settings, layout, settings.level),
                 "processes": len(shares),
                 "shares": shares,
+                "embeddings": search.files,
             }
             if layout and scorer and settings.scores:
                 record.metrics["concepts"] = score_concepts(scorer, layout, jobs[0].files)
@@ -242,23 +244,28 @@ def sampler_config(settings: Settings) -> SamplerConfig:
 # ---------------------------------------------------------------- a dry run
 
 
-def dry_run(settings: Settings, jobs: Sequence[Job], vectors: Vectors, machine: Machine) -> None:
-    """Check model, size, regions and CLIP without weights, print the plan and the expected time, write --draw-layout."""
+def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machine: Machine) -> None:
+    """Check model, texts, size, regions and CLIP without weights, print the plan and the expected time, write --draw-layout."""
     layout = jobs[0].layout
     dims = check_model(settings.model)
     sampler_config(settings).check(TIMESTEPS)
     if dims:
-        require_width(vectors, dims.text_width)
+        require_width(search.vectors, dims.text_width)
         shape = dims.latent_shape(settings.size)
         if layout:
             layout.check_resolution(*shape[1:])
+    if tokenizer := load_tokenizer(settings.model):
+        add_names(tokenizer, {token: len(rows) for token, rows in search.vectors.items()})
+        tokenize(tokenizer, list(dict.fromkeys([*(text for job in jobs for text in job.texts), settings.negative])))
+    else:
+        print(f"{settings.model}: its tokenizer is not on this machine, the texts' lengths are unchecked")
     if settings.candidates or settings.scores:
         Scorer.load(settings.clip, torch.device("cpu"))
 
     count, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
     print(f"{len(jobs)} prompts, {count} pictures to draw, {kept} to keep")
-    for token, rows in vectors.items():
-        print(f"{token}: {len(rows)} of width {rows.shape[1]}")
+    for token, rows in search.vectors.items():
+        print(f"{token}: {len(rows)} of width {rows.shape[1]}, from {search.files[token]}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
 
     total = count * passes_per_image(settings, layout, settings.level)

@@ -172,8 +172,11 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
     folder = settings.embeddings
     if not folder:
         if not Path(model).is_dir():
-            cure = "wanted a diffusers folder with safetensors; without one, give --embeddings"
-            raise BadInput(f"--model {model}: {cure}")
+            convert = "python miniature/train_clip.py convert --output runs/miniature/clip"
+            raise BadInput(
+                f"--model {model} is no diffusers folder. The miniature's is made by `{convert}` and"
+                " `python miniature/train_diffusion.py assemble`; for any other model give --embeddings"
+            )
         parts = [weights_fingerprint(Path(model)), *steps.values(), *RECIPE.values()]  # vectors depend on these
         folder = FOLDER / "-".join(map(str, parts))
     for kind, names in NAMES.items():
@@ -181,7 +184,7 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
         concepts = [ConceptSet(f"<{name}>", write_images(name, IMAGES, True), INITIAL[kind], kind) for name in missing]
         if concepts:
             learn(concepts, folder, model=model, device=settings.device, steps=steps[kind])
-    return find_vectors([f"<{name}>" for names in NAMES.values() for name in names], [folder])
+    return find_vectors([f"<{name}>" for names in NAMES.values() for name in names], [folder]).vectors
 
 
 # ---------------------------------------------------------------- sampling and grading

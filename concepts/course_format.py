@@ -76,6 +76,8 @@ def read_input(path: Path, graded: bool = False) -> Sequence[CourseConcept]:
 
     Raise BadInput with the file, the key, the field and the value.
     """
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; the course's own is in ntudlcv/DLCV-Fall-2024-HW2 at github.com")
     entries = validate(dict[str, dict[str, Any]], read_json(path), str(path))
     if not entries:
         raise BadInput(f"{path}: wanted an object with an entry for each concept, it is empty")

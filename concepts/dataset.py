@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ConfigDict, Strict
 from torch import Tensor
 
-from concepts.embeddings import require_token, text_width, tokenize
+from concepts.embeddings import require_known, require_token, text_width, tokenize
 from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
 from runtime.files import read_json, read_text
@@ -114,7 +114,9 @@ def read_sentences(image: Path, token: str) -> list[str]:
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
-            raise BadInput(f"{file}, line {number}: {line!r} wants {{}} where {token} stands")
+            raise BadInput(
+                f"{file}, line {number}: {line!r} wants {{}} where {token} stands; put it in, or move the file"
+            )
     return [line.replace("{}", token) for line in lines]
 
 
@@ -233,7 +235,9 @@ class ConceptData:
         self.images = [read_image(file) for file in files]
         sentences = [read_sentences(file, concept.token) or concept.sentences for file in files]
         longest = max(map(len, sentences))
-        tokens = torch.stack([tokenize(pipe, (own * longest)[:longest]) for own in sentences])
+        for file, own in zip(files, sentences, strict=True):
+            require_known(own, pipe.tokenizer.get_added_vocab(), f"{file.with_suffix('.txt')}: ")
+        tokens = torch.stack([tokenize(pipe.tokenizer, (own * longest)[:longest]) for own in sentences])
         self.tokens = tokens.to(self.device)
         self.counts = torch.tensor([len(own) for own in sentences], device=self.device)
         self.fingerprint = zlib.crc32(b"".join(image.tobytes() for image in self.images) + tokens.numpy().tobytes())

@@ -6,9 +6,13 @@ A token such as <new1> has one or more vectors. They are stored one token per fi
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +29,58 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "checkpoints" / "p3"  # training writes here and generation reads here
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 TOKEN = re.compile(r"<[^<>\s|/\\:]+>")
+LONGEST = 200  # bytes of a token, which names files
+WEB_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)  # of web interfaces
+WEIGHT = re.compile(r"\([^()]+:\d+(?:\.\d+)?\)")  # likewise
+BLANKS = re.compile(r"<[^\W\d_][^<>|/\\:]*\s[^<>|/\\:]*>")  # what may have been meant as a token
 Vectors = dict[str, Tensor]  # token -> [vectors,width] float32
 
 
 def tokens_in(text: str) -> list[str]:
     """Return the tokens of a prompt in order, each once: "a <new1> next to a <new2>" -> ["<new1>", "<new2>"]."""
-    return list(dict.fromkeys(TOKEN.findall(text)))
+    return list(dict.fromkeys(TOKEN.findall(composed(text))))
+
+
+def composed(text: str) -> str:
+    """Return the text as the tokenizer normalizes it (NFC), so that an accent typed in another way is the same token."""
+    return unicodedata.normalize("NFC", text)
 
 
 def require_token(token: str, flag: str) -> str:
-    """Return `token`; raise BadInput that names the flag unless it is a word in angle brackets."""
-    if not TOKEN.fullmatch(token):
-        raise BadInput(f"{flag} {token}: a token is a word in angle brackets, such as <new1>")
+    """Return `token`; raise BadInput that names the flag unless it is a word in angle brackets that starts with a letter."""
+    if not TOKEN.fullmatch(token) or not token[1].isalpha():
+        raise BadInput(f"{flag} {token}: a token is a word in angle brackets that starts with a letter, such as <new1>")
+    if len(token.encode()) > LONGEST:
+        raise BadInput(f"{flag} {token[:20]}..: a token names files, give one of {LONGEST} bytes at most")
     return token
+
+
+def require_known(texts: Iterable[str], tokens: Container[str], where: str = "") -> None:
+    """Raise BadInput, which starts with `where`, for a text with a token that is not in `tokens`, or with a tag that loads a LoRA.
+
+    <3> and the like, which start with no letter, are text unless they are in `tokens`.
+    """
+    for text in texts:
+        if tag := WEB_TAG.search(text):
+            raise BadInput(f"{where}{tag[0]} in {text!r}: LoRAs are not supported, only token embeddings; remove it")
+        if absent := [token for token in tokens_in(text) if token not in tokens and token[1].isalpha()]:
+            names = ", ".join(absent)
+            raise BadInput(f"{where}{names} in {text!r}: no such token here; give its file, or write it without <>")
+
+
+def log_plain_text(texts: Iterable[str], tokens: Collection[str]) -> None:
+    """Log the parts of texts that look like a token or a weight and are read as plain text."""
+    for text in dict.fromkeys(texts):
+        for name in BLANKS.findall(text):
+            squeezed = "".join(name.split())
+            close = difflib.get_close_matches(squeezed.casefold(), [token.casefold() for token in tokens], 1)
+            meant = next((token for token in tokens if token.casefold() in close), squeezed)
+            log(f"{name} is read as text, since a token has no blanks: did you mean {meant}?")
+        for name in tokens_in(text):
+            if name not in tokens and not name[1].isalpha() and any(map(str.isalpha, name)):
+                log(f"{name} is read as text: no file has such a token")
+        for weight in WEIGHT.findall(text):
+            log(f"{weight} is read as text: weights of words are not supported")
 
 
 # ---------------------------------------------------------------- files
@@ -60,12 +103,14 @@ def read_vectors(path: Path) -> Vectors:
     Layouts: {token: [n,width]}, {token: [width]}, a bare tensor of these shapes, and string_to_param of the method's first code.
     A file that names no token has the token of its own name.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content: Any = load_safetensors(path)[0]
     else:
         with torch.serialization.safe_globals([nn.ParameterDict]):  # harmless, and part of the last layout
             content = load_tensors(path)
-    vectors = {token: _checked(path, token, value) for token, value in _named(path, content).items()}
+    vectors = {
+        composed(str(token)): _checked(path, str(token), value) for token, value in _named(path, content).items()
+    }
     if not vectors:
         raise BadInput(f"{path} holds no embedding")
     return vectors
@@ -74,11 +119,14 @@ def read_vectors(path: Path) -> Vectors:
 def _named(path: Path, content: Any) -> dict[str, Any]:
     """Return {token: tensor} from a file's content in any of the four layouts."""
     # <new1> for learned_new1.pt, <cat-toy> for cat-toy.bin
-    own_name = f"<{re.sub(r'[<>|:]|[^!-~]+', '', path.stem.removeprefix('learned_'))}>"
+    stem = composed(path.stem).removeprefix("learned_")
+    own_name = f"<{''.join(c for c in stem if c.isprintable() and not c.isspace() and c not in '<>|:')}>"
     if isinstance(content, Tensor):
         return {own_name: content}
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds {type(content).__name__}, no embedding")
+    if {"clip_g", "clip_l"} <= content.keys():
+        raise BadInput(f"{path} is an embedding of Stable Diffusion XL, which no v1 model can use")
     if "string_to_param" in content:
         values = dict(content["string_to_param"])
         if len(values) > 1:
@@ -103,19 +151,64 @@ def _checked(path: Path, token: str, value: Any) -> Tensor:
     return value.detach().float().reshape(-1, value.shape[-1])
 
 
-def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> Vectors:
-    """Return the vectors of these tokens from files and folders; the first that has a token counts.
+@dataclass
+class TokenSearch:
+    """The vectors of tokens with the file of each, and the tokens of every file that was read."""
 
-    Tokens without vectors are left out. Raise BadInput for a file or folder that does not exist.
+    vectors: Vectors = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    tokens_by_file: dict[Path, list[str]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Every token that the files define, sorted."""
+        return sorted({token for tokens in self.tokens_by_file.values() for token in tokens})
+
+
+def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> TokenSearch:
+    """Search files and folders for these tokens; the first place that has a token counts.
+
+    Tokens without vectors are left out. Raise BadInput for a place that does not exist, for a named file that is no embedding,
+    and for a token that several files of a folder define differently.
     """
-    vectors: Vectors = {}
+    search, tokens = TokenSearch(), list(tokens)
     for place in places:
         if not place.exists():
             raise BadInput(f"--embeddings {place}: no such file or folder")
-        files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES) if place.is_dir() else [place]
-        for file in files:
-            vectors = read_vectors(file) | vectors
-    return {token: vectors[token] for token in tokens if token in vectors}
+        missing = [token for token in tokens if token not in search.vectors]
+        vectors = _read_folder(place, missing) if place.is_dir() else {place: read_vectors(place)}
+        search.tokens_by_file |= {file: list(own) for file, own in vectors.items()}
+        for token in missing:
+            if by_file := {file: own[token] for file, own in vectors.items() if token in own}:
+                search.files[token] = _preferred_file(token, by_file)
+                search.vectors[token] = by_file[search.files[token]]
+    return search
+
+
+def _read_folder(folder: Path, tokens: Sequence[str]) -> dict[Path, Vectors]:
+    """Read the embeddings of a folder; other content is logged and skipped, except in a token's own file."""
+    needed, vectors = {file_of(folder, token) for token in tokens}, {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file():
+            try:
+                vectors[file] = read_vectors(file)
+            except BadInput as error:
+                if file in needed:
+                    raise
+                log(f"{error}: skipped")
+    return vectors
+
+
+def _preferred_file(token: str, vectors: Mapping[Path, Tensor]) -> Path:
+    """Return the file of a folder that a token is read from: its own, else the last of diffusers' trainer, else the only one."""
+    files = list(vectors)
+    own = [file for file in files if file == file_of(file.parent, token)]
+    final = [file for file in files if file.stem == "learned_embeds"]
+    files = own or final or files
+    if any(not torch.equal(vectors[files[0]], vectors[other]) for other in files):
+        names = ", ".join(file.name for file in files)
+        raise BadInput(f"{files[0].parent}: {token} differs between {names}; name one of them: --embeddings FILE")
+    return files[0]
 
 
 # ---------------------------------------------------------------- in a pipeline
@@ -123,15 +216,36 @@ def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> Vectors:
 
 def names_of(token: str, vectors: int) -> list[str]:
     """Return diffusers' names for the vectors of a token: <new1>, <new1>_1, <new1>_2, .."""
+    token = composed(token)
     return [token, *(f"{token}_{index}" for index in range(1, vectors))]
 
 
-def add_names(tokenizer: CLIPTokenizer, token: str, vectors: int) -> None:
-    """Add a token to the vocabulary; raise BadInput if it is there already."""
-    names, vocabulary = names_of(token, vectors), tokenizer.get_vocab()
-    if taken := [name for name in names if name in vocabulary]:
-        raise BadInput(f"token {taken[0]} is in the model's vocabulary already: take another name")
-    tokenizer.add_tokens(names)
+def add_names(tokenizer: CLIPTokenizer, tokens: Mapping[str, int]) -> None:
+    """Add tokens, {token: number of vectors}, to the vocabulary, each in its own case.
+
+    Raise BadInput for one that is there already, or that is not read as itself in a sentence.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary, first = tokenizer.get_vocab(), len(tokenizer)
+    for token, vectors in tokens.items():
+        names = names_of(token, vectors)
+        if taken := [name for name in names if name in vocabulary]:
+            raise BadInput(f"token {taken[0]} is in the model's vocabulary already: take another name")
+        tokenizer.add_tokens(
+            [AddedToken(name, normalized=False) for name in names]
+        )  # otherwise <Dog> and <dog> are one
+
+    pieces, index = ["a ", ", (", ")'s ", "."], count(first)
+    plain = [tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+    for token, vectors in tokens.items():
+        for name in names_of(token, vectors):
+            own = [next(index)]
+            expected = plain[0] + own + plain[1] + own + plain[2] + own + plain[3]
+            if tokenizer(name.join(pieces), add_special_tokens=False).input_ids != expected:
+                raise BadInput(
+                    f"token {token}: the model's tokenizer reads {name} as something else; take another name"
+                )
 
 
 def install(pipe: StableDiffusionPipeline, vectors: Vectors) -> None:
@@ -141,8 +255,7 @@ def install(pipe: StableDiffusionPipeline, vectors: Vectors) -> None:
     """
     text_encoder = pipe.text_encoder
     require_width(vectors, text_width(pipe))
-    for token, rows in vectors.items():
-        add_names(pipe.tokenizer, token, len(rows))
+    add_names(pipe.tokenizer, {token: len(rows) for token, rows in vectors.items()})
     if len(pipe.tokenizer) > len(text_encoder.get_input_embeddings().weight):
         text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
     table = text_encoder.get_input_embeddings().weight
@@ -167,24 +280,38 @@ def text_width(pipe: StableDiffusionPipeline) -> int:
     return int(pipe.text_encoder.config.hidden_size)
 
 
-def tokenize(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Return token ids [N,77]; a token of several vectors takes as many places.
 
-    A prompt that is too long is cut, and logged.
+    A prompt that is too long is cut, and logged. Raise BadInput for a token that is not in the vocabulary.
     """
-    limit = pipe.tokenizer.model_max_length
-    texts = [pipe.maybe_convert_prompt(prompt, pipe.tokenizer) for prompt in prompts]
-    for prompt, ids in zip(prompts, pipe.tokenizer(texts).input_ids, strict=True):
+    limit, added = tokenizer.model_max_length, tokenizer.get_added_vocab()
+    require_known(prompts, added)
+    texts = [_with_all_names(composed(prompt), added) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokenizer(texts).input_ids, strict=True):
         if len(ids) > limit:
-            log(f"prompt of {len(ids)} tokens is cut at {limit}: {prompt}")
-    ids = pipe.tokenizer(texts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt").input_ids
+            log(
+                f"prompt of {len(ids)} tokens is cut at {limit}: {prompt}; cut off: {tokenizer.decode(ids[limit - 1 : -1])}"
+            )
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt").input_ids
     return torch.as_tensor(ids)
+
+
+def _with_all_names(text: str, added: Collection[str]) -> str:
+    """Return the text with all names of each token of several vectors: "a <new1>" -> "a <new1> <new1>_1"."""
+    several = sorted((token for token in added if f"{token}_1" in added), key=len, reverse=True)
+
+    def names(match: re.Match[str]) -> str:
+        further = takewhile(added.__contains__, (f"{match[0]}_{index}" for index in count(1)))
+        return " ".join([match[0], *further])
+
+    return re.sub("|".join(map(re.escape, several)), names, text) if several else text
 
 
 @torch.no_grad()
 def encode(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     """Return the text encoder's last hidden states [N,77,width], which condition the U-Net."""
-    states: Tensor = pipe.text_encoder(tokenize(pipe, prompts).to(pipe.text_encoder.device))[0]
+    states: Tensor = pipe.text_encoder(tokenize(pipe.tokenizer, prompts).to(pipe.text_encoder.device))[0]
     return states
 
 

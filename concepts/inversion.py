@@ -33,8 +33,7 @@ class TextualInversion:
         self.alpha_bar = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table, first = pipe.text_encoder.get_input_embeddings(), len(pipe.tokenizer)
         words = [self._initial_embedding(concept, table.weight) for concept in concepts]
-        for concept in concepts:
-            add_names(pipe.tokenizer, concept.token, concept.vectors)
+        add_names(pipe.tokenizer, {concept.token: concept.vectors for concept in concepts})
         start = [starting_embeddings(concept, word, seed) for concept, word in zip(concepts, words, strict=True)]
         self.embeddings = TokenEmbeddings(table, first, torch.cat(start).to(self.device))
         pipe.text_encoder.set_input_embeddings(self.embeddings)

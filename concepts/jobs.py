@@ -9,9 +9,20 @@ from pathlib import Path
 
 from concepts.composition.layout import Layout
 from concepts.course_format import IMAGES_PER_PROMPT, find_images, image_path, read_input
-from concepts.embeddings import FOLDER, Vectors, find_vectors, require_token, tokens_in
-from runtime.cli import BadInput
+from concepts.embeddings import (
+    FOLDER,
+    TokenSearch,
+    find_vectors,
+    log_plain_text,
+    require_known,
+    require_token,
+    tokens_in,
+)
+from concepts.stable_diffusion import load_tokenizer
+from runtime.cli import BadInput, log
 from runtime.seeds import derived_seed
+
+MOST_LISTED = 20  # tokens in an error message
 
 
 @dataclass(frozen=True)
@@ -29,10 +40,10 @@ class Job:
     layout: Layout | None = None
 
     @property
-    def tokens(self) -> list[str]:
-        """Tokens whose embeddings must be loaded."""
-        texts = [self.prompt, *(self.layout.prompts if self.layout else ())]
-        return [token for text in texts for token in tokens_in(text)]
+    def texts(self) -> list[str]:
+        """Every text that the text encoder reads for it."""
+        layout = [*self.layout.prompts, self.layout.reference_prompt] if self.layout else []
+        return [self.prompt, *layout]
 
 
 def prompt_jobs(prompts: Sequence[str], output: Path, count: int, candidates: int, seed: int) -> list[Job]:
@@ -70,20 +81,39 @@ def _seeds(count: int, *key: int) -> tuple[int, ...]:
 
 
 def find_job_vectors(
-    jobs: Sequence[Job], places: Sequence[Path], model: str, file: Path | None, references: Path
-) -> Vectors:
-    """Return the embeddings of all tokens in the prompts, from these files and folders or checkpoints/p3.
+    texts: Sequence[str], places: Sequence[Path], model: str, file: Path | None, references: Path
+) -> TokenSearch:
+    """Return the embeddings of all tokens in the texts, from these files and folders or checkpoints/p3.
 
-    Raise BadInput for absent tokens, with the commands that learn them.
+    Raise BadInput for tokens that neither these nor the model have, with the commands that learn them, and for a named file
+    none of whose tokens stands in any text.
     """
-    tokens = list(dict.fromkeys(token for job in jobs for token in job.tokens))
-    places = [*places, *([FOLDER] if FOLDER.is_dir() else [])]
-    vectors = find_vectors(tokens, places)
-    if absent := [token for token in tokens if token not in vectors]:
-        where = ", ".join(map(str, places)) or FOLDER
+    tokens = list(dict.fromkeys(token for text in texts for token in tokens_in(text)))
+    require_known(texts, tokens)  # no LoRAs
+    everywhere = [*places, *([FOLDER] if FOLDER.is_dir() else [])]
+    search = find_vectors(tokens, everywhere)
+    absent = [token for token in tokens if token not in search.vectors and token[1].isalpha()]
+    if absent and (tokenizer := load_tokenizer(model)):
+        absent = [token for token in absent if token not in tokenizer.get_added_vocab()]
+    if absent:
+        where = ", ".join(map(str, everywhere)) or FOLDER
+        held = f" (tokens there: {', '.join(search.tokens[:MOST_LISTED])})" if search.tokens else ""
         commands = "".join(f"\n  {command}" for command in learning_commands(absent, model, file, references))
-        raise BadInput(f"no vectors of {', '.join(absent)} in {where}; these commands learn them:{commands}")
-    return vectors
+        raise BadInput(f"no vectors of {', '.join(absent)} in {where}{held}; these commands learn them:{commands}")
+
+    for place in places:
+        files = [file for file in search.tokens_by_file if place in (file, file.parent)]
+        own = [token for file in files for token in search.tokens_by_file[file]]
+        if not set(own) & set(tokens):
+            unused = f"--embeddings {place}: no text holds its token {', '.join(own[:MOST_LISTED])}"
+            if place.is_file():
+                raise BadInput(f"{unused}; write it with its brackets")
+            log(unused)
+        for token in own:
+            if place.is_file() and token in tokens and search.files[token] != place:
+                log(f"--embeddings {place}: {token} is taken from {search.files[token]}, which comes first")
+    log_plain_text(texts, search.tokens)
+    return search
 
 
 def learning_commands(tokens: Sequence[str], model: str, file: Path | None, references: Path) -> list[str]:

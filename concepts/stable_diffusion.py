@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
@@ -23,14 +24,17 @@ from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}  # part -> its class
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
 VOCABULARY = ("vocab.json", "tokenizer.json")  # without them transformers makes an empty tokenizer
 WITHOUT: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-WANTED = "give a diffusers folder, a hub name (owner/name) or a single file such as sd-v1-4.ckpt"
+WANTED = (
+    "give a diffusers folder, a hub name such as CompVis/stable-diffusion-v1-4, or a single file such as sd-v1-4.ckpt"
+    " (of CompVis/stable-diffusion-v-1-4-original at huggingface.co)"
+)
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,40 @@ def check_model(model: str) -> ModelDims | None:
         open_checkpoint(path)
         return ModelDims.of(UNET, VAE)
     if path.is_dir():
-        return _check_folder(path)
+        dims = _check_folder(path)
+        for file in (file for name in KINDS for file in _weight_files(path / name) if file.suffix == ".safetensors"):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass  # its header fits its length
+            except SafetensorError as error:
+                raise BadInput(
+                    f"--model {model}: its {file.parent.name} is unreadable ({file.name}: {error})"
+                ) from None
+        return dims
     _check_index(model, read_json(_index_from_hub(model)))
     return None
+
+
+def load_tokenizer(model: str) -> CLIPTokenizer | None:
+    """Return the model's tokenizer alone, or None for one that is neither on this machine nor at the hub.
+
+    Raise BadInput for a folder without a readable one.
+    """
+    from transformers import CLIPTokenizer
+
+    path = Path(model)
+    if path.is_file():
+        return make_tokenizer()
+    if not path.is_dir() and not is_hub_name(model):
+        return None
+    local: Any = {"local_files_only": path.is_dir() or not hub_answers()}
+    try:
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **local)
+    except Exception as error:  # the hub's client and the libraries raise errors of a dozen unrelated classes
+        if not path.is_dir():
+            return None
+        raise BadInput(f"--model {model}: its tokenizer is unreadable ({first_line(error)})") from None
+    return tokenizer
 
 
 def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.device, precision: str) -> None:
@@ -182,6 +217,7 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
     # transformers' name for it, and the one that all versions of diffusers know
     dtype_name = "dtype" if kind is transformers.CLIPTextModel else "torch_dtype"
     options: dict[str, Any] = {dtype_name: dtype, "local_files_only": True, "output_loading_info": True}
+    options |= {"variant": "fp16"} if all(".fp16" in file.name for file in _weight_files(folder)) else {}
     try:
         part, info = kind.from_pretrained(folder, **options)
     except Exception as error:  # as above
@@ -191,6 +227,16 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
             kinds = problem.replace("_keys", " tensors")
             raise BadInput(f"--model {folder.parent}: {len(names)} {kinds} in {folder.name}, such as {names[0]}")
     return cast(nn.Module, part)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files of one part's weights; raise BadInput if there are none."""
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.name[0] != "."]
+    if not files:
+        raise BadInput(
+            f"--model {folder.parent}: its {folder.name} is unreadable (no weights there; download the whole folder)"
+        )
+    return files
 
 
 def _check_folder(folder: Path) -> ModelDims:
@@ -213,6 +259,8 @@ def _check_folder(folder: Path) -> ModelDims:
     predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise BadInput(f"--model {folder}: predicts {predicts!r}, only epsilon is known; name another model")
+    for name in KINDS:
+        _weight_files(folder / name)
     return ModelDims.of(unet, vae)
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from concepts.dataset import ConceptData
+from concepts.embeddings import require_known
 from concepts.inversion import TextualInversion
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from diffusion.guidance import Guidance
+from runtime import cli
 from runtime.batches import in_batches
 from runtime.images import decoration, labelled_grid, line_figure
 from runtime.seeds import derived_seed
@@ -53,6 +55,17 @@ class Validator:
     folder: Path
     validations: list[Validation] = field(default_factory=list)
     best: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise BadInput for prompts with unknown tokens; log those without the concept's token, which show nothing of it."""
+        for data in self.data:
+            prompts, tokenizer = self._prompts(data), self.inversion.pipe.tokenizer
+            require_known(prompts, tokenizer.get_added_vocab(), "--validate: ")
+            for prompt in prompts:
+                if data.concept.token not in prompt:
+                    cli.log(
+                        f"--validate {prompt!r} has no {{}} for {data.concept.token}: it shows nothing that is learned"
+                    )
 
     def run(self, step: int, log: TrainingLog) -> None:
         """Sample every concept, score the images, keep the best vectors; draw the figures and log to TensorBoard."""

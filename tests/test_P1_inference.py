@@ -77,6 +77,12 @@ def test_a_part_of_the_job_gives_the_same_images_as_the_whole(tmp_path: Path) ->
     assert max(abs(whole[name] - part[name]).max() for name in part) <= 1
 
 
+def test_a_digit_and_a_domain_given_twice_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "out", digits=(3, 3), domains=("svhn", "svhn"))
+    assert len(pixels(tmp_path / "out")) == 2
+    assert "2 pictures in" in capsys.readouterr().out
+
+
 def test_another_seed_gives_other_images(tmp_path: Path) -> None:
     for seed in (0, 1):
         draw(tmp_path / str(seed), digits=(3,), seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from small_pipeline import WIDTH, save_clip, save_pipeline
 from concepts import jobs
 from concepts.clip_scores import Scorer
 from concepts.composition.multipath import ConductorConfig
-from concepts.embeddings import file_of, save_vectors
+from concepts.embeddings import file_of, install, save_vectors
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
@@ -158,6 +159,114 @@ def test_a_token_without_vectors_names_the_commands_that_learn_it(
     assert '--token "<new1>" --init star' in lines[1]
     assert '--token "<new2>" --init painting --kind style' in lines[2]
     assert not (folder / "out").exists()
+
+
+def test_the_refusal_lists_the_tokens_that_the_files_hold(folder: Path, model: str) -> None:
+    with pytest.raises(BadInput, match=r"no vectors of <New1> in .*\(tokens there: <new1>, <new2>.*\)"):
+        main(settings(folder, model, input=None, prompt=("a <New1>",)))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"prompt": ("a house",), "negative": "<nothing>"},
+        {"prompt": ("a <new1>", "a <nothing> <3 you")},
+        {"layout": "base"},
+        {"layout": "region"},
+        {"layout": "reference"},
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_unknown_token_is_refused_in_every_text(
+    folder: Path, model: str, texts: dict[str, Any], dry_run: bool
+) -> None:
+    if where := texts.get("layout"):
+        Image.new("RGB", (64, 64)).save(folder / "reference.png")
+        region = {"token": "<new1>", "box": [0, 0, 1, 1], "prompt": f"a <new1>{' <nothing>' * (where == 'region')}"}
+        layout: dict[str, Any] = {"prompt": f"a star{' <nothing>' * (where == 'base')}", "concepts": [region]}
+        if where == "reference":
+            layout |= {"reference": "reference.png", "reference_prompt": "a <nothing>"}
+        (folder / "layout.json").write_text(json.dumps(layout))
+        texts = {"layout": str(folder / "layout.json")}
+    with pytest.raises(BadInput, match="no vectors of <nothing>"):
+        main(settings(folder, model, **{"input": None, **texts, "dry_run": dry_run}))
+    assert not (folder / "out").exists()
+
+
+def test_a_token_in_the_negative_prompt_counts(folder: Path, model: str) -> None:
+    images = []
+    for index, negative in enumerate(("", "<new2>")):
+        output = folder / f"out{index}"
+        main(settings(folder, model, input=None, prompt=("a star",), negative=negative, count=1, output=output))
+        images.append(open_image(output / "0_0.png"))
+    assert not torch.equal(*images)
+    files = json.loads((folder / "record.json").read_text())["metrics"]["embeddings"]
+    assert files == {"<new2>": str(folder / "learned" / "learned_new2.safetensors")}
+
+
+def test_a_token_of_the_models_own_vocabulary_needs_no_file(folder: Path, model: str) -> None:
+    pipe = load_pipeline(model, CPU, torch.float32)
+    install(pipe, {"<Own>": torch.randn(2, WIDTH)})
+    pipe.save_pretrained(folder / "extended")
+    more = {"input": None, "prompt": ("a <Own> and a <new1>",), "count": 1}
+    for dry_run in (True, False):
+        main(settings(folder, str(folder / "extended"), **more, dry_run=dry_run))
+    assert files_in(folder / "out") == ["0_0.png"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("learned_new1, a house", "--embeddings .*learned_new1.safetensors: no text holds its token <new1>"),
+        ("a house <lora:foo:0.8>", "<lora:foo:0.8> .* not supported"),
+    ],
+)
+def test_input_without_effect_is_refused(folder: Path, model: str, prompt: str, message: str) -> None:
+    file = file_of(folder / "learned", "<new1>")
+    with pytest.raises(BadInput, match=message):
+        main(settings(folder, model, input=None, prompt=(prompt,), embeddings=(file,)))
+    assert not (folder / "out").exists()
+
+
+def test_what_is_read_as_text_is_a_line(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.zeros(1, WIDTH), folder / "learned" / "Easynegative.pt")
+    more = {"input": None, "prompt": ("a (red:1.3) <new1>, a <3 b, <3>, <80s>",), "dry_run": True}
+    main(settings(folder, model, **more, negative="<EasyNegative v2>"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "<80s> is read as text: no file has such a token",
+        "(red:1.3) is read as text: weights of words are not supported",
+        "<EasyNegative v2> is read as text, since a token has no blanks: did you mean <Easynegative>?",
+    ]
+
+
+def test_a_file_that_comes_second_is_a_line(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"<new1>": torch.zeros(1, WIDTH)}, folder / "b.pt")
+    first = file_of(folder / "learned", "<new1>")
+    more = {"input": None, "prompt": ("a <new1>",), "dry_run": True}
+    main(settings(folder, model, **more, embeddings=(first, folder / "b.pt")))
+    output = capsys.readouterr()
+    assert output.err == f"--embeddings {folder / 'b.pt'}: <new1> is taken from {first}, which comes first\n"
+    assert f"<new1>: 1 of width {WIDTH}, from {first}" in output.out
+
+
+def test_a_dry_run_names_what_a_run_would_cut(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(settings(folder, model, input=None, prompt=("red " * 74 + "<new2> moon",), dry_run=True))
+    assert "prompt of 79 tokens is cut at 77" in (line := capsys.readouterr().err)
+    assert "cut off: <new2>_1" in line
+
+
+def test_a_dry_run_refuses_a_model_without_weights(folder: Path, model: str) -> None:
+    shutil.copytree(model, folder / "model")
+    (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="its unet is unreadable .no weights there"):
+        main(settings(folder, str(folder / "model"), dry_run=True))
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, 10**30])
+def test_a_seed_of_any_size_draws(folder: Path, model: str, seed: int) -> None:
+    main(settings(folder, model, input=None, prompt=("a star",), count=1, seed=seed))
+    assert files_in(folder / "out") == ["0_0.png"]
 
 
 @pytest.mark.parametrize(

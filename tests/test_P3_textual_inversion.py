@@ -553,6 +553,34 @@ def test_sentences_next_to_an_image_are_that_images_own(tmp_path: Path, model: s
         prepared(model, ConceptSet(TOKEN, folder, "star"))
 
 
+def test_capitals_are_learned_and_read_as_written(tmp_path: Path, model: str, images: Path) -> None:
+    """Every vector of <Fish> and of <fish> has its own gradient."""
+    concepts = [ConceptSet("<Fish>", images, "star", vectors=3), ConceptSet("<fish>", images, "moon", vectors=2)]
+    _, batch, grad = gradient(model, *concepts)
+    assert grad.abs().amax(1).gt(0).all()
+    first = len(load_pipeline(model, CPU, torch.float32).tokenizer)
+    learned = [sorted({index for index in ids.tolist() if index >= first}) for ids in batch.tokens]
+    assert learned == [[first, first + 1, first + 2]] * 4 + [[first + 3, first + 4]] * 4
+
+
+@pytest.mark.parametrize("where", ["validate", "sentences"])
+def test_an_unknown_token_is_refused_before_training(tmp_path: Path, model: str, images: Path, where: str) -> None:
+    more: dict[str, Any] = {"validate": ("a {} in the style of <nothing>",)} if where == "validate" else {}
+    if where == "sentences":
+        (images / "0.txt").write_text("a {} in the style of <nothing>\n")
+    place = r"--validate: " if where == "validate" else r".*images/0\.txt: "
+    with pytest.raises(BadInput, match=f"^{place}<nothing> in 'a <new1> in the style of <nothing>': no such token"):
+        main(settings(tmp_path, model, images, **more))
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_validation_prompt_without_the_token_is_a_line(
+    tmp_path: Path, model: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(settings(tmp_path, model, images, validate=("a house",), steps=1, seed=2**70))
+    assert "--validate 'a house' has no {} for <new1>" in capsys.readouterr().err
+
+
 def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images: Path) -> None:
     pipe = load_pipeline(model, CPU, torch.float32)
     install(pipe, {TOKEN: torch.zeros(1, WIDTH)})

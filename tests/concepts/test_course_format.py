@@ -115,5 +115,5 @@ def test_a_wrong_value_is_named(name: str, value: Any, named: str, tmp_path: Pat
 
 
 def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"nowhere\.json does not exist"):
+    with pytest.raises(BadInput, match=r"nowhere\.json does not exist; .* ntudlcv/DLCV-Fall-2024-HW2"):
         read_input(tmp_path / "nowhere.json")

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from small_pipeline import WIDTH, save_pipeline
 from torch import nn
 
 from concepts.embeddings import (
+    add_names,
     encode,
     file_of,
     find_vectors,
@@ -22,7 +24,8 @@ from concepts.embeddings import (
     tokenize,
     tokens_in,
 )
-from concepts.stable_diffusion import load_pipeline
+from concepts.single_file import make_tokenizer
+from concepts.stable_diffusion import load_pipeline, load_tokenizer
 from runtime.cli import BadInput
 
 CPU = torch.device("cpu")
@@ -42,7 +45,7 @@ def test_tokens_are_found_in_prompts() -> None:
     assert tokens_in("a <new1>, a <cat-toy>. in the style of <new1>; 1 < 2 > 0") == ["<new1>", "<cat-toy>"]
 
 
-@pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<a/b>", "<a><b>"])
+@pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<a/b>", "<a><b>", "<3>", "<..>", f"<{'a' * 300}>"])
 def test_other_words_are_refused_as_tokens(token: str) -> None:
     with pytest.raises(BadInput, match="--token"):
         require_token(token, "--token")
@@ -78,6 +81,7 @@ def test_a_single_vector_may_lack_its_first_dimension(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"<new1>": torch.zeros(2, 3, 4)}, "no embedding"),
+        ({"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)}, "Stable Diffusion XL"),
         ({"<new1>": torch.full((1, 4), torch.nan)}, "NaN"),
         ({"<new1>": torch.zeros(1, 4, dtype=torch.long)}, "no embedding"),
         ({"<new1>": torch.zeros(0, 4)}, "no embedding"),
@@ -95,7 +99,7 @@ def test_other_content_is_refused_with_the_file(tmp_path: Path, content: Any, me
 def test_saved_vectors_are_loaded_by_token(tmp_path: Path) -> None:
     save_vectors(file_of(tmp_path, "<new1>"), "<new1>", ROWS, "test")
     save_vectors(file_of(tmp_path, "<new2>"), "<new2>", ROWS + 1, "test")
-    vectors = find_vectors(["<new2>", "<absent>"], [tmp_path])
+    vectors = find_vectors(["<new2>", "<absent>"], [tmp_path]).vectors
     assert list(vectors) == ["<new2>"]
     assert torch.equal(vectors["<new2>"], ROWS + 1)
     assert list(load_file(tmp_path / "learned_new1.safetensors")) == ["<new1>"]
@@ -104,7 +108,68 @@ def test_saved_vectors_are_loaded_by_token(tmp_path: Path) -> None:
 def test_the_first_folder_with_a_token_counts(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 2.0)):
         save_vectors(tmp_path / name / "x.safetensors", "<new1>", torch.full((1, 4), value), "test")
-    assert find_vectors(["<new1>"], [tmp_path / "b", tmp_path / "a"])["<new1>"].mean() == 2
+    assert find_vectors(["<new1>"], [tmp_path / "b", tmp_path / "a"]).vectors["<new1>"].mean() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("猫1.pt", "<猫1>"),
+        ("кот.pt", "<кот>"),
+        ("cafe\u0301.pt", "<café>"),  # as macOS writes an accent
+        ("EasyNegative v2.pt", "<EasyNegativev2>"),
+        ("learned_cat-toy.PT", "<cat-toy>"),
+    ],
+)
+def test_a_file_without_a_token_has_the_one_of_its_name_in_any_script(tmp_path: Path, name: str, token: str) -> None:
+    torch.save(ROWS, tmp_path / name)
+    assert list(find_vectors([token], [tmp_path]).vectors) == [token]
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["learned_embeds-steps-1000.bin", "learned_embeds.bin"], "learned_embeds.bin"),
+        (["a.bin", "learned_embeds.bin", "learned_new1.safetensors"], "learned_new1.safetensors"),
+        (["learned_embeds-steps-1000.bin", "learned_embeds-steps-500.bin"], None),
+        (["learned_embeds.bin", "learned_embeds.safetensors"], None),
+    ],
+)
+def test_the_final_file_of_a_token_counts_and_others_are_ambiguous(
+    tmp_path: Path, names: list[str], chosen: str | None
+) -> None:
+    for index, name in enumerate(names):
+        write: Any = save_file if name.endswith(".safetensors") else torch.save
+        write({"<new1>": ROWS + index}, tmp_path / name)
+    if chosen:
+        search = find_vectors(["<new1>"], [tmp_path])
+        assert search.files == {"<new1>": tmp_path / chosen}
+        assert torch.equal(search.vectors["<new1>"], ROWS + names.index(chosen))
+        return
+    with pytest.raises(BadInput, match=f"<new1> differs between {', '.join(names)}"):
+        find_vectors(["<new1>"], [tmp_path])
+    assert not find_vectors(["<new2>"], [tmp_path]).vectors
+
+
+def test_equal_copies_of_a_token_are_not_ambiguous(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.save({"<new1>": ROWS}, tmp_path / name)
+    assert find_vectors(["<new1>"], [tmp_path]).files == {"<new1>": tmp_path / "a.pt"}
+
+
+def test_a_file_of_a_folder_stops_only_who_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_vectors(file_of(tmp_path, "<new1>"), "<new1>", ROWS, "test")
+    torch.save({"clip_g": torch.zeros(2, 1280), "clip_l": torch.zeros(2, 768)}, tmp_path / "xl.pt")
+    (tmp_path / "learned_new2.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "._learned_new1.safetensors").write_bytes(b"macOS")
+    (tmp_path / "folder.pt").mkdir()
+    assert torch.equal(find_vectors(["<new1>"], [tmp_path]).vectors["<new1>"], ROWS)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(": skipped") for line in lines)
+    for needed, place in (("<new2>", tmp_path), ("<new1>", tmp_path / "xl.pt")):
+        with pytest.raises(BadInput, match=r"learned_new2|xl\.pt"):
+            find_vectors([needed], [place])
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -155,8 +220,63 @@ def test_a_token_that_is_there_already_is_refused(model: str) -> None:
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = pipeline(model)
-    assert tokenize(pipe, ["red " * 100]).shape == (1, 77)
-    assert "cut at 77" in capsys.readouterr().err
+    assert tokenize(pipe.tokenizer, ["red " * 75 + "blue star"]).shape == (1, 77)
+    line = capsys.readouterr().err
+    assert "prompt of 79 tokens is cut at 77" in line
+    assert line.endswith("cut off: blue star\n")
+
+
+# ---------------------------------------------------------------- from a token's name to its ids
+
+TOKENS = {"<Fish>": 3, "<Dog>": 1, "<dog>": 2, "<DOG>": 1, "<猫>": 2, "<café>": 1, "<new1>": 12, "<80s-anime>": 1}
+
+
+@pytest.mark.parametrize("vocabulary", ["miniature", "Stable Diffusion v1"])
+def test_every_token_is_read_as_its_own_vectors_wherever_it_stands(model: str, vocabulary: str) -> None:
+    tokenizer = make_tokenizer() if vocabulary != "miniature" else load_tokenizer(model)
+    assert tokenizer is not None
+    first = len(tokenizer)
+    add_names(tokenizer, TOKENS)
+    for token, vectors in TOKENS.items():
+        own = list(range(first, first := first + vectors))
+        for text in ("a photo of a {}.", "{}", "({}),{}!", "A {}'s BENCH", "x{}y", "{}_1 {}0 {}_10"):
+            ids = tokenize(tokenizer, [text.replace("{}", token)])[0].tolist()
+            learned = [index for index in ids if index >= len(tokenizer) - sum(TOKENS.values())]
+            assert learned == own * text.count("{}"), (token, text)
+    assert tokenize(tokenizer, ["a <cafe\u0301>"]).tolist() == tokenize(tokenizer, ["a <café>"]).tolist()
+
+
+def test_a_token_that_the_tokenizer_reads_as_another_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with names that are looked up in lower-cased text."""
+    real = tokenizers.AddedToken
+    monkeypatch.setattr("tokenizers.AddedToken", lambda name, normalized: real(name, normalized=True))
+    tokenizer = pipeline(model).tokenizer
+    with pytest.raises(BadInput, match="token <dog>: the model's tokenizer reads <dog> as something else"):
+        add_names(tokenizer, {"<dog>": 1, "<Dog>": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a <nothing>", "<nothing> in 'a <nothing>': no such token"),
+        ("a <New1>", "<New1>"),  # another case is another token
+        ("a <new1>, <cat-toy>", "<cat-toy> in"),
+        ("a <猫>", "<猫>"),
+        ("a house <lora:foo:0.8>", "<lora:foo:0.8> in .*LoRAs are not supported"),
+    ],
+)
+def test_a_text_with_an_unknown_token_is_never_encoded(model: str, text: str, message: str) -> None:
+    pipe = pipeline(model)
+    install(pipe, {"<new1>": ROWS})
+    with pytest.raises(BadInput, match=message):
+        encode(pipe, ["a <new1>", text])
+
+
+@pytest.mark.parametrize("text", ["a <3 b", "1 < 2 > 0", "I <3> you", "a <new1> <- <> -> b", "a < b >", "<new 1>"])
+def test_other_brackets_are_text(model: str, text: str) -> None:
+    pipe = pipeline(model)
+    install(pipe, {"<new1>": ROWS})
+    assert encode(pipe, [text]).shape == (1, 77, WIDTH)
 
 
 def test_a_file_with_code_is_refused(tmp_path: Path) -> None:

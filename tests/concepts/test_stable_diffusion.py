@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concepts.single_file import make_scheduler, make_tokenizer
-from concepts.stable_diffusion import KINDS, WITHOUT, check_model, load_pipeline
+from concepts.stable_diffusion import KINDS, WITHOUT, check_model, load_pipeline, load_tokenizer
 from miniature.diffusion_parts import make_unet
 from runtime.cli import BadInput
 
@@ -284,6 +284,15 @@ def folder(small: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small, tmp_path / "pipe"))
 
 
+def test_a_folder_of_fp16_variants_is_read(small: Path, folder: Path) -> None:
+    for part in KINDS:
+        file = next((folder / part).glob("*.safetensors"))
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    check_model(str(folder))
+    loaded = weights(load(folder))
+    assert all(torch.equal(loaded[name], value) for name, value in weights(load(small)).items())
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -389,9 +398,10 @@ def test_unreadable_weights_of_a_folder_are_named(
     folder: Path, file: str, spoil: Callable[[Path], object], message: str
 ) -> None:
     spoil(folder / file)
-    with pytest.raises(BadInput, match=f"pipe.*{message}") as error:
-        load(folder)
-    assert "\n" not in str(error.value)
+    for ask in (load, check_model) if file != "tokenizer/tokenizer.json" else (load, load_tokenizer):
+        with pytest.raises(BadInput, match=f"pipe.*{message}") as error:
+            ask(str(folder))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("part", KINDS)
@@ -409,7 +419,9 @@ def test_a_folder_that_lacks_a_tensor_is_not_filled_at_random(folder: Path, part
 
 @pytest.mark.parametrize("model", ["nowhere", "runs/absent/folder", "absent/model.ckpt", "absent.safetensors"])
 def test_what_is_neither_there_nor_a_hub_name_is_told(model: str) -> None:
-    refused(model, f"--model {model} does not exist: give a diffusers folder, a hub name")
+    refused(
+        model, f"--model {model} does not exist: give a diffusers folder, a hub name such as CompVis/.*-v-1-4-original"
+    )
 
 
 def test_a_hub_name_offline_is_told() -> None:
