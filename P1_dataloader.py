@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -50,11 +50,6 @@ class Digits:
     def fingerprint(self) -> int:
         """Return a checksum of all images and labels."""
         return checksum((self.images, self.digits, self.domains))
-
-    def of_domain(self, domain: int) -> Digits:
-        """Return only that domain's images."""
-        keep = self.domains == domain
-        return Digits(self.images[keep], self.digits[keep], self.domains[keep])
 
 
 # ---------------------------------------------------------------- csv and single images
@@ -180,19 +175,19 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
     return tensors
 
 
-def load_digits(root: Path, split: Split) -> Digits:
-    """Load both domains of one split on the CPU; raise BadInput that names what is wrong with the data."""
+def load_digits(root: Path, split: Split, domains: Sequence[int] = range(len(DOMAINS))) -> Digits:
+    """Load one split of these domains on the CPU; raise BadInput that names what is wrong with the data."""
     if not root.is_dir():
         raise BadInput(
             f"no data folder {root}; make one with: python hw2_data/prepare.py rendered"
             " (or public, or course; see hw2_data/README.md)"
         )
-    parts = [load_domain(root, domain) for domain in range(len(DOMAINS))]
+    parts = [load_domain(root, domain) for domain in domains]
     counts = torch.tensor([len(part[f"{split}_digits"]) for part in parts])
     return Digits(
         torch.cat([part[f"{split}_images"] for part in parts]),
         torch.cat([part[f"{split}_digits"] for part in parts]).long(),
-        torch.arange(len(DOMAINS)).repeat_interleave(counts),
+        torch.tensor(domains).repeat_interleave(counts),
     )
 
 

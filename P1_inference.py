@@ -10,7 +10,11 @@ Guidance: uncond + scale * (cond - uncond), where uncond knows the domain but no
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +26,7 @@ import tyro
 from diffusion.steps import Rule, step_rule
 from digits.classifier import shipped_classifiers
 from digits.recipes import RECIPES
-from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, redraw
+from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
 from P1_model import DOMAINS, Network, load_network
 from runtime.cli import BadInput, check_fractions, default_hint, log, run_script
 from runtime.device import Device, Precision, detect, set_up
@@ -124,12 +128,13 @@ def main(settings: Settings) -> None:
             samples = to_uint8(sampler.images([requests[row] for row in rows], "drawing digits"))
             images = dict(zip(rows, samples, strict=True))
             misread = redraw(sampler, classifiers, requests, images, settings.retries, shard) if classifiers else None
+            counts = count_misread(requests, *misread) if misread else None
 
         with record.timed("writing"):
             for row, image in images.items():
                 save_image(names[row], image)
         record.metrics = {
-            "pictures": len(requests), "sampler": asdict(config), "batch": sampler.batch, "misread": misread,
+            "pictures": len(requests), "sampler": asdict(config), "batch": sampler.batch, "misread": counts,
             "processes": shard.world, "shares": shard.gather([len(rows)]),
         }  # fmt: skip
 
@@ -137,6 +142,10 @@ def main(settings: Settings) -> None:
         everything = dict(shard.gather(list(images.items()))) if settings.grid else {}
         if shard.main:
             record.save(settings.record)
+            for name, count in (counts or {}).items():
+                share = ", ".join(f"{domain} {wrong}" for domain, wrong in count.items())
+                who = "by the shipped classifiers" if name == "first_try" else "selected by these classifiers"
+                print(f"{name.replace('_', ' ')}, {who}: {sum(count.values())} of {len(requests)} misread ({share})")
             print(f"{len(requests)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
             if settings.grid:
                 whole = torch.stack([everything[row] for row in sorted(everything)])
@@ -179,6 +188,18 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     except ValueError as error:
         raise BadInput(f"--steps: {error}") from None
     return config
+
+
+def count_misread(
+    requests: Sequence[DigitRequest], first: Sequence[int], left: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    """Return how many images per domain the classifiers misread at the first try and after the retries, which they selected."""
+
+    def per_domain(rows: Sequence[int]) -> dict[str, int]:
+        counts = Counter(requests[row].domain for row in rows)
+        return {DOMAINS[domain]: counts[domain] for domain in sorted({request.domain for request in requests})}
+
+    return {"first_try": per_domain(first), "after_retries": per_domain(left)}
 
 
 def warn_extra_files(names: Sequence[Path]) -> None:

@@ -9,6 +9,9 @@ The sweep prints its numbers as well; record.json holds them.
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

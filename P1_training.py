@@ -9,6 +9,9 @@ Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +30,7 @@ from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, l
 from P1_dataloader import BalancedIndex, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, default_hint, log, run_script
-from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
+from runtime.device import COMPILE_STEPS, AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import decoration, image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
@@ -80,7 +83,7 @@ class Settings:
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile. auto = where it pays (CUDA, or a CPU with bf16) and a compiler exists."""
+    """torch.compile. auto = where it pays (CUDA, or a CPU with bf16; 500 steps or more) and a compiler works."""
     eval_every: int = 1000
     """Steps between two gradings. 0 = only at the end."""
     eval_count: int = 10
@@ -148,7 +151,7 @@ def main(settings: Settings) -> None:
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    compiled = should_compile(settings.compile, machine)
+    compiled = should_compile(settings.compile, machine, worthwhile=recipe.steps >= COMPILE_STEPS)
     if compiled:
         if device.type == "cpu":
             write_out_layers(unet)
@@ -288,7 +291,9 @@ class Grading:
             network = load_network(path, self.device)
             scores, images = self.score(network, self.settings.final_count, self.settings.seed + 1)
             results.append((scores, network, images))
-            log(f"step {path.stem}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}")
+            log(
+                f"step {network.origin['step']:,}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}"
+            )
 
         scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
         best = self.settings.output / "best.safetensors"

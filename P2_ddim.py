@@ -18,6 +18,9 @@ With eta > 0 each image has its own noise stream, from --seed and its name. The 
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,6 +11,9 @@ noise_norm.png  norm of the interpolated noises: why linear interpolation fails
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import math
 from dataclasses import dataclass
 from functools import partial

@@ -11,6 +11,9 @@ Nothing is downloaded unless you name a preset, a tag, or a hub model.
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace

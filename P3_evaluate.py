@@ -10,6 +10,9 @@ PASS needs both averages to reach the baseline of input.json. concepts/clip_scor
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -14,6 +14,9 @@ its own seed: it is the same in any batch. --candidates samples more and keeps t
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

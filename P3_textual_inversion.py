@@ -13,6 +13,9 @@ the token: "a {} on a bench". What the sentences describe, the token need not re
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,6 +5,9 @@ python doctor.py        (or: make doctor)
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -11,6 +11,9 @@ continues where it was stopped.
 
 from __future__ import annotations
 
+import runtime.interrupts  # noqa: F401
+
+# isort: split
 import shlex
 import sys
 import time

@@ -20,6 +20,7 @@ from diffusion.steps import Steps, step_rule
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import ALONE, Shard
+from runtime.images import to_uint8
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -151,7 +152,7 @@ class StableDiffusionSampler:
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
         pieces = scaled.split(1 if latents[0].numel() > LATENT else len(latents))
         images = torch.cat([vae.decode(piece).sample.float() for piece in pieces])
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        return to_uint8(images).cpu()
 
 
 def generate_batches(

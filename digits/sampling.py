@@ -138,8 +138,10 @@ def redraw(
     images: dict[int, Tensor],
     retries: int,
     shard: Shard = ALONE,
-) -> int:
-    """Replace, in `images` {row: [3,28,28] uint8}, misread images by ones from other seeds; return how many stay misread.
+) -> tuple[list[int], list[int]]:
+    """Replace, in `images` {row: [3,28,28] uint8}, misread images by ones from other seeds.
+
+    Return the rows misread at the first try, and those still misread after the retries.
 
     An image's next seed is derived from its own, so it does not depend on what else is sampled.
     The process that redraws a row owns it from then on.
@@ -157,7 +159,7 @@ def redraw(
         return sorted(shard.gather(wrong))
 
     few = min(sampler.batch, 32)
-    wrong = misread(list(images), sampler.batch)
+    first = wrong = misread(list(images), sampler.batch)
     for attempt in range(1, retries + 1):
         if not wrong:
             break
@@ -168,4 +170,4 @@ def redraw(
         fresh = to_uint8(replace(sampler, batch=few).images(again, f"attempt {attempt + 1}"))
         images.update(zip(rows, fresh, strict=True))
         wrong = misread(rows, few)
-    return len(wrong)
+    return first, wrong

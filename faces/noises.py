@@ -12,8 +12,10 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from faces.models import Model
-from runtime.cli import BadInput
+from runtime.cli import BadInput, check_seed
 from runtime.files import atomic, load_tensors, output_folder
+
+MOST_SEEDS = 100_000  # their noises are held in memory at once
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ def parse_seeds(text: str) -> list[int]:
     """Return the seeds of a text such as "0-3,7", which gives 0, 1, 2, 3 and 7; raise BadInput."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,99})(?:-(\d{1,99}))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise BadInput(f"--seeds {text}: {part!r} is neither a number nor a range such as 0-9")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), check_seed(int(match[2] or match[1]), "--seeds")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise BadInput(f"--seeds {text}: at most {MOST_SEEDS:,} at once")
+        seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"--seeds {text}: names a seed twice")
     return seeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, progress_bar
 from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
 from runtime.distributed import ALONE, Shard
+from runtime.images import check_finite
 from runtime.seeds import derived_seed
 
 ToUint8 = Literal["minmax", "clamp"]
@@ -81,6 +83,8 @@ def make_config(model: Model, rule: Rule, steps: int, eta: float, seed: int) -> 
 
 def open_model(args: SamplingArgs, machine: Machine) -> Model:
     """Load the model of the flags in their precision, compiled where they say so."""
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise BadInput(f"--guidance {args.guidance}: must be a finite number")
     precision = set_up(args.precision, machine)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(args.model, machine.device, dtype, Labels(args.digit, args.domain, args.guidance))
@@ -125,7 +129,8 @@ def largest_batch(model: Model, x: Tensor) -> int:
 
 
 def to_image(image: Tensor, to_uint8: ToUint8) -> Tensor:
-    """Return [C,H,W] float as uint8: the image's range (minmax) or -1..1 (clamp) to 0..1, then floor(255 u + 0.5)."""
+    """Return [C,H,W] float as uint8: the image's range (minmax) or -1..1 (clamp) to 0..1, then floor(255 u + 0.5). NaN raises BadInput."""
+    check_finite(image)
     low, high = (image.min(), image.max()) if to_uint8 == "minmax" else (image.new_tensor(-1.0), image.new_tensor(1.0))
     unit = (image.clamp(low, high) - low) / (high - low).clamp(min=1e-5)
     return (unit * 255 + 0.5).clamp(0, 255).to(torch.uint8)

@@ -45,7 +45,16 @@ from miniature.latents import cached_latents, weights_fingerprint
 from miniature.scenery.scenes import SIZES, SceneSpec
 from miniature.training_flags import TrainingFlags, save_sheet
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
-from runtime.device import AutoOnOff, Precision, detect, memory_format, set_up, should_compile, to_training_device
+from runtime.device import (
+    COMPILE_STEPS,
+    AutoOnOff,
+    Precision,
+    detect,
+    memory_format,
+    set_up,
+    should_compile,
+    to_training_device,
+)
 from runtime.files import check_writable_folder, file_fingerprint
 from runtime.images import save_image
 from runtime.record import Record
@@ -180,7 +189,7 @@ def train(settings: TrainDiffusion) -> None:
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
     adamw = torch.optim.AdamW(unet.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
-    compiled = should_compile(settings.compile, machine)
+    compiled = should_compile(settings.compile, machine, settings.steps >= COMPILE_STEPS)
     if compiled:
         unet.compile()
     model, optimizer = accelerator.prepare(unet, adamw)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from tqdm import tqdm
+
+from runtime.interrupts import raise_from_now_on
 
 Settings = TypeVar("Settings")
 Item = TypeVar("Item")
@@ -37,6 +42,9 @@ RENAMED = (
     ("--output", "--record"),
 )
 
+WAIT_FOR_MAIN = 20.0  # seconds
+CONNECTION_LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe")
+
 
 class BadInput(Exception):
     """An error that the user can correct: the message names the file, row or flag, the value, and what to do."""
@@ -57,6 +65,13 @@ def check_fractions(settings: object, *names: str) -> None:
     _require(settings, names, lambda value: value is None or 0 <= value <= 1, "must lie in 0 .. 1")
 
 
+def check_seed(seed: int, flag: str = "--seed") -> int:
+    """Return the seed; raise BadInput if it does not fit into the 64 bits of torch's generators."""
+    if not -(2**63) <= seed < 2**64:
+        raise BadInput(f"{flag} {seed}: a seed has at most 64 bits")
+    return seed
+
+
 def _require(settings: object, names: Iterable[str], valid: Callable[[Any], bool], advice: str) -> None:
     for name in names:
         if not valid(value := getattr(settings, name)):
@@ -64,14 +79,19 @@ def _require(settings: object, names: Iterable[str], valid: Callable[[Any], bool
 
 
 def run_script(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> NoReturn:
-    """Parse `settings` from the command line, run `main` on it and exit: 0 done, 2 bad input, 130 interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that the terminal's encoding lacks ends no finished run
+    """Parse `settings` from the command line, run `main` on it and exit: 0 done, 2 bad input, 130 interrupted.
+
+    Of several processes only the first one reports an error that all of them have.
+    """
+    raise_from_now_on()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks ends no finished run
+        sys.stdout.reconfigure(errors="backslashreplace")
     message, code = _outcome(main, settings, description)
+    if code == 2 and not is_main_process():
+        time.sleep(WAIT_FOR_MAIN)  # the launcher ends this process once the main one has reported the same error
+        message = message and f"process {os.environ['RANK']}: {message}"
     # the exception is gone by now, and with it any unfinished progress bar, which would share the message's line
-    if code:
+    if message and (code == 2 or is_main_process()):
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -80,13 +100,25 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     """Return the error message and the exit code."""
     try:
         refuse_renamed_flags(sys.argv[1:], settings)
-        main(tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+        try:
+            with nullcontext() if is_main_process() else redirect_stderr(io.StringIO()):
+                options = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        except SystemExit as stop:  # tyro has printed its message, or the help
+            return "", int(stop.code or 0)
+        if isinstance(seed := getattr(options, "seed", None), int):
+            check_seed(seed)
+        main(options)
     except BadInput as error:
         return str(error), 2
     except OSError as error:  # disk full, no permission, no such file: the system's own words are clear
         if os.environ.get("DEBUG"):
             raise
         return str(error), 2
+    except RuntimeError as error:  # torch.distributed's, when another process ended: that one reports why
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not CONNECTION_LOST.search(str(error)):
+            raise
+        time.sleep(WAIT_FOR_MAIN)
+        return "another process of this run ended", 2
     except KeyboardInterrupt:
         return "interrupted", 130
     return "", 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import shutil
@@ -15,8 +16,9 @@ import torch
 import tyro
 from torch import nn
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, log
 
+COMPILE_STEPS = 500  # of training: fewer are done before compiling is
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 AutoOnOff = Literal["auto", "on", "off"]
 Network = TypeVar("Network", bound=nn.Module)
@@ -114,20 +116,45 @@ def keep_freed_memory(keep: bool) -> None:
     Returning large blocks to the system and faulting them in again took a third of the time of 256x256 images.
     """
     trim_threshold, mmap_max = -1, -4  # mallopt's numbers in malloc.h
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+    try:
+        library = ctypes.CDLL(None)
+    except (TypeError, OSError):  # Windows has no library without a name
+        return
+    if hasattr(library, "mallopt"):
         library.mallopt(trim_threshold, -1 if keep else 128 * 1024)
         library.mallopt(mmap_max, 0 if keep else 65536)
 
 
-def should_compile(choice: AutoOnOff, machine: Machine) -> bool:
+def should_compile(choice: AutoOnOff, machine: Machine, worthwhile: bool = True) -> bool:
     """Return whether to compile; auto is on for CUDA and for CPUs with bf16. In fp32 on a CPU no gain repays the minute.
 
-    Raise BadInput for "on" without a compiler.
+    `worthwhile`: the run is longer than compiling; only auto depends on it.
+    Where the compiler fails on a tiny function, auto is off, with a warning. Raise BadInput for "on" without a compiler.
     """
     if choice == "on" and not machine.compiler:
         raise BadInput("--compile on: no C++ compiler with Python's headers found")
-    pays = machine.device.type == "cuda" or machine.native_bf16
-    return machine.compiler and (choice == "on" or choice == "auto" and pays)
+    pays = worthwhile and machine.compiler and (machine.device.type == "cuda" or machine.native_bf16)
+    if choice == "off" or choice == "auto" and not pays:
+        return False
+    if reason := compile_error(machine.device):
+        if choice == "on":
+            raise BadInput(f"--compile on: the compiler does not work here ({reason})")
+        log(f"warning: going on without torch.compile, the compiler does not work here ({reason})")
+        return False
+    log("the first step compiles, for about a minute; --compile off skips that")
+    return True
+
+
+def compile_error(device: torch.device) -> str:
+    """Return why torch.compile fails for a tiny function, in one line, or an empty string."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA_HOME without a GPU
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except (
+        Exception
+    ) as error:  # torch._dynamo's, torch._inductor's, and the loader's for a folder without run permission
+        return (str(error).strip() or type(error).__name__).splitlines()[0].split(".  ")[0]
+    return ""
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

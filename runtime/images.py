@@ -198,9 +198,18 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def check_finite(images: Tensor) -> Tensor:
+    """Return float images; raise BadInput if a value is NaN or infinite, which would become a black image."""
+    if not images.isfinite().all():
+        raise BadInput(
+            "the images hold NaN or infinite values, none of them is written: try --precision fp32, or a guidance scale nearer 1"
+        )
+    return images
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """Return float -1..1 (clamped) as uint8 0..255, rounded."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Return float -1..1 (clamped) as uint8 0..255, rounded; raise BadInput for NaN."""
+    return ((check_finite(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -362,6 +362,12 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(digits_folder: Pa
         train(Train("svhn", data=digits_folder, output=tmp_path))
 
 
+def test_training_needs_no_data_of_the_other_domain(digits_folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(digits_folder / "mnistm")
+    train(Train("svhn", data=digits_folder, output=tmp_path / "run", epochs=1, batch=10, device="cpu"))
+    assert (tmp_path / "run" / "classifier.safetensors").is_file()
+
+
 def test_a_stopped_training_goes_on_to_the_same_classifier(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

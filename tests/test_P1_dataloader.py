@@ -52,14 +52,15 @@ def test_both_domains_come_with_digits_and_domains(digits_folder: Path) -> None:
     assert data.domains.tolist() == [MNISTM] * 40 + [SVHN] * 20
 
 
-def test_of_domain_keeps_one_domain(digits_folder: Path) -> None:
-    svhn = load_digits(digits_folder, "train").of_domain(SVHN)
+def test_one_domain_needs_no_data_of_the_other(digits_folder: Path) -> None:
+    shutil.rmtree(digits_folder / "mnistm")
+    svhn = load_digits(digits_folder, "train", [SVHN])
     assert (len(svhn), set(svhn.domains.tolist())) == (20, {SVHN})
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_cache_holds_the_same_tensors_as_the_plain_reader(digits_folder: Path, split: Split) -> None:
-    data = load_digits(digits_folder, split).of_domain(SVHN)
+    data = load_digits(digits_folder, split, [SVHN])
     folder = digits_folder / "svhn"
     reader = DigitFolder(folder, read_csv(folder / f"{split}.csv"), SVHN)
     images, digits, domains = (
@@ -160,7 +161,7 @@ def test_cache_is_rebuilt_when_val_csv_appears(digits_folder: Path) -> None:
     val.unlink()
     load_digits(digits_folder, "val")
     val.write_text(text)
-    assert load_digits(digits_folder, "val").of_domain(MNISTM).digits.tolist() == [3, 1, 4, 1]
+    assert load_digits(digits_folder, "val", [MNISTM]).digits.tolist() == [3, 1, 4, 1]
 
 
 def flip_a_byte(content: bytes) -> bytes:
@@ -172,12 +173,12 @@ def flip_a_byte(content: bytes) -> bytes:
     "damage", [flip_a_byte, lambda content: content[:-100], lambda _: b""], ids=["flipped bit", "truncated", "empty"]
 )
 def test_damaged_cache_is_rebuilt(digits_folder: Path, damage: Callable[[bytes], bytes]) -> None:
-    before = load_digits(digits_folder, "train").of_domain(MNISTM).images.clone()
+    before = load_digits(digits_folder, "train", [MNISTM]).images.clone()
     cache = cache_of(digits_folder)
     replacement = cache.with_name("damaged")
     replacement.write_bytes(damage(cache.read_bytes()))
     replacement.replace(cache)  # a new file: the old one may still be mapped
-    assert torch.equal(load_digits(digits_folder, "train").of_domain(MNISTM).images, before)
+    assert torch.equal(load_digits(digits_folder, "train", [MNISTM]).images, before)
     assert torch.equal(load_file(cache)["train_images"], before)
 
 

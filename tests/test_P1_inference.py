@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,24 @@ def test_another_seed_gives_other_images(tmp_path: Path) -> None:
     assert all(abs(left[name] - right[name]).mean() > 5 for name in left)
 
 
-def test_retries_replace_misread_images_and_no_others(tmp_path: Path) -> None:
+def test_retries_replace_misread_images_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps give poor images: some are misread, and only those may change."""
     more: dict[str, Any] = {"steps": 2, "count": 3, "batch": 30}
     draw(tmp_path / "plain", **more)
-    left = draw(tmp_path / "again", **more, retries=4)["metrics"]["misread"]
+    capsys.readouterr()
+    misread = draw(tmp_path / "again", **more, retries=4)["metrics"]["misread"]
     plain, again = pixels(tmp_path / "plain"), pixels(tmp_path / "again")
     images = torch.from_numpy(np.stack(list(plain.values()))).permute(0, 3, 1, 2).to(torch.uint8)
     digits = torch.tensor([int(Path(name).name[0]) for name in plain])
     domains = torch.tensor([int(name.startswith("svhn")) for name in plain])
     rows = misclassified(shipped_classifiers(torch.device("cpu")), images, digits, domains).tolist()
     assert {n for n in plain if (plain[n] != again[n]).any()} == {list(plain)[row] for row in rows}
-    assert 0 <= left < len(rows)
+    assert sum(misread["first_try"].values()) == len(rows)
+    assert 0 <= sum(misread["after_retries"].values()) < len(rows)
+    printed = capsys.readouterr().out
+    assert f"first try, by the shipped classifiers: {len(rows)} of 60 misread" in printed
+    assert printed.index("first try") < printed.index("after retries") < printed.index("60 pictures in")
+    assert "selected by these classifiers" in printed
 
 
 def test_files_of_the_same_name_are_replaced_and_foreign_ones_stay(
@@ -166,21 +173,66 @@ def test_an_output_that_is_a_file_is_refused_and_kept(dry_run: bool, tmp_path: P
     assert (tmp_path / "out").read_text() == "precious"
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], [""]])
-def test_the_grading_script_takes_one_folder(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [[], ["a", "b", "c"], [""], ["a", ""]])
+def test_the_grading_script_takes_one_folder_and_perhaps_a_checkpoint(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(["bash", SHELL, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage" in done.stderr
 
 
-def test_without_a_venv_the_python_on_the_path_is_used(tmp_path: Path) -> None:
-    shutil.copy(SHELL, tmp_path / "hw2_1.sh")
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(tmp_path / "hw2_1.sh"), "o"], capture_output=True, text=True, env=os.environ | {"PATH": path}
-    )
-    assert done.stdout.split() == [str(tmp_path / "P1_inference.py"), "--output=o"]
+@pytest.mark.parametrize(("more", "flags"), [([], []), (["my own.safetensors"], ["--model=my own.safetensors"])])
+def test_the_grading_script_passes_on_a_checkpoint(
+    more: list[str], flags: list[str], shell: Callable[..., Any]
+) -> None:
+    expected = ["{root}/P1_inference.py", "--output=o", *flags]
+    assert shell("hw2_1.sh", "o", *more) == (0, expected, "")
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
+    """`shell(script, *arguments, pythons="python", torch=True)` runs a copy with stand-ins for Python that print their arguments."""
+
+    def run(script: str, *arguments: str, pythons: str = "python", torch: bool = True) -> tuple[int, list[str], str]:
+        root = tmp_path / "the repository"
+        (root / "bin").mkdir(parents=True)
+        shutil.copy(ROOT / script, root)
+        for tool in ("dirname", "bash"):
+            (root / "bin" / tool).symlink_to(shutil.which(tool) or "")
+        for name in pythons.split():
+            python = root / "bin" / name
+            python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {int(not torch)}\nprintf "%s\\n" "$@"\n')
+            python.chmod(0o755)
+        environment = {"PATH": str(root / "bin"), "CDPATH": f".:{tmp_path}"}
+        done = subprocess.run(
+            ["bash", script, *arguments], capture_output=True, text=True, cwd=root, env=os.environ | environment
+        )
+        lines = [line.replace(str(root), "{root}") for line in done.stdout.splitlines()]
+        return done.returncode, lines, done.stderr.replace(str(root), "{root}")
+
+    return run
+
+
+ARGUMENTS = {"hw2_1.sh": ["o"], "hw2_2.sh": ["n", "o", "u"], "hw2_3.sh": ["i", "o", "m"]}
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+@pytest.mark.parametrize("pythons", ["python", "python3", "python python3"])
+def test_without_a_venv_the_python_on_the_path_is_used(script: str, pythons: str, shell: Callable[..., Any]) -> None:
+    """CDPATH is set in the caller's shell, which makes `cd` print and look elsewhere."""
+    code, lines, errors = shell(script, *ARGUMENTS[script], pythons=pythons)
+    assert (code, errors) == (0, "")
+    assert lines[0] in ("{root}/P1_inference.py", "{root}/P2_ddim.py", "{root}/P3_inference.py")
+    assert len(lines) == 1 + len(ARGUMENTS[script])
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+@pytest.mark.parametrize("pythons", ["python", ""])
+def test_without_torch_the_way_to_get_it_is_named(script: str, pythons: str, shell: Callable[..., Any]) -> None:
+    code, lines, errors = shell(script, *ARGUMENTS[script], pythons=pythons, torch=False)
+    assert (code, lines, len(errors.splitlines())) == (2, [], 1)
+    assert "run make setup in {root}" in errors
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_the_grading_scripts_can_be_run_by_name(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)

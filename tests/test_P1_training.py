@@ -113,12 +113,17 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
     assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
 
 
-def test_the_loss_falls_and_the_run_folder_is_complete(digits_folder: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_and_the_run_folder_is_complete(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics = train(digits_folder, tmp_path, steps=120, batch=16, eval_every=60, candidates=2)["metrics"]
     assert metrics["loss"] < 0.7  # about 1 at the start: the target has unit variance
     assert [h["step"] for h in metrics["history"]] == [60, 120]
     assert {p.name for p in tmp_path.iterdir()} >= {"best.safetensors", "best.png", "checkpoint.pt", "tensorboard"}
     assert len(list((tmp_path / "candidates").iterdir())) == 2
+    shown = capsys.readouterr().err
+    assert "step 60, 20 images: mnistm" in shown
+    assert "000060" not in shown
 
 
 def test_it_can_start_from_finished_weights(digits_folder: Path, tmp_path: Path) -> None:

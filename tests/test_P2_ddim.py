@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
+from digits.sampling import CHECKPOINT as DIGITS
 from faces.noises import Noise, parse_seeds, save_noises
 from faces.sampling import compare, to_image
 from P2_ddim import Settings, main
@@ -195,7 +196,9 @@ def test_seeds_are_numbers_and_ranges(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "1.5", "4,4"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "3-1", "1-", "-1", "1,,2", "1.5", "4,4", "0-99999999999", "1" * 22, "9" * 5000]
+)
 def test_other_seeds_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match="--seeds"):
         parse_seeds(text)
@@ -260,6 +263,14 @@ def test_flags_that_make_no_sense_are_named(run: Any, tmp_path: Path, flags: dic
     with pytest.raises(BadInput, match=message):
         run(**flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, 1e38])
+def test_numbers_that_break_the_images_write_none(guidance: float, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"model": str(DIGITS), "digit": 3, "seeds": "0", "steps": 4}
+    with pytest.raises(BadInput, match="--guidance|NaN"):
+        main(Settings(output=tmp_path, record=tmp_path / "record.json", guidance=guidance, **flags))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("flag", "target"), [("noise", "output"), ("noise", "save_noise"), ("reference", "output")])

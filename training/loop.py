@@ -16,10 +16,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, log
@@ -88,6 +90,11 @@ class TrainingRun:
         self.is_main = accelerator is None or accelerator.is_main_process
         self.checkpoint = config.folder / "checkpoint.pt"
         self.history: dict[str, Any] = {}  # plain values of the script that the checkpoint keeps
+        several = accelerator is not None and accelerator.num_processes > 1
+        # the processes agree on stops through their CPUs; the others may wait long for the main one's grading
+        agreement = dist.new_group(timeout=timedelta(days=7), backend="gloo") if several else None
+        self.agreement = cast(dist.ProcessGroup | None, agreement)
+        self.interrupted = False
         self.step, self.resumed = 0, resume and self.checkpoint.is_file()
         if self.resumed:
             self._restore(load_state(self.checkpoint, config.kind))
@@ -151,7 +158,7 @@ class TrainingRun:
             return
         self.log.start()
         with stop_signals() as signals, self.record.timed("training"):
-            while not self.done and not signals:
+            while not self.done and not self._any_process(bool(signals)):
                 self.step_started = time.perf_counter()
                 step = self.step
                 yield step
@@ -163,6 +170,17 @@ class TrainingRun:
                 self._report()
         self.log.close()
         self.save()
+        self.interrupted = not self.done or self._any_process(bool(signals))
+        if self.interrupted and self.done:  # during the work of the last step, such as its grading
+            self.finish()
+
+    def _any_process(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process, so that all of them stop after the same step."""
+        if self.agreement is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.agreement)
+        return bool(flags)
 
     def update(self, losses: Tensor | Iterable[Tensor], after_step: Callable[[], None] | None = None) -> None:
         """Take one optimizer step.
@@ -218,14 +236,17 @@ class TrainingRun:
     # ------------------------------------------------ the end
 
     def finish(self, **metrics: Any) -> None:
-        """Write record.json; after a signal, name the checkpoint and exit with code 130."""
+        """Write record.json; after a signal, name the checkpoint and exit with code 130, once all processes are here."""
         if self.is_main:
             processes = self.accelerator.num_processes if self.accelerator else 1
             self.record.metrics |= {"step": self.step, "processes": processes, **metrics}
             self.record.save(self.config.folder / "record.json")
-            if not self.done:
+            if self.interrupted:
                 log(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
-        if not self.done:
+        if self.interrupted:
+            self._any_process(
+                True
+            )  # a launcher ends all processes with the first, so none may leave before the writing
             raise SystemExit(130)
 
 

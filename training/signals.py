@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from types import FrameType
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield the signals received so far: empty = go on, else save and leave. A second SIGINT interrupts at once."""
+    """Yield the signals received so far: empty = go on, else save and leave. A second SIGINT interrupts at once.
+
+    Under torchrun it doesn't: torchrun passes on the SIGINT that the terminal has sent to this process already.
+    """
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if received and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         received.append(number)
 

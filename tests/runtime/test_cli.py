@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +159,60 @@ def test_only_the_first_process_prints(
         bar.update(2)
     printed = capsys.readouterr().err
     assert all((text in printed) == (rank == "0") for text in ("a line", "items", "images"))
+
+
+@pytest.mark.parametrize("seed", [str(2**64), str(-(2**63) - 1), "1" * 60])
+def test_a_seed_beyond_64_bits_is_one_line(
+    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class Seeded:
+        seed: int = 0
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", seed])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda _: None, Seeded, "A test.")
+    assert capsys.readouterr().err == f"error: --seed {seed}: a seed has at most 64 bits\n"
+
+
+@pytest.mark.parametrize("flags", [("--size", "x"), ("--sise", "5"), ("--size", "-1")])
+def test_bad_flags_of_several_processes_are_reported_once(flags: tuple[str, str], tmp_path: Path) -> None:
+    body = "if settings.size < 0: raise BadInput('--size: too small')"
+    (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), *flags],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.stderr.count("╭─ ") + done.stderr.count("error: --size") == 1  # a box of tyro's, or a line
+
+
+def test_a_process_whose_peer_ended_says_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: Other) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:12345")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr("runtime.cli.WAIT_FOR_MAIN", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, Other, "A test.")
+    assert capsys.readouterr().err == "error: another process of this run ended\n"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run_script(main, Other, "A test.")
+
+
+def test_an_error_of_one_process_alone_is_shown_with_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: Other) -> None:
+        raise BadInput("a.png: bad")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr("runtime.cli.WAIT_FOR_MAIN", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, Other, "A test.")
+    assert capsys.readouterr().err == "error: process 1: a.png: bad\n"

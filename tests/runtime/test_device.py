@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from runtime.cli import BadInput
-from runtime.device import Machine, Precision, allow_tf32, detect, resolve_precision, set_up
+from runtime.device import AutoOnOff, Machine, Precision, allow_tf32, detect, resolve_precision, set_up, should_compile
 from runtime.files import (
     ROOT,
 )
@@ -95,6 +97,72 @@ def test_kept_memory_is_used_again_instead_of_fetched_page_by_page() -> None:
         for kept in (True, False)
     )
     assert kept < dropped / 4
+
+
+@pytest.mark.parametrize("error", [TypeError("LoadLibrary() argument 1 must be str, not None"), OSError()])
+def test_without_a_c_library_of_the_process_memory_is_left_alone(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows raises the first."""
+
+    def refuse(name: str | None) -> None:
+        raise error
+
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    assert set_up("fp32", machine()) == "fp32"
+
+
+# ---------------------------------------------------------------- compiling
+
+COMPILE = """
+import torch
+from runtime.cli import BadInput
+from runtime.device import Machine, should_compile
+
+for choice in ("auto", "on"):
+    try:
+        print(should_compile(choice, Machine(torch.device("cpu"), "", native_bf16=True, compiler=True)))
+    except BadInput as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_an_unusable_compiler_is_a_warning_for_auto_and_one_line_for_on(tmp_path: Path) -> None:
+    broken = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_HOME": "/usr/local"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True, env=os.environ | broken, timeout=300
+    )
+    assert done.returncode == 0
+    eager, refused = done.stdout.splitlines()
+    assert eager == "False"
+    assert refused.startswith("--compile on: the compiler does not work here (")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("warning: going on without torch.compile")
+
+
+@pytest.mark.parametrize(
+    ("choice", "worthwhile", "native", "compiles"),
+    [
+        ("auto", True, True, True),
+        ("auto", False, True, False),
+        ("auto", True, False, False),
+        ("on", False, False, True),
+        ("off", True, True, False),
+    ],
+)
+def test_auto_compiles_where_it_pays_and_says_so_first(
+    choice: AutoOnOff,
+    worthwhile: bool,
+    native: bool,
+    compiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("runtime.device.compile_error", lambda _: "")
+    with_compiler = Machine(torch.device("cpu"), "", native, compiler=True)
+    assert should_compile(choice, with_compiler, worthwhile) == compiles
+    assert ("--compile off skips" in capsys.readouterr().err) == compiles
 
 
 @pytest.mark.parametrize("asked", ["auto", "fp32"])

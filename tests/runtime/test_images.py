@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from faces.sampling import to_image
 from runtime.cli import BadInput
 from runtime.images import (
     decoration,
@@ -23,6 +24,7 @@ from runtime.images import (
     read_as_graded,
     read_image,
     save_image,
+    to_uint8,
 )
 
 
@@ -222,3 +224,12 @@ def test_a_decoration_that_fails_is_one_line(tmp_path: Path, capsys: pytest.Capt
 def test_a_decoration_stops_for_ctrl_c(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), decoration(tmp_path / "a.png"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_numbers_never_become_an_image(value: float) -> None:
+    images = torch.zeros(2, 3, 4, 4)
+    images[1, 0, 0, 0] = value
+    for convert in (to_uint8, lambda x: to_image(x[1], "minmax"), lambda x: to_image(x[1], "clamp")):
+        with pytest.raises(BadInput, match="NaN or infinite"):
+            convert(images)

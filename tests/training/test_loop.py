@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from runtime.cli import BadInput
 from runtime.device import detect
+from runtime.files import ROOT
 from runtime.record import Record
 from training.ema import Ema
 from training.loop import LoopConfig, Trained, TrainingRun
@@ -199,3 +202,72 @@ def test_the_end_writes_a_record(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
     assert {"step": 3, "processes": 1, "accuracy": 0.5}.items() <= metrics.items()
     assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_work_of_the_last_step_ends_the_run_with_its_checkpoint(
+    tmp_path: Path, number: int
+) -> None:
+    run = make_run(tmp_path, 3)
+
+    def go() -> None:
+        for step in run:
+            run.update(loss_of(run))
+            if step == 2:  # a long grading follows the last update
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit, match="130"):
+        go()
+    assert (tmp_path / "record.json").is_file()
+    again = make_run(tmp_path, 3)
+    assert again.done
+    again.finish()
+
+
+def test_without_a_checkpoint_a_broken_loss_names_no_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 9)
+
+    def go() -> None:
+        for _ in run:
+            run.update(loss_of(run) * float("nan"))
+
+    with pytest.raises(BadInput, match="the loss is nan at step 1: stopped; nothing is written") as error:
+        go()
+    assert "checkpoint" not in str(error.value)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+from pathlib import Path
+from accelerate import Accelerator
+from test_loop import CONSTANT, LoopConfig, Record, Settings, Trained, TrainingRun, detect, nn, torch
+
+accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
+network = nn.Linear(1, 1)
+optimizer = torch.optim.SGD(network.parameters(), 0.1)
+model, optimizer = accelerator.prepare(network, optimizer)
+config = LoopConfig("test", folder, 1000, 2, CONSTANT)
+run = TrainingRun(config, {}, Trained(network, optimizer), Record(Settings(), detect("cpu")), accelerator)
+for step in run:
+    run.update(model(torch.ones(1, 1)).square().sum())
+    if step == 4 and accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+(folder / f"rank{accelerator.process_index}").write_text(str(run.step))
+run.finish()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "gloo" not in done.stderr
+    assert "stopped at step 5" in done.stderr
+    assert {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)} == {"5"}
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5

@@ -45,3 +45,11 @@ def test_handlers_are_restored_even_after_an_error(number: int) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert signal.getsignal(number) == before != during[0]
+
+
+def test_torchrun_sends_the_terminals_interrupt_again_which_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received
