@@ -11,18 +11,20 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
+from diffusion.steps import Rule
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import load_safetensors, save_safetensors
-from runtime.validation import validate
+from runtime.files import load_safetensors, load_tensors, safetensors_metadata, save_safetensors
+from runtime.validation import validate, validate_json
+from runtime.weights import describe, is_safetensors
 
 DIGITS, DOMAINS = 10, ("mnistm", "svhn")
 NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the null labels
@@ -266,6 +268,28 @@ class UNet(nn.Module):
 
 
 @dataclass(frozen=True)
+class DigitSamplerConfig:
+    """How noise becomes a digit; a checkpoint holds its default."""
+
+    name: Literal["dpm", "ddim", "ddpm"] = "dpm"  # DPM-Solver++ (2M); any eta and rule; all T steps
+    steps: PositiveInt = 12
+    guidance: FiniteFloat = 2.5  # scale: 0 ignores the digit, 1 is no guidance
+    interval: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)  # of t/T in which guidance is applied
+    rescale: FiniteFloat = 0.0  # guidance rescale
+    eta: FiniteFloat = 0.0
+    rule: Rule = "trailing"
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:
+        """Return the settings that a checkpoint carries; unknown keys are ignored, unknown samplers refused."""
+        return validate(DigitSamplerConfig, values, "sampler of the checkpoint")
+
+    def passes(self, timesteps: int) -> int:
+        """Return the number of network calls: ancestral sampling takes all T."""
+        return timesteps if self.name == "ddpm" else self.steps
+
+
+@dataclass(frozen=True)
 class Network:
     """A trained network with its schedule, default sampler settings and origin."""
 
@@ -287,8 +311,8 @@ class NetworkHeader:
 
     kind: Literal["P1 digit diffusion"]
     model: ModelConfig
-    schedule: str
-    timesteps: int
+    schedule: Annotated[str, Field(pattern="^(linear|cosine)$")]
+    timesteps: PositiveInt
     prediction: Prediction
     sampler: dict[str, Any]
     origin: dict[str, Any]
@@ -304,21 +328,31 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 
 def load_network(path: Path, device: torch.device) -> Network:
     """Load a network in fp32, channels_last; raise BadInput for a file of another kind or layout."""
+    if "network" not in safetensors_metadata(path):
+        kind = describe(load_tensors(path)) or "no header"
+        form = "safetensors" if is_safetensors(path) else "torch"
+        raise BadInput(f"{path} is a {form} file, but not a P1 checkpoint ({kind})")
     weights, metadata = load_safetensors(path)
-    if "network" not in metadata:
-        raise BadInput(f"{path} is a safetensors file, but not a P1 checkpoint (no header)")
-    header = validate(NetworkHeader, json.loads(metadata["network"]), f"{path}, header of a P1 checkpoint")
-    unet = load_weights(UNet(header.model), {k: v.float() for k, v in weights.items()}, path)
+    where = f"{path}, header of a P1 checkpoint"
+    header = validate_json(NetworkHeader, metadata["network"], where)
+    validate(DigitSamplerConfig, header.sampler, f"{where}, sampler")
+    try:
+        unet = UNet(header.model)
+    except (ValueError, RuntimeError, ArithmeticError, IndexError, TypeError) as error:
+        raise BadInput(f"{where}, model: no network has this layout ({str(error).splitlines()[0]})") from None
+    load_weights(unet, {k: v.float() for k, v in weights.items()}, path)
     to_channels_last(unet, device).eval().requires_grad_(False)
     schedule = make_schedule(header.schedule, header.timesteps, header.prediction)
     return Network(unet, schedule, header.schedule, header.sampler, header.origin)
 
 
 def load_weights(network: Module, weights: dict[str, Tensor], path: Path) -> Module:
-    """Load weights into the network and return it; raise BadInput that names the missing, unexpected or misshapen ones."""
+    """Load weights into the network and return it; raise BadInput that names missing, unexpected, misshapen or infinite ones."""
     try:
         network.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:  # torch's first line names only the class
         reason = str(error).splitlines()[:2][-1].strip()
         raise BadInput(f"{path}: {reason[:200]}") from None
+    if bad := next((name for name, value in network.state_dict().items() if not value.isfinite().all()), ""):
+        raise BadInput(f"{path}: {bad} holds values that are NaN or infinite")
     return network

@@ -33,7 +33,7 @@ from faces.sampling import PASS_BELOW, SamplingArgs, compare, make_config, open_
 from runtime.cli import BadInput, check_not_negative, is_main_process, run_script
 from runtime.device import detect
 from runtime.distributed import sharing
-from runtime.files import ROOT, output_folder, require_file
+from runtime.files import ROOT, list_files, output_folder, require_file
 from runtime.images import open_image, save_image
 from runtime.record import Record
 
@@ -108,8 +108,9 @@ def main(settings: Settings) -> None:
 def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
     """Return {stem: [3,H,W] uint8}; raise BadInput for a noise without a reference, or with one of another size."""
     references = {}
+    files = {path.stem: path for path in list_files(folder, {".png"})} if folder.is_dir() else {}
     for noise in noises:
-        path = folder / f"{noise.stem}.png"
+        path = files.get(noise.stem, folder / f"{noise.stem}.png")
         image = open_image(require_file(path, "--reference needs a picture for every noise"))
         if image.shape != noise.x.shape:
             _, height, width = image.shape

@@ -24,7 +24,7 @@ from torch import Tensor
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, log
 from runtime.device import len_cores
-from runtime.files import read_json, require_file
+from runtime.files import foreign_file, read_json, require_file
 from runtime.hub import first_line, hub, hub_answers, quiet_libraries
 from runtime.images import read_as_graded, read_image, to_tensor
 
@@ -126,7 +126,7 @@ def load_folder(clip: str) -> tuple[Any, Any]:
     try:
         return read_clip(clip)
     except Exception as error:  # transformers' own message is the clearest
-        raise BadInput(f"--clip {clip}: {first_line(error)}") from None
+        raise BadInput(f"--clip {clip}: {foreign_file(Path(clip)) or first_line(error)}") from None
 
 
 def load_from_hub(clip: str) -> tuple[Any, Any]:
@@ -155,6 +155,8 @@ def read_clip(clip: str) -> tuple[Any, Any]:
     model, info = cast(Any, CLIPModel.from_pretrained)(clip, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}")
+    if bad := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), ""):
+        raise ValueError(f"its weights are damaged: {bad} holds values that are NaN or infinite")
     processor: Any = CLIPProcessor.from_pretrained(clip)
     tokens, embeddings = len(processor.tokenizer), model.config.text_config.vocab_size
     if tokens == len(processor.tokenizer.get_added_vocab()):  # what transformers makes without files

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from runtime.cli import BadInput
-from runtime.files import check_writable_folder, read_json
+from runtime.files import check_writable_folder, list_files, read_json
 from runtime.images import SUFFIXES
 from runtime.validation import validate
 
@@ -102,7 +102,7 @@ def find_images(folder: Path) -> tuple[Path, ...]:
         raise BadInput(
             f"--references {folder.parent}: no folder {folder.name} with pictures of concept {folder.name!r}"
         )
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    paths = list_files(folder, SUFFIXES)
     if not paths:
         raise BadInput(
             f"--references {folder.parent}: folder {folder.name} holds no picture ({', '.join(sorted(SUFFIXES))})"

@@ -16,7 +16,7 @@ from torch import Tensor
 from concepts.embeddings import require_known, require_token, text_width, tokenize
 from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
-from runtime.files import read_json, read_text
+from runtime.files import read_json, read_text, visible
 from runtime.images import read_image
 from runtime.seeds import derived_seed
 from runtime.validation import validate
@@ -89,7 +89,7 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder")
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = [path for path in visible(folder) if not path.is_dir()]
     images = [path for path in files if path.suffix.lower() in readable]
     sentences = {path.with_suffix(".txt") for path in images}
     for path in files:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, log
-from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
+from runtime.files import ROOT, load_tensors, save_safetensors
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -103,11 +103,8 @@ def read_vectors(path: Path) -> Vectors:
     Layouts: {token: [n,width]}, {token: [width]}, a bare tensor of these shapes, and string_to_param of the method's first code.
     A file that names no token has the token of its own name.
     """
-    if path.suffix.lower() == ".safetensors":
-        content: Any = load_safetensors(path)[0]
-    else:
-        with torch.serialization.safe_globals([nn.ParameterDict]):  # harmless, and part of the last layout
-            content = load_tensors(path)
+    with torch.serialization.safe_globals([nn.ParameterDict]):  # harmless, and part of the last layout
+        content: Any = load_tensors(path)
     vectors = {
         composed(str(token)): _checked(path, str(token), value) for token, value in _named(path, content).items()
     }

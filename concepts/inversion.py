@@ -17,7 +17,7 @@ from concepts.stable_diffusion import KINDS, suit_training
 from diffusion.loss import capped_v_weight, denoising_loss
 from runtime.cli import BadInput
 from runtime.device import memory_format, to_training_device
-from runtime.files import file_fingerprint
+from runtime.files import file_fingerprint, list_files
 from runtime.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -110,5 +110,5 @@ def weights_fingerprint(model: Path) -> str:
     """
     if model.is_file():
         return file_fingerprint(model)
-    files = [file for part in KINDS for file in sorted((model / part).iterdir()) if file.suffix in SUFFIXES]
+    files = [file for part in KINDS for file in list_files(model / part, SUFFIXES)]
     return hashlib.blake2b("".join(map(file_fingerprint, files)).encode(), digest_size=12).hexdigest()

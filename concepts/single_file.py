@@ -6,18 +6,16 @@ Rombach et al. 2022, arXiv 2112.10752; the text encoder is CLIP ViT-L/14, Radfor
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from runtime.cli import BadInput
-from runtime.files import load_safetensors, load_tensors
+from runtime.files import load_tensors
+from runtime.weights import STABLE_DIFFUSION, describe, named_tensors
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_pndm import PNDMScheduler
@@ -139,9 +137,17 @@ def open_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Tensors
     """
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    original, parts = read_tensors(path), make_parts()
+    original = read_tensors(path)
+    if (kind := describe(original)) not in ("", STABLE_DIFFUSION):
+        raise BadInput(
+            f"{path} is no Stable Diffusion v1 but {kind}; --model wants a whole v1 file, such as sd-v1-4.ckpt"
+        )
+    lacking = [part for part, prefix in PREFIXES.items() if not any(name.startswith(prefix) for name in original)]
+    parts = make_parts()
     try:
         kind = infer_diffusers_model_type(original)
+        if kind == "v1" and 0 < len(lacking) < len(PREFIXES):
+            raise BadInput(f"{path} is a Stable Diffusion v1 without its {' and '.join(lacking)}; name a whole file")
         converted = _convert(original, parts)
     except (LookupError, AttributeError):  # names of the layout on tensors of other shapes
         raise BadInput(f"{path} is no Stable Diffusion v1: its tensors are laid out otherwise") from None
@@ -164,28 +170,15 @@ def load_parts(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str
 
 def read_tensors(path: Path) -> Tensors:
     """Read all tensors of a safetensors or torch file, Lightning's included; raise BadInput if it is truncated or holds code."""
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"  # the first byte of its header
-    if is_safetensors or path.suffix == ".safetensors":  # torch.load looks at the suffix as well
-        return load_safetensors(path)[0]
     with safe_globals([(Ignored, name) for name in LIGHTNING]):
-        _refuse_code(path)
-        content = load_tensors(path, mapped=zipfile.is_zipfile(path))
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is no Stable Diffusion v1: it holds {type(content).__name__}, not named tensors")
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def _refuse_code(path: Path) -> None:
-    """Raise BadInput that names what a pickle would call; the loader refuses it as well, but not by name."""
-    unreadable = (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
-    with contextlib.suppress(*unreadable):  # the loader reports these
-        if refused := sorted(get_unsafe_globals_in_checkpoint(path)):
-            raise BadInput(
-                f"{path} is refused: besides tensors it calls {', '.join(refused[:3])}, which may run anything;"
-                " if you trust it, save its state_dict as .safetensors where it was made"
-            )
+        content = load_tensors(path, mapped=True)
+    state = named_tensors(content, path, PREFIXES["unet"] + "input_blocks.0.0.weight")
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} is no Stable Diffusion v1: it holds {type(state).__name__}, not named tensors")
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors and (kind := describe(content)):
+        raise BadInput(f"{path} is no Stable Diffusion v1 but {kind}")
+    return tensors
 
 
 # ---------------------------------------------------------------- from the original names to the parts' own

@@ -18,7 +18,7 @@ from torch import nn
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
-from runtime.files import read_json
+from runtime.files import foreign_file, read_json, read_object
 from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
 
 if TYPE_CHECKING:
@@ -221,7 +221,9 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         part, info = kind.from_pretrained(folder, **options)
     except Exception as error:  # as above
-        raise BadInput(f"--model {folder.parent}: its {folder.name} is unreadable ({first_line(error)})") from None
+        raise BadInput(
+            f"--model {folder.parent}: its {folder.name} is unreadable ({foreign_file(folder) or first_line(error)})"
+        ) from None
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info[problem])):
             kinds = problem.replace("_keys", " tensors")
@@ -242,9 +244,12 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_folder(folder: Path) -> ModelDims:
     """Raise BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
     if not (folder / INDEX).is_file():
-        raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline; {WANTED}")
+        config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+        kind = config.get("_class_name") or ("LoRA" if any(folder.glob("*lora*.safetensors")) else "")
+        alone = f" but a {kind}" if kind else ""
+        raise BadInput(f"--model {folder}: no {INDEX} there, so this is no diffusers pipeline{alone}; {WANTED}")
     _check_index(str(folder), read_json(folder / INDEX))
-    configs = {name: read_json(folder / name / "config.json") for name in KINDS}
+    configs = {name: read_object(folder / name / "config.json") for name in KINDS}
     unet, vae, text = configs.values()
     channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latents:
@@ -256,7 +261,7 @@ def _check_folder(folder: Path) -> ModelDims:
         raise BadInput(f"--model {folder}: its unet reads text {widths}")
     if not any((folder / "tokenizer" / name).is_file() for name in VOCABULARY):
         raise BadInput(f"--model {folder}: no {' or '.join(VOCABULARY)} in tokenizer; download the whole folder")
-    predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    predicts = read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise BadInput(f"--model {folder}: predicts {predicts!r}, only epsilon is known; name another model")
     for name in KINDS:

@@ -7,22 +7,24 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
 from digits.metrics import Reference, measure
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, load_safetensors, load_tensors, save_safetensors
+from runtime.files import ROOT, load_safetensors, load_tensors, safetensors_metadata, save_safetensors, visible
 from runtime.hub import first_line
 from runtime.images import read_as_graded, to_float
-from runtime.validation import validate
+from runtime.validation import validate_json
+from runtime.weights import describe, named_tensors
 
 SHIPPED = ROOT / "checkpoints"
 HUB = "edadaltocg/resnet34_svhn"
@@ -61,7 +63,7 @@ class ClassifierHeader:
     """What a classifier file holds besides tensors, as JSON."""
 
     kind: Literal["P1 digit judge"]
-    domain: int
+    domain: Annotated[int, Field(ge=0, lt=len(DOMAINS))]
     model: ClassifierConfig
     origin: dict[str, Any]
 
@@ -146,26 +148,34 @@ def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierC
 
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     """Load one of our files, the course's Classifier.pth, or weights of timm's resnet34_svhn; raise BadInput otherwise."""
-    if path.suffix != ".safetensors":
+    if "judge" not in safetensors_metadata(path):
         return course_classifier(load_tensors(path), path, device)
     tensors, metadata = load_safetensors(path)
-    if "judge" not in metadata:
-        return course_classifier(tensors, path, device)
-    header = validate(ClassifierHeader, json.loads(metadata["judge"]), f"{path}, header of a digit classifier")
-    network = load_weights(make_resnet(header.model), strip_prefix(tensors, "network"), path)
-    reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
+    where = f"{path}, header of a digit classifier"
+    header = validate_json(ClassifierHeader, metadata["judge"], where)
+    try:
+        network = make_resnet(header.model)
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise BadInput(f"{where}, model: no network has this layout ({str(error).splitlines()[0]})") from None
+    load_weights(network, strip_prefix(tensors, "network"), path)
+    try:
+        reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
+    except KeyError as error:
+        raise BadInput(f"{path} lacks reference.{error.args[0]}: train it again") from None
     return DigitClassifier(to_channels_last(network, device), header.domain, reference)
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
     """Return the course's classifier, recognised by the names of its weights: LeNet for mnistm, resnet34 for svhn."""
-    weights = state.get("state_dict", state) if isinstance(state, dict) else {}
+    weights = named_tensors(state, path, "fc3.weight", "layer1.0.conv1.weight")
+    weights = weights if isinstance(weights, dict) else {}
     if "fc3.weight" in weights:
         return DigitClassifier(to_channels_last(load_weights(make_lenet(), weights, path), device), 0)
     if "layer1.0.conv1.weight" in weights:
         return DigitClassifier(to_channels_last(load_weights(make_resnet34(), weights, path), device), 1)
+    kind = describe(state)
     raise BadInput(
-        f"{path} is no digit classifier: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
+        f"{path} is no digit classifier{f' but {kind}' * bool(kind)}: neither one of ours, nor the course's Classifier.pth (conv1 .. fc3), "
         "nor timm's resnet34_svhn (conv1, layer1 .. fc)"
     )
 
@@ -225,7 +235,7 @@ def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
     """Return images [N,3,28,28] uint8 and the digits [N] that their file names begin with, read as the course does."""
     if not folder.is_dir():
         raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(DOMAINS)}")
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = visible(folder)
     if not paths:
         raise BadInput(f"{folder} is empty")
     images, digits = [], []

@@ -94,12 +94,15 @@ def memorised(features: Tensor, reference: Reference) -> float:
 
 
 def measure(features: Tensor, reference: Reference) -> dict[str, float]:
-    """Return frechet (0 is best), precision, recall (1) and memorised (0) of features [N,F]; nan for too few rows."""
+    """Return frechet (0 is best), precision, recall (1) and memorised (0) of features [N,F]; nan for too few rows.
+
+    A reference of too few validation images has no precision either.
+    """
     if len(features) <= NEIGHBOURS:
         return dict.fromkeys(("frechet", "precision", "recall", "memorised"), float("nan"))
     return {
         "frechet": frechet(*moments(features), reference.mean, reference.covariance),
-        "precision": coverage(features, reference.real),
+        "precision": coverage(features, reference.real) if len(reference.real) > NEIGHBOURS else float("nan"),
         "recall": coverage(reference.real, features),
         "memorised": memorised(features, reference),
     }

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,40 +15,18 @@ from diffusion.guidance import Guidance, guided
 from diffusion.noise import draw
 from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
-from diffusion.steps import Rule, step_rule
+from diffusion.steps import step_rule
 from digits.classifier import DigitClassifier, misclassified
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
+from P1_model import DigitSamplerConfig as DigitSamplerConfig
 from runtime.batches import in_batches
 from runtime.cli import progress_bar
 from runtime.distributed import ALONE, Shard
 from runtime.files import ROOT
 from runtime.images import to_uint8
 from runtime.seeds import derived_seed
-from runtime.validation import validate
 
 CHECKPOINT = ROOT / "checkpoints" / "p1_digits.safetensors"
-
-
-@dataclass(frozen=True)
-class DigitSamplerConfig:
-    """How noise becomes a digit; a checkpoint holds its default."""
-
-    name: Literal["dpm", "ddim", "ddpm"] = "dpm"  # DPM-Solver++ (2M); any eta and rule; all T steps
-    steps: int = 12
-    guidance: float = 2.5  # scale: 0 ignores the digit, 1 is no guidance
-    interval: tuple[float, float] = (0.0, 1.0)  # of t/T in which guidance is applied
-    rescale: float = 0.0  # guidance rescale
-    eta: float = 0.0
-    rule: Rule = "trailing"
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:
-        """Return the settings that a checkpoint carries; unknown names are ignored."""
-        return validate(DigitSamplerConfig, values, "sampler of the checkpoint")
-
-    def passes(self, timesteps: int) -> int:
-        """Return the number of network calls: ancestral sampling takes all T."""
-        return timesteps if self.name == "ddpm" else self.steps
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runtime.cli import BadInput
 from runtime.files import load_tensors
+from runtime.weights import describe, named_tensors
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -56,7 +57,7 @@ def load_course_unet(path: Path) -> UNet2DModel:
     """Load the network of a UNet.pt, float32 on the CPU; raise BadInput for a file that is not exactly this network."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    state = load_tensors(path)
+    state = named_tensors(load_tensors(path), path, "down1.weight")
     with torch.device("meta"):
         unet: UNet2DModel = UNet2DModel(**CONFIG)
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
@@ -71,6 +72,8 @@ def load_course_unet(path: Path) -> UNet2DModel:
 
 def check(path: Path, state: Any, expected: dict[str, torch.Size]) -> None:
     """Raise BadInput that names the first tensor which is missing, too many, of another shape or not finite."""
+    if not (isinstance(state, dict) and "down1.weight" in state) and (kind := describe(state)):
+        raise BadInput(f"{path} is {kind}, not the bare state dict of UNet.pt")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadInput(f"{path}: a {type(state).__name__} of other things than tensors, UNet.pt is a bare state dict")
     for kind, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):

@@ -23,7 +23,7 @@ from faces.course_unet import load_course_unet
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, output_folder, read_json
+from runtime.files import ROOT, foreign_file, output_folder, read_object, safetensors_metadata
 from runtime.hub import first_line, is_hub_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: La
         path = download(source)
     if path.is_dir():
         unet, schedule = load_folder(path)
-    elif is_safetensors(path):
+    elif is_digit_network(path):
         return digit_model(source, load_network(path, device), dtype, labels or Labels())
     else:
         unet, schedule = load_course_unet(path), linear(1000)
@@ -82,14 +82,13 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: La
     return face_model(source, unet, device, dtype, schedule)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Return whether the 9th byte opens a JSON header; a torch file starts with "PK" or a pickle."""
+def is_digit_network(path: Path) -> bool:
+    """Return whether a file is a P1 checkpoint, by its header; raise BadInput if it does not exist."""
     if not path.is_file():
         raise BadInput(
             f"--model {path} does not exist: give UNet.pt, a diffusers folder, a hub name or a P1 checkpoint"
         )
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    return "network" in safetensors_metadata(path)
 
 
 def face_model(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.dtype, schedule: Schedule) -> Model:
@@ -156,13 +155,13 @@ def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
     places = [place for place in (folder, folder / "unet") if (place / "config.json").is_file()]
     if not places:
         raise BadInput(f"--model {folder}: no config.json there or in unet/, so this is no diffusers folder")
-    class_name = read_json(places[0] / "config.json").get("_class_name")
+    class_name = read_object(places[0] / "config.json").get("_class_name")
     if class_name != "UNet2DModel":
         raise BadInput(f"--model {folder}: holds a {class_name}, a UNet2DModel is needed")
     try:
         unet, info = cast(Any, UNet2DModel.from_pretrained)(places[0], local_files_only=True, output_loading_info=True)
     except Exception as error:  # diffusers raises many classes; its messages name the file
-        raise BadInput(f"--model {folder}: {first_line(error)}") from None
+        raise BadInput(f"--model {folder}: {foreign_file(places[0]) or first_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             names = sorted(info[problem])
@@ -182,11 +181,14 @@ def read_schedule(folder: Path) -> Schedule:
 
     places = [folder / "scheduler", folder, folder.parent / "scheduler"]
     configs = [place / "scheduler_config.json" for place in places]
-    config: dict[str, Any] = next((read_json(path) for path in configs if path.is_file()), {})
+    config: dict[str, Any] = next((read_object(path) for path in configs if path.is_file()), {})
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise BadInput(f"--model {folder}: predicts {kind!r}, only {' and '.join(PREDICTIONS)} are known")
-    scheduler = DDIMScheduler.from_config(config)
+    try:
+        scheduler = DDIMScheduler.from_config(config)
+    except Exception as error:  # of many classes, for values of other types
+        raise BadInput(f"--model {folder}: its scheduler_config.json makes no schedule ({first_line(error)})") from None
     options = scheduler.config
     if options["trained_betas"] is not None and not options["rescale_betas_zero_snr"]:
         betas = torch.tensor(options["trained_betas"], dtype=torch.float64)

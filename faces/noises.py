@@ -13,7 +13,8 @@ from torch import Tensor
 from diffusion.noise import draw, generators
 from faces.models import Model
 from runtime.cli import BadInput, check_seed
-from runtime.files import atomic, load_tensors, output_folder
+from runtime.files import atomic, list_files, load_tensors, output_folder
+from runtime.weights import describe
 
 MOST_SEEDS = 100_000  # their noises are held in memory at once
 
@@ -48,13 +49,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def read_noises(folder: Path, model: Model) -> list[Noise]:
-    """Read every NN.pt of the folder, sorted by name; raise BadInput for the first that does not fit the model."""
-    paths = sorted(folder.glob("*.pt")) if folder.is_dir() else []
+    """Read every visible NN.pt of the folder, sorted by name; raise BadInput for the first that does not fit the model."""
+    paths = list_files(folder, {".pt"}) if folder.is_dir() else []
     if not paths:
         raise BadInput(
             f"--noise {folder}: no .pt file there" if folder.is_dir() else f"--noise {folder}: no such folder"
         )
     noises = [Noise(path.stem, read_noise(path, model)) for path in paths]
+    if len({noise.stem for noise in noises}) < len(noises):  # 00.pt and 00.PT
+        raise BadInput(f"--noise {folder}: two files differ in their suffix only, and would give one image")
     for path, noise in zip(paths, noises, strict=True):
         if noise.x.shape != noises[0].x.shape:
             raise BadInput(f"{path}: {list(noise.x.shape)}, but {paths[0].name} is {list(noises[0].x.shape)}")
@@ -63,16 +66,17 @@ def read_noises(folder: Path, model: Model) -> list[Noise]:
 
 def read_noise(path: Path, model: Model) -> Tensor:
     """Read one noise [C,H,W] float32; raise BadInput unless it is one finite tensor of a size that the model takes."""
-    x = load_tensors(path)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        content = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise BadInput(f"{path}: holds {content}, not a tensor of floating-point noise")
+    content = load_tensors(path)
+    if not isinstance(content, Tensor) or not content.is_floating_point():
+        kind = str(content.dtype) if isinstance(content, Tensor) else describe(content) or type(content).__name__
+        raise BadInput(f"{path}: holds {kind}, not a tensor of floating-point noise")
+    x = content.float()  # before the check: some 8-bit types have none
     shape = tuple(x.shape[1:]) if x.dim() == 4 and len(x) == 1 else tuple(x.shape)
     if reason := model.shape_error(shape):
         raise BadInput(f"{path}: {list(x.shape)}, {reason}")
     if not x.isfinite().all():
         raise BadInput(f"{path}: holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
-    return x.reshape(shape).float()
+    return x.reshape(shape)
 
 
 def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[Noise]:

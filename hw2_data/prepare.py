@@ -244,10 +244,10 @@ Findings = Iterator[tuple[bool, str]]  # (whether it is as in the course, descri
 
 def check_face(folder: Path) -> Findings:
     """Expect ten noises [1, 3, 256, 256] float32, ten 256x256 images and a network of 427 tensors."""
-    noises = [load_tensors(path) for path in sorted(folder.glob("noise/*.pt"))]
+    noises = [load_tensors(path) for path in sorted(folder.glob("noise/[!.]*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
-    sizes = [tuple(open_image(path).shape[1:]) for path in folder.glob("GT/*.png")]
+    sizes = [tuple(open_image(path).shape[1:]) for path in folder.glob("GT/[!.]*.png")]
     yield sizes == [(256, 256)] * 10, f"GT/: {len(sizes)} of 10 pictures of sizes {sorted(set(sizes))}"
     tensors = len(load_tensors(require_file(folder / "UNet.pt")))
     yield tensors == 427, f"UNet.pt: {tensors} of 427 tensors"

@@ -100,6 +100,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     """Return the error message and the exit code."""
     try:
         refuse_renamed_flags(sys.argv[1:], settings)
+        refuse_files_called_none(sys.argv[1:])
         try:
             with nullcontext() if is_main_process() else redirect_stderr(io.StringIO()):
                 options = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
@@ -131,6 +132,12 @@ def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
         used = any(argument.split("=")[0].replace("_", "-") == old for argument in arguments)
         if used and new in names and old not in names:
             raise BadInput(f"{old} is now {new}")
+
+
+def refuse_files_called_none(arguments: Sequence[str]) -> None:
+    """Raise BadInput for the value None where a file or folder has that name: the flag would be read as not set."""
+    if os.path.lexists("None") and any(argument.split("=")[-1] == "None" for argument in arguments):
+        raise BadInput("None means that a flag is not set; name the file or folder called None as ./None")
 
 
 def flags_of(settings: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,9 +10,10 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from runtime.cli import BadInput
+from runtime.weights import foreign_kind, is_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
@@ -104,11 +107,28 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; raise BadInput with the line of a syntax error."""
+    """Parse a JSON file; raise BadInput with the line of a syntax error, and for a doubled key."""
     try:
-        return json.loads(require_file(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(require_file(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_single_keys)
+    except (ValueError, RecursionError) as error:  # of the parser, the encoding, and doubled keys
         raise BadInput(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object, such as a configuration; raise BadInput as `read_json` does."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds {type(content).__name__}, not an object with names")
+    return content
+
+
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raise ValueError for a key that stands in it twice, of which one would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        doubled = next(key for key in values if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {doubled!r} stands in one object twice")
+    return values
 
 
 def require_file(path: Path, hint: str = "") -> Path:
@@ -193,31 +213,114 @@ def file_fingerprint(path: Path) -> str:
 
 
 def load_tensors(path: Path, mapped: bool = False) -> Any:
-    """Load a torch file on the CPU without running code in it; raise BadInput if it is truncated or holds code.
+    """Load a torch or safetensors file on the CPU without running code in it; its content decides, not its suffix.
 
-    With `mapped` (zip files only) the tensors stay in the file until they are used.
+    With `mapped` the tensors of a zip file stay in it until they are used. Tensors come without gradients.
+    Raise BadInput that names what another file is, for a truncated one, for code, and for sparse or absent values.
     """
+    if is_safetensors(require_file(path)):
+        return load_safetensors(path)[0]
+    if kind := foreign_kind(path):
+        raise BadInput(f"{path} is {kind}")
     try:
-        return torch.load(require_file(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise BadInput(f"{path} holds more than tensors (a pickle with code?): refused") from None
-        raise BadInput(f"{path} is not a torch file or is truncated") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # torch's, on protocols and sparse tensors
+            # torch.load trusts the suffix of a path, but maps only paths
+            mapped = mapped and path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch's reader raises errors of many classes for a damaged file
         if getattr(error, "filename", None):  # such as no permission: the system's message is clear
             raise
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # advice to switch safety off
+            _refuse_code(path, str(error))
+            raise BadInput(f"{path} is not a torch file or is truncated") from None
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise BadInput(f"{path} is not a torch file or is truncated ({reason})") from None
+    try:
+        _check_plain(path, content)
+    except RecursionError:
+        raise BadInput(f"{path} holds a structure that contains itself, not tensors") from None
+    return content
+
+
+def _refuse_code(path: Path, message: str) -> None:
+    """Raise BadInput that names what a pickle would call, if torch refused it for that."""
+    refused = re.findall(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", message)
+    with contextlib.suppress(Exception):  # only zip files have a list, and only whole ones
+        refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or refused
+    if not refused:
+        return
+    if all(name.startswith("numpy") for name in refused):
+        raise BadInput(
+            f"{path} is refused: it calls {refused[0]} for arrays of numpy; save them as tensors (torch.from_numpy)"
+        )
+    raise BadInput(
+        f"{path} is refused: besides tensors it calls {', '.join(refused[:3])}, which may run anything;"
+        " if you trust it, save its state_dict as .safetensors where it was made"
+    )
+
+
+def _check_plain(path: Path, content: Any, name: str = "") -> None:
+    """Raise BadInput for a tensor that is no plain array of numbers; switch gradients off."""
+    if isinstance(content, torch.Tensor):
+        odd = {
+            "sparse": content.layout != torch.strided,
+            "nested": content.is_nested,
+            "quantised": content.is_quantized,
+        }
+        odd["without values (meta)"] = content.is_meta
+        if kind := next((kind for kind, applies in odd.items() if applies), ""):
+            raise BadInput(f"{path}: {name or 'its tensor'} is {kind}; save it as a dense tensor of numbers")
+        content.requires_grad_(False)
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            _check_plain(path, value, f"{name}.{key}".removeprefix("."))
+    elif isinstance(content, list | tuple):
+        for value in content:
+            _check_plain(path, value, name)
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return all tensors of a safetensors file and its metadata; raise BadInput if it is truncated."""
+    """Return all tensors of a safetensors file and its metadata; raise BadInput if it is truncated or another file."""
+    if kind := foreign_kind(require_file(path)):
+        raise BadInput(f"{path} is {kind}")
     try:
-        with safe_open(require_file(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
+        if zipfile.is_zipfile(path):
+            raise BadInput(f"{path} is a torch file, a safetensors file is needed") from None
         raise BadInput(f"{path} is not a safetensors file or is truncated ({error})") from None
+
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+JUNK = {"thumbs.db", "desktop.ini"}  # of Windows; hidden names such as `._00.pt` and .DS_Store are macOS's
+
+
+def foreign_file(folder: Path) -> str:
+    """Return the first weights of a folder that are a file of another kind, and what they are; "" without any."""
+    kinds = {path: foreign_kind(path) for path in list_files(folder, WEIGHTS) if path.is_file()}
+    return next((f"{path} is {kind}" for path, kind in kinds.items() if kind), "")
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted by name, without hidden names and what a file browser leaves there."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in JUNK)
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the visible files of a folder, not its folders, that have one of these suffixes in lower or upper case."""
+    return [path for path in visible(folder) if path.suffix.lower() in suffixes and not path.is_dir()]
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file without reading its tensors, {} for a file of another kind."""
+    if not is_safetensors(require_file(path)):
+        return {}
+    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -43,7 +43,9 @@ def hub(online: bool) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, else its type."""
+    """Return the first line of an error's message, else its type; torch's advice to load unsafely is left out."""
+    if "weights_only" in str(error):
+        return "the weights are damaged, or hold more than tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,6 +26,15 @@ def validate(kind: type[Value], value: object, where: str) -> Value:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise BadInput(_message(error.errors()[0], where)) from None
+
+
+def validate_json(kind: type[Value], text: str, where: str) -> Value:
+    """Return JSON text, such as a header, as `kind`; raise BadInput as `validate` does, and for text that is no JSON."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is not valid JSON: {error}") from None
+    return validate(kind, content, where)
 
 
 def _message(error: ErrorDetails, where: str) -> str:

@@ -34,6 +34,8 @@ from digits.classifier import (
     make_lenet,
     make_resnet,
     quality,
+    read_graded,
+    round_weights,
     shipped_classifiers,
 )
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
@@ -205,7 +207,41 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
         load_classifier(tmp_path / "odd.pth", CPU)
 
 
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3)])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_wrapped_classifier_is_read_under_any_name(tmp_path: Path, suffix: str) -> None:
+    state = make_lenet().state_dict()
+    torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / f"w.{suffix}")
+    loaded = load_classifier(tmp_path / f"w.{suffix}", CPU)
+    assert loaded.domain == 0
+    torch.testing.assert_close(dict(loaded.network.state_dict()), dict(state))
+
+
+def test_a_classifier_of_another_version_is_one_line(tmp_path: Path, shipped: list[DigitClassifier]) -> None:
+    path = tmp_path / "c.safetensors"
+    weights = {f"network.{name}": value for name, value in round_weights(shipped[0].network).items()}
+    header = {"kind": "P1 digit judge", "domain": 0, "model": vars(ClassifierConfig(fold=1)), "origin": {}}
+    for changes, message in (
+        ({"domain": 7}, "domain: .*it is 7"),
+        ({"model": {"channels": [], "blocks": []}}, "no network has this layout"),
+        ({}, "lacks reference.mean"),
+    ):
+        save_file(weights, path, {"judge": json.dumps(header | changes)})
+        with pytest.raises(BadInput, match=rf"c\.safetensors.*{message}"):
+            load_classifier(path, CPU)
+    save_file(weights, path, {"judge": "{"})
+    with pytest.raises(BadInput, match=r"c\.safetensors, header of a digit classifier is not valid JSON"):
+        load_classifier(path, CPU)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_reference_of_few_validation_images_has_no_precision(count: int) -> None:
+    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    result = measure(features, make_reference(features, features[:count], 20, 20))
+    assert math.isnan(result["precision"])
+    assert math.isfinite(result["frechet"])
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(3), {"state_dict": 3}])
 def test_a_file_without_a_classifier_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(BadInput, match=r"other\.pth is no digit classifier"):
@@ -449,6 +485,12 @@ def test_a_folder_that_cannot_be_graded_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_hidden_names_and_thumbnails_do_not_count_in_a_graded_folder(graded: Path) -> None:
+    for name in ("._0_001.png", ".DS_Store", "Thumbs.db"):
+        (graded / "svhn" / name).write_bytes(b"\0")
+    assert len(read_graded(graded / "svhn")[0]) == 30
 
 
 def test_a_record_inside_the_graded_folder_is_refused(

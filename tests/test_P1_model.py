@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,10 +230,61 @@ def test_missing_network_is_named(tmp_path: Path) -> None:
         load_network(tmp_path / "n.safetensors", CPU)
 
 
+def test_the_state_of_an_unfinished_training_is_named(tmp_path: Path) -> None:
+    torch.save({"kind": "P1 training", "step": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        BadInput, match=r"checkpoint\.pt is a torch file, but not a P1 .*unfinished training .P1 training"
+    ):
+        load_network(tmp_path / "checkpoint.pt", CPU)
+
+
 def test_safetensors_without_header_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "n.safetensors")
     with pytest.raises(BadInput, match=r"n\.safetensors is a safetensors file, but not a P1 checkpoint"):
         load_network(tmp_path / "n.safetensors", CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.pop("prediction"), "prediction is missing"),
+        (lambda header: header.pop("sampler"), "sampler is missing"),
+        (lambda header: header.update(sampler=["dpm"]), "sampler: must be a valid dictionary"),
+        (lambda header: header.update(prediction="x0"), "prediction: .*it is 'x0'"),
+        (lambda header: header.update(schedule="sigmoid"), "schedule: .*it is 'sigmoid'"),
+        (lambda header: header.update(timesteps=0), "timesteps: .*it is 0"),
+        (lambda header: header["sampler"].update(name="unipc"), "sampler, name: .*it is 'unipc'"),
+        (lambda header: header["sampler"].update(guidance=float("nan")), "sampler, guidance: .*it is nan"),
+        (lambda header: header["sampler"].update(steps="many"), "sampler, steps: .*it is 'many'"),
+        (lambda header: header["model"].update(channels=[]), "model: no network has this layout"),
+        (lambda header: header["model"].update(channels=[16]), "model: no network has this layout"),
+        (lambda header: header["model"].update(head_channels=0), "model: no network has this layout"),
+    ],
+)  # fmt: skip
+def test_a_header_of_another_version_is_one_line(
+    tmp_path: Path, tiny_network: Network, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    save_network(tmp_path / "n.safetensors", tiny_network)
+    header: dict[str, Any] = saved_header(tmp_path / "n.safetensors")
+    change(header)
+    save_file(tiny_network.unet.state_dict(), tmp_path / "n.safetensors", {"network": json.dumps(header)})
+    with pytest.raises(BadInput, match=rf"n\.safetensors, header of a P1 checkpoint, {message}") as error:
+        load_network(tmp_path / "n.safetensors", CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_header_that_is_no_json_is_one_line(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "n.safetensors", {"network": "{"})
+    with pytest.raises(BadInput, match=r"n\.safetensors, header of a P1 checkpoint is not valid JSON"):
+        load_network(tmp_path / "n.safetensors", CPU)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, tiny_network: Network) -> None:
+    def spoil(weights: dict[str, Tensor], _: dict[str, str]) -> None:
+        weights["first.bias"][0] = torch.nan
+
+    with pytest.raises(BadInput, match=r"n\.safetensors: first\.bias holds values that are NaN"):
+        load_network(damaged(tmp_path / "n.safetensors", tiny_network, spoil), CPU)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,53 @@ def test_a_noise_that_does_not_fit_is_named(run: Any, tmp_path: Path, content: A
     assert not (tmp_path / "out").exists()
 
 
+def test_what_file_browsers_leave_in_a_folder_of_noises_is_skipped(run: Any, tmp_path: Path) -> None:
+    noise = write_noises(tmp_path / "noise", "00 01")
+    (noise / "01.pt").rename(noise / "01.PT")
+    (noise / "._00.pt").write_bytes(b"\0\5\26\7 Mac OS X")
+    (noise / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    (noise / "02.pt").mkdir()
+    assert list(run(noise=noise)) == ["00", "01"]
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"<html>", b""])
+def test_a_damaged_noise_of_a_fitting_name_stops_the_run(run: Any, tmp_path: Path, content: bytes) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    (noise / "01.pt").write_bytes(content)
+    with pytest.raises(BadInput, match=r"01\.pt is "):
+        run(noise=noise)
+
+
+def test_two_noises_of_one_image_are_named(run: Any, tmp_path: Path) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    (noise / "00.PT").write_bytes((noise / "00.pt").read_bytes())
+    with pytest.raises(BadInput, match="differ in their suffix only"):
+        run(noise=noise)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "parameter", "fp8", "fp64"])
+def test_a_noise_of_another_kind_of_tensor_is_read(run: Any, tmp_path: Path, kind: str) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    x = torch.load(noise / "00.pt", weights_only=True)
+    content = {
+        "gradient": x.clone().requires_grad_(),
+        "parameter": torch.nn.Parameter(x),
+        "fp8": x.to(torch.float8_e4m3fn),
+        "fp64": x.double(),
+    }[kind]
+    torch.save(content, noise / "00.pt")
+    assert list(run(noise=noise)) == ["00"]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_noise_without_dense_values_is_named(run: Any, tmp_path: Path, kind: str) -> None:
+    noise = write_noises(tmp_path / "noise", "00")
+    x = torch.zeros(1, 3, 16, 16)
+    torch.save(x.to_sparse() if kind == "sparse" else x.to("meta"), noise / "00.pt")
+    with pytest.raises(BadInput, match=rf"00\.pt: its tensor is .*{kind}"):
+        run(noise=noise)
+
+
 def test_a_noise_with_code_is_refused(run: Any, tmp_path: Path) -> None:
     noise = write_noises(tmp_path / "noise", "00")
     torch.save(Path("/tmp"), noise / "01.pt")

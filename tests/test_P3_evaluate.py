@@ -362,6 +362,16 @@ def without_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def not_finite(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 def truncated(folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:1000])
@@ -381,6 +391,8 @@ def without_words(folder: Path) -> None:
 SPOILED: dict[str, Callable[[Path], object]] = {
     "the weights lack 1 tensors, such as visual_projection.weight": without_a_tensor,
     "--clip .*clip: ": truncated,
+    "visual_projection.weight holds values that are NaN": not_finite,
+    "model.safetensors is a Git LFS pointer": pointer,
     "type 'siglip'": lambda folder: changed(folder, None, model_type="siglip"),
     "tokenizer.json or vocab.json is missing": without_words,
     "--clip .*: .*size": lambda folder: changed(folder, "text_config", hidden_size=64),

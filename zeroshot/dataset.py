@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, StringConstraints
 from torch import Tensor
 
 from runtime.cli import BadInput, log
-from runtime.files import read_json
+from runtime.files import list_files, read_json
 from runtime.images import SUFFIXES, image_file, to_rgb
 from runtime.validation import validate
 
@@ -108,9 +108,7 @@ def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
     classes = read_labels(labels)
     rows = {number: row for row, number in enumerate(classes)}
     images = []
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
-            continue
+    for path in list_files(folder, SUFFIXES):
         match = re.match(r"(\d+)_.", path.name)
         if not match:
             example = f"{{class}}_{{image}}{path.suffix}, such as 20_478.png"

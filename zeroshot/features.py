@@ -75,7 +75,7 @@ def encode_all(clip: Clip, images: LabelledImages, batch: int, workers: int, sha
         own = [(start, part.cpu()) for start, part in zip(rows[::batch], features, strict=True)]
     result = torch.cat([part for _, part in sorted(shard.gather(own), key=lambda pair: pair[0])])
     if not result.isfinite().all():
-        raise BadInput(f"features are not finite in {clip.dtype}: use --precision bf16 or fp32")
+        raise BadInput(f"features are not finite in {clip.dtype} although the weights are: use --precision fp32")
     return result
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from runtime.cli import BadInput
-from runtime.hub import hub
+from runtime.files import foreign_file, load_tensors
+from runtime.hub import first_line, hub
+from runtime.weights import describe, is_safetensors, named_tensors
 from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,10 +79,10 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
     # an archive's weights follow, so "initialized randomly" misleads
     logging.disable(logging.WARNING if archive else logging.NOTSET)
     try:
-        with hub(source.online):
+        with hub(source.online), _readable(source.weights, whole or archive) as weights:
             model, _, transform = open_clip.create_model_and_transforms(
                 source.model,
-                None if whole or archive else str(source.weights),
+                weights,
                 precision="fp32" if precision == "tf32" else precision,
                 device=device,
                 force_quick_gelu=source.quick_gelu,
@@ -88,13 +92,45 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
             tokenizer = open_clip.get_tokenizer(source.model)
         if archive:
             model.load_state_dict(_openai_tensors(source.weights))
+    except BadInput:
+        raise
     except Exception as error:  # of any class, by open_clip, torch or transformers for a damaged or foreign file
-        raise BadInput(f"--model {source.model} can't be loaded from {source.weights}: {_reason(error)}") from error
+        foreign = foreign_file(source.weights) if source.weights.is_dir() else ""
+        raise BadInput(
+            f"--model {source.model} can't be loaded from {source.weights}: {foreign or _reason(error)}"
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
+    if bad := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), ""):
+        raise BadInput(f"--model {source.model}: in {source.weights}, {bad} holds values that are NaN or infinite")
     *steps, _, normalize = transform.transforms  # .., to tensor, normalize
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (normalize.mean, normalize.std))
     return Clip(model.eval().requires_grad_(False), Compose(steps), mean, std, tokenizer, device, DTYPES[precision])
+
+
+@contextmanager
+def _readable(path: Path, by_itself: bool) -> Iterator[str | None]:
+    """Yield the weights file for open_clip, None for a model that brings its weights `by_itself`.
+
+    Weights in wrappers or under Lightning's names, and files with another format's suffix, become a temporary file.
+    Raise BadInput for a file that holds something else, such as transformers' names.
+    """
+    if by_itself or path.suffix in (".npz", ".npy"):
+        yield None if by_itself else str(path)
+        return
+    content = load_tensors(path, mapped=True)
+    state = named_tensors(content, path, "logit_scale")
+    names = [str(name) for name in state] if isinstance(state, dict) else []
+    if not any("visual." in name for name in names) and (kind := describe(content)):
+        raise BadInput(f"{path} is {kind}; weights under open_clip's names are needed: a file or tag of open_clip")
+    known = content.get("state_dict", content) if isinstance(content, dict) else content
+    plain = names == [str(name).removeprefix("module.") for name in known]  # open_clip removes that itself
+    if plain and is_safetensors(path) == (path.suffix == ".safetensors"):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "weights.pt")
+        yield str(Path(folder) / "weights.pt")
 
 
 def _openai_tensors(path: Path) -> dict[str, Tensor]:
@@ -108,5 +144,7 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error) or type(error).__name__)
     if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):  # open_clip asserts on widths
         return f"the file is of another architecture ({text.split(': ', 1)[-1].strip()[:160]} ..)"
+    if "weights_only" in text:
+        return first_line(error)
     absent = "its tokenizer or text tower is not on this machine: name it by a tag or hf-hub:NAME once, with a network"
     return absent if "huggingface.co" in text else text[:240]

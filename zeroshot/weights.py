@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,9 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
 from runtime.cli import BadInput, log
-from runtime.files import ROOT, read_json
+from runtime.files import ROOT, read_json, visible
 from runtime.hub import first_line, hub, hub_answers
+from runtime.weights import zip_names
 
 WEIGHTS = ROOT / "checkpoints" / "clip"  # files named MODEL.TAG.safetensors (or .bin, .pth, .pt), placed by hand
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -130,7 +130,7 @@ def _folder(model: str) -> Source:
     config = read_json(folder / HF_CONFIG_NAME)
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise BadInput(f"--model {model}: {folder / HF_CONFIG_NAME} has no model_cfg, so it is not an open_clip model")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = [path for path in visible(folder) if path.is_file()]
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in files):
         raise BadInput(f"--model {model}: no weights in {folder}, wanted {HF_SAFE_WEIGHTS_NAME}")
     return Source(model, None, folder, tuple(files))
@@ -210,7 +210,4 @@ def needs_quick_gelu(model: str, tag: str | None, path: Path) -> bool:
 
 def is_openai_archive(path: Path) -> bool:
     """Return whether the file is one of OpenAI's own (ViT-B-32.pt): a TorchScript archive, always with QuickGELU."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return path.is_file() and "constants.pkl" in (zip_names(path) or ())

@@ -164,6 +164,58 @@ def test_other_torch_files_are_refused(tmp_path: Path, content: object, message:
     refused(tmp_path / "model.ckpt", message)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("control_model.time_embed.0.weight", "a ControlNet"),
+        ("decoder.conv_in.weight", "an autoencoder .VAE. alone"),
+        ("<new1>", "an embedding of a token"),
+        ("emb_params", "an embedding of a token"),
+        ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a U-Net under diffusers' names"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_another_kind_of_weights_is_called_what_it_is(tmp_path: Path, name: str, kind: str, suffix: str) -> None:
+    path = tmp_path / f"w.{suffix}"
+    save_file({name: torch.zeros(4, 4)}, path) if suffix == "safetensors" else torch.save({name: torch.zeros(4)}, path)
+    refused(path, rf"w\.{suffix} is no Stable Diffusion v1 but {kind}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 768)}}, {"kind": "P3 x", "step": 1}],
+)
+def test_an_embedding_and_a_training_state_are_called_what_they_are(tmp_path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    refused(
+        tmp_path / "w.pt", r"w\.pt is no Stable Diffusion v1 but (an embedding|the state of an unfinished training)"
+    )
+
+
+@pytest.mark.parametrize(("prefix", "part"), [("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")])
+def test_a_file_that_lacks_a_part_says_which(tmp_path: Path, prefix: str, part: str) -> None:
+    tensors = {name: value for name, value in hollow().items() if not name.startswith(prefix)}
+    torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
+    refused(tmp_path / "model.ckpt", f"model.ckpt is a Stable Diffusion v1 without its {part}; name a whole file")
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module"])
+def test_wrapped_weights_are_read(tmp_path: Path, wrapper: str) -> None:
+    tensors = {f"module.{name}": value for name, value in hollow().items()}
+    torch.save({wrapper: tensors, "epoch": 3}, tmp_path / "model.ckpt")
+    check_model(str(tmp_path / "model.ckpt"))
+
+
+def test_a_folder_of_one_part_or_a_lora_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    refused(tmp_path, "no model_index.json there, so this is no diffusers pipeline but a ControlNetModel; give")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    refused(tmp_path, "no diffusers pipeline but a LoRA; give")
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     tensors = hollow()
     tensors[UNET_IN] = torch.zeros(1, dtype=torch.int8).expand(320, 4, 3, 3)
@@ -218,7 +270,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, share: float) ->
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.ckpt").write_bytes(content)
-    refused(tmp_path / "model.ckpt", "model.ckpt (is not a torch file|holds more than tensors)")
+    refused(tmp_path / "model.ckpt", "model.ckpt is (not a torch file|a web page|a Git LFS pointer)")
 
 
 # ---------------------------------------------------------------- what single files lack
@@ -388,6 +440,11 @@ def test_a_folder_of_a_single_network_is_refused(tmp_path: Path) -> None:
         ("unet/diffusion_pytorch_model.safetensors", Path.unlink, "unet is unreadable"),
         ("vae/diffusion_pytorch_model.safetensors", lambda path: os.truncate(path, 999), "vae is unreadable"),
         ("text_encoder/model.safetensors", lambda path: os.truncate(path, 999), "text_encoder is unreadable"),
+        (
+            "unet/diffusion_pytorch_model.safetensors",
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "unet is unreadable .*diffusion_pytorch_model.safetensors is a Git LFS pointer",
+        ),
         ("tokenizer/tokenizer_config.json", lambda path: shutil.rmtree(path.parent), "no vocab.json or tokenizer.json"),
         ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "tokenizer"),
         ("scheduler/scheduler_config.json", Path.unlink, "scheduler_config.json does not exist"),

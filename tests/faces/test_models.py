@@ -12,6 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet
@@ -116,10 +117,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_object_than_a_state_dict_is_named(tmp_path: Path) -> None:
-    torch.save([torch.zeros(3)], tmp_path / "UNet.pt")
-    with pytest.raises(BadInput, match="list"):
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [([torch.zeros(3)], "a list"), (torch.zeros(3), "one tensor"), ({1: 2}, "a dict"), (3, "a int")],
+)
+def test_another_object_than_a_state_dict_is_named(tmp_path: Path, content: Any, kind: str) -> None:
+    torch.save(content, tmp_path / "UNet.pt")
+    with pytest.raises(BadInput, match=kind):
         load(tmp_path / "UNet.pt")
+
+
+def test_a_wrapped_unet_pt_is_read_under_any_name(course_unet: Path, tmp_path: Path) -> None:
+    state = torch.load(course_unet, weights_only=True, mmap=True)
+    torch.save({"model": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, tmp_path / "face")
+    loaded = load(tmp_path / "face").network.state_dict()
+    (tmp_path / "face").unlink()
+    assert all(torch.equal(loaded[name], value) for name, value in load(course_unet).network.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_of_something_else_are_called_what_they_are(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"w.{suffix}"
+    state = {"lora_unet_mid_block.lora_down.weight": torch.zeros(2)}
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    with pytest.raises(BadInput, match=rf"w\.{suffix} is a LoRA, .*not the bare state dict of UNet.pt"):
+        load(path)
 
 
 def test_an_exported_model_is_a_pipeline_of_the_very_same_weights_and_rule(course_unet: Path, tmp_path: Path) -> None:
@@ -196,6 +218,32 @@ def test_a_folder_without_weights_is_named_in_one_line(tmp_path: Path) -> None:
     small_unet().save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(BadInput, match=str(tmp_path)) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_pointer_in_the_place_of_weights_is_named(tmp_path: Path, suffix: str) -> None:
+    small_unet().save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / f"diffusion_pytorch_model.{suffix}").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadInput, match=rf"diffusion_pytorch_model\.{suffix} is a Git LFS pointer"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "config.json holds list, not an object"),
+        ("scheduler_config.json", "3", "scheduler_config.json holds int, not an object"),
+        ("scheduler_config.json", '{"beta_start": "low"}', "scheduler_config.json makes no schedule"),
+        ("scheduler_config.json", '{"num_train_timesteps": -1}', "scheduler_config.json makes no schedule"),
+    ],
+)
+def test_a_configuration_of_other_types_is_one_line(tmp_path: Path, file: str, content: str, message: str) -> None:
+    small_unet().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(BadInput, match=message) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -20,6 +20,7 @@ from runtime.cli import (
     log,
     progress,
     progress_bar,
+    refuse_files_called_none,
     refuse_renamed_flags,
     run_script,
 )
@@ -46,6 +47,18 @@ def run(body: str, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "DEBUG"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT.format(body=body), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [["--noise", "None"], ["--noise=None"]])
+def test_a_folder_called_none_is_not_taken_for_an_unset_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_files_called_none(arguments)
+    (tmp_path / "None").mkdir()
+    with pytest.raises(BadInput, match=r"write|as \./None"):
+        refuse_files_called_none(arguments)
+    refuse_files_called_none(["--noise", "./None"])
 
 
 def test_a_script_that_succeeds_exits_with_0_and_an_empty_stderr() -> None:

@@ -22,6 +22,7 @@ from runtime.files import (
     check_disk_space,
     check_writable_file,
     check_writable_folder,
+    list_files,
     load_safetensors,
     load_tensors,
     output_folder,
@@ -29,6 +30,7 @@ from runtime.files import (
     read_text,
     require_file,
     save_safetensors,
+    visible,
     write_json,
 )
 
@@ -139,6 +141,22 @@ def test_read_text_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match=r"a\.txt is not a text in UTF-8"):
         read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("text", ['{"1": "cat", "1": "dog"}', '[{"a": {"1": 0, "1": 0}}]'])
+def test_read_json_names_a_doubled_key(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(BadInput, match=r"a\.json is not valid JSON: the key '1' stands in one object twice"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_listing_holds_visible_files_of_a_suffix_and_no_folders(tmp_path: Path) -> None:
+    for name in ("01.pt", "00.PT", "._00.pt", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "02.pt").mkdir()
+    (tmp_path / "03.pt").symlink_to("nowhere.pt")  # reading it is an error, so that it isn't left out silently
+    assert [path.name for path in list_files(tmp_path, {".pt"})] == ["00.PT", "01.pt", "03.pt"]
+    assert [path.name for path in visible(tmp_path)] == ["00.PT", "01.pt", "02.pt", "03.pt", "notes.txt"]
 
 
 def test_require_file_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from runtime.cli import BadInput
-from runtime.validation import validate
+from runtime.validation import validate, validate_json
 
 
 class Box(BaseModel):
@@ -52,3 +52,13 @@ def test_the_first_error_is_one_line(kind: Any, value: object, message: str) -> 
 def test_a_long_value_is_shortened() -> None:
     with pytest.raises(BadInput, match=r"it is 'x{59} \.\.$"):
         validate(int, "x" * 200, "b.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "b.json is not valid JSON"), ("[]", "b.json: .* it is \\[\\]"), ("[" * 99999, "b.json")]
+)
+def test_text_that_is_no_json_is_one_line(text: str, message: str) -> None:
+    assert validate_json(Box, '{"side": 1}', "b.json") == Box(side=1.0)
+    with pytest.raises(BadInput, match=message) as error:
+        validate_json(Box, text, "b.json")
+    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -149,5 +150,53 @@ def test_weights_of_another_architecture_are_named(tiny_weights: Path, labelled:
     with pytest.raises(BadInput, match="the file is of another architecture"):
         run(tmp_path, labelled, "RN50", weights=str(tiny_weights))
     (tmp_path / "bad.pt").write_bytes(b"junk")
-    with pytest.raises(BadInput, match="can't be loaded from"):
+    with pytest.raises(BadInput, match=r"bad\.pt is a text"):
         run(tmp_path, labelled, "tiny-clip", weights=str(tmp_path / "bad.pt"))
+
+
+@pytest.mark.parametrize("wrap", ["lightning", "model", "module", "torch as safetensors", "safetensors as bin"])
+def test_weights_in_wrappers_under_prefixes_and_other_suffixes_are_read(
+    tiny_weights: Path, tmp_path: Path, wrap: str
+) -> None:
+    state: dict[str, Any] = load_file(tiny_weights)
+    path = tmp_path / ("w.safetensors" if wrap == "torch as safetensors" else "w.bin")
+    if wrap == "safetensors as bin":
+        path.write_bytes(tiny_weights.read_bytes())
+    else:
+        prefix = {"lightning": "model.", "module": "module."}.get(wrap, "")
+        named = {prefix + name: value for name, value in state.items()}
+        torch.save({{"lightning": "state_dict", "model": "model"}.get(wrap, "state_dict"): named, "epoch": 1}, path)
+    loaded = load(resolve("tiny-clip", str(path)), CPU).model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("vision_model.post_layernorm.bias", "a CLIP under transformers' names"), ("x.lora_up.weight", "a LoRA")],
+)
+def test_weights_under_other_names_are_called_what_they_are(
+    tmp_path: Path, tiny_clip: str, name: str, kind: str
+) -> None:
+    torch.save({name: torch.zeros(2), "logit_scale": torch.ones(1)}, tmp_path / "w.bin")
+    with pytest.raises(BadInput, match=rf"w\.bin is {kind}.*open_clip"):
+        load(resolve("tiny-clip", str(tmp_path / "w.bin")), CPU)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_a_pointer_in_the_place_of_a_folders_weights_is_named(tiny_weights: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_weights.parent, tmp_path / "clip")
+    (tmp_path / "clip" / tiny_weights.name).unlink()
+    (tmp_path / "clip" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadInput, match=rf"{name} is a Git LFS pointer"):
+        load(resolve(f"local-dir:{tmp_path / 'clip'}", None), CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_are_not_finite_are_named_and_no_precision_is_blamed(
+    tiny_weights: Path, tmp_path: Path, precision: str
+) -> None:
+    state = load_file(tiny_weights)
+    state["visual.proj"][0, 0] = torch.nan
+    torch.save(state, tmp_path / "w.bin")
+    with pytest.raises(BadInput, match=r"w\.bin, visual\.proj holds values that are NaN"):
+        load(resolve("tiny-clip", str(tmp_path / "w.bin")), CPU, precision)
