@@ -114,9 +114,8 @@ def check_model(model: str) -> ModelDims | None:
                 with safe_open(file, framework="pt"):
                     pass  # its header fits its length
             except SafetensorError as error:
-                raise BadInput(
-                    f"--model {model}: its {file.parent.name} is unreadable ({file.name}: {error})"
-                ) from None
+                reason = foreign_file(file.parent) or f"{file.name}: {error}"
+                raise BadInput(f"--model {model}: its {file.parent.name} is unreadable ({reason})") from None
         return dims
     _check_index(model, read_json(_index_from_hub(model)))
     return None

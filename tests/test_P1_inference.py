@@ -155,7 +155,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"grid": ROOT}, "--grid .* is a folder"),
         ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
         ({"model": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
-        ({"model": Path(__file__)}, "not a safetensors file"),
+        ({"model": Path(__file__)}, "is a text, not a file of tensors"),
         ({"device": "cuda:99"}, "--device cuda:99"),
     ],
 )

@@ -285,7 +285,7 @@ def test_a_truncated_picture_is_named(tiny_clip: str, labelled: Path, tmp_path: 
         ({"labels": Path("nowhere.json")}, "nowhere.json does not exist"),
         ({"batch": -1}, "--batch -1"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
-        ({"features": ROOT / "LICENSE"}, "not a safetensors file"),
+        ({"features": ROOT / "LICENSE"}, "is a text, not a file of tensors"),
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(

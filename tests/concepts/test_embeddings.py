@@ -251,7 +251,7 @@ def test_a_token_that_the_tokenizer_reads_as_another_is_named(model: str, monkey
     real = tokenizers.AddedToken
     monkeypatch.setattr("tokenizers.AddedToken", lambda name, normalized: real(name, normalized=True))
     tokenizer = pipeline(model).tokenizer
-    with pytest.raises(BadInput, match="token <dog>: the model's tokenizer reads <dog> as something else"):
+    with pytest.raises(BadInput, match=r"token <(dog|Dog)>: the model's tokenizer reads <\1> as something else"):
         add_names(tokenizer, {"<dog>": 1, "<Dog>": 1})
 
 

@@ -317,7 +317,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (TrainSceneClassifier(steps=0), "--steps 0"),
         (TrainSceneClassifier(batch=0), "--batch 0"),
         (TrainSceneClassifier(save_every=0), "--save-every 0"),
-        (GradeSceneClassifier(judge=Path(__file__)), "not a safetensors file"),
+        (GradeSceneClassifier(judge=Path(__file__)), "is a text, not a file of tensors"),
     ],
 )
 def test_bad_input_is_named(command: TrainSceneClassifier | GradeSceneClassifier, named: str, tmp_path: Path) -> None:
