@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from diffusion.steps import Rule, step_rule
+from diffusion.step_rules import Rule, step_rule
 from digits.classifier import shipped_classifiers
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw

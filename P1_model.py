@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
-from diffusion.steps import Rule
+from diffusion.step_rules import Rule
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import load_safetensors, load_tensors, safetensors_metadata, save_safetensors

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.timing import BENCH, ratios, report, timed
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
-from diffusion.steps import step_rule
+from diffusion.step_rules import step_rule
 from digits.classifier import accuracy, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network, load_network

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds, timed
-from diffusion.steps import step_rule
+from diffusion.step_rules import step_rule
 from faces.models import load_model
 from faces.noises import Noise, seeded_noises
 from faces.sampling import DdimConfig, compare, sample_all, to_image

@@ -34,7 +34,8 @@ from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of
 from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, learn, write_images
 from benchmarks.plain_p3 import save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
-from concepts.composition.layout import Layout, Region, box_mask, make_layout
+from concepts.composition.layout import Layout, Region, make_layout
+from concepts.composition.masks import box_mask
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import ConceptSet, Kind
 from concepts.embeddings import Vectors, file_of, find_vectors, install

@@ -8,7 +8,8 @@ from math import prod
 from random import Random
 from typing import Literal, get_args
 
-from concepts.composition.layout import Box, Layout, Region, Style, box_mask, make_layout
+from concepts.composition.layout import Layout, Region, Style, make_layout
+from concepts.composition.masks import Box, box_mask
 from miniature.scenery.captions import with_article
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (

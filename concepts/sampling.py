@@ -16,7 +16,7 @@ from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
-from diffusion.steps import Steps, step_rule
+from diffusion.step_rules import Steps, step_rule
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import ALONE, Shard

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.guidance import Denoise
 from diffusion.noise import draw
 from diffusion.schedule import Schedule
-from diffusion.steps import Steps
+from diffusion.step_rules import Steps
 
 Callback = Callable[[int, Tensor], None]
 Nudge = Callable[[Tensor, int], Tensor]

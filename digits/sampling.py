@@ -15,7 +15,7 @@ from diffusion.guidance import Guidance, guided
 from diffusion.noise import draw
 from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
-from diffusion.steps import step_rule
+from diffusion.step_rules import step_rule
 from digits.classifier import DigitClassifier, misclassified
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
 from P1_model import DigitSamplerConfig as DigitSamplerConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.noise import generators
 from diffusion.samplers import Callback, ddim, ignore
-from diffusion.steps import Rule, Steps, step_rule
+from diffusion.step_rules import Rule, Steps, step_rule
 from faces.models import SHIPPED_FACES, Labels, Model, load_model
 from faces.noises import Noise
 from runtime.batches import even_batch, in_batches

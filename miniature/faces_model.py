@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim
 from diffusion.schedule import Schedule
-from diffusion.steps import step_rule
+from diffusion.step_rules import step_rule
 from miniature.diffusion_parts import save_atomically
 from miniature.faces import SIDE
 from runtime.cli import BadInput

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from concepts.composition.layout import bounds, box_mask
+from concepts.composition.masks import bounds, box_mask
 
 GRID = 64  # positions along each side in which things are cut out
 EDGE = 7 / 32  # of an image's side: distance from the border of what is sampled alone

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from concepts.composition.layout import is_placed, mask_seed
+from concepts.composition.masks import is_placed, mask_seed
 from concepts.sampling import StableDiffusionSampler
 from diffusion.noise import generators
 from runtime.seeds import derived_seed

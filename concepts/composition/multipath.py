@@ -31,15 +31,8 @@ from torch import Tensor
 from concepts.composition.alignment import align_to_references
 from concepts.composition.collage import MIDDLE, paste
 from concepts.composition.first_noise import predicted_background, with_sketch
-from concepts.composition.layout import (
-    Layout,
-    Region,
-    is_placed,
-    mask_seed,
-    outside,
-    prompts_by_region,
-    stack_soft_masks,
-)
+from concepts.composition.layout import Layout, Region, prompts_by_region, stack_soft_masks
+from concepts.composition.masks import is_placed, mask_seed, outside
 from concepts.composition.refinement import record_self_attention, refine_masks
 from concepts.composition.routing import BranchRouting, Piece, RegionMasks, routed
 from concepts.sampling import Request, StableDiffusionSampler

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from concepts.composition.layout import bounds, hard_masks
+from concepts.composition.masks import bounds, hard_masks
 
 MIN_OVERLAP = 0.3  # intersection over union with the old mask, below which its bounding box is taken instead
 RESTARTS, ROUNDS = 10, 20  # of k-means

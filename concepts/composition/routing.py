@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from concepts.composition.layout import hard_masks
+from concepts.composition.masks import hard_masks
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

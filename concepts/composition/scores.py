@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from concepts.clip_scores import Scorer
-from concepts.composition.layout import Layout, bounds
+from concepts.composition.layout import Layout
+from concepts.composition.masks import bounds
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import read_images
 from concepts.sampling import StableDiffusionSampler

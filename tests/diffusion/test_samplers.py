@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.noise import draw, generators
 from diffusion.samplers import ddim, ddpm, dpm_solver
 from diffusion.schedule import Prediction, Schedule, cosine, linear, make_schedule, target
-from diffusion.steps import Rule, Steps, step_rule
+from diffusion.step_rules import Rule, Steps, step_rule
 
 CPU = torch.device("cpu")
 PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction"}  # our name: diffusers' name

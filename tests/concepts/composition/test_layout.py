@@ -10,18 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from concepts.composition.layout import (
-    MASK_SIZE,
-    Layout,
-    Region,
-    Style,
-    auto_layout,
-    box_mask,
-    hard_masks,
-    make_layout,
-    read_layout,
-    replace_words,
-)
+from concepts.composition.layout import Layout, Region, Style, auto_layout, make_layout, read_layout, replace_words
+from concepts.composition.masks import MASK_SIZE, box_mask, hard_masks
 from runtime.cli import BadInput
 
 EVERYWHERE = torch.ones(MASK_SIZE, MASK_SIZE)

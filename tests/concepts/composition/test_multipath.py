@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from concepts.composition.alignment import align_to_references, attention_keys, invert_references
 from concepts.composition.first_noise import remove_low, sketch, spot_contrast, with_sketch
-from concepts.composition.layout import MASK_SIZE, Layout, Region, box_mask
+from concepts.composition.layout import Layout, Region
+from concepts.composition.masks import MASK_SIZE, box_mask
 from concepts.composition.multipath import (
     ConductorConfig,
     LayoutRequest,

@@ -12,7 +12,8 @@ from PIL import Image
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
 from concepts.clip_scores import Scorer
-from concepts.composition.layout import Region, box_mask, make_layout
+from concepts.composition.layout import Region, make_layout
+from concepts.composition.masks import box_mask
 from concepts.composition.scores import COLOURS, cut_out, draw_layout, draw_outlines, mean_scores, scores_inside
 from concepts.embeddings import file_of, save_vectors
 from P3_inference import Settings, main

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from diffusers import DDIMScheduler
 
-from diffusion.steps import Rule, step_rule
+from diffusion.step_rules import Rule, step_rule
 
 
 def test_homework_rule_goes_from_981_to_1_and_ends_at_0() -> None:
