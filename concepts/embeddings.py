@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, log
-from runtime.files import ROOT, load_tensors, save_safetensors
+from runtime.files import ROOT, list_files, load_tensors, save_safetensors
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -185,14 +185,13 @@ def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> TokenSearch:
 def _read_folder(folder: Path, tokens: Sequence[str]) -> dict[Path, Vectors]:
     """Read the embeddings of a folder; other content is logged and skipped, except in a token's own file."""
     needed, vectors = {file_of(folder, token) for token in tokens}, {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file():
-            try:
-                vectors[file] = read_vectors(file)
-            except BadInput as error:
-                if file in needed:
-                    raise
-                log(f"{error}: skipped")
+    for file in list_files(folder, SUFFIXES):
+        try:
+            vectors[file] = read_vectors(file)
+        except BadInput as error:
+            if file in needed:
+                raise
+            log(f"{error}: skipped")
     return vectors
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
-from runtime.files import foreign_file, read_json, read_object
+from runtime.files import foreign_file, list_files, read_json, read_object
 from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files of one part's weights; raise BadInput if there are none."""
-    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.name[0] != "."]
+    files = list_files(folder, (".safetensors", ".bin"))
     if not files:
         raise BadInput(
             f"--model {folder.parent}: its {folder.name} is unreadable (no weights there; download the whole folder)"

@@ -150,9 +150,7 @@ def compile_error(device: torch.device) -> str:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA_HOME without a GPU
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except (
-        Exception
-    ) as error:  # torch._dynamo's, torch._inductor's, and the loader's for a folder without run permission
+    except Exception as error:  # dynamo's, inductor's, and the loader's for a folder without run permission
         return (str(error).strip() or type(error).__name__).splitlines()[0].split(".  ")[0]
     return ""
 

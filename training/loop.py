@@ -210,7 +210,7 @@ class TrainingRun:
 
         self.step += 1
         self.log.add(total, config.batch)
-        if config.compiled and "first_step" not in self.record.timings:  # it compiles, which is excluded from the speed
+        if config.compiled and self.step == self.log.first + 1:  # it compiles, which is excluded from the speed
             loss, seconds = float(total), time.perf_counter() - self.step_started  # waits for the device first
             self.record.timings["first_step"] = seconds
             self.log.exclude_so_far()
@@ -244,9 +244,8 @@ class TrainingRun:
             if self.interrupted:
                 log(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
         if self.interrupted:
-            self._any_process(
-                True
-            )  # a launcher ends all processes with the first, so none may leave before the writing
+            # a launcher ends all processes with the first, so none may leave before the writing
+            self._any_process(True)
             raise SystemExit(130)
 
 
