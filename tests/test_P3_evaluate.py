@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
+import P3_evaluate
 from concepts import clip_scores
 from concepts.clip_scores import Scorer, open_images, rank
 from miniature.clip_model import PREPROCESSING, ClipSize, SmallClip, make_processor, model_config, to_transformers
@@ -76,8 +79,8 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """input.json, out/ with 25 pictures for each prompt, and references/ of several sizes, one turned by EXIF, one with transparency."""
     root, random = tmp_path_factory.mktemp("graded"), np.random.default_rng(0)
     write_json(root / "input.json", INPUT)
-    for key, fields in INPUT.items():
-        for prompt in range(len(fields["prompt"])):
+    for key, entry in INPUT.items():
+        for prompt in range(len(entry["prompt"])):
             (root / "out" / key / str(prompt)).mkdir(parents=True)
             for n in range(25):
                 picture = random_picture(random, 96, 96)
@@ -105,9 +108,11 @@ def run(root: Path, clip: Path | str, **more: Any) -> dict[str, Any]:
     return metrics
 
 
-def plain_scores(root: Path, clip: Path, key: str, prompt: int) -> list[tuple[float, float]]:
+def plain_scores(root: Path, clip: Path, key: str, prompt: int, pillow: bool = False) -> list[tuple[float, float]]:
     """Image and text score of each picture, straight from the grader's description: one picture and one reference at a time."""
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    if pillow:
+        processor.image_processor = CLIPImageProcessorPil(**processor.image_processor.to_dict())
     text = INPUT[key]["prompt_4_clip_eval"][prompt]
     scores = []
     for n in range(25):
@@ -170,14 +175,6 @@ def test_a_score_that_just_reaches_the_baseline_passes(metrics: dict[str, Any], 
         assert run(copy, clip)["cases"][0]["passed"] is passed
 
 
-def test_the_batch_changes_no_score(metrics: dict[str, Any], graded: Path, clip: Path, tmp_path: Path) -> None:
-    small = run(graded, clip, batch=4, output=tmp_path)
-    for ours, theirs in zip(small["cases"], metrics["cases"], strict=True):
-        for one, other in zip(ours["pictures"], theirs["pictures"], strict=True):
-            assert one["image_score"] == pytest.approx(other["image_score"], abs=1e-4)
-            assert one["text_score"] == pytest.approx(other["text_score"], abs=1e-4)
-
-
 def test_a_default_folder_that_cannot_be_written_is_a_warning(
     graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +213,138 @@ def test_no_network_is_used_for_a_folder(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
     run(graded, clip, output=tmp_path)
     assert not asked
+
+
+# --------------------------------------------------------------- every flag
+
+
+@dataclass
+class Trial:
+    """Runs of the script on a copy of the files that may be changed, and the scores of the unchanged ones."""
+
+    root: Path
+    clip: Path
+    before: dict[str, Any]
+    patch: pytest.MonkeyPatch
+
+    def scores(self, name: str, metrics: dict[str, Any] | None = None) -> list[float]:
+        """Return the image or text scores of all pictures, by default those of the unchanged files."""
+        cases = (metrics or self.before)["cases"]
+        return [picture[name] for case in cases for picture in case["pictures"]]
+
+    def run(self, **more: Any) -> dict[str, Any]:
+        return run(self.root, more.pop("clip", self.clip), **more)
+
+
+@pytest.fixture
+def trial(copy: Path, clip: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Trial:
+    return Trial(copy, clip, metrics, monkeypatch)
+
+
+def images_flag(trial: Trial) -> None:
+    """Give every picture another name in another folder, where it keeps its scores."""
+    names = [f"source0_prompt1_{n}.png" for n in range(25)]
+    other = shutil.copytree(trial.root / "out", trial.root / "other")
+    for name, backwards in zip(names, names[::-1], strict=True):
+        shutil.copy(trial.root / "out" / "0" / "1" / name, other / "0" / "1" / backwards)
+    turned = trial.run(images=other)["cases"][1]["pictures"]
+    for name in ("image_score", "text_score"):
+        expected = [picture[name] for picture in trial.before["cases"][1]["pictures"][::-1]]
+        assert [picture[name] for picture in turned] == pytest.approx(expected, abs=1e-4)
+
+
+def input_flag(trial: Trial) -> None:
+    """Name another concept, another text and another baseline."""
+    ring = INPUT["0"] | {"prompt": ["a <s>"], "prompt_4_clip_eval": ["a photo of a star"], "baseline": [[1, 2]]}
+    write_json(trial.root / "other.json", {"0": ring})
+    shutil.copytree(trial.root / "out" / "0" / "0", trial.root / "one" / "0" / "0")
+    (case,) = trial.run(input=trial.root / "other.json", images=trial.root / "one")["cases"]
+    assert (case["text"], case["baseline"]) == ("a photo of a star", [1, 2])
+    scorer = Scorer.load(str(trial.clip), CPU)
+    paths = [trial.root / "out" / "0" / "0" / f"source0_prompt0_{n}.png" for n in range(25)]
+    texts = scorer.text_scores(scorer.encode(open_images(paths, as_graded=True)), "a photo of a star").tolist()
+    assert [picture["text_score"] for picture in case["pictures"]] == pytest.approx(texts, abs=1e-4)
+
+
+def references_flag(trial: Trial) -> None:
+    """Score by some references and by the rest; the score by all of them is the mean."""
+    other = shutil.copytree(trial.root / "references", trial.root / "other")
+    for name in ("0.jpg", "1.jpg"):
+        (other / "0" / name).unlink()
+    last = trial.run(references=other)["cases"][0]["pictures"]
+    (trial.root / "references" / "0" / "2.PNG").unlink()
+    first = trial.run()["cases"][0]["pictures"]
+    whole = [(2 * a["image_score"] + b["image_score"]) / 3 for a, b in zip(first, last, strict=True)]
+    assert trial.scores("image_score")[:25] == pytest.approx(whole, abs=1e-3)
+
+
+def clip_flag(trial: Trial) -> None:
+    """With twice the logit scale the text scores are twice as high, the image scores the same."""
+    other = shutil.copytree(trial.clip, trial.root / "clip")
+    weights = load_file(other / "model.safetensors")
+    weights["logit_scale"] += math.log(2)
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    after = trial.run(clip=other)
+    assert after["clip"] == str(other)
+    assert trial.scores("image_score", after) == pytest.approx(trial.scores("image_score"), abs=1e-4)
+    doubled = [2 * score for score in trial.scores("text_score")]
+    assert trial.scores("text_score", after) == pytest.approx(doubled, rel=1e-4)
+
+
+def resizing_flag(trial: Trial) -> None:
+    """Pillow's pixels give the scores that transformers' own processor with Pillow gives."""
+    case = trial.run(resizing="pillow")["cases"][2]
+    plain = plain_scores(trial.root, trial.clip, "ring", 0, pillow=True)
+    for picture, (image, text) in zip(case["pictures"], plain, strict=True):
+        assert picture["image_score"] == pytest.approx(image, abs=1e-4)
+        assert picture["text_score"] == pytest.approx(text, abs=1e-4)
+    others = trial.scores("text_score")[50:]
+    assert any(abs(p["text_score"] - other) > 1e-3 for p, other in zip(case["pictures"], others, strict=True))
+
+
+def batch_flag(trial: Trial) -> None:
+    sizes: list[int] = []
+    original = CLIPModel.get_image_features
+
+    def recorded(model: CLIPModel, pixel_values: Any) -> Any:
+        sizes.append(len(pixel_values))
+        return original(model, pixel_values=pixel_values)
+
+    trial.patch.setattr(CLIPModel, "get_image_features", recorded)
+    few = trial.run(batch=4)
+    assert max(sizes) == 4
+    for name in ("image_score", "text_score"):
+        assert trial.scores(name, few) == pytest.approx(trial.scores(name), abs=1e-4)
+    sizes.clear()
+    trial.run()
+    assert max(sizes) == 25  # all pictures of a prompt
+
+
+def device_flag(trial: Trial) -> None:
+    with pytest.raises(BadInput, match="--device cuda:99"):
+        trial.run(device="cuda:99")
+
+
+def output_flag(trial: Trial) -> None:
+    trial.run(output=trial.root / "results" / "one")
+    assert {path.name for path in (trial.root / "results" / "one").iterdir()} == {"record.json", "best.png"}
+
+
+EFFECTS: dict[str, Callable[[Trial], None]] = {
+    "images": images_flag,
+    "input": input_flag,
+    "references": references_flag,
+    "clip": clip_flag,
+    "resizing": resizing_flag,
+    "batch": batch_flag,
+    "device": device_flag,
+    "output": output_flag,
+}
+
+
+@pytest.mark.parametrize("flag", [field.name for field in fields(Settings)])
+def test_every_flag_has_its_effect(flag: str, trial: Trial) -> None:
+    EFFECTS[flag](trial)
 
 
 # --------------------------------------------------------------- the scorer
@@ -286,6 +415,29 @@ def test_what_a_run_leaves_behind(graded: Path, clip: Path, tmp_path: Path) -> N
     assert Image.open(tmp_path / "runs" / "best.png").height > 600
     assert metrics["references"] == {"0": ["0.jpg", "1.jpg", "2.PNG"], "ring": ["0.jpg", "1.jpg"]}
     assert metrics["logit_scale"] == pytest.approx(CLIPModel.from_pretrained(clip).logit_scale.exp().item())
+
+
+def test_the_figure_shows_each_prompts_five_best_with_their_scores(
+    graded: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(P3_evaluate, "save_figure", lambda _path, figure, _dpi: figures.append(figure))
+    cases = run(graded, clip, output=tmp_path)["cases"]
+    (figure,) = figures
+    assert figure.get_suptitle() == f"{clip}: 1 of 3 cases passed; image / text score"
+    rows = [figure.axes[start : start + 5] for start in (0, 5, 10)]
+    for case, row, verdict in zip(cases, rows, ("PASS", "FAIL", "FAIL"), strict=True):
+        best = sorted(range(25), key=lambda n: case["pictures"][n]["rank"])[:5]
+        means = f"image {case['image_score']:.2f}, text {case['text_score']:.2f}: {verdict}"
+        assert row[0].get_title(loc="left") == f"{case['key']}/{case['prompt']}  {means}\n{case['text']}"
+        for axis, n in zip(row, best, strict=True):
+            picture = case["pictures"][n]
+            assert axis.get_xlabel() == f"{n}: {picture['image_score']:.2f} / {picture['text_score']:.2f}"
+            file = Image.open(graded / "out" / case["key"] / str(case["prompt"]) / picture["file"])
+            difference = (
+                np.asarray(file.resize((256, 256), Image.Resampling.BILINEAR), float) - axis.images[0].get_array()
+            )
+            assert np.abs(difference).mean() < 2
 
 
 def test_another_logit_scale_than_the_courses_is_told(

@@ -316,7 +316,7 @@ LEARNING: list[tuple[str, dict[str, Any]]] = [
     ("flip", {"flip": False}),
     ("zoom_out", {"zoom_out": 0.7}),
     ("embedding_noise", {"embedding_noise": 0.5, "vectors": 2}),
-    ("seed", {"seed": 5}),
+    ("seed", {"seed": 5, "vectors": 2}),
 ]
 
 
