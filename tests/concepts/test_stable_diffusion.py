@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concepts.single_file import make_scheduler, make_tokenizer
-from concepts.stable_diffusion import KINDS, WITHOUT, check_model, load_pipeline, load_tokenizer
+from concepts.stable_diffusion import KINDS, WITHOUT, ModelDims, check_model, load_pipeline, load_tokenizer
 from miniature.diffusion_parts import make_unet
 from runtime.cli import BadInput
 
@@ -301,6 +301,28 @@ def test_the_schedule_is_stable_diffusion_v1s() -> None:
     ddim.set_timesteps(50)
     assert ddim.timesteps[[0, -1]].tolist() == [981, 1]
     assert ddim.final_alpha_cumprod == ddim.alphas_cumprod[0]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_sizes_follow_from_the_configurations(small: Path) -> None:
+    """Without any, they are those of v1, which draws 512 pixels in steps of 64."""
+    dims = ModelDims.of({}, {})
+    assert (dims.text_width, dims.latent_channels) == (768, 4)
+    assert [dims.latent_shape(size) for size in (None, 512, 768, 64)] == [
+        (4, 64, 64),
+        (4, 64, 64),
+        (4, 96, 96),
+        (4, 8, 8),
+    ]
+    for size in (0, 32, 500, 736):
+        with pytest.raises(BadInput, match=f"--size {size}: must be a multiple of 64"):
+            dims.latent_shape(size)
+    own = check_model(str(small))
+    assert own is not None
+    assert own == ModelDims(text_width=32, latent_channels=4, latent_size=8, vae_scale=2, size_multiple=2)
+    assert own.latent_shape(20) == (4, 10, 10)
 
 
 # ---------------------------------------------------------------- folders
