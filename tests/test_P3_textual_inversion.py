@@ -519,6 +519,16 @@ def test_it_leaves_vectors_images_and_a_record(tmp_path: Path, model: str, image
         assert Image.open(tmp_path / "run" / name).width > 100
 
 
+def test_every_step_averages_the_gradient_over_the_processes(trial: Trial) -> None:
+    """Every process draws its own share of the rows, so that the mean of their gradients is that of the whole batch."""
+    shares = trial.record_calls("concepts.dataset.ConceptData.batch", lambda _, step, rows, total: (step, rows, total))
+    reductions = trial.record_calls("accelerate.Accelerator.reduce", lambda _, grad, how: (grad.shape, how))
+    trial.patch.setattr(P3_textual_inversion, "process_rows", lambda batch, rank, world: slice(rank + 1, batch // 2))
+    trial.train(vectors=2, steps=2)
+    assert shares == [(step, slice(1, 2), 4) for step in (0, 1)]
+    assert reductions == [((2, WIDTH), "mean")] * 2
+
+
 def test_every_set_of_tokens_has_a_run_folder_of_its_own(
     tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
