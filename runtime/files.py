@@ -50,7 +50,7 @@ def atomic(path: Path) -> Iterator[Path]:
             with open(_open_stream(path), "wb") as output:
                 output.write(temporary.read_bytes())
             return
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:  # Windows refuses to flush a file that is open for reading only
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, target)
