@@ -304,6 +304,23 @@ def foreign_file(folder: Path) -> str:
     return next((f"{path} is {kind}" for path, kind in kinds.items() if kind), "")
 
 
+def header_error(path: Path) -> str:
+    """Return why weights can't be read, as far as it shows without reading tensors; "" for readable ones."""
+    if kind := foreign_kind(path):
+        return f"{path} is {kind}"
+    with path.open("rb") as file:
+        whole_only = file.read(1) == b"\x80"  # torch's form before zip files has no header
+    try:
+        if is_safetensors(path):
+            with safe_open(path, framework="pt"):
+                pass  # its header fits its length
+        elif not whole_only:
+            load_safetensors(path) if path.suffix.lower() == ".safetensors" else load_tensors(path, mapped=True)
+    except (SafetensorError, BadInput) as error:
+        return f"{path.name}: {error}" if isinstance(error, SafetensorError) else str(error)
+    return ""
+
+
 def visible(folder: Path) -> list[Path]:
     """Return what lies in a folder, sorted by name, without hidden names and what a file browser leaves there."""
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in JUNK)
