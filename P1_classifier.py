@@ -173,7 +173,7 @@ def train(settings: Train) -> None:
     # the classifier's file: rounded weights, the reference of the metrics, the validation accuracy
     metrics: dict[str, Any] = {}
     if run.done:
-        with record.timed("reference"):
+        with run.last_work(), record.timed("reference"):
             classifier = with_reference(cast(nn.Sequential, ema.module), domain, data, val, settings.seed)
         right = accuracy([classifier], val.images, val.digits, torch.zeros_like(val.domains))[0]
         metrics = {
