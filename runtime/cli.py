@@ -123,6 +123,8 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
             raise
         return str(error), 2
     except RuntimeError as error:  # torch.distributed's, when another process ended: that one reports why
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc") and not os.environ.get("DEBUG"):
+            return f"torch.compile fails for this network ({str(error).strip().splitlines()[0]}): give --compile off", 2
         if os.environ.get("WORLD_SIZE", "1") == "1" or not CONNECTION_LOST.search(str(error)):
             raise
         time.sleep(WAIT_FOR_MAIN)

@@ -118,6 +118,7 @@ def test_an_image_of_any_kind_is_upright_opaque_and_of_8_bits(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = read_image(tmp_path / name)
+        read_as_graded(tmp_path / name)
     assert (image.mode, image.size) == ("RGB", (20, 40))
     assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
     assert tuple(open_image(tmp_path / name).shape) == (3, 40, 20)
