@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -113,6 +114,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
             options = _parse(settings, description)
         except SystemExit:  # tyro has printed the help
             return "", 0
+        refuse_empty_paths(options, sys.argv[1:])
         if isinstance(seed := getattr(options, "seed", None), int):
             check_seed(seed)
         main(options)
@@ -207,6 +209,19 @@ def refuse_files_called_none(arguments: Sequence[str]) -> None:
     """Raise BadInput for the value None where a file or folder has that name: the flag would be read as not set."""
     if os.path.lexists("None") and any(argument.split("=")[-1] == "None" for argument in arguments):
         raise BadInput("None means that a flag is not set; name the file or folder called None as ./None")
+
+
+def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
+    """Raise BadInput for a path that is empty on the command line, as of an unset variable: it would be the current folder."""
+    for field in fields(settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        if getattr(settings, field.name) == Path() and flag in _names(arguments) and not _value(flag, arguments):
+            raise BadInput(f"{flag} is empty: name a file or folder (. for the current one)")
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """Return the flags on the command line, without their values."""
+    return [argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
 
 
 def flags_of(settings: Any) -> set[str]:

@@ -139,6 +139,19 @@ def test_a_bad_flag_is_one_line_that_names_it_and_the_way_on(
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+@pytest.mark.parametrize("flags", [["--record", ""], ["--record="], ["--record", ".", "--record", ""]])
+def test_an_empty_path_is_not_taken_for_the_current_folder(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", "a", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda _: None, Grade, "A test.")
+    assert capsys.readouterr().err == "error: --record is empty: name a file or folder (. for the current one)\n"
+    monkeypatch.setattr(sys, "argv", ["script.py", "a", "--record", ".", "--model", ""])
+    with pytest.raises(SystemExit, match="0"):
+        run_script(lambda _: None, Grade, "A test.")
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_help_is_printed_once_in_the_terminals_width(
     rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
