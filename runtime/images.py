@@ -40,6 +40,8 @@ def image_file(path: Path) -> Iterator[Image.Image]:
             yield file
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder, not a picture") from None
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

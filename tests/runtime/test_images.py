@@ -185,6 +185,9 @@ def test_a_format_that_is_not_read_names_the_cure_and_a_missing_file_itself(tmp_
         read_image(tmp_path / "a.heic")
     with pytest.raises(BadInput, match=r"b\.png does not exist"):
         read_image(tmp_path / "b.png")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(BadInput, match=r"b\.png is a folder, not a picture"):
+        read_image(tmp_path / "b.png")
 
 
 def test_damaged_exif_data_cost_no_image(tmp_path: Path) -> None:
