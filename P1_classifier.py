@@ -173,7 +173,7 @@ def train(settings: Train) -> None:
     # the classifier's file: rounded weights, the reference of the metrics, the validation accuracy
     metrics: dict[str, Any] = {}
     if run.done:
-        with record.timed("reference"):
+        with run.last_work(), record.timed("reference"):
             classifier = with_reference(cast(nn.Sequential, ema.module), domain, data, val, settings.seed)
         right = accuracy([classifier], val.images, val.digits, torch.zeros_like(val.domains))[0]
         metrics = {
@@ -259,12 +259,11 @@ def grade(settings: Grade) -> None:
     for name in DOMAINS:
         print(f"{name} accuracy: {result[name]['accuracy']:.4f}")
     print(f"mean accuracy: {result['mean']:.4f}", flush=True)
-    record.save(settings.record)
     if any(path is None for path in (settings.mnistm_classifier, settings.svhn_classifier)):
         log(
             "images that P1_inference.py redrew (--retries) were selected by the shipped classifiers: see its record for the first try"
         )
-    log(f"record: {settings.record}")
+    record.save(settings.record, name_it=True)
 
 
 def main(settings: Train | Grade) -> None:

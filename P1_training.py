@@ -193,7 +193,7 @@ def main(settings: Settings) -> None:
             grading.evaluate()
 
     if run.is_main and run.done:
-        with record.timed("final_grading"):
+        with run.last_work(), record.timed("final_grading"):
             record.metrics |= grading.choose_best()
     run.finish(history=grading.history)
 

@@ -24,7 +24,7 @@ from concepts.clip_scores import Resizing, Scorer, open_images, rank
 from concepts.course_format import IMAGES_PER_PROMPT, CourseConcept, find_images, image_path, read_input
 from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect, set_up
-from runtime.files import ROOT, check_writable_folder, output_folder
+from runtime.files import ROOT, check_writable_folder, output_folder, visible
 from runtime.images import decoration, plain_text, save_figure
 from runtime.record import Record
 
@@ -182,7 +182,10 @@ def find_images_of(images: Path, concept: CourseConcept, prompt: int) -> GradedP
         raise BadInput(
             f"{folder} is not a folder; prompt {prompt} of concept {concept.key!r} needs its {IMAGES_PER_PROMPT} pictures there"
         )
-    names, expected = {path.name for path in folder.iterdir()}, [path.name for path in paths]
+    for junk in set(folder.iterdir()) - set(visible(folder)):
+        log(f"{junk} is skipped, but belongs in no graded folder: delete it")
+    names = {path.name if path.is_file() else f"{path.name}/" for path in visible(folder)}
+    expected = [path.name for path in paths]
     missing, strange = [name for name in expected if name not in names], sorted(names.difference(expected))
     if missing or strange:
         parts = [f"{what} {shorten(some)}" for what, some in (("missing:", missing), ("not wanted:", strange)) if some]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, check_model, learn, write_images
 from benchmarks.plain_p3 import save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.composition.layout import Layout, Region, make_layout
@@ -172,12 +172,9 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
     steps = {kind: settings.learn or number for kind, number in LEARNING_STEPS.items()}
     folder = settings.embeddings
     if not folder:
+        check_model(model)
         if not Path(model).is_dir():
-            convert = "python miniature/train_clip.py convert --output runs/miniature/clip"
-            raise BadInput(
-                f"--model {model} is no diffusers folder. The miniature's is made by `{convert}` and"
-                " `python miniature/train_diffusion.py assemble`; for any other model give --embeddings"
-            )
+            raise BadInput(f"--model {model} is no diffusers folder: give --embeddings with it")
         parts = [weights_fingerprint(Path(model)), *steps.values(), *RECIPE.values()]  # vectors depend on these
         folder = FOLDER / "-".join(map(str, parts))
     for kind, names in NAMES.items():

@@ -13,6 +13,7 @@ from typing import Any
 from concepts.dataset import ConceptSet, Kind
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
+from runtime.cli import BadInput
 from runtime.files import ROOT, read_json, write_json
 
 MODEL = "runs/miniature/stable_diffusion"
@@ -27,6 +28,16 @@ RECIPE = {
     "embedding_noise": 1.0,  # without it, an object's token suppresses style prompts after 150 steps
     "zoom_out": 0.5,  # half of an object's samples show it as small as it is next to others
 }
+
+
+def check_model(model: str) -> None:
+    """Raise BadInput that names the commands which make the miniature, where it is absent."""
+    if model == MODEL and not Path(model).is_dir():
+        convert = "python miniature/train_clip.py convert --output runs/miniature/clip"
+        raise BadInput(
+            f"--model {model} does not exist. The miniature's is made by `{convert}` and"
+            " `python miniature/train_diffusion.py assemble`"
+        )
 
 
 def kind_of(name: str) -> Kind:

@@ -33,7 +33,19 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.p3_learning import BATCHES, INITIAL, MODEL, NAMES, RECIPE, STEPS, VECTORS, kind_of, learn, write_images
+from benchmarks.p3_learning import (
+    BATCHES,
+    INITIAL,
+    MODEL,
+    NAMES,
+    RECIPE,
+    STEPS,
+    VECTORS,
+    check_model,
+    kind_of,
+    learn,
+    write_images,
+)
 from benchmarks.plain_p3 import Plain, save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind
@@ -139,6 +151,7 @@ class Graded:
 
 def main(settings: Speed | Concepts | Graded) -> None:
     """Run one of the three measurements, print its numbers and write its record."""
+    check_model(settings.model)
     machine = detect(settings.device)
     record = Record(settings, machine)
     if isinstance(settings, Speed):

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 
-from runtime.cli import log
 from runtime.files import ROOT
 from runtime.record import Record
 
@@ -66,5 +65,4 @@ def report(record: Record, path: Path) -> None:
     for name, values in record.metrics["repeats"].items():
         spread = f" +- {statistics.pstdev(values):.2g} (n = {len(values)})" if len(values) > 1 else ""
         print(f"{name:50s} {statistics.mean(values):.4g}{spread}")
-    record.save(path)
-    log(f"record: {path}")
+    record.save(path, name_it=True)

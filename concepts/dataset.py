@@ -112,6 +112,8 @@ def read_sentences(image: Path, token: str) -> list[str]:
     if not file.is_file():
         return []
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        log(f"{file} is empty: the usual sentences stand for it")
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
             raise BadInput(

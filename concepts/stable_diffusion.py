@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
-from runtime.files import foreign_file, list_files, read_json, read_object
-from runtime.hub import first_line, hub_answers, is_hub_name, quiet_libraries
+from runtime.files import foreign_file, header_error, list_files, read_json, read_object
+from runtime.hub import first_line, hub_answers, is_hub_name, only_variant, quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}  # part -> its class
 FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin")
 VOCABULARY = ("vocab.json", "tokenizer.json")  # without them transformers makes an empty tokenizer
 WITHOUT: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 WANTED = (
@@ -109,13 +110,13 @@ def check_model(model: str) -> ModelDims | None:
         return ModelDims.of(UNET, VAE)
     if path.is_dir():
         dims = _check_folder(path)
-        for file in (file for name in KINDS for file in _weight_files(path / name) if file.suffix == ".safetensors"):
-            try:
-                with safe_open(file, framework="pt"):
-                    pass  # its header fits its length
-            except SafetensorError as error:
-                reason = foreign_file(file.parent) or f"{file.name}: {error}"
-                raise BadInput(f"--model {model}: its {file.parent.name} is unreadable ({reason})") from None
+        for name in KINDS:
+            files = _weight_files(path / name)
+            for file in [
+                file for file in files if file.suffix.lower() == ".safetensors"
+            ] or files:  # as the loader does
+                if reason := header_error(file):
+                    raise BadInput(f"--model {model}: its {name} is unreadable ({reason})")
         return dims
     _check_index(model, read_json(_index_from_hub(model)))
     return None
@@ -176,7 +177,11 @@ def _from_hub(model: str) -> Path:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     _check_index(model, read_json(_index_from_hub(model)))
-    return _fetch(model, lambda **where: StableDiffusionPipeline.download(model, **where, **WITHOUT))
+    download = partial(StableDiffusionPipeline.download, model, **WITHOUT)
+    folder = _fetch(model, download)
+    if all(list_files(folder / name, WEIGHTS) for name in KINDS if (folder / name).is_dir()):
+        return folder
+    return _fetch(model, partial(download, variant="fp16"))  # it has no other
 
 
 def _fetch(model: str, get: Callable[..., str | os.PathLike[str]]) -> Path:
@@ -216,7 +221,7 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
     # transformers' name for it, and the one that all versions of diffusers know
     dtype_name = "dtype" if kind is transformers.CLIPTextModel else "torch_dtype"
     options: dict[str, Any] = {dtype_name: dtype, "local_files_only": True, "output_loading_info": True}
-    options |= {"variant": "fp16"} if all(".fp16" in file.name for file in _weight_files(folder)) else {}
+    options |= only_variant(_weight_files(folder))
     try:
         part, info = kind.from_pretrained(folder, **options)
     except Exception as error:  # as above
@@ -232,7 +237,7 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files of one part's weights; raise BadInput if there are none."""
-    files = list_files(folder, (".safetensors", ".bin"))
+    files = list_files(folder, WEIGHTS)
     if not files:
         raise BadInput(
             f"--model {folder.parent}: its {folder.name} is unreadable (no weights there; download the whole folder)"

@@ -20,7 +20,15 @@ from digits.metrics import Reference, measure
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, load_safetensors, load_tensors, safetensors_metadata, save_safetensors, visible
+from runtime.files import (
+    ROOT,
+    load_safetensors,
+    load_tensors,
+    require_file,
+    safetensors_metadata,
+    save_safetensors,
+    visible,
+)
 from runtime.hub import first_line
 from runtime.images import read_as_graded, to_float
 from runtime.validation import validate_json
@@ -146,9 +154,12 @@ def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierC
     save_safetensors(path, tensors, {"judge": json.dumps(asdict(header))})
 
 
+HINT = "the course's Classifier.pth is in ntudlcv/DLCV-Fall-2024-HW2 at github.com"
+
+
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     """Load one of our files, the course's Classifier.pth, or weights of timm's resnet34_svhn; raise BadInput otherwise."""
-    if "judge" not in safetensors_metadata(path):
+    if "judge" not in safetensors_metadata(require_file(path, HINT)):
         return course_classifier(load_tensors(path), path, device)
     tensors, metadata = load_safetensors(path)
     where = f"{path}, header of a digit classifier"

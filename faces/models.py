@@ -23,8 +23,8 @@ from faces.course_unet import load_course_unet
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, foreign_file, output_folder, read_object, safetensors_metadata
-from runtime.hub import first_line, is_hub_name
+from runtime.files import ROOT, foreign_file, list_files, output_folder, read_object, safetensors_metadata
+from runtime.hub import first_line, is_hub_name, only_variant, quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -158,8 +158,11 @@ def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
     class_name = read_object(places[0] / "config.json").get("_class_name")
     if class_name != "UNet2DModel":
         raise BadInput(f"--model {folder}: holds a {class_name}, a UNet2DModel is needed")
+    quiet_libraries()
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    options |= only_variant(list_files(places[0], (".safetensors", ".bin")))
     try:
-        unet, info = cast(Any, UNet2DModel.from_pretrained)(places[0], local_files_only=True, output_loading_info=True)
+        unet, info = cast(Any, UNet2DModel.from_pretrained)(places[0], **options)
     except Exception as error:  # diffusers raises many classes; its messages name the file
         raise BadInput(f"--model {folder}: {foreign_file(places[0]) or first_line(error)}") from None
     for problem in ("missing_keys", "unexpected_keys"):

@@ -133,7 +133,7 @@ def to_image(image: Tensor, to_uint8: ToUint8) -> Tensor:
     check_finite(image)
     low, high = (image.min(), image.max()) if to_uint8 == "minmax" else (image.new_tensor(-1.0), image.new_tensor(1.0))
     unit = (image.clamp(low, high) - low) / (high - low).clamp(min=1e-5)
-    return (unit * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    return (unit * 255 + 0.5).clamp(0, 255).to(torch.uint8)  # as torchvision.save_image, which made the ground truth
 
 
 def compare(image: Tensor, reference: Tensor) -> dict[str, float | bool]:

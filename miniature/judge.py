@@ -134,9 +134,8 @@ def grade(settings: GradeSceneClassifier) -> None:
     with record.timed("grading"):
         rates = measure_rates(judge, settings.count, settings.seed)
     record.metrics = {"rates": rates}
-    record.save(settings.record)
     print(table(rates))
-    log(f"record: {settings.record}")
+    record.save(settings.record, name_it=True)
 
 
 def measure_rates(judge: SceneClassifier, count: int, seed: int) -> dict[str, Rates]:

@@ -221,6 +221,7 @@ def grade(settings: GradeAutoencoder) -> None:
     """Print the PSNR, and write the record and a sheet."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
+    check_writable_folder(settings.output)
     machine = detect(settings.device)
     set_up("fp32", machine)
     record = Record(settings, machine)

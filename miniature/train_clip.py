@@ -214,9 +214,8 @@ def grade(settings: GradeClip) -> None:
     with record.timed("grading"):
         rates = measure_rates(clip, settings.count, settings.seed)
     record.metrics = {"rates": rates}
-    record.save(settings.record)
     print(table(rates))
-    log(f"record: {settings.record}")
+    record.save(settings.record, name_it=True)
 
 
 def main(command: TrainClip | GradeClip | ConvertClip) -> None:

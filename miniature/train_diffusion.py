@@ -258,6 +258,7 @@ def grade(settings: GradeDiffusion) -> None:
     check_not_negative(settings, "seed")
     if min(settings.held_out, settings.scenes, settings.couples) < 0:
         raise BadInput("--held-out, --scenes and --couples: give zero or more")
+    check_writable_folder(settings.output)
     machine = detect(settings.device)
     set_up("fp32", machine)
     judge = load_scene_classifier(machine.device, settings.judge)

@@ -166,6 +166,7 @@ def grade(settings: GradeFaces) -> None:
     """Sample faces, measure their distance to the training images, print the figures, and write sheets and record."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
+    output_folder(settings.output)
     machine = detect(settings.device)
     set_up("fp32", machine)
     record = Record(settings, machine)
@@ -180,7 +181,6 @@ def grade(settings: GradeFaces) -> None:
     unet, schedule = load_folder(settings.model)
     unet.eval().requires_grad_(False)
     to_channels_last(unet, machine.device, torch.float32)
-    output_folder(settings.output)
     with record.timed("drawing"):
         samples = sample_faces(unet, schedule, range(settings.seed, settings.seed + settings.count))
     distances, rows = nearest(samples, train)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -42,6 +45,12 @@ RENAMED = (
     ("--output", "--record"),
 )
 
+# tyro's words for what its frames hold, and ours
+PARSER_MESSAGES = (
+    (r"^Missing value for argument '(.*)'\..*", r"\1: its value is missing"),
+    (r"^Unrecognized options: ([^,]*).*", r"\1: no flag takes this value"),
+    (r"^Unrecognized or misplaced options: (\S+) \(applied to (.*?)\).*", r"\1: \2 has no such flag"),
+)
 WAIT_FOR_MAIN = 20.0  # seconds
 CONNECTION_LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe")
 
@@ -102,10 +111,10 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
         refuse_renamed_flags(sys.argv[1:], settings)
         refuse_files_called_none(sys.argv[1:])
         try:
-            with nullcontext() if is_main_process() else redirect_stderr(io.StringIO()):
-                options = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as stop:  # tyro has printed its message, or the help
-            return "", int(stop.code or 0)
+            options = _parse(settings, description)
+        except SystemExit:  # tyro has printed the help
+            return "", 0
+        refuse_empty_paths(options, sys.argv[1:])
         if isinstance(seed := getattr(options, "seed", None), int):
             check_seed(seed)
         main(options)
@@ -116,6 +125,8 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
             raise
         return str(error), 2
     except RuntimeError as error:  # torch.distributed's, when another process ended: that one reports why
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc") and not os.environ.get("DEBUG"):
+            return f"torch.compile fails for this network ({str(error).strip().splitlines()[0]}): give --compile off", 2
         if os.environ.get("WORLD_SIZE", "1") == "1" or not CONNECTION_LOST.search(str(error)):
             raise
         time.sleep(WAIT_FOR_MAIN)
@@ -123,6 +134,66 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     except KeyboardInterrupt:
         return "interrupted", 130
     return "", 0
+
+
+def _parse(settings: type[Settings], description: str | None) -> Settings:
+    """Return the settings from the command line; raise BadInput for bad flags, SystemExit once the help is printed."""
+    box, silent = io.StringIO(), nullcontext() if is_main_process() else redirect_stdout(io.StringIO())
+    try:
+        with redirect_stderr(box), silent, _wide(not {"-h", "--help"} & set(sys.argv)):
+            return tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise BadInput(_refusal(box.getvalue(), sys.argv[1:], flags_of(settings)))
+
+
+@contextmanager
+def _wide(active: bool) -> Iterator[None]:
+    """Let tyro break no line of its messages."""
+    before = os.environ.get("COLUMNS")
+    if active:
+        os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if active:
+            os.environ.pop("COLUMNS")
+            os.environ.update({} if before is None else {"COLUMNS": before})
+
+
+def _refusal(box: str, arguments: Sequence[str], flags: set[str]) -> str:
+    """Return tyro's framed message as one line: the flag, the value, and the choices, the type or the closest flag."""
+    rows = [row.strip(" │") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
+    rows = [row for row in rows if row and not re.fullmatch("[╭╰]?[─-]{5,}╯?", row)][1:]  # the first is the title
+    text = " ".join(itertools.takewhile(lambda row: not row.startswith(("For full", "Argument help", "Perhaps")), rows))
+
+    possible = flags | {flag.replace("--", "--no-", 1) for flag in flags}
+    names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    if unknown := next((name for name in names if name.replace("_", "-") not in possible), ""):
+        closest = difflib.get_close_matches(unknown, sorted(flags), 1)
+        return f"{unknown}: there is no such flag" + (f", the closest is {closest[0]}" if closest else "")
+    if commands := re.search("Available subcommands: (.*)", text):
+        return f"{arguments[0]}: name a command first, one of {commands[1]}"
+    if choice := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)", text):
+        return f"{choice[2]} {choice[1]}: choose one of {choice[3]}".replace("'", "")
+    if (value := re.match(r"Error parsing (\S+): ", text)) and "Argument helptext:" in rows:
+        kind = rows[rows.index("Argument helptext:") + 1].removeprefix(value[1]).strip()
+        for name, words in (("{None}|", "None or "), ("INT", "a whole number"), ("FLOAT", "a number")):
+            kind = kind.replace(name, words)
+        return f"{value[1]} {_value(value[1], arguments)}: must be {kind}"
+    for pattern, message in PARSER_MESSAGES:
+        text = re.sub(pattern, message, text)
+    return text
+
+
+def _value(flag: str, arguments: Sequence[str]) -> str:
+    """Return what stands behind a flag on the command line, up to the next flag."""
+    words = [
+        word for argument in arguments for word in (argument.split("=", 1) if argument[:2] == "--" else [argument])
+    ]
+    starts = [index for index, word in enumerate(words) if word.replace("_", "-") == flag]
+    return " ".join(itertools.takewhile(lambda word: word[:2] != "--", words[starts[-1] + 1 :])) if starts else ""
 
 
 def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
@@ -140,15 +211,33 @@ def refuse_files_called_none(arguments: Sequence[str]) -> None:
         raise BadInput("None means that a flag is not set; name the file or folder called None as ./None")
 
 
+def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
+    """Raise BadInput for a path that is empty on the command line, as of an unset variable: it would be the current folder."""
+    for field in fields(settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        if getattr(settings, field.name) == Path() and flag in _names(arguments) and not _value(flag, arguments):
+            raise BadInput(f"{flag} is empty: name a file or folder (. for the current one)")
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """Return the flags on the command line, without their values."""
+    return [argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+
+
 def flags_of(settings: Any) -> set[str]:
     """Return the flags of a settings dataclass, of the dataclasses inside it, and of every subcommand of a union."""
     if not (isinstance(settings, type) and is_dataclass(settings)):
         return set().union(*map(flags_of, get_args(settings)))
     hints = get_type_hints(settings, include_extras=True)
-    own = {f"--{field.name.replace('_', '-')}" for field in fields(settings)}
+    named = [field for field in fields(settings) if tyro.conf.Positional not in _metadata(hints[field.name])]
+    own = {f"--{field.name.replace('_', '-')}" for field in named}
     for hint in hints.values():
-        own.update(*(getattr(extra, "aliases", None) or () for extra in getattr(hint, "__metadata__", ())))
+        own.update(*(getattr(extra, "aliases", None) or () for extra in _metadata(hint)))
     return own.union(*(flags_of(hints[field.name]) for field in fields(settings)))
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
 
 
 def default_hint(text: str) -> Any:

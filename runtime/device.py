@@ -142,6 +142,8 @@ def should_compile(choice: AutoOnOff, machine: Machine, worthwhile: bool = True)
         log(f"warning: going on without torch.compile, the compiler does not work here ({reason})")
         return False
     log("the first step compiles, for about a minute; --compile off skips that")
+    if choice == "auto":
+        go_on_eagerly_on_errors()
     return True
 
 
@@ -151,8 +153,26 @@ def compile_error(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # dynamo's, inductor's, and the loader's for a folder without run permission
-        return (str(error).strip() or type(error).__name__).splitlines()[0].split(".  ")[0]
+        return _reason(error)
     return ""
+
+
+def _reason(error: BaseException | None) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(".  ")[0]
+
+
+def go_on_eagerly_on_errors() -> None:
+    """Let a network run eagerly that torch.compile fails for, though it works for a tiny function: one warning, no traceback."""
+    import torch._dynamo  # slow to import
+
+    def go_on(record: logging.LogRecord) -> bool:
+        if record.exc_info and not torch._dynamo.config.disable:  # else every part of the network is tried by itself
+            torch._dynamo.config.disable = True
+            log(f"warning: going on without torch.compile, it fails for this network ({_reason(record.exc_info[1])})")
+        return not record.exc_info
+
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(go_on)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

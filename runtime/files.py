@@ -50,7 +50,7 @@ def atomic(path: Path) -> Iterator[Path]:
             with open(_open_stream(path), "wb") as output:
                 output.write(temporary.read_bytes())
             return
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:  # Windows refuses to flush a file that is open for reading only
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, target)
@@ -302,6 +302,23 @@ def foreign_file(folder: Path) -> str:
     """Return the first weights of a folder that are a file of another kind, and what they are; "" without any."""
     kinds = {path: foreign_kind(path) for path in list_files(folder, WEIGHTS) if path.is_file()}
     return next((f"{path} is {kind}" for path, kind in kinds.items() if kind), "")
+
+
+def header_error(path: Path) -> str:
+    """Return why weights can't be read, as far as it shows without reading tensors; "" for readable ones."""
+    if kind := foreign_kind(path):
+        return f"{path} is {kind}"
+    with path.open("rb") as file:
+        whole_only = file.read(1) == b"\x80"  # torch's form before zip files has no header
+    try:
+        if is_safetensors(path):
+            with safe_open(path, framework="pt"):
+                pass  # its header fits its length
+        elif not whole_only:
+            load_safetensors(path) if path.suffix.lower() == ".safetensors" else load_tensors(path, mapped=True)
+    except (SafetensorError, BadInput) as error:
+        return f"{path.name}: {error}" if isinstance(error, SafetensorError) else str(error)
+    return ""
 
 
 def visible(folder: Path) -> list[Path]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 def is_hub_name(name: str) -> bool:
@@ -42,6 +44,11 @@ def hub(online: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def only_variant(files: Sequence[Path]) -> dict[str, str]:
+    """Return the argument of `from_pretrained` for a folder whose weights are all of the variant fp16, else none."""
+    return {"variant": "fp16"} if files and all(".fp16" in file.name for file in files) else {}
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, else its type; torch's advice to load unsafely is left out."""
     if "weights_only" in str(error):
@@ -50,9 +57,14 @@ def first_line(error: Exception) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and loading reports of diffusers and transformers. Loaders check the reports themselves."""
+    """Silence progress bars and loading reports of diffusers and transformers. Loaders check the reports themselves.
+
+    Among them is diffusers' error line on weights in .bin files, which are read safely all the same.
+    """
     import diffusers
     import transformers
+
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,9 +18,21 @@ def end(_: int, __: FrameType | None) -> None:
 
 
 def raise_from_now_on() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, which cleans up after the work."""
+    """Let Ctrl-C raise KeyboardInterrupt again, and SIGTERM too: it cleans up after the work, such as a hidden folder.
+
+    Of several processes the launcher ends those that are left by SIGTERM, which must not wait for another's share.
+    """
     if signal.getsignal(signal.SIGINT) is end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if _is_ours and alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, partial(_raise, os.getpid()))
+
+
+def _raise(process: int, number: int, frame: FrameType | None) -> None:
+    if os.getpid() != process:  # a worker that inherited this: its pool ends it so
+        os._exit(128 + number)
+    signal.default_int_handler(number, frame)
 
 
 # only in a process that runs one of this repository's scripts, not where a test imports one

@@ -64,8 +64,8 @@ class Record:
         """Add measurements, {name with its unit: a number per repeat}, to `metrics["repeats"]` for benchmarks/table.py."""
         self.metrics.setdefault("repeats", {}).update(values)
 
-    def save(self, path: Path) -> None:
-        """Write the record, atomically; for the default place of --record an error is a line."""
+    def save(self, path: Path, name_it: bool = False) -> None:
+        """Write the record, atomically, and log its place if `name_it`; for the default place of --record an error is a line."""
         settings = asdict(self.settings)
         values = {
             "script": Path(sys.argv[0]).name,
@@ -86,6 +86,9 @@ class Record:
             if not self._is_default(path):
                 raise
             log(f"warning: no record of this run, {error}")
+        else:
+            if name_it:
+                log(f"record: {path}")
 
 
 def versions() -> dict[str, str]:

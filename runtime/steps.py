@@ -121,7 +121,7 @@ def run_command(command: Sequence[str], limit: float | None = None) -> tuple[int
 
 
 def failure_reason(output: str) -> str:
-    """Return the output from its last line "error: ..", else its last line with letters (tyro draws frames)."""
+    """Return the output from its last line "error: ..", else its last line with letters."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.strip().splitlines()]
     starts = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     worded = [line for line in lines if any(map(str.isalpha, line))]

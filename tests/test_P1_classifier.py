@@ -207,6 +207,11 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
         load_classifier(tmp_path / "odd.pth", CPU)
 
 
+def test_a_missing_classifier_says_where_the_courses_is(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"Classifier\.pth does not exist; .* ntudlcv/DLCV-Fall-2024-HW2"):
+        load_classifier(tmp_path / "Classifier.pth", CPU)
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_wrapped_classifier_is_read_under_any_name(tmp_path: Path, suffix: str) -> None:
     state = make_lenet().state_dict()

@@ -199,7 +199,8 @@ def shell(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
         for tool in ("dirname", "bash"):
             (root / "bin" / tool).symlink_to(shutil.which(tool) or "")
         for name in pythons.split():
-            python = root / "bin" / name
+            python = root / name if "/" in name else root / "bin" / name
+            python.parent.mkdir(parents=True, exist_ok=True)
             python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {int(not torch)}\nprintf "%s\\n" "$@"\n')
             python.chmod(0o755)
         environment = {"PATH": str(root / "bin"), "CDPATH": f".:{tmp_path}"}
@@ -223,6 +224,15 @@ def test_without_a_venv_the_python_on_the_path_is_used(script: str, pythons: str
     assert (code, errors) == (0, "")
     assert lines[0] in ("{root}/P1_inference.py", "{root}/P2_ddim.py", "{root}/P3_inference.py")
     assert len(lines) == 1 + len(ARGUMENTS[script])
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+@pytest.mark.parametrize("python", [".venv/bin/python", ".venv/Scripts/python.exe"])
+def test_the_venv_is_used_where_each_system_puts_its_python(
+    script: str, python: str, shell: Callable[..., Any]
+) -> None:
+    code, lines, errors = shell(script, *ARGUMENTS[script], pythons=python)
+    assert (code, len(lines), errors) == (0, 1 + len(ARGUMENTS[script]), "")
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from P1_training import Settings, main
+from P1_training import Grading, Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 
@@ -141,6 +141,38 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
     train(digits_folder, tmp_path, steps=5)
     assert (tmp_path / "best.safetensors").is_file()
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_grading_loses_nothing_and_the_same_command_goes_on(
+    number: int, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"steps": 4, "eval_every": 2, "candidates": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("P1_training.Grading.score", interrupted_at(3, number, Grading.score))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as run_script leaves it
+        with pytest.raises(SystemExit, match="130"):
+            train(digits_folder, tmp_path / "a", **more)
+        signal.signal(signal.SIGTERM, before)
+    assert state(tmp_path / "a")["step"] == 4
+    assert len(list((tmp_path / "a" / "candidates").iterdir())) == 2
+    chosen = [train(digits_folder, tmp_path / name, **more)["metrics"] for name in ("a", "b")]
+    assert chosen[0]["accuracy"] == chosen[1]["accuracy"]
+    best = [(tmp_path / name / "best.safetensors").read_bytes() for name in ("a", "b")]
+    assert best[0] == best[1]
+
+
+def interrupted_at(call: int, number: int, score: Any) -> Any:
+    """Return `score` with a signal in the call of this number."""
+    calls: list[int] = []
+
+    def wrapped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return score(*arguments)
+
+    return wrapped
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,24 @@ def test_a_file_too_many_is_named_with_the_count(copy: Path, clip: Path) -> None
         run(copy, clip)
 
 
+def test_what_a_file_browser_leaves_is_skipped_with_a_line(
+    copy: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("._source0_prompt1_7.png", ".DS_Store", "Thumbs.db"):
+        (copy / "out" / "0" / "1" / name).touch()
+        (copy / "references" / "0" / name).touch()
+    (copy / "references" / "0" / "folder.png").mkdir()
+    run(copy, clip)
+    assert "Thumbs.db is skipped, but belongs in no graded folder" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_pictures_name_is_no_picture(copy: Path, clip: Path) -> None:
+    (copy / "out" / "0" / "1" / "source0_prompt1_7.png").unlink()
+    (copy / "out" / "0" / "1" / "source0_prompt1_7.png").mkdir()
+    with pytest.raises(BadInput, match=r"missing: source0_prompt1_7.png, not wanted: source0_prompt1_7.png/"):
+        run(copy, clip)
+
+
 def test_a_prompt_without_pictures_is_named(copy: Path, clip: Path) -> None:
     shutil.rmtree(copy / "out" / "0" / "1")
     with pytest.raises(BadInput, match=r"out/0/1 is not a folder; prompt 1 of concept '0'"):

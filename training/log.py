@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.cli import progress
+from runtime.cli import log, progress
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+def _hide_writers_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread: the next value that is written raises its error again."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
 
 
 class TrainingLog:
@@ -34,7 +43,9 @@ class TrainingLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
+            threading.excepthook = _hide_writers_errors
+            with self._courtesy():
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:
@@ -67,18 +78,30 @@ class TrainingLog:
         """Show values on the bar and write them to TensorBoard under their names."""
         if self.bar is not None:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        with self._courtesy():
+            if self.writer:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Tensor) -> None:
         """Write [3,H,W] uint8 to TensorBoard."""
-        if self.writer:
-            self.writer.add_image(name, image, step)
+        with self._courtesy():
+            if self.writer:
+                self.writer.add_image(name, image, step)
 
     def close(self) -> None:
         """Flush TensorBoard and end the bar."""
         if self.bar is not None:
             self.bar.close()
-        if self.writer:
-            self.writer.close()
+        with self._courtesy():
+            if self.writer:
+                self.writer.close()
+
+    @contextmanager
+    def _courtesy(self) -> Iterator[None]:
+        """Go on without TensorBoard where its folder can't be written any more, such as on a full disk: one warning."""
+        try:
+            yield
+        except OSError as error:
+            log(f"warning: no curves from here on in {self.folder}: {error.strerror or error}")
+            self.writer = None

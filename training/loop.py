@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -157,19 +158,20 @@ class TrainingRun:
         if self.done:
             return
         self.log.start()
-        with stop_signals() as signals, self.record.timed("training"):
-            while not self.done and not self._any_process(bool(signals)):
-                self.step_started = time.perf_counter()
-                step = self.step
-                yield step
-                assert self.step == step + 1, "call update once in every step"
-                self.log.resume()
-                if self.every(self.config.save_every):
-                    self.save()
-            if self.log.count:
-                self._report()
-        self.log.close()
-        self.save()
+        with stop_signals() as signals:
+            with self.record.timed("training"):
+                while not self.done and not self._any_process(bool(signals)):
+                    self.step_started = time.perf_counter()
+                    step = self.step
+                    yield step
+                    assert self.step == step + 1, "call update once in every step"
+                    self.log.resume()
+                    if self.every(self.config.save_every):
+                        self.save()
+                if self.log.count:
+                    self._report()
+            self.log.close()
+            self.save()
         self.interrupted = not self.done or self._any_process(bool(signals))
         if self.interrupted and self.done:  # during the work of the last step, such as its grading
             self.finish()
@@ -234,6 +236,15 @@ class TrainingRun:
         self.log.show(self.step, loss=loss, images_s=speed, lr=self.config.lr.at(self.step, self.config.steps))
 
     # ------------------------------------------------ the end
+
+    @contextmanager
+    def last_work(self) -> Iterator[None]:
+        """Make Ctrl-C and SIGTERM in the block, after the last step, the end of a stopped run: the same command repeats the block."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted, self.agreement = True, None  # the other processes have left
+            self.finish()
 
     def finish(self, **metrics: Any) -> None:
         """Write record.json; after a signal, name the checkpoint and exit with code 130, once all processes are here."""

@@ -28,8 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from torch import Tensor
 
@@ -37,7 +39,7 @@ from concepts.composition.masks import MASK_SIZE, box_mask
 from concepts.embeddings import TOKEN, tokens_in
 from runtime.cli import BadInput, log
 from runtime.files import read_json
-from runtime.images import open_image
+from runtime.images import image_file, open_image, to_rgb, to_tensor
 from runtime.validation import validate
 
 PREPOSITIONS = r"(?:of|to|and|or|with|in|on|at|by|near|above|below|under|behind|beside|from|over)\b"
@@ -285,12 +287,36 @@ def read_layout(path: Path) -> Layout:
 
 def _read_mask(path: Path, entry: ConceptEntry) -> Tensor | None:
     if entry.mask:
-        image = open_image(path.parent / entry.mask, "black").float().mean(0) / 255
-        return (F.interpolate(image[None, None], size=(MASK_SIZE, MASK_SIZE), mode="area")[0, 0] > 0.5).float()
+        white = _whiteness(path.parent / entry.mask)
+        mask = F.interpolate(white[None, None], size=(MASK_SIZE, MASK_SIZE), mode="area")[0, 0] > 0.5
+        if not mask.any():
+            raise BadInput(
+                f"{entry.token}: its region is empty, no part of {path.parent / entry.mask} is white"
+                f" (the brightest is {255 * float(white.max()):.0f} of 255)"
+            )
+        return mask.float()
     if entry.box:
         left, top, right, bottom = entry.box
         return box_mask((left, top, right, bottom))
     return None
+
+
+def _whiteness(file: Path) -> Tensor:
+    """Return a mask's pixels [H,W] in 0..1; 1 is white where a file holds 0 and 1 only, and 255 in one of 16 bits with no more.
+
+    Transparent parts are black if the others are white; raise BadInput for other transparent images, such as a cut-out photograph.
+    """
+    with image_file(file) as image:
+        if image.has_transparency_data:
+            *colour, alpha = np.asarray(image.convert("RGBA"), np.float32).transpose(2, 0, 1)
+            opaque = alpha > 127
+            if not opaque.all() and (np.mean(colour, axis=0)[opaque] < 128).sum() > 0.05 * opaque.sum():
+                raise BadInput(f"{file} is transparent and not white elsewhere: save the mask as white on black")
+        levels = np.asarray(image)
+        top, deep = levels.max(), image.mode[0] == "I"
+        if image.mode == "L" and top == 1 or deep and top <= 255:
+            image = Image.fromarray((levels * (255 if top == 1 else 1)).astype(np.uint8))
+        return to_tensor(to_rgb(image, "black")).float().mean(0) / 255
 
 
 def _read_reference(path: Path, file: str) -> Tensor:

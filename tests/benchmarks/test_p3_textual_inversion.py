@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.p3_textual_inversion import baselines_of, ordinary_word
+from benchmarks import p3_composition
+from benchmarks.p3_textual_inversion import Concepts, Graded, Speed, baselines_of, main, ordinary_word
+from runtime.cli import BadInput
+
+
+@pytest.mark.parametrize("settings", [Speed(), Concepts(), Graded(), p3_composition.Settings()])
+def test_without_the_miniature_the_commands_that_make_it_are_named(
+    settings: Speed | Concepts | Graded | p3_composition.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="train_clip.py convert .* miniature/train_diffusion.py assemble"):
+        p3_composition.main(settings) if isinstance(settings, p3_composition.Settings) else main(settings)
 
 
 def test_baselines_lie_two_deviations_from_the_ordinary_words_mean() -> None:

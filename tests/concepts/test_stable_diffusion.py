@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -365,6 +366,78 @@ def test_a_folder_of_fp16_variants_is_read(small: Path, folder: Path) -> None:
     check_model(str(folder))
     loaded = weights(load(folder))
     assert all(torch.equal(loaded[name], value) for name, value in weights(load(small)).items())
+
+
+def to_bin(part: Path) -> Path:
+    """Replace a part's safetensors by the same weights in torch's form."""
+    file = next(part.glob("*.safetensors"))
+    stem = "pytorch_model" if part.name == "text_encoder" else "diffusion_pytorch_model"
+    torch.save(load_file(file), part / f"{stem}.bin")
+    file.unlink()
+    return part / f"{stem}.bin"
+
+
+def test_a_folder_of_bin_files_is_read_without_a_line(
+    small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(logging.Logger, "callHandlers", lambda _, record: lines.append(record.getMessage()))
+    for part in KINDS:
+        to_bin(folder / part)
+    check_model(str(folder))
+    loaded = weights(load(folder))
+    assert all(torch.equal(loaded[name], value) for name, value in weights(load(small)).items())
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "model.bin is a Git LFS pointer",
+        ),
+        (lambda file: os.truncate(file, 999), "model.bin is not a torch file or is truncated"),
+        (lambda file: file.write_bytes(b""), "model.bin is not a torch file or is truncated"),
+        (lambda file: torch.save({"a": Call(os.system, "true")}, file), "besides tensors it calls"),
+    ],
+    ids=["pointer", "truncated", "empty", "code"],
+)
+def test_a_dry_run_looks_into_bin_files(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(to_bin(folder / "unet"))
+    with pytest.raises(BadInput, match=f"its unet is unreadable .*{message}") as error:
+        check_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pointer_that_no_one_loads_stops_nothing(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    check_model(str(folder))
+    load(folder)
+
+
+@pytest.mark.parametrize("variants", [[None], ["fp16"], [None, "fp16"]])
+def test_a_hub_repository_of_fp16_variants_only_is_read(
+    variants: list[str | None], small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for the hub fetches the files of the variant that is named, as diffusers does."""
+    requested = []
+
+    def download(name: str, variant: str | None = None, **_: Any) -> Path:
+        requested.append(variant)
+        for part in KINDS:
+            for file in (folder / part).glob("*.safetensors"):
+                file.unlink()
+            file = next((small / part).glob("*.safetensors"))
+            if variant in variants:
+                shutil.copy(file, folder / part / f"{file.stem}{'.fp16' if variant else ''}.safetensors")
+        return folder
+
+    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: folder / "model_index.json")
+    loaded = weights(load("someone/small"))
+    assert all(torch.equal(loaded[name], value) for name, value in weights(load(small)).items())
+    assert requested == ([None] if None in variants else [None, "fp16"])
 
 
 def edit(file: Path, **changes: Any) -> None:

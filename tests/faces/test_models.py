@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,21 @@ def test_a_folder_computes_what_its_network_does(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(load(tmp_path).denoiser(2)(x, 7), unet(x, 7).sample)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"])
+def test_a_folder_of_another_form_of_weights_is_read_without_a_line(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = small_unet()
+    unet.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    lines: list[str] = []
+    monkeypatch.setattr(logging.Logger, "callHandlers", lambda _, record: lines.append(record.getMessage()))
+    save = torch.save if name.endswith("bin") else save_file
+    save(unet.state_dict(), tmp_path / name)
+    load(tmp_path)
+    assert lines == []
 
 
 def test_a_folder_of_another_class_is_named(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +372,19 @@ def test_from_any_directory_a_file_in_the_way_ends_with_one_line_and_code_2(tmp_
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: --output file: a file is in the way, name a folder"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_hidden_folder(number: int, tmp_path: Path) -> None:
+    script = str(ROOT / "hw2_data" / "prepare.py")
+    command = [sys.executable, script, "rendered", "--count", "100000", "--output", str(tmp_path / "digits")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(tmp_path.glob("digits/.mnistm-*/new/data/*.png")):
+            time.sleep(0.05)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "error: interrupted")
+    assert list((tmp_path / "digits").iterdir()) == []
 
 
 def test_the_command_line_reaches_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,46 @@ def test_an_unusable_compiler_is_a_warning_for_auto_and_one_line_for_on(tmp_path
     assert done.stderr.startswith("warning: going on without torch.compile")
 
 
+LARGE = """
+import sys, torch
+from dataclasses import dataclass
+from runtime.cli import run_script
+from runtime.device import Machine, should_compile
+
+@dataclass
+class Settings:
+    compile: str = "auto"
+
+def main(settings):
+    network = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(20)])
+    if should_compile(settings.compile, Machine(torch.device("cpu"), "", native_bf16=True, compiler=True)):
+        network.compile()
+    def fail(*_, **__):
+        raise RuntimeError("CppCompileError: out of memory\\nand much more")
+    from torch._inductor import compile_fx
+    compile_fx.fx_codegen_and_compile = fail
+    network(torch.ones(2, 4)).sum().backward()
+    print(network[0].weight.grad.isfinite().all().item())
+
+run_script(main, Settings, "A test.")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["auto", "on"])
+def test_a_network_that_only_the_compiler_fails_for_runs_eagerly_with_auto(choice: str) -> None:
+    command = [sys.executable, "-c", LARGE, "--compile", choice]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == ((0, "True\n") if choice == "auto" else (2, ""))
+    assert lines[-1].startswith(
+        "warning: going on without torch.compile, it fails for this network (" if choice == "auto"
+        else "error: torch.compile fails for this network ("
+    )  # fmt: skip
+    assert "CppCompileError: out of memory" in lines[-1]
+    assert len(lines) == 2, done.stderr
+
+
 @pytest.mark.parametrize(
     ("choice", "worthwhile", "native", "compiles"),
     [
@@ -160,6 +200,7 @@ def test_auto_compiles_where_it_pays_and_says_so_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("runtime.device.compile_error", lambda _: "")
+    monkeypatch.setattr("runtime.device.go_on_eagerly_on_errors", lambda: None)
     with_compiler = Machine(torch.device("cpu"), "", native, compiler=True)
     assert should_compile(choice, with_compiler, worthwhile) == compiles
     assert ("--compile off skips" in capsys.readouterr().err) == compiles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -93,6 +95,16 @@ def test_atomic_makes_the_folder(tmp_path: Path) -> None:
     with atomic(tmp_path / "b" / "c" / "a.txt") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "b" / "c" / "a.txt").read_text() == "new"
+
+
+def test_files_are_flushed_in_a_way_that_windows_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flush(file: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("os.fsync", flush)
+    write_json(tmp_path / "a.json", [1])
+    assert read_json(tmp_path / "a.json") == [1]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])

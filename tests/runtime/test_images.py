@@ -118,6 +118,7 @@ def test_an_image_of_any_kind_is_upright_opaque_and_of_8_bits(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = read_image(tmp_path / name)
+        read_as_graded(tmp_path / name)
     assert (image.mode, image.size) == ("RGB", (20, 40))
     assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
     assert tuple(open_image(tmp_path / name).shape) == (3, 40, 20)
@@ -183,6 +184,9 @@ def test_a_format_that_is_not_read_names_the_cure_and_a_missing_file_itself(tmp_
     with pytest.raises(BadInput, match=r"a\.heic is not a readable picture: .*save it as JPEG or PNG"):
         read_image(tmp_path / "a.heic")
     with pytest.raises(BadInput, match=r"b\.png does not exist"):
+        read_image(tmp_path / "b.png")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(BadInput, match=r"b\.png is a folder, not a picture"):
         read_image(tmp_path / "b.png")
 
 

@@ -55,6 +55,11 @@ def test_record_names_the_versions(saved: Any) -> None:
     assert saved["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
+def test_the_place_of_a_record_that_is_written_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Record(Settings(), MACHINE).save(tmp_path / "a.json", name_it=True)
+    assert capsys.readouterr().err == f"record: {tmp_path / 'a.json'}\n"
+
+
 def test_timed_adds_up_and_counts_failed_blocks_too() -> None:
     record = Record(Settings(), MACHINE, timings={"work": 10.0})
     with pytest.raises(ZeroDivisionError), record.timed("work"):
@@ -83,7 +88,7 @@ def test_a_default_place_that_cannot_be_written_is_a_warning(
     class Run:
         record: Path = tmp_path / "runs" / "record.json"
 
-    Record(Run(), MACHINE).save(Run.record)
+    Record(Run(), MACHINE).save(Run.record, name_it=True)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no record of this run, ")
     assert str(Run.record) in line

@@ -70,6 +70,39 @@ def test_every_step_comes_once_and_in_order(tmp_path: Path) -> None:
     assert run.done
 
 
+def test_an_interrupt_after_the_last_step_ends_as_a_stopped_run_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(make_run(tmp_path, 3))
+    with pytest.raises(SystemExit, match="130"), run.last_work():
+        raise KeyboardInterrupt
+    assert "stopped at step 3; the same command goes on from" in capsys.readouterr().err
+    assert json.loads((tmp_path / "record.json").read_text())["metrics"]["step"] == 3
+    again = train(make_run(tmp_path, 3))
+    with again.last_work():
+        pass
+    again.finish()
+    assert weight_of(again) == weight_of(run)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save, calls = make_run(tmp_path, 3, save_every=10), TrainingRun.save, []
+
+    def slow_save(self: TrainingRun) -> None:
+        calls.append(self.step)
+        if len(calls) == 2:  # after the last step's own
+            os.kill(os.getpid(), signal.SIGINT)
+        save(self)
+
+    monkeypatch.setattr(TrainingRun, "save", slow_save)
+    with pytest.raises(SystemExit, match="130"):
+        train(run)
+    assert calls == [3, 3]
+    assert make_run(tmp_path, 3).step == 3
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = train(make_run(tmp_path / "whole", 9))
     stopped = train(make_run(tmp_path / "parts", 9), stop_at=4)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,13 @@ from concepts.composition.layout import Layout, Region, Style, auto_layout, make
 from concepts.composition.masks import MASK_SIZE, box_mask, hard_masks
 from runtime.cli import BadInput
 
+
+def half(top: int, kind: type = np.uint8) -> np.ndarray:
+    """Return an image whose left half is `top` and whose right half is 0."""
+    return np.repeat([[top] * 16 + [0] * 16], 32, 0).astype(kind)
+
+
+CLEAR = Image.new("L", (32, 32), 0)
 EVERYWHERE = torch.ones(MASK_SIZE, MASK_SIZE)
 LEFT, RIGHT, TOP = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1)), box_mask((0, 0, 1, 0.5))
 
@@ -84,6 +92,52 @@ def test_a_mask_of_another_size_is_resized(tmp_path: Path) -> None:
     mask.save(tmp_path / "mask.png")
     plan = read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
     assert torch.equal(plan.regions[0].mask, TOP)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(half(1)),
+        Image.fromarray(half(1, np.uint16)),
+        Image.fromarray(half(255, np.uint16)),
+        Image.fromarray(half(65535, np.uint16)),
+        Image.fromarray(half(255)).convert("1"),
+        Image.fromarray(half(255)).convert("P"),
+        Image.merge("LA", [Image.fromarray(half(255)), Image.new("L", (32, 32), 255)]),
+        Image.merge("LA", [Image.new("L", (32, 32), 255), Image.fromarray(half(255))]),
+        Image.merge("LA", [Image.fromarray(half(255))] * 2),
+    ],
+    ids=[
+        "0 1",
+        "16 bit 0 1",
+        "16 bit 0 255",
+        "16 bit",
+        "1 bit",
+        "palette",
+        "opaque",
+        "white, cut out",
+        "white on clear",
+    ],
+)
+def test_a_mask_of_any_kind_is_white_where_its_concept_belongs(tmp_path: Path, image: Image.Image) -> None:
+    image.save(tmp_path / "mask.png")
+    assert torch.equal(read(tmp_path, [{"token": "<a>", "mask": "mask.png"}]).regions[0].mask, LEFT)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.merge("LA", [CLEAR, Image.fromarray(half(255))]), "mask.png is transparent and not white elsewhere"),
+        (Image.merge("LA", [Image.fromarray(half(255)), CLEAR]), "no part of .*mask.png is white"),
+        (Image.fromarray(half(100)), r"no part of .*mask.png is white \(the brightest is 100 of 255\)"),
+        (Image.fromarray(half(1).astype(np.float32)), "mask.png is not a readable picture"),
+    ],
+    ids=["black, cut out", "all clear", "dark", "floating point"],
+)
+def test_a_mask_that_can_be_meant_in_two_ways_is_named(tmp_path: Path, image: Image.Image, message: str) -> None:
+    image.save(tmp_path / "mask.png", "TIFF" if image.mode == "F" else "PNG")
+    with pytest.raises(BadInput, match=message):
+        read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
 
 
 def test_a_reference_is_read_with_its_prompt(tmp_path: Path) -> None:
@@ -185,7 +239,7 @@ BOX = [0, 0, 1, 1]
         ([{"token": "<s>", "style": True, "box": [0, 0, 2, 1]}], r"concepts\[0\].box\[2\]: .* it is 2"),
         ([{"token": "<a>", "mask": "none.png"}], "none.png"),
         ([{"token": "<a>", "mask": "layout.json"}], "layout.json is not a readable picture"),
-        ([{"token": "<a>", "mask": "black.png"}], "<a>: its region is empty"),
+        ([{"token": "<a>", "mask": "black.png"}], r"<a>: its region is empty, no part of .*black.png is white"),
         ([{"token": "<a>", "mask": 3}], r"concepts\[0\].mask: must be a valid string, it is 3"),
         ([{"token": "<a>", "box": BOX, "prompt": "a dog"}], "doesn't hold it"),
         ([{"token": "<a>", "box": BOX, "prompt": 3}], r"concepts\[0\].prompt: must be a valid string, it is 3"),
