@@ -73,6 +73,10 @@ class PageReader(HTMLParser):
         """what -> (measured, wanted) of the table at the top."""
         return {what: (measured, wanted) for _, what, measured, wanted, _ in self.tables["Scores"][1:]}
 
+    def pairs(self, caption: str) -> dict[str, str]:
+        """First column -> second column of a table without its head."""
+        return {row[0]: row[1] for row in self.tables[caption][1:]}
+
 
 def read_page(path: Path) -> PageReader:
     reader = PageReader()

@@ -14,7 +14,9 @@ from pages.elements import Section
 from runtime.steps import Step
 
 
-def case(key: str, text: str, scores: tuple[float, float], baseline: tuple[float, float], passed: bool) -> dict[str, Any]:
+def case(
+    key: str, text: str, scores: tuple[float, float], baseline: tuple[float, float], passed: bool
+) -> dict[str, Any]:
     """Return a case as P3_evaluate.py records it."""
     image, words = scores
     return {"key": key, "text": text, "image_score": image, "text_score": words, "baseline": baseline, "passed": passed}
@@ -134,7 +136,9 @@ def test_each_concepts_images_and_progress_stand_under_its_token(tmp_path: Path)
     write_image(tmp_path / "miniature_words" / "loss.png", 40)
     page = rendered(section_named(inversion.sections(inputs_of(tmp_path)), "miniature-words"), tmp_path)
     assert page.scores == {"tokens learned": ("3 in 83 s", "")}
-    expected = {"Loss over the steps; most of its ups and downs are those of noise and timestep.": (40,)}
+    expected: dict[str, tuple[int, ...]] = {
+        "Loss over the steps; most of its ups and downs are those of noise and timestep.": (40,)
+    }
     for token, init, width in concepts.values():
         expected[f"{token}: all images that it is learned from, starting at “{init}”."] = (width, width + 1)
         expected[f"{token}: the same four noises after more and more steps."] = (width + 5,)
@@ -149,7 +153,7 @@ def test_the_images_of_a_prompt_stand_under_it(tmp_path: Path) -> None:
     assert (prompts[0], prompts[-1]) == ("a photo of a <new1>", "a photo of a <new1> next to a <new2>")
     assert flag(command, "--embeddings") == str(tmp_path / "miniature_words" / "vectors")
     for index in range(len(prompts)):
-        write_image(tmp_path / "miniature_together" / "images" / f"{index}_a photo_{index}.png", 10 + index)
+        write_image(tmp_path / "miniature_together" / "images" / f"{index}_{len(prompts) - 1 - index}.png", 10 + index)
     figures = rendered(section, tmp_path).figures
     assert figures == {f"“{prompt}”": (10 + index,) for index, prompt in enumerate(prompts)}
 

@@ -99,8 +99,13 @@ def test_settings_of_sampling_and_training_are_the_graded_networks(steps: Path, 
     save_network(steps / "p1.safetensors", replace(tiny_network, origin=origin))
     page = scores_page(steps, digits=steps / "p1.safetensors")
     assert page.tables["Sampling"][1:] == [("name", "ddim"), ("steps", "47"), ("guidance", "3.25"), ("images", "900")]
-    trained = dict(page.tables["Training of the network, from its file"][1:])
-    assert trained == {"preset": "tiny", "T": "20", "seed": "9", **{name: f"{value:g}" for name, value in recipe.items()}}
+    trained = page.pairs("Training of the network, from its file")
+    assert trained == {
+        "preset": "tiny",
+        "T": "20",
+        "seed": "9",
+        **{name: f"{value:g}" for name, value in recipe.items()},
+    }
 
 
 @pytest.mark.parametrize(("mode", "retries"), [("plain", "0"), ("retries", "3")])

@@ -31,7 +31,8 @@ METRICS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "wanted"), [("p3-zeroshot", "p3_zeroshot", "58.6 %"), ("miniature-zeroshot", "miniature_zeroshot", "95 %")]
+    ("name", "step", "wanted"),
+    [("p3-zeroshot", "p3_zeroshot", "58.6 %"), ("miniature-zeroshot", "miniature_zeroshot", "95 %")],
 )
 def test_accuracies_mistakes_and_settings(name: str, step: str, wanted: str, tmp_path: Path) -> None:
     other = {"p3_zeroshot", "miniature_zeroshot"} - {step}
@@ -52,7 +53,7 @@ def test_accuracies_mistakes_and_settings(name: str, step: str, wanted: str, tmp
         ("boy", "girl", "13 of 52"),
         ("pine_tree", "oak_tree", "11 of 49"),
     ]
-    assert dict(page.tables["Settings"][1:]) == {
+    assert page.pairs("Settings") == {
         "model": "ViT-B-32:openai", "precision": "bf16", "prompts": "report", "templates": "A photo of {}", "names": "raw",
         "pictures": "2500", "classes": "50", "quickgelu_forced": "True",
     }  # fmt: skip
