@@ -78,6 +78,7 @@ def test_the_miniatures_baselines_are_the_ordinary_words_scores_with_the_margin_
     step = step_named(inversion.sections(inputs_of(tmp_path)), "miniature_graded")
     ((place, content),) = step.files.items()
     assert place == tmp_path / "miniature_graded" / "input.json"
+    assert {"miniature_words", "miniature_plain_scores"} <= set(step.after)
     entries = content()
     assert {name: entry["baseline"] for name, entry in entries.items()} == {
         "fish": [[65.0, 24.0], [66.5, 25.5]],
