@@ -10,6 +10,7 @@ import doctor
 from digits.recipes import RECIPES
 from digits.sampling import DigitSampler
 from runtime.device import detect
+from runtime.files import ROOT
 
 
 def test_files_are_found_or_absent_and_times_are_in_minutes(
@@ -27,7 +28,7 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
     assert {name for name, state in data.items() if state == "found"} == {"face/noise", "digits/svhn"}
     assert set(data) == set(doctor.DATA)
     for name, file in doctor.WEIGHTS.items():
-        size = (doctor.ROOT / "checkpoints" / file).stat().st_size / 1e6
+        size = (ROOT / "checkpoints" / file).stat().st_size / 1e6
         assert f"weights  {name:24s}{size:.1f} MB" in lines
     times = {" ".join(line.split()[:-2]): line.split("minutes")[0].split()[-1] for line in lines if "hw2_1.sh" in line}
     assert times == {"bash hw2_1.sh out": "4.5"}

@@ -210,6 +210,59 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
     }
 
 
+def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of the token all hold what was asked for; of those of the initial word one in four does."""
+
+    def sample(requests: Any) -> torch.Tensor:
+        return torch.tensor(
+            [1 if "<new>" in request.prompt else index % 4 == 0 for index, request in enumerate(requests)]
+        )
+
+    learnt: dict[str, Any] = {}
+    monkeypatch.setattr(inversion, "write_images", lambda *_: Path("images"))
+    monkeypatch.setattr(
+        inversion,
+        "learn",
+        lambda *_, **flags: learnt.update(flags) or {"timings_s": {"training": 90.0, "validation": 20.0}},
+    )
+    for name in ("load_pipeline", "install", "read_vectors"):
+        monkeypatch.setattr(inversion, name, lambda *_: None)
+    monkeypatch.setattr(inversion, "StableDiffusionSampler", lambda *_: SimpleNamespace(sample_images=sample))
+    classifier: Any = SimpleNamespace(device="cpu", agrees=lambda images, **answers: images.bool())
+    facts = {"name": "fish", "vectors": 2, "seed": 3, "steps": 7, "batch": 5, "count": 8, "initial": True}
+    settings = inversion.Concepts(folder=tmp_path, model="model", device="cpu")
+    result = inversion.outcome(facts, settings, classifier)
+    assert learnt == {"model": "model", "device": "cpu", "steps": 7, "batch": 5, "seed": 3}
+    assert result["seconds"] == 70.0
+    assert set(result["shares"]) == {
+        "object",
+        "object and colour",
+        "object and background",
+        "object, colour and background",
+    }
+    assert all(shares == {"learned": 1.0, "initial": 0.25} for shares in result["shares"].values())
+    assert json.loads((tmp_path / "fish-2-3" / "outcome.json").read_text()) == result
+
+
+@pytest.mark.parametrize("name", ["fish", "ripple"])
+def test_a_question_names_the_answers_that_are_right(name: str) -> None:
+    for question, (prompts, answers) in inversion.questions_of(name, 12, 5).items():
+        assert len(prompts) == 12
+        assert answers["style" if name == "ripple" else "kind"] == [name] * 12
+        for index, prompt in enumerate(prompts):
+            words = prompt.split()
+            if "colour" in answers:
+                assert answers["colour"][index] in words[: words.index("{}")]
+            if "background" in answers:
+                assert f"{answers['background'][index]} background" in prompt
+            if name == "ripple":
+                assert answers["kind"][index] in words
+        assert ("colour" in question) == ("colour" in answers)
+        assert ("background" in question) == ("background" in answers)
+
+
 def test_the_baselines_are_the_ordinary_words_over_several_seeds_and_the_grades_the_learned_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

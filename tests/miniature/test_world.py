@@ -417,9 +417,12 @@ def test_zeroshot_pictures_are_of_held_out_pairs_in_the_course_layout(tmp_path: 
     found = pictures(tmp_path / "val")
     assert len(found) == 30
     assert {name.split("_")[0] for name in found} == set(labels)
-    again = render_batch([derived_seed(4, 0)], SceneSpec(kinds=(labels["0"],), pairs="held_out"))
-    assert (found["0_0.png"] == again.images[0]).all()
-    assert (again.scenes[0].things[0].colour, labels["0"]) in HELD_OUT_PAIRS
+    for name, image in found.items():
+        label, index = name.removesuffix(".png").split("_")
+        spec = SceneSpec(kinds=(labels[label],), pairs="held_out")
+        again = render_batch([derived_seed(4, int(index))], spec)
+        assert (image == again.images[0]).all()
+        assert (again.scenes[0].things[0].colour, labels[label]) in HELD_OUT_PAIRS
 
 
 def test_the_sheet_is_one_picture(tmp_path: Path) -> None:
