@@ -23,8 +23,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, images_of, relative, run, save_model
 
-from P3_clip_zeroshot import Settings, ZeroShotConfig, config_of, main
+from P3_clip_zeroshot import Settings, ZeroShotConfig, config_of, main, set_up_precision
 from runtime.cli import BadInput
+from runtime.device import detect
 from runtime.files import ROOT
 from zeroshot.features import encode_all
 from zeroshot.model import load
@@ -247,6 +248,36 @@ def test_kept_features_are_those_of_the_images_in_their_order_and_are_believed(
     save_file({key: kept.roll(1, 0).contiguous()}, file, metadata)
     run(tmp_path, labelled, tiny_clip, features=file, precision="fp32")
     assert predicted(tmp_path / "out") == before[-1:] + before[:-1]
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp32", 0.0, 1e-6), ("bf16", 1e-5, 0.05)])
+def test_images_are_encoded_in_the_precision_of_the_flag(
+    precision: Any, least: float, most: float, tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "features.safetensors"
+    metrics = run(tmp_path, labelled, tiny_clip, features=file, precision=precision)["metrics"]
+    exact = encode_all(load(resolve(tiny_clip, None), CPU), images_of(labelled), 8, 2)
+    assert metrics["precision"] == precision
+    assert least <= float((next(iter(load_file(file).values())) - exact).abs().max()) <= most
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "expected"),
+    [
+        ("auto", "cuda", False, "fp16"),
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cpu", False, "fp32"),
+        ("auto", "cpu", True, "bf16"),
+        ("fp16", "cuda", True, "fp16"),
+        ("fp32", "cuda", True, "fp32"),
+    ],
+)
+def test_the_automatic_precision_is_the_fastest_that_the_hardware_has(
+    precision: Any, device: str, native: bool, expected: str
+) -> None:
+    machine = replace(detect("cpu"), device=torch.device(device), native_bf16=native)
+    assert set_up_precision(Settings(precision=precision), machine) == expected
 
 
 @pytest.mark.usefixtures("without_figures")
