@@ -262,6 +262,14 @@ def test_images_are_encoded_in_the_precision_of_the_flag(
     assert least <= float((next(iter(load_file(file).values())) - exact).abs().max()) <= most
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_features_of_one_precision_do_not_serve_another(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "features.safetensors"
+    for precision in ("fp32", "bf16"):
+        assert "images" in run(tmp_path, labelled, tiny_clip, features=file, precision=precision)["timings_s"]
+    assert len(load_file(file)) == 2
+
+
 @pytest.mark.parametrize(
     ("precision", "device", "native", "expected"),
     [
