@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -16,11 +20,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_clip import CONFIG, CPU, NAMES, PREPROCESSING, images_of, relative, run, save_model
 
-from P3_clip_zeroshot import Settings, ZeroShotConfig, config_of
+from P3_clip_zeroshot import Settings, ZeroShotConfig, config_of, main, set_up_precision
 from runtime.cli import BadInput
+from runtime.device import detect
 from runtime.files import ROOT
 from zeroshot.features import encode_all
 from zeroshot.model import load
@@ -80,22 +85,6 @@ def test_logits_equal_an_independent_loop_over_pictures_and_prompts(
             assert relative(logits[row], expected) <= 1e-5
 
 
-def test_the_run_predicts_what_the_plain_api_predicts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
-    run(tmp_path, labelled, tiny_clip, prompts="single", names="raw", precision="fp32")
-    model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip)
-    texts = open_clip.get_tokenizer(tiny_clip)([f"a photo of a {name}." for name in NAMES])
-    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
-    assert len(table) == 30
-    with torch.no_grad():
-        for row in table.itertuples():
-            logits = model.eval()(preprocess(Image.open(labelled / row.file))[None], texts)
-            shares = (logits[0] @ logits[1].T * logits[2]).softmax(1)[0]
-            assert row.predicted == NAMES[int(shares.argmax())]
-            assert row.probability == pytest.approx(float(shares.max()), abs=1e-5)
-            assert row.truth == NAMES[int(row.file.split("_")[0])]
-            assert row.top5.split("|") == [NAMES[i] for i in shares.topk(5).indices]
-
-
 def test_bf16_is_close_to_fp32(tiny_clip: str, labelled: Path) -> None:
     source, images = resolve(tiny_clip, None), images_of(labelled)
     fine, coarse = (encode_all(load(source, CPU, kind), images, 8, 2) for kind in ("fp32", "bf16"))
@@ -111,9 +100,256 @@ def test_the_batch_changes_no_feature(tiny_clip: str, labelled: Path) -> None:
     assert one.norm(dim=1) == pytest.approx(torch.ones(30))
 
 
+# --------------------------------------------------------------- every flag
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of a run's time, and have a test of their own."""
+    for figure in ("cases_figure", "confusion_figure"):
+        monkeypatch.setattr(f"zeroshot.results.{figure}", lambda *_: None)
+
+
+class Plain(NamedTuple):
+    """What a run must equal: open_clip's model on one image and one text at a time."""
+
+    model: Any = None
+    """Arguments of open_clip's `create_model_and_transforms`; None = the tiny model."""
+    names: Sequence[str] = NAMES
+    texts: Callable[[str], list[str]] = lambda name: [f"A photo of {name}"]
+    """The prompts of a class."""
+    images: str = "*"
+
+
+def english(name: str) -> list[str]:
+    """Return CIFAR's prompts in which "a" becomes "an"."""
+    return [re.sub(r"\ba (?=[aeiou])", "an ", text.replace("{}", name.replace("_", " "))) for text in CIFAR]
+
+
+@torch.no_grad()
+def plain_shares(plain: Plain, tiny_clip: str, folder: Path) -> dict[str, list[float]]:
+    """Return file -> the probability of every class, by a loop over images, classes and prompts."""
+    architecture = plain.model or (tiny_clip,)
+    model, _, preprocess = open_clip.create_model_and_transforms(*architecture)
+    tokenizer, heads = open_clip.get_tokenizer(architecture[0]), []
+    for name in plain.names:
+        vectors = [model.eval().encode_text(tokenizer([text]))[0] for text in plain.texts(name)]
+        mean = torch.stack([vector / vector.norm() for vector in vectors]).mean(0)
+        heads.append(mean / mean.norm())
+    shares = {}
+    for path in folder.glob(plain.images):
+        vector = model.encode_image(preprocess(Image.open(path))[None])[0]
+        cosines = torch.stack([head @ vector / vector.norm() for head in heads])
+        shares[path.name] = (cosines * model.logit_scale.exp()).softmax(0).tolist()
+    return shares
+
+
+def check_equal(out: Path, plain: Plain, shares: dict[str, list[float]]) -> None:
+    """Assert that tables and record hold what follows from these probabilities; each number is counted anew here."""
+    names, count = plain.names, len(shares)
+    ranked = {file: sorted(range(len(names)), key=row.__getitem__, reverse=True) for file, row in shares.items()}
+    truth = {file: int(file.split("_")[0]) for file in shares}
+    table = pd.read_csv(out / "predictions.csv")
+    assert table.file.tolist() == sorted(shares, key=lambda file: tuple(map(int, file[:-4].split("_"))))
+    for row in table.itertuples():
+        best = ranked[row.file][:5]
+        assert (row.truth, row.predicted) == (names[truth[row.file]], names[best[0]])
+        assert row.top5.split("|") == [names[index] for index in best]
+        assert row.probability == pytest.approx(shares[row.file][best[0]], abs=2e-5)
+        five = [float(share) for share in row.top5_probability.split("|")]
+        assert five == pytest.approx([shares[row.file][index] for index in best], abs=2e-5)
+
+    recalls = []
+    for index, row in enumerate(pd.read_csv(out / "per_class.csv").itertuples()):
+        own = [file for file in shares if truth[file] == index]
+        taken = [file for file in shares if ranked[file][0] == index]
+        right = len(set(own) & set(taken))
+        assert (row[1], row.name, row.pictures, row.right) == (index, names[index], len(own), right)
+        assert row.recall == pytest.approx(right / len(own), abs=1e-4)
+        assert math.isnan(row.precision) if not taken else row.precision == pytest.approx(right / len(taken), abs=1e-4)
+        mistakes = Counter(names[ranked[file][0]] for file in own if ranked[file][0] != index)
+        assert mistakes[row.taken_for] == max(mistakes.values()) if mistakes else math.isnan(row.taken_for)
+        recalls.append(right / len(own))
+
+    metrics = json.loads((out / "record.json").read_text())["metrics"]
+    assert metrics["top1"] == pytest.approx(sum(ranked[file][0] == truth[file] for file in shares) / count)
+    assert metrics["top5"] == pytest.approx(sum(truth[file] in ranked[file][:5] for file in shares) / count)
+    assert metrics["mean_recall"] == pytest.approx(sum(recalls) / len(recalls))
+    assert metrics["pictures"] == count
+    pairs = Counter((names[truth[file]], names[ranked[file][0]]) for file in shares if ranked[file][0] != truth[file])
+    found = {(pair["truth"], pair["predicted"]): pair["times"] for pair in metrics["confused_pairs"]}
+    assert all(pairs[pair] == times for pair, times in found.items())
+    assert list(found.values()) == sorted(pairs.values(), reverse=True)[:10]
+
+
+OTHERS = ["otter", "shark", "lamp", "house", "rose", "tiger"]
+# flag -> other flags and its value (@ is a folder with the other files), and what open_clip then computes
+FLAGS: dict[str, tuple[dict[str, Any], Plain]] = {
+    "images": ({"images": "@/val", "labels": "@/others.json"}, Plain(names=OTHERS, images="[0-5]_[789].png")),
+    "labels": ({"labels": "@/others.json"}, Plain(names=OTHERS)),
+    "preset": ({"preset": "fast"}, Plain(texts=english)),
+    "model": ({"model": "local-dir:@/other"}, Plain(model=("local-dir:@/other",))),
+    "weights": (
+        {"model": "tiny-clip", "weights": "@/other/open_clip_model.safetensors"},
+        Plain(model=("tiny-clip", "@/other/open_clip_model.safetensors")),
+    ),
+    "prompts": ({"prompts": "@/mine.txt"}, Plain(texts=lambda name: [f"{name} in a box", f"two of {name}", name])),
+    "names": ({"names": "clean", "prompts": "cifar"}, Plain(texts=english)),
+    "batch": ({"batch": 7}, Plain()),
+    "workers": ({"workers": 3}, Plain()),
+    "device": ({"device": "cpu"}, Plain()),
+    "precision": ({"precision": "fp32"}, Plain()),
+}
+OWN_TESTS = {"output", "features", "cache", "seed"}
+
+
+def test_the_table_of_flags_is_whole() -> None:
+    assert {field.name for field in fields(Settings)} == {*FLAGS, *OWN_TESTS}
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_run_equals_a_plain_loop_with_open_clip(flag: str, tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    """All columns of both tables, the shares in the record, and the confused pairs."""
+
+    def filled(value: Any) -> Any:
+        return value.replace("@", str(tmp_path)) if isinstance(value, str) else value
+
+    save_model(tmp_path / "other", seed=1)
+    (tmp_path / "others.json").write_text(json.dumps(OTHERS))
+    (tmp_path / "mine.txt").write_text("{} in a box\ntwo of {c}\n{}\n")
+    (tmp_path / "val").mkdir()
+    flags, plain = FLAGS[flag]
+    for path in labelled.glob(plain.images):
+        (tmp_path / "val" / path.name).write_bytes(path.read_bytes())
+    plain = plain._replace(model=plain.model and tuple(map(filled, plain.model)))
+    settings: dict[str, Any] = {"images": labelled, "model": tiny_clip, "precision": "fp32"}
+    settings |= {name: filled(value) for name, value in flags.items()}
+    settings |= {name: Path(settings[name]) for name in ("images", "labels") if name in settings}
+    run(tmp_path, settings.pop("images"), settings.pop("model"), **settings)
+    check_equal(tmp_path / "out", plain, plain_shares(plain, tiny_clip, labelled))
+
+
+def predicted(out: Path) -> list[str]:
+    names: list[str] = pd.read_csv(out / "predictions.csv").predicted.tolist()
+    return names
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_kept_features_are_those_of_the_images_in_their_order_and_are_believed(
+    tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "features.safetensors"
+    run(tmp_path, labelled, tiny_clip, features=file, precision="fp32")
+    before, (key, kept) = predicted(tmp_path / "out"), next(iter(load_file(file).items()))
+    images = images_of(labelled)
+    torch.testing.assert_close(kept, encode_all(load(resolve(tiny_clip, None), CPU), images, 8, 2), rtol=0, atol=1e-6)
+    metadata = {"pictures": images.fingerprint, key: tiny_clip}
+    save_file({key: kept.roll(1, 0).contiguous()}, file, metadata)
+    run(tmp_path, labelled, tiny_clip, features=file, precision="fp32")
+    assert predicted(tmp_path / "out") == before[-1:] + before[:-1]
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp32", 0.0, 1e-6), ("bf16", 1e-5, 0.05)])
+def test_images_are_encoded_in_the_precision_of_the_flag(
+    precision: Any, least: float, most: float, tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "features.safetensors"
+    metrics = run(tmp_path, labelled, tiny_clip, features=file, precision=precision)["metrics"]
+    exact = encode_all(load(resolve(tiny_clip, None), CPU), images_of(labelled), 8, 2)
+    assert metrics["precision"] == precision
+    assert least <= float((next(iter(load_file(file).values())) - exact).abs().max()) <= most
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_features_of_one_precision_do_not_serve_another(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "features.safetensors"
+    for precision in ("fp32", "bf16"):
+        assert "images" in run(tmp_path, labelled, tiny_clip, features=file, precision=precision)["timings_s"]
+    assert len(load_file(file)) == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "expected"),
+    [
+        ("auto", "cuda", False, "fp16"),
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cpu", False, "fp32"),
+        ("auto", "cpu", True, "bf16"),
+        ("fp16", "cuda", True, "fp16"),
+        ("fp32", "cuda", True, "fp32"),
+    ],
+)
+def test_the_automatic_precision_is_the_fastest_that_the_hardware_has(
+    precision: Any, device: str, native: bool, expected: str
+) -> None:
+    machine = replace(detect("cpu"), device=torch.device(device), native_bf16=native)
+    assert set_up_precision(Settings(precision=precision), machine) == expected
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_kept_classifier_is_believed(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    run(tmp_path, labelled, tiny_clip, cache=tmp_path / "kept")
+    before, (file,) = predicted(tmp_path / "out"), list((tmp_path / "kept").iterdir())
+    tensors = load_file(file)
+    classifier = tensors["classifier"]
+    save_file(tensors | {"classifier": classifier.roll(1, 1).contiguous()}, file)
+    run(tmp_path, labelled, tiny_clip, cache=tmp_path / "kept")
+    assert predicted(tmp_path / "out") == [NAMES[(NAMES.index(name) + 1) % len(NAMES)] for name in before]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_seed_draws_the_first_five_right_and_wrong_cases_of_its_order(
+    tiny_clip: str, labelled: Path, tmp_path: Path
+) -> None:
+    lines = run(tmp_path, labelled, tiny_clip, seed=4)["metrics"]["cases"]
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(4)).tolist()
+    right = [row for row in order if table.truth[row] == table.predicted[row]][:5]
+    wrong = [row for row in order if table.truth[row] != table.predicted[row]][:5]
+    expected = [f"Successful Cases: ('{table.file[row]}', '{table.predicted[row]}')" for row in right]
+    for row in wrong:
+        expected.append(
+            f"Failed Cases: ('{table.file[row]}', 'GT:{table.truth[row]}', 'Predicted:{table.predicted[row]}')"
+        )
+    assert lines == expected
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_results_go_to_the_output_or_to_a_folder_named_after_model_prompts_and_names(
+    tiny_clip: str, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("P3_clip_zeroshot.ROOT", tmp_path)
+    for output in (tmp_path / "mine", None):
+        settings = Settings(images=labelled, model=tiny_clip, prompts="single", names="clean", cache=tmp_path / "c")
+        main(replace(settings, output=output))
+    label = re.sub("[^A-Za-z0-9.]+", "-", tiny_clip)
+    named = tmp_path / "runs" / "p3_clip" / f"{label}-single-clean"
+    assert (named / "predictions.csv").read_bytes() == (tmp_path / "mine" / "predictions.csv").read_bytes()
+    assert {path.name for path in named.iterdir()} == {"per_class.csv", "predictions.csv", "record.json"}
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_printed_shares_are_those_of_the_record(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = run(tmp_path, labelled, tiny_clip, prompts="cifar", names="clean", precision="fp32")["metrics"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len({metrics["top1"], metrics["top5"], len(metrics["templates"])}) == 3
+    assert f"Accuracy: {100 * metrics['top1']:.2f}%" in lines
+    assert f"Top-5: {100 * metrics['top5']:.2f}%, mean per-class recall: {100 * metrics['mean_recall']:.2f}%" in lines
+    assert f"Model: {tiny_clip}, fp32" in lines
+    assert "Prompts: cifar (18, such as 'a photo of a {}.'), names clean" in lines
+    assert "Pictures: 30 of 6 classes" in lines
+    pair = metrics["confused_pairs"][0]
+    assert f"confused: {pair['truth']} taken for {pair['predicted']}, {pair['times']} of 5" in lines
+
+
 # --------------------------------------------------------------- caches
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_second_run_needs_no_model_and_no_picture_and_says_the_same(
     tiny_clip: str, labelled: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +363,7 @@ def test_a_second_run_needs_no_model_and_no_picture_and_says_the_same(
     assert first["metrics"] == second["metrics"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_classifier_cache_knows_names_prompts_labels_and_weights(
     tiny_clip: str, labelled: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +382,7 @@ def test_the_classifier_cache_knows_names_prompts_labels_and_weights(
     assert not built(names="clean")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_damaged_classifier_is_built_anew(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     first = run(tmp_path, labelled, tiny_clip)
     (cached,) = (tmp_path / "cache").glob("classifier_*")
@@ -154,6 +392,7 @@ def test_a_damaged_classifier_is_built_anew(tiny_clip: str, labelled: Path, tmp_
     assert "text" in again["timings_s"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     file = tmp_path / "features.safetensors"
     run(tmp_path, labelled, tiny_clip, features=file)
@@ -168,6 +407,7 @@ def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, label
     assert file.read_bytes() == before
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_embeddings_of_another_model_are_told_and_added(
     tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +430,7 @@ def test_flags_replace_those_of_the_preset() -> None:
     )
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_kept_features_serve_other_prompts(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     run(tmp_path, labelled, tiny_clip, features=tmp_path / "features.safetensors")
     kept = run(tmp_path, labelled, tiny_clip, prompts="cifar", features=tmp_path / "features.safetensors")
@@ -232,6 +473,7 @@ def test_what_a_run_leaves_behind(tiny_clip: str, labelled: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(not STANDIN.is_file(), reason=f"{STANDIN.name} is not next to the repository")
+@pytest.mark.usefixtures("without_figures")
 def test_the_layout_of_the_homework(tiny_clip: str, tmp_path: Path) -> None:
     with tarfile.open(STANDIN) as archive:
         archive.extractall(tmp_path, filter="data")

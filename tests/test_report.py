@@ -9,8 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 from P1_model import Network, save_network
 from pages.elements import Element, Figure, Score, Section, Table
 from pages.page import RenderedSection, render_section, write_page
-from report import Settings, find_inputs, main, run_sections, sections_of
+from report import Settings, find_inputs, main, print_scores, run_sections, sections_of
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.steps import Outcome, Runner, Step, failure_reason
@@ -166,11 +167,112 @@ def test_concepts_of_the_course_are_read_from_its_file(tmp_path: Path) -> None:
     assert "a <new1> next to a <cat>" in words(sections["p3-layout"])
 
 
-def test_quick_leaves_data_alone(tmp_path: Path) -> None:
+def test_quick_leaves_data_alone_and_takes_less_of_everything(tmp_path: Path) -> None:
     data = course_data(tmp_path / "data")
     sections = planned(Settings(output=tmp_path, data=data, quick=True))
     assert all(section.shipped for section in sections.values())
     assert str(data) not in " ".join(words(section) for section in sections.values())
+    assert "zeroshot --count 340" in words(sections["miniature-zeroshot"])
+    assert "--retries 0" not in words(sections["p1-scores"])
+    assert words(sections["p1-figures"]).endswith("--figures grid reverse")
+    assert "ripple" not in words(sections["miniature-words"])
+
+
+def everything(folder: Path) -> Settings:
+    """Return settings with the course's data, a model, and files of one's own."""
+    for name in ("my.pt", "my.safetensors", "my.pth"):
+        (folder / name).touch()
+    return Settings(output=folder / "out", data=course_data(folder / "data"), model="owner/name", device="cpu")
+
+
+# flag -> its value, and for a section what a command of it then says; @ is the folder
+FLAGS: dict[str, tuple[Any, dict[str, str]]] = {
+    "output": (
+        "@/mine",
+        {
+            "p1-scores": "--output @/mine/steps/p1_digits_plain/images",
+            "p2-figures": "--output @/mine/steps/p2_figures",
+            "p3-zeroshot": "--output @/mine/steps/p3_zeroshot",
+            "p3-words": "--output @/mine/steps/p3_words/vectors",
+        },
+    ),
+    "data": (
+        "@/data",
+        {
+            "p1-scores": "--mnistm-classifier @/data/Classifier.pth",
+            "p2-faces": "--model @/data/face/UNet.pt --device cpu --noise @/data/face/noise --output",
+            "p3-zeroshot": "--images @/data/clip_zeroshot/val",
+            "p3-scores": "--input @/data/textual_inversion/input.json --references @/data/textual_inversion",
+        },
+    ),
+    "model": (
+        "other/model",
+        {
+            "p3-words": "--model other/model --concepts",
+            "p3-scores": "--model other/model --embeddings",
+            "p3-layout": "--model other/model --embeddings",
+        },
+    ),
+    "unet": ("@/my.pt", {"p2-faces": "--model @/my.pt", "p2-figures": "--model @/my.pt"}),
+    "digits": ("@/my.safetensors", {"p1-scores": "--model @/my.safetensors", "p1-figures": "--model @/my.safetensors"}),
+    "mnistm_classifier": ("@/my.pth", {"p1-scores": "--mnistm-classifier @/my.pth"}),
+    "clip": ("other/clip", {"p3-scores": "--clip other/clip"}),
+    "device": (
+        "cpu",
+        {
+            "p1-scores": "P1_inference.py --output @/out/steps/p1_digits_plain/images --model "
+            f"{ROOT}/checkpoints/p1_digits.safetensors --device cpu",
+            **dict.fromkeys(("p1-figures", "p2-faces", "p2-figures", "p3-zeroshot", "p3-words"), "--device cpu"),
+            **dict.fromkeys(("p3-scores", "p3-together", "p3-layout"), "--device cpu"),
+        },
+    ),
+}
+
+
+def test_the_table_of_flags_is_whole() -> None:
+    """The others have a test of their own below: which sections there are, what is run again."""
+    assert {field.name for field in fields(Settings)} == {*FLAGS, "problems", "quick", "fresh"}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_reaches_the_commands_that_it_is_for(flag: str, tmp_path: Path) -> None:
+    value, expected = FLAGS[flag]
+    value = value.replace("@", str(tmp_path))
+    kind = str if flag in ("model", "clip", "device") else Path
+    changes: dict[str, Any] = {flag: kind(value)}
+    settings: Settings = replace(everything(tmp_path), **changes)
+    sections = planned(settings)
+    for name, text in expected.items():
+        assert text.replace("@", str(tmp_path)) in words(sections[name]), name
+
+
+@pytest.mark.parametrize("course", [False, True])
+def test_every_step_follows_all_steps_whose_results_it_reads_and_writes_into_its_own_folder(
+    course: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    settings = everything(tmp_path) if course else Settings(output=tmp_path / "out", data=tmp_path / "empty")
+    inputs = find_inputs(settings)
+    steps = {step.name: step for section in sections_of(settings, inputs) for step in section.steps}
+    written = ("--output", "--record", "--run", "--cache", "--figure")
+    before: dict[str, set[str]] = {}
+    for name, step in steps.items():
+        before[name] = set(step.after).union(*(before[other] for other in step.after))  # in the order of the page
+        for command in step.commands:
+            for flag, word in zip(("", *command), command, strict=False):
+                path = Path(word)
+                if inputs.steps in path.parents:
+                    owner = path.relative_to(inputs.steps).parts[0]
+                    assert owner == name or (owner in before[name] and flag not in written), (name, flag, word)
+
+
+@pytest.mark.parametrize("problems", [("P1",), ("P3", "P2"), ("P3", "P2", "P1")])
+def test_only_the_requested_problems_are_on_the_page_in_its_own_order(problems: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    settings = Settings(output=tmp_path, data=tmp_path / "empty", problems=problems)
+    order = [section.problem for section in sections_of(settings, find_inputs(settings))]
+    assert order == sorted(order)
+    assert set(order) == set(problems)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +337,71 @@ def test_results_that_cannot_be_read_are_a_reason(tmp_path: Path) -> None:
     assert "KeyError: 'accuracy'" in render_section(section, tmp_path, {"a": Outcome("done", "key")}).reason
 
 
-def test_the_fallback_is_run_when_a_section_fails(tmp_path: Path) -> None:
+def test_the_fallback_is_run_when_a_section_fails_and_stands_next_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = section_of("good", counting(tmp_path, "b"), elements=[Score("right", "100 %")])
     section = section_of("bad", counting(tmp_path, "a", code=2), fallback=good)
-    rendered = run_sections([section], tmp_path / "steps", fresh=False)
-    assert [(one.section.name, bool(one.reason)) for one in rendered] == [("bad", True), ("good", False)]
-    assert ran(tmp_path) == "ab"
+    other = section_of("other", counting(tmp_path, "c"))
+    rendered = run_sections([section, other], tmp_path / "steps", fresh=False)
+    states = [(one.section.name, bool(one.reason)) for one in rendered]
+    assert states == [("bad", True), ("good", False), ("other", False)]
+    assert ran(tmp_path) == "abc"
+    assert re.findall(r"== (\d/\d)", capsys.readouterr().err) == ["1/2", "2/3", "3/3"]
+
+
+def test_the_scores_are_printed_with_what_is_wanted_and_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores: list[Element] = [Score("digits read right", "91.2 %", "90 %"), Table("t", ("a",), ()), Score("faces", "7")]
+    lacking = replace(section_of("y", Step("a", "step a", ())), problem="P2")
+    failed = {"a": Outcome("failed", "key", reason="it broke\nsecond line")}
+    print_scores(
+        [
+            render_section(section_of("x", elements=scores), tmp_path, {}),
+            render_section(lacking, tmp_path, failed),
+        ]
+    )
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "P1 digits read right 91.2 % (wanted: 90 %)",
+        "P1 faces 7",
+        "P2 Section y: not there. step a: it broke",
+    ]
+
+
+def test_the_command_ends_with_its_scores_its_minutes_and_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = section_of("x", counting(tmp_path, "a"), elements=[Score("right", "97 %")])
+    clock = iter([1000.0, 1090.0])
+    monkeypatch.setattr("report.sections_of", lambda *_: [section])
+    monkeypatch.setattr("report.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    main(Settings(output=tmp_path / "out"))
+    score, end = capsys.readouterr().out.splitlines()
+    assert score.split() == ["P1", "right", "97", "%"]
+    assert end == f"1.5 minutes. The page: {tmp_path / 'out' / 'index.html'}"
+    assert "97 %" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("fresh", "times"), [(False, "a"), (True, "aa")])
+def test_the_same_command_runs_a_step_again_only_if_it_must(
+    fresh: bool, times: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("report.sections_of", lambda *_: [section_of("x", counting(tmp_path, "a"))])
+    for again in (False, fresh):
+        main(Settings(output=tmp_path / "out", fresh=again))
+    assert ran(tmp_path) == times
+
+
+def test_a_section_without_results_is_exit_code_1_and_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = [section_of("x", counting(tmp_path, "a", code=2)), section_of("y", counting(tmp_path, "b"))]
+    monkeypatch.setattr("report.sections_of", lambda *_: sections)
+    with pytest.raises(SystemExit) as error:
+        main(Settings(output=tmp_path / "out"))
+    assert (error.value.code, ran(tmp_path)) == (1, "ab")
+    assert "1 of 2 sections have results" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_texts_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from first_step import first_loss
 from PIL import Image
 from small_clip import run as run_zeroshot
 from torch import Tensor
@@ -35,7 +36,7 @@ from miniature.clip_batches import (
     restyled,
     true_of,
 )
-from miniature.clip_grading import encode_images, encode_texts, held_out_pairs, matching
+from miniature.clip_grading import encode_images, encode_texts, held_out_pairs, matching, measure_rates
 from miniature.clip_loss import StyleLoss, contrastive_loss, forward, parameter_groups
 from miniature.clip_model import (
     SHIPPED,
@@ -48,15 +49,17 @@ from miniature.clip_model import (
     save_clip,
     to_transformers,
 )
-from miniature.scenery.captions import Caption, caption
+from miniature.scenery.captions import ALONE, Caption, caption
 from miniature.scenery.render import as_tensor, dataset, render, render_batch
 from miniature.scenery.scenes import (
     ALL_KINDS,
+    ALL_STYLES,
     HELD_OUT_KINDS,
     HELD_OUT_PAIRS,
     KINDS,
     Background,
     Scene,
+    SceneSpec,
     Thing,
     sample_scene,
 )
@@ -64,6 +67,7 @@ from miniature.scenery.vocabulary import END, LENGTH, START, learn_merges, make_
 from miniature.train_clip import ConvertClip, GradeClip, TrainClip, main
 from miniature.world import RenderZeroshot, render_zeroshot
 from runtime.cli import BadInput
+from runtime.seeds import derived_seed
 from training.log import TrainingLog
 
 TINY = ClipSize(embedding=32, vision_width=32, vision_layers=2, text_width=32, text_layers=2, head=16)
@@ -441,6 +445,122 @@ def test_matching_accepts_any_true_caption(clip: SmallClip) -> None:
 
 
 # ---------------------------------------------------------------- training
+
+
+def test_the_first_steps_loss_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in -1..1; contrastive, 0.7 x objects at patches, 0.3 x style; random weights and batch 0 of the seed."""
+    settings = small(tmp_path, parts=0.7, styles=0.3, seed=3, precision="fp32", device="cpu")
+    loss = first_loss(lambda: main(settings), monkeypatch)
+
+    tokenizer, batch = make_tokenizer(), ClipBatches(3, 8, TINY.patch)[0]
+    torch.manual_seed(3)
+    model = open_clip.CLIP(**model_config(TINY, tokenizer))
+    objects, styles = torch.nn.Linear(32, NONE + 1), torch.nn.Linear(32, len(ALL_STYLES))
+    states: list[Tensor] = []
+    model.visual.transformer.resblocks[-2].register_forward_hook(lambda *values: states.append(values[2]))
+    with torch.no_grad():
+        x = model.encode_image(batch.images.float() / 127.5 - 1, normalize=True)
+        tokens = tokenizer(batch.texts, padding="max_length", return_tensors="pt").input_ids
+        y, scale = model.encode_text(tokens, normalize=True), model.logit_scale.exp()
+        logits, contrastive = scale * x @ y.T, 0.0
+        for k in range(8):
+            row = [logits[k, j] for j in range(8) if j == k or not batch.is_true[k, j]]
+            column = [logits[i, k] for i in range(8) if i == k or not batch.is_true[i, k]]
+            contrastive += float(torch.stack(row).logsumexp(0) + torch.stack(column).logsumexp(0) - 2 * logits[k, k])
+
+        total, weights = 0.0, 0.0
+        for k, answers in enumerate(objects(states[0][:, 1:])):
+            answers[:, :NONE][:, batch.never[k]] = -torch.inf
+            for answer, kind in zip(answers.log_softmax(1), batch.parts[k].flatten().tolist(), strict=True):
+                weight = 0.3 if kind == NONE else 1.0
+                total, weights = total - weight * float(answer[kind]), weights + weight
+        style = F.cross_entropy(styles(scale * x), batch.styles)
+    assert loss == pytest.approx(contrastive / 16 + 0.7 * total / weights + 0.3 * float(style), rel=1e-4)
+
+
+def test_a_batch_is_made_of_families_whose_images_texts_and_labels_are_of_the_same_scenes() -> None:
+    """Every fourth scene is drawn freely, the three after it are relatives, or itself in other styles; grey families have no colour."""
+    kinds = set()
+    for step in range(6):
+        batch, scenes, captions = ClipBatches(7, 16, 8)[step], list[Scene](), list[Caption]()
+        for row in range(16):
+            seed, member = derived_seed(7, step, row // 4, row % 4), row % 4
+            if not member:
+                scenes.append(sample_scene(seed))
+            else:
+                others = [similar(scenes[row - member], member, seed) for similar in (relative, restyled)]
+                one_style = len(set(batch.styles[row - member : row - member + 4].tolist())) == 1
+                scenes.append(others[0] if one_style else others[1])
+            text = caption(scenes[row], derived_seed(7, step, row // 4, row % 4, 1))
+            pixels = render(scenes[row])
+            grey = bool((batch.images[row] == batch.images[row][:1]).all())
+            if grey:
+                pixels, text = greyed(pixels, text)
+            captions.append(text)
+            kinds.add((grey, member))
+            assert torch.equal(batch.images[row], as_tensor(pixels[None])[0])
+            assert batch.texts[row].removesuffix(".") == text.text
+            assert ALL_STYLES[batch.styles[row]] == scenes[row].style
+        assert torch.equal(batch.parts, parts_of(scenes, 8))
+        assert torch.equal(batch.never, never_seen(scenes))
+        by_colour = batch.never.float() @ bare_kinds(scenes, captions).float().T > 0
+        assert torch.equal(batch.is_true, true_of(scenes, captions) | by_colour)
+    assert len(kinds) == 8  # both sorts occur
+
+
+class Knowing:
+    """Image and text features that agree on all questions but one."""
+
+    def __init__(self, count: int, seed: int, wrong: str):
+        self.texts: list[str] = []
+        self.wrong = wrong
+        held_out = [
+            sample_scene(derived_seed(seed, k), SceneSpec(kinds=(KINDS[k % len(KINDS)],), pairs="held_out"))
+            for k in range(count)
+        ]
+        whole = dataset(count, seed + 1)
+        singles = dataset(count, seed, SceneSpec(count=1, among=KINDS)).scenes
+        self.known = {render(scene).tobytes(): (scene, "") for scene in [*held_out, *singles]}
+        self.held_out = {render(scene).tobytes() for scene in held_out}
+        self.known |= {
+            image.tobytes(): (scene, each.text)
+            for image, scene, each in zip(whole.images, whole.scenes, whole.captions, strict=True)
+        }
+
+    def encode_texts(self, _: Any, texts: Any) -> Tensor:
+        self.texts += [text for text in texts if text not in self.texts]
+        return F.one_hot(torch.tensor([self.texts.index(text) for text in texts]), 400).float()
+
+    def encode_images(self, _: Any, images: Tensor) -> Tensor:
+        rows = []
+        for image in images.permute(0, 2, 3, 1).contiguous().numpy():
+            scene, text = self.known[image.tobytes()]
+            thing = scene.things[0]
+            right = {
+                "object": f"a photo of a {thing.kind}.",
+                "colour": f"a photo of a {thing.colour} object.",
+                "background": f"a photo of an object on a {scene.background.colour} background.",
+                "style": f"a photo of an object in the style of {scene.style}.",
+                "place": f"a photo of an object {ALONE[thing.place][0]}.",
+                "caption": text,
+            }
+            single = "held out" if image.tobytes() in self.held_out else "object"
+            wrong = "object" if self.wrong == single else "" if self.wrong == "object" else self.wrong
+            right = {name: words for name, words in right.items() if name != wrong}
+            rows.append(sum(self.encode_texts(None, [*right.values()])))
+        return torch.stack([torch.as_tensor(row) for row in rows])
+
+
+@pytest.mark.parametrize("wrong", ["", "object", "colour", "background", "style", "place", "held out", "caption"])
+def test_a_clips_mistakes_show_in_the_line_of_their_question_alone(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle: Any = Knowing(24, 3, wrong)
+    for name in ("encode_images", "encode_texts"):
+        monkeypatch.setattr(f"miniature.clip_grading.{name}", getattr(oracle, name))
+    rates = measure_rates(oracle, 24, 3)
+    lines = {"held out": "object, held-out pairs", "caption": "caption, of 100"}
+    below = {line for line, rate in rates.items() if rate < 1}
+    assert below == ({lines.get(wrong, wrong)} if wrong else set())
+    assert len(rates) == 7
 
 
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from first_step import first_loss
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -33,6 +34,7 @@ from miniature.diffusion_parts import (
     load_unet,
     load_vae,
     make_autoencoder,
+    make_unet,
     prompt_sheet,
     save_part,
     tokenize,
@@ -46,11 +48,12 @@ from miniature.judge_model import (
     save_scene_classifier,
 )
 from miniature.latents import Latents, cached_latents
-from miniature.scenery.render import dataset
+from miniature.scenery.render import dataset, render_batch
 from miniature.scenery.scenes import ANY_PAIR, FREE, HELD_OUT_PAIRS, SceneSpec
 from miniature.train_diffusion import AssemblePipeline, TrainDiffusion, draw_cases
 from runtime.cli import BadInput
 from runtime.seeds import derived_seed
+from training.draws import Draws
 from training.loop import TrainingRun
 
 CPU = torch.device("cpu")
@@ -170,6 +173,23 @@ def test_psnr_is_that_of_the_pixels(vae: Path) -> None:
     assert rates["worst"] <= rates["psnr"] <= rates["psnr_per_picture"]
 
 
+def test_an_autoencoders_first_loss_is_that_of_a_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L1 + L2 + 0.05 KL of the training seeds' images in -1..1, decoded from a sample of the posterior."""
+    settings = small_autoencoder(tmp_path, kl=0.05, seed=2, precision="fp32")
+    loss = first_loss(lambda: autoencoder.main(settings), monkeypatch)
+    torch.manual_seed(2)
+    network = make_autoencoder((8, 8, 8))
+    images = render_batch([derived_seed(2, autoencoder.TRAINED, 0, index) for index in range(2)], ANY_PAIR).images
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = network.encode(x).latent_dist
+        noise = Draws(2, 0, slice(2), 2, CPU).normal(4, 16, 16)
+        error = network.decode(posterior.mean + posterior.std * noise).sample - x
+        kl = posterior.kl().mean() / (4 * 16 * 16)
+    assert loss == pytest.approx(float(error.abs().mean() + error.square().mean() + 0.05 * kl), rel=1e-4)
+    assert len({autoencoder.TRAINED, autoencoder.GRADED, autoencoder.SHOWN}) == 3
+
+
 def test_a_stopped_autoencoder_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, interrupt: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,7 +273,7 @@ def test_captions_are_dropped_as_often_as_the_flag_says(
 
 def test_the_schedule_is_that_of_stable_diffusion() -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    scheduler = make_scheduler()
+    scheduler: Any = make_scheduler()
     assert torch.allclose(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-4)
     assert (scheduler.config["prediction_type"], scheduler.config["steps_offset"]) == ("epsilon", 1)
 
@@ -278,6 +298,49 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert not (tmp_path / "parts" / "unet").exists()
     diffusion.main(settings)
     assert same_weights(tmp_path, trained.folder)
+
+
+def test_a_u_nets_first_loss_is_that_of_a_plain_step(
+    clip: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eps prediction on scaled latents with weight min(1 + 1/SNR, 3), half of the captions empty, images of the flags' scenes."""
+    flags: dict[str, Any] = {"drop_text": 0.5, "max_loss_weight": 3.0, "shares": (0.0, 1.0, 0.0), "min_size": 20}
+    settings = small(tmp_path, clip, vae, batch=8, seed=4, precision="fp32", **flags)
+    loss = first_loss(lambda: diffusion.main(settings), monkeypatch)
+
+    tower, tokenizer = load_text_tower(clip)
+    network, images = load_vae(vae / "vae"), dataset(10, 4, SceneSpec(shares=(0.0, 1.0, 0.0), min_size=20))
+    torch.manual_seed(4)
+    unet = make_unet((16, 32), 32)
+    draws = Draws(4, 0, slice(8), 8, CPU)
+    rows = (draws.uniform() * 10).long()
+    x = torch.from_numpy(images.images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior, noise = network.encode(x).latent_dist, draws.normal(4, 16, 16)
+        x0 = network.config["scaling_factor"] * (posterior.mean + posterior.std * noise)
+        t, eps = draws.timesteps(1000), draws.normal(4, 16, 16)
+        empty = draws.uniform() < 0.5
+        texts = ["" if empty[k] else images.captions[row].text for k, row in enumerate(rows.tolist())]
+        states = tower(tokenize(tokenizer, texts)).last_hidden_state
+        scheduler: Any = make_scheduler()
+        predicted = unet(scheduler.add_noise(x0, eps, t), t, states).sample
+        alpha_bar = scheduler.alphas_cumprod[t]
+        weight = (1 / alpha_bar).clamp(max=3)  # 1 + (1 - alpha_bar) / alpha_bar ..
+        errors = (predicted - eps).square().mean((1, 2, 3))
+    assert 0 < int(empty.sum()) < 8
+    assert loss == pytest.approx(float((weight * errors).mean()), rel=2e-3)  # latents are kept in half precision
+
+
+def test_each_prompt_is_drawn_with_its_own_seed_and_the_flags_steps_and_guidance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = GradeDiffusion(count=3, held_out=1, scenes=1, couples=1, steps=7, guidance=2.5, batch=4, seed=9)
+    monkeypatch.setattr(diffusion, "draw", lambda *values: values)
+    cases = cases_of(settings)
+    pipe, prompts, seeds, *rest = cast(Any, draw_cases(cast(Any, "pipe"), cases, settings))
+    assert (pipe, rest) == ("pipe", [7, 2.5, 4])
+    assert prompts == [case.prompt for case in cases]
+    assert seeds == [derived_seed(9, index) for index in range(6)]
 
 
 def test_a_finished_run_leaves_sheet_record_and_small_weights(trained: SimpleNamespace) -> None:

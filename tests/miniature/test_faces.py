@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from first_step import first_loss
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -157,6 +158,28 @@ def test_random_cuts_never_leave_the_photograph() -> None:
 
 
 # ---------------------------------------------------------------- training
+
+
+def test_the_first_steps_loss_is_that_of_a_plain_step(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eps prediction with weight min(SNR, 5) / SNR on random crops of the people who are trained on, in -1..1."""
+    settings = small(people, tmp_path, batch=6, seed=5)
+    loss = first_loss(lambda: main(settings), monkeypatch)
+    faces = load_faces(people)
+    left_out = held_out_people(faces, settings.held_out, 5)
+    images = faces.images[[person not in left_out for person in faces.people]]
+    torch.manual_seed(5)
+    unet = make_network(settings.channels, settings.blocks)
+    draws = Draws(5, 0, slice(6), 6, CPU)
+    x0 = random_crops(images, draws)
+    t, eps = draws.timesteps(1000), draws.normal(3, 64, 64)
+    alpha_bar = linear(1000).alpha_bar[t].float().view(-1, 1, 1, 1)
+    with torch.no_grad():
+        predicted = unet(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps, t).sample
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    errors = (predicted - eps).square().mean((1, 2, 3))
+    assert loss == pytest.approx(float((snr.clamp(max=5) / snr * errors).mean()), rel=1e-3)
 
 
 def test_training_learns(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

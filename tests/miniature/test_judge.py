@@ -28,6 +28,7 @@ from miniature.judge import (
     table,
 )
 from miniature.judge_model import (
+    BOXED,
     NONE,
     WHOLE,
     SceneClassifier,
@@ -37,14 +38,16 @@ from miniature.judge_model import (
     load_scene_classifier,
     save_scene_classifier,
 )
-from miniature.judge_training import IGNORED, make_batch, truth_of, worsen
-from miniature.scenery.render import as_tensor, render, render_batch
+from miniature.judge_training import IGNORED, loss_of, make_batch, truth_of, worsen
+from miniature.scenery.render import as_tensor, dataset, render, render_batch
 from miniature.scenery.scenes import (
     ALL_KINDS,
+    ANY_PAIR,
     COLOURS,
     HELD_OUT_KINDS,
     HELD_OUT_PAIRS,
     HELD_OUT_STYLES,
+    KINDS,
     Scene,
     SceneSpec,
     sample_scene,
@@ -52,6 +55,7 @@ from miniature.scenery.scenes import (
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.images import to_float
+from runtime.seeds import derived_seed
 from training.draws import Draws
 from training.log import TrainingLog
 
@@ -184,6 +188,179 @@ def test_labels_tell_what_is_left_of_a_scene() -> None:
     assert one.whole["kind"].tolist() == kinds[1:]
     assert WHOLE["place"][one.whole["place"]] == "right"
     assert WHOLE["style"][both.whole["style"]] == "ripple"
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_cells_near_an_objects_centre_teach_its_kind_and_colour_and_no_other_cell_teaches_a_colour(
+    missing: int | None,
+) -> None:
+    """Within a fifth of the object's size of its centre; from 0.35 on a cell is empty, and what lies between isn't asked."""
+    spec = SceneSpec(kinds=("key", "star"), colours=("red", "blue"), boxes=(LEFT, RIGHT))
+    cells = truth_of([sample_scene(1, spec)], [missing], Random(0)).cells
+    things = [("key", "red", (16, 31)), ("star", "blue", (48, 33))]
+    for row in range(16):
+        for column in range(16):
+            expected = (NONE, IGNORED)
+            for index, (kind, colour, centre) in enumerate(things):
+                far = max(abs(4 * column + 2 - centre[0]), abs(4 * row + 2 - centre[1])) / 26
+                if index != missing and far < 0.35:
+                    inside = (ALL_KINDS.index(kind), list(COLOURS).index(colour))
+                    expected = inside if far < 0.2 else (IGNORED, IGNORED)
+            assert (int(cells["kind"][0, row, column]), int(cells["colour"][0, row, column])) == expected
+
+
+def test_every_question_about_the_whole_image_has_its_own_answer() -> None:
+    """The background is not the object's colour, and the ground not the style."""
+    spec = SceneSpec(
+        kinds=("moon",), colours=("pink",), background="green", ground="textured", style="dots", place="below"
+    )
+    whole = truth_of([sample_scene(2, spec)], [None], Random(0)).whole
+    answers = {question: WHOLE[question][int(label)] for question, label in whole.items()}
+    expected = {"kind": "moon", "colour": "pink", "background": "green", "ground": "textured", "style": "dots"}
+    assert answers == {**expected, "place": "below"}
+
+
+def test_a_box_is_labelled_by_its_image_and_an_empty_one_teaches_no_colour() -> None:
+    scenes = render_batch(range(40)).scenes
+    truth = truth_of(scenes, [0 if row % 2 else None for row in range(40)], Random(0))
+    kinds, colours = truth.boxed["kind"], truth.boxed["colour"]
+    assert torch.equal(colours == IGNORED, kinds == NONE)
+    for row, scene in enumerate(scenes):
+        own = list(zip(kinds[truth.rows == row].tolist(), colours[truth.rows == row].tolist(), strict=True))
+        answers = [(ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour)) for thing in scene.things]
+        assert own[: len(answers)] == [(NONE, IGNORED)] * (row % 2) + answers[row % 2 :]
+        assert all(answer == (NONE, IGNORED) for answer in own[len(answers) :])
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_every_question_with_full_and_empty_cells_apart() -> None:
+    torch.manual_seed(0)
+    scenes = render_batch(range(6), ANY_PAIR).scenes
+    truth = truth_of(scenes, [0, *[None] * 5], Random(0))
+    whole = {question: torch.randn(6, len(answers)) for question, answers in WHOLE.items()}
+    cells = {question: torch.randn(6, len(answers), 16, 16) for question, answers in BOXED.items()}
+    boxed = {question: torch.randn(len(truth.rows), len(answers)) for question, answers in BOXED.items()}
+
+    class Formula:
+        """Answers at random, but only about the boxes and images that it is asked about."""
+
+        def features(self, x: Tensor) -> Tensor:
+            return x + 1
+
+        def classify(self, features: Tensor) -> Any:
+            assert torch.equal(features, torch.ones(6))
+            return whole, cells
+
+        def classify_boxes(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Any:
+            assert torch.equal(boxes, truth.boxes)
+            assert torch.equal(rows, truth.rows)
+            return boxed
+
+    def mean(pairs: list[tuple[Tensor, int]]) -> float:
+        return sum(float(-logits.log_softmax(0)[label]) for logits, label in pairs) / len(pairs)
+
+    every = [(row, down, right) for row in range(6) for down in range(16) for right in range(16)]
+    kinds = [
+        (cells["kind"][row, :, down, right], int(truth.cells["kind"][row, down, right])) for row, down, right in every
+    ]
+    colours = [
+        (cells["colour"][row, :, down, right], int(truth.cells["colour"][row, down, right]))
+        for row, down, right in every
+    ]
+    expected = mean([pair for pair in kinds if pair[1] not in (NONE, IGNORED)])
+    expected += mean([pair for pair in kinds if pair[1] == NONE])
+    expected += mean([pair for pair in colours if pair[1] != IGNORED])
+    for answers, labels in ((whole, truth.whole), (boxed, truth.boxed)):
+        for question, logits in answers.items():
+            asked = list(zip(logits, labels[question].tolist(), strict=True))
+            expected += mean([pair for pair in asked if pair[1] != IGNORED])
+    network: Any = Formula()
+    assert float(loss_of(network, torch.zeros(6), truth)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_shows_the_scenes_of_its_labels_in_minus_one_to_one_and_paints_over_what_is_missing() -> None:
+    scenes = [sample_scene(derived_seed(3, 5, index), ANY_PAIR) for index in range(8)]
+    whole = rendered(scenes).float() / 127.5 - 1
+    x, truth = make_batch(3, 5, 8, 0.0, CPU)
+    torch.testing.assert_close(x, whole)
+    assert not truth.which.any()
+    assert truth.whole["style"].tolist() == [WHOLE["style"].index(scene.style) for scene in scenes]
+
+    x, truth = make_batch(3, 5, 8, 1.0, CPU)
+    assert truth.which.all()
+    torch.testing.assert_close(x, erase(whole, truth.erased))
+    for row, scene in enumerate(scenes):
+        boxes = [list(thing.box) for thing in scene.things]
+        missing = boxes.index(truth.erased[row].tolist())
+        kinds = truth.boxed["kind"][truth.rows == row].tolist()
+        assert [index for index in range(len(boxes)) if kinds[index] == NONE] == [missing]
+    assert 1 <= sum(make_batch(0, 0, 40, 0.25, CPU)[1].which.tolist()) <= 20
+
+
+class Oracle:
+    """A judge that knows the scenes, and is wrong about the questions that it is given."""
+
+    def __init__(self, scenes: list[Scene], seed: int, wrong: str):
+        self.scenes, self.wrong = scenes, wrong
+        self.truth = truth_of(scenes, [None] * len(scenes), Random(derived_seed(seed, 2)))
+
+    def answers(self, labels: Tensor, count: int, wrong: bool) -> Tensor:
+        return torch.nn.functional.one_hot((labels.clamp(min=0) + wrong) % count, count).float()
+
+    def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        held_out = (self.truth.boxed["kind"] >= len(KINDS)) & (self.truth.boxed["kind"] != NONE)
+        empty = self.truth.boxed["kind"] == NONE
+        labels = {question: self.answers(x, len(BOXED[question]), False) for question, x in self.truth.boxed.items()}
+        for question, name, rows in (
+            ("kind", "held out", held_out),
+            ("kind", "empty", empty),
+            ("colour", "colour", ~empty),
+        ):
+            if self.wrong == name:
+                labels[question][rows] = labels[question][rows].roll(1, 1)
+        return labels
+
+    def whole(self, images: Tensor) -> dict[str, Tensor]:
+        labels = self.truth.whole.items()
+        return {
+            question: self.answers(x, len(WHOLE[question]), self.wrong == f"whole {question}") for question, x in labels
+        }
+
+    def objects(self, images: Tensor) -> list[set[tuple[str, str]]]:
+        right = [{(thing.kind, thing.colour) for thing in scene.things} for scene in self.scenes]
+        return [set() if self.wrong == ("several" if len(pairs) > 1 else "single") else pairs for pairs in right]
+
+    def leaked(self, images: Tensor, boxes: Tensor, kinds: Any, colours: Any) -> Tensor:
+        several = [scene for scene in self.scenes if len(scene.things) > 1]
+        outside = [kind == scene.things[1].kind for kind, scene in zip(kinds, several, strict=True)]
+        assert boxes.tolist() == [list(scene.things[0].box) for scene in several]
+        return torch.tensor(outside) ^ (self.wrong == "leaks")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lines"),
+    [
+        ("", ()),
+        ("held out", ("held-out object, in its box",)),
+        ("empty", ("empty box",)),
+        ("colour", ("colour, in its box",)),
+        ("whole kind", ("object, single",)),
+        ("whole colour", ("colour, single",)),
+        ("whole place", ("place, single",)),
+        ("whole style", ("style",)),
+        ("whole background", ("background",)),
+        ("whole ground", ("ground",)),
+        ("single", ("just its objects, single",)),
+        ("several", ("just its objects, several",)),
+        ("leaks", ("no leak where there is none", "a leak where there is one")),
+    ],
+)
+def test_a_judges_mistakes_show_in_the_line_of_their_question_alone(wrong: str, lines: tuple[str, ...]) -> None:
+    batch = dataset(24, 5, ANY_PAIR)
+    judge: Any = Oracle(batch.scenes, 5, wrong)
+    for rates in measure_rates(judge, 24, 5).values():
+        below = {line for line, rate in rates.items() if rate < 1}
+        assert below == {*lines, *(("object, in its box",) if wrong == "held out" else ())}
+        assert all(rates[line] == 0 for line in lines)
 
 
 def test_boxes_without_an_object_touch_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniature.scenery.captions import STYLE_TRAITS, TRAITS, caption
+from miniature.scenery.captions import ALONE, STYLE_TRAITS, TRAITS, caption
 from miniature.scenery.concepts import concept_scenes
 from miniature.scenery.render import dataset, render, render_batch
 from miniature.scenery.scenes import (
@@ -296,6 +297,66 @@ def test_placed_pairs_are_told_the_right_way_round() -> None:
     assert seen > 30
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_single_objects_caption_names_its_own_place_or_none(place: str) -> None:
+    named = 0
+    for seed in range(150):
+        words = caption(sample_scene(seed, SceneSpec(place=place)), seed)
+        places = {name for name, wordings in ALONE.items() if any(f" {wording}" in words.text for wording in wordings)}
+        assert places == ({place} if "place" in words.named else set()), words.text
+        named += bool(places)
+    assert 50 < named < 100
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_caption_of_a_placed_pair_is_true(column: bool, first: int) -> None:
+    """Whichever of the two the scene lists first: `first` is left of the other, or above it."""
+    boxes = ((20, 2, 44, 26), (20, 36, 44, 60)) if column else ((2, 20, 26, 44), (36, 20, 60, 44))
+    kinds = ("star", "ring")
+    spec = SceneSpec(kinds=kinds, boxes=boxes if first == 0 else boxes[::-1])
+    ordered, other = kinds[first], kinds[1 - first]
+    wordings = {
+        False: {
+            " to the left of ": ordered,
+            " to the right of ": other,
+            " on the left and ": ordered,
+            " left of ": ordered,
+        },
+        True: {" above ": ordered, " below ": other, " at the top and ": ordered, " over ": ordered},
+    }
+    seen = set()
+    for seed in range(400):
+        words = caption(sample_scene(seed, spec), seed)
+        if {"kind0", "kind1"} <= words.named:
+            for wording, name in wordings[column].items():
+                if wording in words.text:
+                    assert name in words.text.split(wording)[0], words.text
+                    seen.add(wording)
+            assert not any(wording in words.text for wording in wordings[not column])
+    assert seen == set(wordings[column])
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_the_caption_of_three_in_a_row_is_true(column: bool) -> None:
+    starts = ((2, 24), (24, 24), (44, 24))
+    boxes = tuple((y, x, y + 18, x + 18) if column else (x, y, x + 18, y + 18) for x, y in starts)
+    spec = SceneSpec(kinds=("star", "ring", "moon"), boxes=(boxes[2], boxes[0], boxes[1]))  # ring, moon, star
+    ends = ("from top to bottom", "in a column") if column else ("from left to right", "in a row")
+    seen = set()
+    for seed in range(600):
+        words = caption(sample_scene(seed, spec), seed)
+        if {"kind0", "kind1", "kind2"} <= words.named:
+            order = re.findall(r"\b(star|ring|moon)\b", words.text)
+            for end in ends:
+                if end in words.text:
+                    assert order == ["ring", "moon", "star"], words.text
+                    seen.add(end)
+            if " between " in words.text:
+                assert order[0] == "moon", words.text
+    assert seen == set(ends)
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -356,9 +417,12 @@ def test_zeroshot_pictures_are_of_held_out_pairs_in_the_course_layout(tmp_path: 
     found = pictures(tmp_path / "val")
     assert len(found) == 30
     assert {name.split("_")[0] for name in found} == set(labels)
-    again = render_batch([derived_seed(4, 0)], SceneSpec(kinds=(labels["0"],), pairs="held_out"))
-    assert (found["0_0.png"] == again.images[0]).all()
-    assert (again.scenes[0].things[0].colour, labels["0"]) in HELD_OUT_PAIRS
+    for name, image in found.items():
+        label, index = name.removesuffix(".png").split("_")
+        spec = SceneSpec(kinds=(labels[label],), pairs="held_out")
+        again = render_batch([derived_seed(4, int(index))], spec)
+        assert (image == again.images[0]).all()
+        assert (again.scenes[0].things[0].colour, labels[label]) in HELD_OUT_PAIRS
 
 
 def test_the_sheet_is_one_picture(tmp_path: Path) -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from zeroshot.dataset import LabelledImages
-from zeroshot.results import Result, accuracies, cases, confused_pairs, per_class, write_csv
+from zeroshot.results import (
+    Result,
+    accuracies,
+    cases,
+    cases_figure,
+    confused_pairs,
+    confusion_figure,
+    per_class,
+    write_csv,
+)
 
 
 def result_of(rows: list[list[float]], truth: list[int]) -> Result:
@@ -52,6 +63,56 @@ def test_cases_are_drawn_by_the_seed() -> None:
     right, wrong = cases(result, 1)
     assert {n % 2 for n in right} == {0}
     assert {n % 2 for n in wrong} == {1}
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the figures that would be written."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("zeroshot.results.save_figure", lambda path, figure, dpi: drawn.append(figure))
+    return drawn
+
+
+def test_the_confusion_figure_has_truth_in_rows_as_shares_of_the_row(figures: list[Any]) -> None:
+    def sure(best: int) -> list[float]:
+        return [1.0 if index == best else 0.0 for index in range(7)]
+
+    result = result_of([sure(0), sure(1), sure(1), sure(1), sure(2)], [0, 0, 0, 0, 2])
+    confusion_figure(Path("x"), result, "title")
+    axis = figures[0].axes[0]
+    shares = torch.zeros(7, 7)
+    shares[0, 0], shares[0, 1], shares[2, 2] = 0.25, 0.75, 1
+    assert torch.equal(torch.tensor(axis.images[0].get_array().data).float(), shares)
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("predicted", "truth", "title")
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        assert [label.get_text() for label in labels] == result.images.names
+
+
+def test_the_cases_figure_shows_right_ones_above_with_their_three_likeliest_classes(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    result = result_of([[0.1, 0.6, 0.3] + [0.0] * 4, [0.5, 0.2, 0.25, 0.05] + [0.0] * 3], [1, 2])
+    for index, path in enumerate(result.images.paths):
+        result.images.paths[index] = tmp_path / path
+        Image.new("RGB", (2, 2), (index, 0, 0)).save(tmp_path / path)
+    cases_figure(Path("x"), result, [0], [1], "title")
+    axes = figures[0].axes
+    seen = []
+    for photo, bars in ((axes[0], axes[5]), (axes[10], axes[15])):
+        texts = [text.get_text() for text in bars.texts]
+        widths, colours = ([getattr(bar, f"get_{name}")() for bar in bars.patches] for name in ("width", "facecolor"))
+        seen.append((photo.get_title(), int(photo.images[0].get_array()[0, 0, 0]), texts))
+        assert widths == pytest.approx([float(text.split()[-1][:-1]) / 100 for text in texts])
+        greenest = [colour[1] > colour[0] and colour[1] > colour[2] for colour in colours]
+        reddest = [colour[0] > colour[1] + 0.3 for colour in colours]
+        assert (greenest, reddest) == {
+            "1": ([True, False, False], [False] * 3),
+            "2": ([False, True, False], [True, False, False]),
+        }[photo.get_title()[0]]
+    assert seen == [
+        ("1_0.png\nbee", 0, ["bee  60.0%", "cat  30.0%", "ant  10.0%"]),
+        ("2_1.png\ncat", 1, ["ant  50.0%", "cat  25.0%", "bee  20.0%"]),
+    ]
 
 
 def test_a_table_is_plain_csv(tmp_path: Path) -> None:

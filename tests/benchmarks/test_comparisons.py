@@ -1,0 +1,369 @@
+"""Every comparison of the benchmarks: whose time is whose, ratios the right way up, each number under its name. Clocks are scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_clip import NAMES as CLASSES
+
+from benchmarks import p1_accuracy, p1_sampling, p1_training, p2_ddim, p3_clip, p3_composition
+from benchmarks import p3_textual_inversion as inversion
+from digits.recipes import RECIPES
+from P1_model import Network, save_network
+from runtime.device import detect
+
+CPU = detect("cpu")
+
+
+def scripted(*times: float) -> Callable[..., tuple[float, Any]]:
+    """Return a `timed` that does the work and says that it took the next of these times."""
+    clock: Iterator[float] = iter(times)
+    return lambda work, device: (next(clock), work())
+
+
+def repeats(record: Path) -> dict[str, list[float]]:
+    measured: dict[str, list[float]] = json.loads(record.read_text())["metrics"]["repeats"]
+    return measured
+
+
+@pytest.fixture
+def digits(tiny_network: Network, tmp_path: Path) -> Path:
+    save_network(tmp_path / "p1.safetensors", tiny_network)
+    return tmp_path / "p1.safetensors"
+
+
+def test_p1_sampling_compares_the_default_sampler_with_two_pass_ddpm(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p1_sampling, "timed", scripted(2.0, 4.0, 12.0))
+    monkeypatch.setattr(
+        p1_sampling, "two_pass_ddpm", lambda network, requests, *_: torch.zeros(len(requests), 3, 28, 28)
+    )
+    monkeypatch.setattr(
+        p1_sampling, "accuracy", lambda _, images, *__: [0.9, 0.7] if images.float().std() else [0.1, 0.3]
+    )
+    record = tmp_path / "record.json"
+    p1_sampling.main(p1_sampling.Settings(model=digits, count=1, repeats=2, steps=6, device="cpu", record=record))
+    assert repeats(record) == {
+        "default sampler, s": [2.0, 4.0],
+        "DDPM, two passes, s": [12.0],
+        "times faster": [6.0, 3.0],
+        "accuracy, default": [pytest.approx(0.8)],
+        "accuracy, DDPM": [pytest.approx(0.2)],
+    }
+
+
+def test_p1_accuracy_grades_before_the_retries_and_after(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redraw(sampler: Any, classifiers: Any, requests: Any, images: dict[int, torch.Tensor], count: int) -> None:
+        images.update({row: torch.full_like(image, 100 + count) for row, image in images.items()})
+
+    def accuracy(classifiers: Any, images: torch.Tensor, *_: Any) -> list[float]:
+        redrawn = bool((images == 102).all())
+        return [0.5] if len(classifiers) == 1 else [0.75, 1.0] if redrawn else [0.25, 0.5]
+
+    monkeypatch.setattr(p1_accuracy, "redraw", redraw)
+    monkeypatch.setattr(p1_accuracy, "accuracy", accuracy)
+    monkeypatch.setattr(p1_accuracy, "shipped_classifiers", lambda _: ["mnistm", "svhn"])
+    monkeypatch.setattr(p1_accuracy, "quality", lambda who, images: {"pictures": len(images), "who": len(who)})
+    record = tmp_path / "record.json"
+    p1_accuracy.main(p1_accuracy.Settings(model=digits, seeds=(0, 1), count=1, retries=2, device="cpu", record=record))
+    measured = repeats(record)
+    assert {name: values[0] for name, values in measured.items() if "accuracy" in name} == {
+        "without retries: mnistm accuracy": 0.25,
+        "without retries: svhn accuracy": 0.5,
+        "without retries: mean accuracy": 0.375,
+        "with retries: mnistm accuracy": 0.75,
+        "with retries: svhn accuracy": 1.0,
+        "with retries: mean accuracy": 0.875,
+    }
+    assert {len(values) for values in measured.values()} == {2}
+    assert (measured["with retries: mnistm who"], measured["with retries: svhn who"]) == ([6, 6], [4, 4])
+    assert measured["with retries: svhn pictures"] == [10, 10]
+
+
+def test_p1_training_compares_images_per_second_each_way_in_its_own_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took, setups = {"plain": 4.0, "ours": 1.0}, []
+    monkeypatch.setattr(p1_training, "plain_step", lambda *_: lambda: "plain")
+    monkeypatch.setattr(p1_training, "our_step", lambda *_: lambda: "ours")
+    monkeypatch.setattr(p1_training, "seconds", lambda step, _, count=1: count * took[step()])
+    monkeypatch.setattr(p1_training, "set_up", lambda kind, machine, training: setups.append((kind, training)))
+    monkeypatch.setattr(p1_training, "keep_freed_memory", setups.append)
+    record = tmp_path / "record.json"
+    p1_training.main(p1_training.Settings(preset="tiny", steps=3, rounds=2, device="cpu", record=record))
+    batch = RECIPES["tiny"].batch
+    assert repeats(record) == {
+        "plain, images/s": [batch / 4] * 2,
+        "ours, images/s": [batch] * 2,
+        "times faster": [4.0] * 2,
+    }
+    assert setups == [("fp32", False), False, ("auto", True), True] * 2
+
+
+class AnyNetwork:
+    """Something that can be loaded and moved."""
+
+    def __getattr__(self, name: str) -> Any:
+        return [0] * 1000 if name == "schedule" else lambda *_, **__: self
+
+
+def test_p2_compares_times_memory_and_images_of_ours_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = iter([1.0, 5.0, 1.0, 3.0] * 2)
+    monkeypatch.setattr(p2_ddim, "timed", scripted(12.0, 3.0, 10.0, 5.0))
+    monkeypatch.setattr(p2_ddim, "peak_memory", lambda device, reset=False: next(memory))
+    for name in ("PlainFaceUNet", "load_tensors", "load_model"):
+        monkeypatch.setattr(p2_ddim, name, lambda *_: AnyNetwork())
+    monkeypatch.setattr(p2_ddim, "plain_homework_ddim", lambda *_: torch.tensor([[0.0, 2.0]]))
+    monkeypatch.setattr(
+        p2_ddim, "sample_all", lambda model, noises, *_: [(noise, torch.tensor([1.0, 2.0])) for noise in noises]
+    )
+    monkeypatch.setattr(p2_ddim, "to_image", lambda image, _: image)
+    noises: Any = [SimpleNamespace(x=torch.zeros(2))]
+    assert p2_ddim.side_by_side(Path("x"), "fp32", noises, 5, 2, CPU) == {
+        "baseline, s": [12.0, 10.0],
+        "baseline, GB": [4.0, 4.0],
+        "ours, s": [3.0, 5.0],
+        "ours, GB": [2.0, 2.0],
+        "times faster": [4.0, 2.0],
+        "MSE on 0..255": [0.5],
+        "largest difference on 0..255": [1.0],
+    }
+
+
+def test_p3_clip_counts_the_classifiers_time_against_pairs_only(
+    tiny_clip: str, tiny_weights: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier takes 3 s; batched 6 images in 6 s, alone 2 in 4 s, with all texts 1 in 10 s."""
+    (tmp_path / "random.safetensors").symlink_to(tiny_weights)
+    (tmp_path / "val").symlink_to(labelled)
+    (tmp_path / "id2label.json").write_text(json.dumps(CLASSES))
+    monkeypatch.setattr(p3_clip, "MODEL", "tiny-clip")
+    monkeypatch.setattr(p3_clip, "timed", scripted(3.0, 6.0, 4.0, 10.0))
+    settings = p3_clip.Settings(batched_count=6, image_count=2, pair_count=1, repeats=1, device="cpu")
+    assert p3_clip.measure(tmp_path, settings, CPU, "fp32") == {
+        "batched, images/s": [1.0],
+        "image, images/s": [0.5],
+        "pair, images/s": [0.1],
+        "classifier, s": [3.0],
+        "times faster than one pair at a time": [pytest.approx(10 / 1.5)],
+        "times faster than one image at a time": [2.0],
+        "pair, same predictions": [1.0],
+        "image, same predictions": [1.0],
+    }
+
+
+def test_p3_clips_second_run_is_compared_with_its_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter([(8.0, "fp32"), (2.0, "fp32")])
+    monkeypatch.setattr(p3_clip, "make_inputs", lambda *_: None)
+    monkeypatch.setattr(p3_clip, "whole_run", lambda *_: next(runs))
+    monkeypatch.setattr(p3_clip, "measure", lambda *_: {})
+    p3_clip.main(p3_clip.Settings(device="cpu", record=tmp_path / "record.json"))
+    expected = {"first run, s": [8.0], "cached run, s": [2.0], "second run, times faster": [4.0]}
+    assert repeats(tmp_path / "record.json") == expected
+
+
+def test_inversions_speed_is_the_plain_time_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    took, clock = {"plain": 6.0, "ours": 2.0}, iter([0.0, 20.0, 30.0, 35.0] * 2)
+    monkeypatch.setattr(inversion, "write_images", lambda *_: Path("x"))
+    monkeypatch.setattr(inversion, "gradient_difference", lambda *_: 1e-5)
+    monkeypatch.setattr(inversion, "samples_of", lambda *_: [])
+    monkeypatch.setattr(inversion, "plain_step", lambda *_: lambda: "plain")
+    monkeypatch.setattr(inversion, "our_step", lambda *_: lambda: "ours")
+    monkeypatch.setattr(inversion, "seconds", lambda step, _, count=1: count * took[step()])
+    monkeypatch.setattr(inversion, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    settings = inversion.Speed(steps=5, repeats=2, device="cpu", precision="fp32")
+    assert inversion.compare_speed(settings, CPU) == {
+        "gradient, relative difference": [1e-5],
+        "plain, s per step, fp32": [6.0, 6.0],
+        "ours, s per step, fp32": [2.0, 2.0],
+        "times faster": [3.0, 3.0],
+        "times faster, by processor time": [4.0, 4.0],
+    }
+
+
+def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(facts: dict[str, Any], *_: Any) -> dict[str, Any]:
+        learned = facts["vectors"] / 10 + facts["seed"] / 100
+        shares = {"learned": learned} | ({"initial": 0.05} if facts["initial"] else {})
+        return {"shares": {"object": shares}, "seconds": float(facts["vectors"])}
+
+    monkeypatch.setattr(inversion, "outcome", outcome)
+    monkeypatch.setattr(inversion, "weights_fingerprint", lambda _: "w")
+    record = tmp_path / "record.json"
+    settings = inversion.Concepts(names=("fish",), seeds=2, more_vectors=(4,), device="cpu", record=record)
+    inversion.main(settings)
+    assert repeats(record) == {
+        "object: 1 vector": [0.1, 0.11],
+        "object: initial word": [0.05],
+        "object: 4 vectors": [0.4],
+        "training of one object, s": [1.0, 1.0, 4.0],
+    }
+
+
+def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of the token all hold what was asked for; of those of the initial word one in four does."""
+
+    def sample(requests: Any) -> torch.Tensor:
+        return torch.tensor(
+            [1 if "<new>" in request.prompt else index % 4 == 0 for index, request in enumerate(requests)]
+        )
+
+    learnt: dict[str, Any] = {}
+    monkeypatch.setattr(inversion, "write_images", lambda *_: Path("images"))
+    monkeypatch.setattr(
+        inversion,
+        "learn",
+        lambda *_, **flags: learnt.update(flags) or {"timings_s": {"training": 90.0, "validation": 20.0}},
+    )
+    for name in ("load_pipeline", "install", "read_vectors"):
+        monkeypatch.setattr(inversion, name, lambda *_: None)
+    monkeypatch.setattr(inversion, "StableDiffusionSampler", lambda *_: SimpleNamespace(sample_images=sample))
+    classifier: Any = SimpleNamespace(device="cpu", agrees=lambda images, **answers: images.bool())
+    facts = {"name": "fish", "vectors": 2, "seed": 3, "steps": 7, "batch": 5, "count": 8, "initial": True}
+    settings = inversion.Concepts(folder=tmp_path, model="model", device="cpu")
+    result = inversion.outcome(facts, settings, classifier)
+    assert learnt == {"model": "model", "device": "cpu", "steps": 7, "batch": 5, "seed": 3}
+    assert result["seconds"] == 70.0
+    assert set(result["shares"]) == {
+        "object",
+        "object and colour",
+        "object and background",
+        "object, colour and background",
+    }
+    assert all(shares == {"learned": 1.0, "initial": 0.25} for shares in result["shares"].values())
+    assert json.loads((tmp_path / "fish-2-3" / "outcome.json").read_text()) == result
+
+
+@pytest.mark.parametrize("name", ["fish", "ripple"])
+def test_a_question_names_the_answers_that_are_right(name: str) -> None:
+    for question, (prompts, answers) in inversion.questions_of(name, 12, 5).items():
+        assert len(prompts) == 12
+        assert answers["style" if name == "ripple" else "kind"] == [name] * 12
+        for index, prompt in enumerate(prompts):
+            words = prompt.split()
+            if "colour" in answers:
+                assert answers["colour"][index] in words[: words.index("{}")]
+            if "background" in answers:
+                assert f"{answers['background'][index]} background" in prompt
+            if name == "ripple":
+                assert answers["kind"][index] in words
+        assert ("colour" in question) == ("colour" in answers)
+        assert ("background" in question) == ("background" in answers)
+
+
+def test_the_baselines_are_the_ordinary_words_over_several_seeds_and_the_grades_the_learned_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from concepts.embeddings import file_of, read_vectors, save_vectors
+
+    calls: list[tuple[str, int]] = []
+
+    def grade(settings: inversion.Graded, vectors: str, seed: int) -> list[dict[str, Any]]:
+        calls.append((vectors, seed))
+        (image, text) = (90.0, 40.0) if vectors == "learned" else (60.0 + 2 * (seed % 2), 30.0)
+        passed = {"key": "fish", "image_score": image, "text_score": text}
+        return [{**passed, "passed": True}, {**passed, "image_score": image - 10, "passed": False}]
+
+    pipe = SimpleNamespace(
+        text_encoder=SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.eye(4))),
+        tokenizer=lambda word, add_special_tokens: SimpleNamespace(input_ids=[{"house": 2}[word]]),
+    )
+    monkeypatch.setattr(inversion, "grade", grade)
+    monkeypatch.setattr(inversion, "load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr(inversion, "write_images", lambda *_: None)
+    learned = torch.tensor([[0.5, 0.25, 0.0, 1.0]])
+    save_vectors(file_of(tmp_path / "concepts" / "fish-1-3", "<new>"), "<new>", learned, "here")
+    places: dict[str, Path] = {
+        "concepts": tmp_path / "concepts",
+        "folder": tmp_path / "out",
+        "record": tmp_path / "r.json",
+    }
+    inversion.main(inversion.Graded(names=("fish",), repeats=2, seed=3, device="cpu", **cast_any(places)))
+    assert calls == [("ordinary", 4), ("ordinary", 5), ("learned", 3)]
+    assert repeats(tmp_path / "r.json") == {"share of cases passed": [1.0, 0.0]}
+    entry = json.loads((tmp_path / "out" / "input.json").read_text())["fish"]
+    deviation = 2 * 2**0.5  # of 60 and 62, twice
+    assert entry["baseline"] == [
+        [pytest.approx(61 + deviation, abs=0.01), 30.0],
+        [pytest.approx(51 + deviation, abs=0.01), 30.0],
+    ]
+    for folder, row in (("learned", learned[0]), ("ordinary", torch.eye(4)[2])):
+        assert torch.equal(read_vectors(file_of(tmp_path / "out" / folder, "<fish>"))["<fish>"][0], row)
+
+
+def cast_any(value: Any) -> Any:
+    return value
+
+
+def test_levels_of_composition_are_timed_over_a_plain_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {"plain": 2.0, "joint": 3.0, "regional": 5.0, "conductor": 14.0}
+    memory = {"plain": 1.0, "joint": 2.0, "regional": 3.0, "conductor": 4.0}
+    last = ["plain"]
+
+    def compose(sampler: Any, requests: Any, level: str, config: Any) -> str:
+        last[0] = level
+        return level
+
+    def plain(requests: Any) -> str:
+        last[0] = "plain"
+        return "plain"
+
+    monkeypatch.setattr(p3_composition, "compose", compose)
+    monkeypatch.setattr(p3_composition, "seconds", lambda way, _: took[way()])
+    monkeypatch.setattr(p3_composition, "peak_memory", lambda _, reset=False: 0.0 if reset else memory[last[0]])
+    settings = replace(p3_composition.Settings(), levels=("joint", "regional", "conductor"), repeats=2)
+    sampler: Any = SimpleNamespace(sample_images=plain, device=torch.device("cpu"))
+    layout: Any = SimpleNamespace(joint="a prompt")
+    results = p3_composition.times(settings, sampler, layout)
+    assert {name: values for name, values in results.items() if name.endswith(", s")} == {
+        f"{way}, s": [time, time] for way, time in took.items()
+    }
+    assert [results[f"{level}, s over plain"] for level in ("joint", "regional", "conductor")] == [
+        [1.5, 1.5], [2.5, 2.5], [7.0, 7.0]
+    ]  # fmt: skip
+    assert {name: results[f"{name}, GB"] for name in memory} == {name: [peak] for name, peak in memory.items()}
+
+
+@pytest.mark.parametrize(
+    ("inside", "whole", "leaked", "right", "leak"),
+    [
+        ((True, True), True, (False, False), True, False),
+        ((True, False), True, (False, True), False, True),
+        ((True, True), False, (True, False), False, True),
+    ],
+)
+def test_a_composition_is_right_if_every_box_and_the_whole_are_and_leaks_if_any_box_does(
+    inside: tuple[bool, bool], whole: bool, leaked: tuple[bool, bool], right: bool, leak: bool
+) -> None:
+    boxes = {(0.0, 0.0, 32.0, 64.0): 0, (32.0, 0.0, 64.0, 64.0): 1}
+
+    def about(answers: tuple[bool, bool]) -> Callable[..., torch.Tensor]:
+        def answer(image: Any, box: torch.Tensor, kinds: list[str], colours: list[str] | None) -> torch.Tensor:
+            index = boxes[tuple(box[0].tolist())]
+            assert (kinds, colours) == ((["fish"], None), (["cup"], ["red"]))[index]
+            return torch.tensor([answers[index]])
+
+        return answer
+
+    def agrees(image: Any, **expected: Any) -> torch.Tensor:
+        assert expected == {"style": ["ripple"]}
+        return torch.tensor([whole])
+
+    classifier: Any = SimpleNamespace(inside=about(inside), leaked=about(leaked), agrees=agrees)
+    case: Any = SimpleNamespace(
+        boxes=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], kinds=["fish", "cup"], colours=[None, "red"], whole={"style": "ripple"}
+    )
+    assert p3_composition.is_right(classifier, case, torch.zeros(1, 3, 64, 64)) is right
+    assert p3_composition.leaks(classifier, case, torch.zeros(1, 3, 64, 64)) is leak
