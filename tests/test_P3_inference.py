@@ -505,7 +505,10 @@ def test_the_conductors_flags_reach_the_image_from_the_command_line(
     assert read[0].config == config
 
     Image.new("RGB", (64, 64), (200, 30, 90)).save(script.folder / "reference.png")
-    flags, plan = script.composing(), read_layout(script.layout(reference="reference.png"))
+    flags, plan = (
+        script.composing(),
+        read_layout(script.layout(reference="reference.png", reference_prompt="two stars")),
+    )
     image = script.run(**flags, config=read[0].config)["conductor_0.png"]
     assert_near(image, script.composed(plan, config=config))
 
