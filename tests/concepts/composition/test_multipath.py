@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from small_pipeline import WIDTH, save_pipeline
 from torch import Tensor, nn
 
@@ -231,10 +232,18 @@ def test_the_batch_is_what_calls_one_after_the_other_are(
             expected = halves(*(outputs["noise"] for outputs in alone))
         uncond = sampler.network(x, 500, sampler.text(["a green moon"]))
         guided = uncond + 5 * (expected - uncond)
-        for scale, eps in ((1.0, expected), (5.0, guided)):
-            one = configured(sampler, guidance=Guidance(scale), negative="a green moon")
+        rescaled = rescale_noise_cfg(guided, expected, 0.5)
+        for guidance, eps in (
+            (Guidance(1.0), expected),
+            (Guidance(5.0), guided),
+            (Guidance(5.0, (0.5, 0.6)), guided),
+            (Guidance(5.0, (0.4, 0.5)), expected),
+            (Guidance(5.0, rescale=0.5), rescaled),
+        ):
+            one = configured(sampler, guidance=guidance, negative="a green moon")
             denoise = MultipathDenoiser.of(one, [layout(LEFT, RIGHT)], injecting(pieces, focus=focus))
             torch.testing.assert_close(denoise(x, 500), eps, rtol=1e-4, atol=1e-4)
+    assert (rescaled - guided).abs().max() > 1e-3
     assert (expected - plain).abs().max() > 1e-3
 
 
