@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from small_pipeline import WIDTH, save_pipeline
 from torch import Tensor
 
+from concepts.composition.alignment import invert_references
 from concepts.composition.collage import paste
 from concepts.composition.first_noise import with_sketch
 from concepts.composition.layout import Layout, Region
@@ -326,3 +327,12 @@ def test_regional_replaces_what_cross_attention_returns_inside_the_masks(sampler
             hook.remove()
         x = scheduler.step(by_hand.guide(cond, uncond, t), t, x).prev_sample
     torch.testing.assert_close(latents(sampler, plan, 3, "regional", DEFAULT), x, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_reference_is_inverted_at_the_timestep_that_its_latent_has(sampler: StableDiffusionSampler) -> None:
+    by_hand = ByHand(sampler)
+    expected = by_hand.inverted(LED, "two stars")
+    x0 = by_hand.encoded(F.interpolate(REFERENCE[None] / 127.5 - 1, (64, 64), mode="area"))
+    states = invert_references(sampler, x0, encode(sampler.pipe, ["two stars"]))
+    torch.testing.assert_close(torch.stack(states), torch.stack(list(expected.values())[::-1]), rtol=1e-3, atol=1e-3)
