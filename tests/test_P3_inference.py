@@ -533,14 +533,14 @@ def the_file_gives_keys_tokens_and_prompts(script: Script) -> None:
     """Tokens with the vectors of ordinary words draw what these words draw."""
     words_as_tokens(script, {"<new1>": "star", "<new2>": "moon"})
     flags = {"input": script.folder / "input.json", "prompt": (), "embeddings": (script.folder / "words",), "batch": 25}
-    images = script.run(**flags, steps=2)
+    images = script.run(**flags, steps=2, seed=6)
     for key, k, prompt in (
         ("0", 0, "A star."),
         ("0", 1, "A star in the style of moon."),
         ("cat", 0, "A star in the style of moon."),
     ):
         for n in (0, 24):
-            seed = derived_seed(0, zlib.crc32(key.encode()), k, n)
+            seed = derived_seed(6, zlib.crc32(key.encode()), k, n)
             image = images[f"{key}/{k}/source{key}_prompt{k}_{n}.png"]
             assert_near(image, by_diffusers(script.model, prompt, seed, steps=2))
 
@@ -558,9 +558,9 @@ def the_first_place_with_a_token_counts(script: Script) -> None:
     words_as_tokens(script, {"<new1>": "star"}, "a")
     words_as_tokens(script, {"<new1>": "moon", "<new2>": "blue"}, "b")
     image = script.run(
-        prompt=("a <new2> <new1>",), negative="<new2>", embeddings=(script.folder / "a", script.folder / "b")
+        prompt=("a red <new1>",), negative="<new2>", embeddings=(script.folder / "a", script.folder / "b")
     )["0_0.png"]
-    assert_near(image, by_diffusers(script.model, "a blue star", derived_seed(0, 0, 0), negative="blue"))
+    assert_near(image, by_diffusers(script.model, "a red star", derived_seed(0, 0, 0), negative="blue"))
     files = {"<new1>": script.folder / "a", "<new2>": script.folder / "b"}
     found = script.record["metrics"]["embeddings"]
     assert found == {token: str(file_of(folder, token)) for token, folder in files.items()}

@@ -330,9 +330,19 @@ def test_regional_replaces_what_cross_attention_returns_inside_the_masks(sampler
 
 
 @torch.no_grad()
-def test_a_reference_is_inverted_at_the_timestep_that_its_latent_has(sampler: StableDiffusionSampler) -> None:
-    by_hand = ByHand(sampler)
+def test_a_reference_is_inverted_at_the_timestep_that_its_latent_has(
+    sampler: StableDiffusionSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, by_hand = replace(sampler), ByHand(sampler)
+    called: list[int] = []
+
+    def recording(x: Tensor, t: int, text: Tensor) -> Tensor:
+        called.append(t)
+        return sampler.network(x, t, text)
+
+    monkeypatch.setattr(own, "network", recording)
     expected = by_hand.inverted(LED, "two stars")
     x0 = by_hand.encoded(F.interpolate(REFERENCE[None] / 127.5 - 1, (64, 64), mode="area"))
-    states = invert_references(sampler, x0, encode(sampler.pipe, ["two stars"]))
+    states = invert_references(own, x0, encode(sampler.pipe, ["two stars"]))
+    assert called == [166, 166, 332, 499, 666, 832]  # where it has none yet, where it goes
     torch.testing.assert_close(torch.stack(states), torch.stack(list(expected.values())[::-1]), rtol=1e-3, atol=1e-3)
