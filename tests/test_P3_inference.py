@@ -634,24 +634,28 @@ def concepts_are_scored_inside_their_masks(script: Script) -> None:
 
 
 def candidates_are_ranked_by_clip_with_the_references(script: Script) -> None:
-    """Image + 2.5 x text score; the text has the ordinary word in the token's place."""
-    (script.folder / "input.json").write_text(json.dumps({"0": CASES["0"]}))
-    save_pictures(script.folder / "pictures" / "0", 2)
+    """Image + 2.5 x text score, by the file's text for CLIP, or with the ordinary words in the token's place."""
+    one = {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>."], "prompt_4_clip_eval": ["A blue moon."]}
+    (script.folder / "input.json").write_text(json.dumps({"0": one, "cat": CASES["cat"]}))
+    for number, key in enumerate(("0", "cat")):
+        save_pictures(script.folder / "pictures" / key, 2, seed=number)
     clip, flags = str(save_clip(script.folder / "clip")), {"input": script.folder / "input.json", "prompt": ()}
     places = {"embeddings": (script.folder / "learned",), "references": script.folder / "pictures"}
     images = script.run(**flags, **places, steps=1, candidates=27, clip=clip, batch=27)
     scorer, sampler = Scorer.load(clip, CPU), script.sampler(steps=1)
-    references = scorer.encode(open_images(sorted((script.folder / "pictures" / "0").iterdir())))
-    for k, prompt in enumerate(CASES["0"]["prompt"]):
-        seeds = [derived_seed(0, zlib.crc32(b"0"), k, n) for n in range(27)]
+    for key, prompt, text in (
+        ("0", "A <new1>.", "A blue moon."),
+        ("cat", "A star in the style of <new2>.", "A star in the style of David Revoy."),
+    ):
+        seeds = [derived_seed(0, zlib.crc32(key.encode()), 0, n) for n in range(27)]
         all_images = sampler.sample_images([Request(prompt, seed) for seed in seeds])
         features = scorer.encode(all_images)
-        text = features @ scorer.encode_text(prompt.replace("<new1>", "star")).T * scorer.scale
-        total = 100 * (features @ references.T).mean(1) + 2.5 * text[:, 0]
+        references = scorer.encode(open_images(sorted((script.folder / "pictures" / key).iterdir())))
+        text_scores = (features @ scorer.encode_text(text).T * scorer.scale)[:, 0]
+        total = 100 * (features @ references.T).mean(1) + 2.5 * text_scores
         best = total.argsort(descending=True, stable=True).tolist()
-        kept = [images[f"0/{k}/source0_prompt{k}_{n}.png"] for n in range(25)]
-        for image, row in zip(kept, best[:25], strict=True):
-            assert_near(image, all_images[row])
+        for n, row in enumerate(best[:25]):
+            assert_near(images[f"{key}/0/source{key}_prompt0_{n}.png"], all_images[row])
 
 
 def the_batch_limits_images_at_once_and_changes_none(script: Script) -> None:
