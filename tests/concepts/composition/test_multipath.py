@@ -564,6 +564,25 @@ def test_refined_masks_follow_the_clusters_that_overlap_most() -> None:
     assert torch.equal(new[1], third == 2)
 
 
+def test_one_concept_may_be_one_of_three_clusters() -> None:
+    third = torch.arange(64) % 8 * 3 // 8
+    seen = (third[:, None] == third).float()[None]
+    for number in range(3):
+        old = (third == number).float().view(1, 1, 8, 8)
+        new = refine_masks(old.repeat_interleave(2, 2).repeat_interleave(2, 3), seen, seen[None])
+        assert torch.equal(new[..., ::2, ::2], old)
+
+
+def test_a_mask_that_no_cluster_resembles_becomes_its_bounding_box() -> None:
+    """An L of three positions, where attention knows only two halves."""
+    left = torch.arange(64) % 8 < 4
+    seen = (left[:, None] == left).float()[None]
+    old = torch.zeros(1, 1, 8, 8)
+    old[0, 0, 2, 2] = old[0, 0, 3, 2:4] = 1
+    new = refine_masks(old.repeat_interleave(2, 2).repeat_interleave(2, 3), seen, seen[None])
+    assert new[0, 0, ::2, ::2].nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+
+
 def test_a_refined_mask_unites_what_the_base_and_the_own_map_show() -> None:
     """The base's map shows columns 0..2 together, the concept's own map columns 1..4: of 8."""
     column = torch.arange(64) % 8
