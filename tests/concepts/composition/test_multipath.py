@@ -203,6 +203,21 @@ def test_a_batch_is_what_single_images_are(sampler: StableDiffusionSampler) -> N
         assert_same(composed(sampler, plan, [seed], "conductor")[0], together[seed])
 
 
+@pytest.mark.parametrize("config", [None, replace(PLAIN, focus=False), PLAIN])
+@torch.no_grad()
+def test_a_call_of_two_layouts_is_one_call_of_each(
+    sampler: StableDiffusionSampler, config: ConductorConfig | None
+) -> None:
+    """They share neither base prompt nor regions nor regions' prompts."""
+    other = replace(layout(RIGHT, INNER * LEFT), prompt="a blue moon")
+    plans = [layout(LEFT, RIGHT), with_prompt(with_prompt(other, 0, "a green <new2>"), 1, "a moon")]
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = MultipathDenoiser.of(sampler, plans, config)(x, 500)
+    for row, plan in enumerate(plans):
+        alone = MultipathDenoiser.of(sampler, [plan], config)(x[row : row + 1], 500)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("focus", [False, True])
 def test_the_batch_is_what_calls_one_after_the_other_are(
