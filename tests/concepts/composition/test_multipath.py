@@ -343,13 +343,20 @@ def test_a_step_of_alignment_brings_keys_nearer_to_the_references(sampler: Stabl
     assert distance(moved) < distance(x)
 
 
-def test_every_image_follows_its_own_reference(sampler: StableDiffusionSampler) -> None:
-    plans, t = [layout(LEFT, reference=picture(seed)) for seed in (1, 2)], times(sampler)[0]
-    x = torch.randn(2, 4, 16, 16)
-    together = align_to_references(sampler, plans, 10.0, range(3))(x, t)
+def test_every_image_follows_its_own_reference_and_its_prompt(sampler: StableDiffusionSampler) -> None:
+    """Two images of one layout have one reference."""
+    first = layout(LEFT, reference=picture(1), reference_prompt="a green moon")
+    plans, t = [first, layout(LEFT, reference=picture(2), reference_prompt="a <new2>"), first], times(sampler)[1]
+    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = align_to_references(sampler, plans, 1e3, range(3))(x, t) - x
     for row, plan in enumerate(plans):
-        alone = align_to_references(sampler, [plan], 10.0, range(3))(x[row : row + 1], t)
-        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+        alone = align_to_references(sampler, [plan], 1e3, range(3))(x[row : row + 1], t) - x[row]
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-4)
+
+
+def test_no_image_is_aligned_where_a_layout_has_no_reference(sampler: StableDiffusionSampler) -> None:
+    x, plans = torch.randn(2, 4, 16, 16), [layout(LEFT, reference=picture()), layout(LEFT)]
+    assert torch.equal(align_to_references(sampler, plans, 10.0, range(3))(x, times(sampler)[0]), x)
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("dpm", 7), ("ddim", 7), ("dpm", 48)])
