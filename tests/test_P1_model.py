@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion import samplers
+from diffusion.noise import draw, generators
+from diffusion.step_rules import step_rule
 from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, sample
 from P1_model import (
     NO_DIGIT,
@@ -372,20 +376,41 @@ def test_seed_digit_and_domain_change_the_image(tiny_network: Network, changes: 
     assert float((first - second).abs().max()) > 1e-3
 
 
-def test_eta_adds_noise_to_the_same_start(tiny_network: Network) -> None:
-    still, noisy = (sample(tiny_network, [SEVEN], SAMPLERS[name]) for name in ("ddim", "ddim eta 1"))
-    assert float((still - noisy).abs().max()) > 0.1
-
-
 def test_without_a_digit_guidance_changes_nothing(tiny_network: Network) -> None:
     unknown = DigitRequest(NO_DIGIT, 1, seed=5)
     plain, strong = (sample(tiny_network, [unknown], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
     torch.testing.assert_close(plain, strong, rtol=0, atol=1e-4)
 
 
-def test_guidance_pushes_towards_the_digit(tiny_network: Network) -> None:
-    plain, strong = (sample(tiny_network, [SEVEN], DigitSamplerConfig("ddim", 4, guidance=g)) for g in (1.0, 7.5))
-    assert float((plain - strong).abs().max()) > 1e-3
+@pytest.mark.parametrize(
+    "config",
+    [
+        DigitSamplerConfig("ddim", 4, guidance=7.5, eta=1.0),
+        DigitSamplerConfig("ddim", 5, guidance=2.0, eta=0.3, rule="homework", interval=(0.2, 0.7)),
+        DigitSamplerConfig("dpm", 5, guidance=3.0, rescale=0.6),
+        DigitSamplerConfig("ddpm", guidance=1.5),
+    ],
+)
+def test_samplers_get_the_guided_output_and_their_rule_eta_and_noise(
+    tiny_network: Network, config: DigitSamplerConfig
+) -> None:
+    """Guidance goes from the prediction without a digit, of the same domain, towards the digit's and beyond."""
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        cond, uncond = (tiny_network(x, t, (torch.tensor([digit]), torch.tensor([1]))) for digit in (7, NO_DIGIT))
+        out = rescale_noise_cfg(uncond + config.guidance * (cond - uncond), cond, config.rescale)
+        return out if config.interval[0] <= t / 20 < config.interval[1] else cond
+
+    streams, schedule = generators([123]), tiny_network.schedule
+    x = draw(streams, (3, 28, 28), CPU)
+    if config.name == "ddpm":
+        expected = samplers.ddpm(denoise, x, schedule, streams)
+    elif config.name == "dpm":
+        expected = samplers.dpm_solver(denoise, x, schedule, config.steps)
+    else:
+        steps = step_rule(config.rule, 20, config.steps)
+        expected = samplers.ddim(denoise, x, schedule, steps, streams, config.eta)
+    torch.testing.assert_close(sample(tiny_network, [SEVEN], config), expected, rtol=0, atol=1e-3)
 
 
 def test_a_run_in_batches_samples_the_same_images_as_one_batch(tiny_network: Network) -> None:

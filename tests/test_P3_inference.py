@@ -6,29 +6,39 @@ import json
 import os
 import shutil
 import subprocess
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
-from small_pipeline import WIDTH, save_clip, save_pipeline
+from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
+from torch import Tensor
 
 from concepts import jobs
-from concepts.clip_scores import Scorer
-from concepts.composition.multipath import ConductorConfig
-from concepts.embeddings import file_of, install, save_vectors
+from concepts.clip_scores import Scorer, open_images
+from concepts.composition.layout import Layout, Region, auto_layout, read_layout
+from concepts.composition.masks import box_mask
+from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
+from concepts.composition.scores import draw_layout, draw_outlines, scores_inside
+from concepts.embeddings import file_of, find_vectors, install, save_vectors
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
 from P3_inference import Settings, main
-from runtime.cli import BadInput
+from runtime.cli import BadInput, run_script
 from runtime.files import ROOT
 from runtime.images import open_image
+from runtime.seeds import derived_seed
 
-CPU = torch.device("cpu")
+CPU, DEFAULT = torch.device("cpu"), ConductorConfig()
 CASES = {
     "0": {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>.", "A <new1> in the style of <new2>."]},
     "cat": {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["A star in the style of <new2>."]},
@@ -48,6 +58,11 @@ def folder(tmp_path: Path) -> Path:
         rows = torch.randn(index + 1, WIDTH, generator=torch.Generator().manual_seed(index))
         save_vectors(file_of(tmp_path / "learned", token), token, rows, "test")
     return tmp_path
+
+
+@pytest.fixture
+def script(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Script:
+    return Script(folder, model, monkeypatch)
 
 
 def settings(folder: Path, model: str, /, **changes: Any) -> Settings:
@@ -108,23 +123,6 @@ def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str
     for request, image in zip(requests, together, strict=True):
         assert (sampler.sample_images([request])[0].int() - image).abs().max() <= 1
     assert (together[0] - together[1]).abs().max() > 20
-
-
-def test_any_prompts_without_a_file(folder: Path, model: str) -> None:
-    main(settings(folder, model, input=None, prompt=("a red star", "a <new1>"), count=2))
-    assert files_in(folder / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
-
-
-def test_the_best_of_many_are_kept(folder: Path, model: str) -> None:
-    clip, prompt = str(save_clip(folder / "clip")), "a red star"
-    flags: dict[str, Any] = {"input": None, "prompt": (prompt,), "clip": clip}
-    main(settings(folder, model, **flags, count=2, candidates=5))
-    main(settings(folder, model, **flags, count=5, output=folder / "all"))
-    every = [open_image(folder / "all" / f"0_{n}.png") for n in range(5)]
-    scorer = Scorer.load(clip, CPU)
-    order = scorer.text_scores(scorer.encode(every), prompt).argsort(descending=True).tolist()
-    for n in range(2):
-        assert torch.equal(open_image(folder / "out" / f"0_{n}.png"), every[order[n]])
 
 
 # ---------------------------------------------------------------- solvers
@@ -191,17 +189,6 @@ def test_an_unknown_token_is_refused_in_every_text(
     with pytest.raises(BadInput, match="no vectors of <nothing>"):
         main(settings(folder, model, **{"input": None, **texts, "dry_run": dry_run}))
     assert not (folder / "out").exists()
-
-
-def test_a_token_in_the_negative_prompt_counts(folder: Path, model: str) -> None:
-    images = []
-    for index, negative in enumerate(("", "<new2>")):
-        output = folder / f"out{index}"
-        main(settings(folder, model, input=None, prompt=("a star",), negative=negative, count=1, output=output))
-        images.append(open_image(output / "0_0.png"))
-    assert not torch.equal(*images)
-    files = json.loads((folder / "record.json").read_text())["metrics"]["embeddings"]
-    assert files == {"<new2>": str(folder / "learned" / "learned_new2.safetensors")}
 
 
 def test_a_token_of_the_models_own_vocabulary_needs_no_file(folder: Path, model: str) -> None:
@@ -386,23 +373,383 @@ def test_the_grading_script_from_another_folder(folder: Path, model: str) -> Non
 # ---------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize("level", ["joint", "regional", "conductor"])
-def test_a_layout_is_drawn_at_every_level(folder: Path, model: str, level: Any) -> None:
-    concepts = [{"token": "<new1>", "box": [0, 0, 0.5, 1]}, {"token": "<new2>", "style": True}]
-    (folder / "layout.json").write_text(json.dumps({"prompt": "a star", "concepts": concepts}))
-    more = {"input": None, "layout": str(folder / "layout.json"), "level": level, "count": 2}
-    main(settings(folder, model, **more, draw_layout=folder / "layout.png"))
-    assert files_in(folder / "out") == [f"{level}_0.png", f"{level}_1.png"]
-    assert Image.open(folder / "layout.png").size == (256, 256)
-
-
-def test_a_layout_is_made_of_a_prompt(folder: Path, model: str) -> None:
-    more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <new2>",), "words": ("star", "moon")}
-    main(settings(folder, model, **more, count=1))
-    assert files_in(folder / "out") == ["conductor_0.png"]
-
-
 def test_a_layouts_token_without_vectors_is_told(folder: Path, model: str) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <other>",)}
     with pytest.raises(BadInput, match="no vectors of <other>"):
         main(settings(folder, model, **more))
+
+
+# ---------------------------------------------------------------- every flag and its effect
+
+
+@dataclass(frozen=True)
+class Script:
+    """The script on a small model: four steps of one image of "a red star", where flags say nothing else."""
+
+    folder: Path
+    model: str
+    patch: pytest.MonkeyPatch
+
+    def run(self, **changes: Any) -> dict[str, Tensor]:
+        """Return the images by name, as int."""
+        flags: dict[str, Any] = {
+            "input": None,
+            "prompt": ("a red star",),
+            "embeddings": (),
+            "count": 1,
+            "steps": 4,
+            "guidance": 7.5,
+        }
+        output = self.folder / f"out{len(list(self.folder.glob('out*')))}"
+        main(settings(self.folder, self.model, **flags | {"batch": 0, "output": output} | changes))
+        return {name: open_image(output / name).int() for name in files_in(output)}
+
+    @property
+    def record(self) -> Any:
+        return json.loads((self.folder / "record.json").read_text())
+
+    def layout(self, **more: Any) -> Path:
+        """Write a layout of two things."""
+        concepts = [{"token": "<new1>", "box": [0, 0, 0.5, 0.7]}, {"token": "<new2>", "box": [0.5, 0.2, 1, 1]}]
+        path = self.folder / "layout.json"
+        path.write_text(json.dumps({"prompt": "a red star", "concepts": concepts} | more))
+        return path
+
+    def composing(self) -> dict[str, Any]:
+        """Return the flags of a layout."""
+        return {"prompt": (), "layout": str(self.layout()), "embeddings": (self.folder / "learned",)}
+
+    def sampler(self, **changes: Any) -> StableDiffusionSampler:
+        """Return the sampler of these flags, which knows both tokens."""
+        pipe = load_pipeline(self.model, CPU, torch.float32)
+        install(pipe, find_vectors(["<new1>", "<new2>"], [self.folder / "learned"]).vectors)
+        return StableDiffusionSampler(pipe, replace(SamplerConfig("dpm", 4, Guidance(7.5)), **changes))
+
+    def composed(self, layout: Layout, level: Any = "conductor", config: ConductorConfig = DEFAULT) -> Tensor:
+        return compose(self.sampler(), [LayoutRequest(layout, derived_seed(0, 0, 0))], level, config)[0].int()
+
+
+def assert_near(image: Tensor, expected: Tensor) -> None:
+    """Up to rounding."""
+    torch.testing.assert_close(image, expected.int(), rtol=0, atol=1)
+
+
+@cache
+def pipeline(model: str) -> Any:
+    return load_pipeline(model, CPU, torch.float32)
+
+
+@torch.no_grad()
+def by_diffusers(
+    model: str,
+    prompt: str,
+    seed: int,
+    sampler: str = "dpm",
+    steps: int = 4,
+    guidance: float = 7.5,
+    interval: tuple[float, float] = (0, 1),
+    guidance_rescale: float = 0.0,
+    negative: str = "",
+    size: int = 64,
+) -> Tensor:
+    """Sample [3,size,size] int by the library's parts: text encoder, U-Net, scheduler, rescaling and decoder."""
+    pipe = pipeline(model)
+    kinds = {
+        "dpm": DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing"),
+        "ddim": DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False),
+    }
+    scheduler: Any = kinds[sampler]
+    scheduler.set_timesteps(steps)
+    texts = torch.cat(pipe.encode_prompt(prompt, CPU, 1, True, negative))
+    x = torch.randn(4, size // 4, size // 4, generator=torch.Generator().manual_seed(seed))[None]
+    for t in scheduler.timesteps:
+        cond, uncond = (pipe.unet(x, t, encoder_hidden_states=text[None]).sample for text in texts)
+        eps = uncond + guidance * (cond - uncond)
+        eps = rescale_noise_cfg(eps, cond, guidance_rescale)
+        x = scheduler.step(eps if interval[0] <= t / 1000 < interval[1] else cond, t, x).prev_sample
+    image: Tensor = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample[0].clamp(-1, 1)
+    return ((image + 1) * 127.5).round().int()
+
+
+SAMPLED: dict[str, dict[str, Any]] = {  # flags of single images, whose names by_diffusers shares
+    "sampler": {"sampler": "ddim"},
+    "steps": {"steps": 7},
+    "guidance": {"guidance": 3.0},
+    "interval": {"interval": (0.3, 0.7)},
+    "guidance_rescale": {"guidance_rescale": 0.7, "guidance": 20.0},
+    "negative": {"negative": "a green moon"},
+    "size": {"size": 128},
+}
+
+
+@pytest.mark.parametrize("flag", SAMPLED)
+def test_sampling_flags_do_what_diffusers_does(script: Script, flag: str) -> None:
+    flags, seed = SAMPLED[flag], derived_seed(0, 0, 0)
+    without = {name: value for name, value in flags.items() if name != flag}
+    expected, other = (by_diffusers(script.model, "a red star", seed, **options) for options in (flags, without))
+    assert expected.shape != other.shape or (expected - other).abs().max() > 10
+    assert_near(script.run(**flags)["0_0.png"], expected)
+
+
+def test_the_conductors_flags_reach_the_image_from_the_command_line(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each of them does is written out in test_stages.py."""
+    options = "--inject noise features --no-focus --sketch 1 --background-steps 0.8 --collage 0.3 --align 3 --refine"
+    config = ConductorConfig(("noise", "features"), False, 1.0, 0.8, 0.3, 3.0, True)
+    assert all(getattr(config, field.name) != getattr(DEFAULT, field.name) for field in fields(ConductorConfig))
+    monkeypatch.setattr("sys.argv", ["P3_inference.py", "--model", "m", "--output", "o", *options.split()])
+    read: list[Settings] = []
+    with pytest.raises(SystemExit):
+        run_script(read.append, Settings, None)
+    assert read[0].config == config
+
+    Image.new("RGB", (64, 64), (200, 30, 90)).save(script.folder / "reference.png")
+    flags, plan = (
+        script.composing(),
+        read_layout(script.layout(reference="reference.png", reference_prompt="two stars")),
+    )
+    image = script.run(**flags, config=read[0].config)["conductor_0.png"]
+    assert_near(image, script.composed(plan, config=config))
+
+
+def prompts_have_numbers_and_seeds(script: Script) -> None:
+    """Image n of prompt k: its seed is derived from both."""
+    prompts = ("a red star", "a blue moon")
+    images = script.run(prompt=prompts, count=2)
+    assert list(images) == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+    for name, image in images.items():
+        k, n = int(name[0]), int(name[2])
+        assert_near(image, by_diffusers(script.model, prompts[k], derived_seed(0, k, n)))
+
+
+def the_seed_starts_all_seeds(script: Script) -> None:
+    images = script.run(seed=7, count=2)
+    for n in range(2):
+        assert_near(images[f"0_{n}.png"], by_diffusers(script.model, "a red star", derived_seed(7, 0, n)))
+
+
+def the_file_gives_keys_tokens_and_prompts(script: Script) -> None:
+    """Tokens with the vectors of ordinary words draw what these words draw."""
+    words_as_tokens(script, {"<new1>": "star", "<new2>": "moon"})
+    flags = {"input": script.folder / "input.json", "prompt": (), "embeddings": (script.folder / "words",), "batch": 25}
+    images = script.run(**flags, steps=2, seed=6)
+    for key, k, prompt in (
+        ("0", 0, "A star."),
+        ("0", 1, "A star in the style of moon."),
+        ("cat", 0, "A star in the style of moon."),
+    ):
+        for n in (0, 24):
+            seed = derived_seed(6, zlib.crc32(key.encode()), k, n)
+            image = images[f"{key}/{k}/source{key}_prompt{k}_{n}.png"]
+            assert_near(image, by_diffusers(script.model, prompt, seed, steps=2))
+
+
+def words_as_tokens(script: Script, words: dict[str, str], name: str = "words") -> None:
+    """Save the model's own vectors of words as vectors of tokens."""
+    pipe = pipeline(script.model)
+    for token, word in words.items():
+        (row,) = pipe.tokenizer(word, add_special_tokens=False).input_ids
+        vectors = pipe.text_encoder.get_input_embeddings().weight[[row]].detach().clone()
+        save_vectors(file_of(script.folder / name, token), token, vectors, "test")
+
+
+def the_first_place_with_a_token_counts(script: Script) -> None:
+    words_as_tokens(script, {"<new1>": "star"}, "a")
+    words_as_tokens(script, {"<new1>": "moon", "<new2>": "blue"}, "b")
+    image = script.run(
+        prompt=("a red <new1>",), negative="<new2>", embeddings=(script.folder / "a", script.folder / "b")
+    )["0_0.png"]
+    assert_near(image, by_diffusers(script.model, "a red star", derived_seed(0, 0, 0), negative="blue"))
+    files = {"<new1>": script.folder / "a", "<new2>": script.folder / "b"}
+    found = script.record["metrics"]["embeddings"]
+    assert found == {token: str(file_of(folder, token)) for token, folder in files.items()}
+
+
+def the_model_draws(script: Script) -> None:
+    pipe = load_pipeline(script.model, CPU, torch.float32)
+    pipe.unet.conv_out.weight.mul_(-1)
+    pipe.save_pretrained(script.folder / "other")
+    image = script.run(model=str(script.folder / "other"))["0_0.png"]
+    assert_near(image, by_diffusers(str(script.folder / "other"), "a red star", derived_seed(0, 0, 0)))
+    assert (image - by_diffusers(script.model, "a red star", derived_seed(0, 0, 0))).abs().max() > 20
+
+
+def a_layout_is_composed_at_its_level(script: Script) -> None:
+    flags, plan, sampler = script.composing(), read_layout(script.layout()), script.sampler(steps=2)
+    for level in ("joint", "regional", "conductor"):
+        images = script.run(**flags, level=level, count=2, batch=1, steps=2)
+        assert list(images) == [f"{level}_0.png", f"{level}_1.png"]
+        for n in range(2):
+            request = LayoutRequest(plan, derived_seed(0, 0, n))
+            assert_near(images[f"{level}_{n}.png"], compose(sampler, [request], level)[0])
+
+
+def words_stand_for_tokens_in_the_base_prompt(script: Script) -> None:
+    prompt = "a <new1> next to a <new2>"
+    flags = script.composing() | {"prompt": (prompt,), "layout": "auto", "words": ("star", "moon")}
+    regions = [
+        Region("<new1>", "a photo of a <new1>", box_mask((0, 0, 0.5, 1))),
+        Region("<new2>", "a photo of a <new2>", box_mask((0.5, 0, 1, 1))),
+    ]
+    boxes = auto_layout(prompt, {}).regions
+    plan = Layout("a star next to a moon", tuple(replace(r, mask=b.mask) for r, b in zip(regions, boxes, strict=True)))
+    assert_near(script.run(**flags)["conductor_0.png"], script.composed(plan))
+
+
+def the_layout_is_drawn(script: Script) -> None:
+    script.run(**script.composing(), draw_layout=script.folder / "plan.png", dry_run=True)
+    expected = draw_layout(read_layout(script.layout()))
+    assert torch.equal(open_image(script.folder / "plan.png"), expected)
+    (script.folder / "plan.png").unlink()
+    script.run(**script.composing(), draw_layout=script.folder / "plan.png")
+    assert torch.equal(open_image(script.folder / "plan.png"), expected)
+
+
+def the_figure_shows_all_levels(script: Script) -> None:
+    """Draw a row per image: the layout, joint, regional, conductor."""
+    grids: list[Any] = []
+    script.patch.setattr("concepts.composition.scores.labelled_grid", lambda *args, **_: grids.append(args))
+    config, flags = ConductorConfig(background_steps=0.8), script.composing() | {"count": 5, "steps": 2}
+    script.run(**flags, config=config, figure=script.folder / "figure.png")
+    path, cells, rows, columns, title = grids[0]
+    assert path == script.folder / "figure.png"
+    assert rows == [f"picture {n}" for n in range(4)]
+    assert columns == ["layout", "joint", "regional", "conductor"]
+    plan, sampler = read_layout(script.layout()), script.sampler(steps=2)
+    requests = [LayoutRequest(plan, derived_seed(0, 0, n)) for n in range(4)]
+    assert title == plan.joint
+    for column, level in enumerate(get_args(Level), 1):
+        expected = draw_outlines(compose(sampler, requests, level, config), plan)
+        assert (cells[column::4].int() - expected.int()).abs().max() <= 1
+    assert all(torch.equal(cell, draw_layout(plan, 256)) for cell in cells[::4])
+
+
+def concepts_are_scored_inside_their_masks(script: Script) -> None:
+    clip = str(save_clip(script.folder / "clip"))
+    images = script.run(**script.composing(), count=2, clip=clip, scores=True)
+    whole = torch.stack(list(images.values())).to(torch.uint8)
+    expected = scores_inside(Scorer.load(clip, CPU), read_layout(script.layout()), whole)
+    assert script.record["metrics"]["concepts"] == dict(zip(images, expected, strict=True))
+
+
+def candidates_are_ranked_by_clip_with_the_references(script: Script) -> None:
+    """Image + 2.5 x text score, by the file's text for CLIP, or with the ordinary words in the token's place."""
+    one = {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>."], "prompt_4_clip_eval": ["A blue moon."]}
+    (script.folder / "input.json").write_text(json.dumps({"0": one, "cat": CASES["cat"]}))
+    for number, key in enumerate(("0", "cat")):
+        save_pictures(script.folder / "pictures" / key, 2, seed=number)
+    clip, flags = str(save_clip(script.folder / "clip")), {"input": script.folder / "input.json", "prompt": ()}
+    places = {"embeddings": (script.folder / "learned",), "references": script.folder / "pictures"}
+    images = script.run(**flags, **places, steps=1, candidates=27, clip=clip, batch=27)
+    scorer, sampler = Scorer.load(clip, CPU), script.sampler(steps=1)
+    for key, prompt, text in (
+        ("0", "A <new1>.", "A blue moon."),
+        ("cat", "A star in the style of <new2>.", "A star in the style of David Revoy."),
+    ):
+        seeds = [derived_seed(0, zlib.crc32(key.encode()), 0, n) for n in range(27)]
+        all_images = sampler.sample_images([Request(prompt, seed) for seed in seeds])
+        features = scorer.encode(all_images)
+        references = scorer.encode(open_images(sorted((script.folder / "pictures" / key).iterdir())))
+        text_scores = (features @ scorer.encode_text(text).T * scorer.scale)[:, 0]
+        total = 100 * (features @ references.T).mean(1) + 2.5 * text_scores
+        best = total.argsort(descending=True, stable=True).tolist()
+        for n, row in enumerate(best[:25]):
+            assert_near(images[f"{key}/0/source{key}_prompt0_{n}.png"], all_images[row])
+
+
+def the_batch_limits_images_at_once_and_changes_none(script: Script) -> None:
+    sizes, sample = [], StableDiffusionSampler.sample_images
+
+    def recording(sampler: StableDiffusionSampler, requests: Any) -> Tensor:
+        sizes.append(len(requests))
+        return sample(sampler, requests)
+
+    script.patch.setattr(StableDiffusionSampler, "sample_images", recording)
+    whole, pairs = script.run(count=4), script.run(count=4, batch=2)
+    assert sizes == [4, 2, 2]
+    for name, image in whole.items():
+        assert_near(pairs[name], image)
+
+
+def another_precision_stays_near(script: Script) -> None:
+    """bf16 has 8 bits of precision: within 5 grey levels on average; fp32 is exact."""
+    precisions, load = [], load_pipeline
+
+    def recording(model: str, device: Any, dtype: Any) -> Any:
+        precisions.append((device, dtype))
+        return load(model, device, dtype)
+
+    script.patch.setattr("P3_inference.load_pipeline", recording)
+    exact, rough = (script.run(precision=precision)["0_0.png"] for precision in ("fp32", "bf16"))
+    assert precisions == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+    assert_near(exact, by_diffusers(script.model, "a red star", derived_seed(0, 0, 0)))
+    assert (exact - rough).abs().float().mean() < 5
+
+
+def the_device_is_used_and_recorded(script: Script) -> None:
+    script.run(device="cpu")
+    assert script.record["device"] == "cpu"
+    with pytest.raises(BadInput, match="--device cuda:99"):
+        script.run(device="cuda:99")
+
+
+def compiling_is_a_choice(script: Script) -> None:
+    """On a CPU only "on" compiles, and only the U-Net."""
+    compiled: list[Any] = []
+    script.patch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    script.patch.setattr("P3_inference.should_compile", lambda choice, machine: choice != "off")
+    for choice in ("off", "auto", "on"):
+        script.run(compile=choice, count=50 if choice == "auto" else 1, steps=1, size=16)
+        assert compiled == (["UNet2DConditionModel"] if choice == "on" else [])
+
+
+def a_dry_run_writes_nothing(script: Script) -> None:
+    before = files_in(script.folder)
+    assert script.run(dry_run=True) == {}
+    assert files_in(script.folder) == before
+
+
+def the_record_has_flags_and_results(script: Script) -> None:
+    script.run(count=3, record=script.folder / "a" / "b.json")
+    record = json.loads((script.folder / "a" / "b.json").read_text())
+    assert record["settings"]["count"] == 3
+    assert record["metrics"]["pictures"] == 3
+    assert record["metrics"]["passes_per_picture"] == 4 * 2
+    seconds = record["timings_s"]["drawing"]
+    assert record["metrics"]["seconds_per_picture"] == pytest.approx(seconds / 3, abs=1e-3)
+
+
+EFFECTS: dict[str, Callable[[Script], None]] = {  # of the other flags
+    "model": the_model_draws,
+    "output": prompts_have_numbers_and_seeds,
+    "input": the_file_gives_keys_tokens_and_prompts,
+    "prompt": prompts_have_numbers_and_seeds,
+    "count": prompts_have_numbers_and_seeds,
+    "layout": a_layout_is_composed_at_its_level,
+    "level": a_layout_is_composed_at_its_level,
+    "words": words_stand_for_tokens_in_the_base_prompt,
+    "draw_layout": the_layout_is_drawn,
+    "figure": the_figure_shows_all_levels,
+    "scores": concepts_are_scored_inside_their_masks,
+    "embeddings": the_first_place_with_a_token_counts,
+    "candidates": candidates_are_ranked_by_clip_with_the_references,
+    "clip": candidates_are_ranked_by_clip_with_the_references,
+    "references": candidates_are_ranked_by_clip_with_the_references,
+    "batch": the_batch_limits_images_at_once_and_changes_none,
+    "seed": the_seed_starts_all_seeds,
+    "device": the_device_is_used_and_recorded,
+    "precision": another_precision_stays_near,
+    "compile": compiling_is_a_choice,
+    "dry_run": a_dry_run_writes_nothing,
+    "record": the_record_has_flags_and_results,
+}
+
+
+@pytest.mark.parametrize("effect", list(dict.fromkeys(EFFECTS.values())), ids=lambda effect: effect.__name__)
+def test_flags_have_their_effect(script: Script, effect: Callable[[Script], None]) -> None:
+    effect(script)
+
+
+def test_the_tables_have_a_line_for_every_flag() -> None:
+    assert {*SAMPLED, *EFFECTS, "config"} == {field.name for field in fields(Settings)}

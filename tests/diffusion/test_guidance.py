@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from gaussian import gaussian
 from torch import Tensor
 
@@ -11,14 +12,14 @@ from diffusion.guidance import Guidance, guided, rescaled
 
 
 class Recorder:
-    """A network that returns 0.1 x plus the condition, and records the batch sizes of its calls."""
+    """A network that returns 0.1 x plus the condition times 1 + x, and records the batch sizes of its calls."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
 
     def __call__(self, x: Tensor, _: int, condition: Tensor) -> Tensor:
         self.batches.append(len(x))
-        return condition.view(-1, 1, 1, 1) + 0.1 * x
+        return condition.view(-1, 1, 1, 1) * (1 + x) + 0.1 * x
 
 
 def guide(guidance: Guidance, t: int = 500) -> tuple[Tensor, list[int], Tensor]:
@@ -31,7 +32,7 @@ def guide(guidance: Guidance, t: int = 500) -> tuple[Tensor, list[int], Tensor]:
 @pytest.mark.parametrize("scale", [0.0, 2.5, 7.5])
 def test_guidance_is_uncond_plus_scale_times_the_difference(scale: float) -> None:
     output, _, x = guide(Guidance(scale))
-    expected = 0.1 * x + scale * torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1, 1)
+    expected = 0.1 * x + scale * torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1, 1) * (1 + x)
     torch.testing.assert_close(output, expected)
 
 
@@ -42,7 +43,8 @@ def test_guidance_computes_both_halves_in_one_call_of_twice_the_batch() -> None:
 def test_guidance_scale_1_costs_one_call_of_the_batch() -> None:
     output, batches, x = guide(Guidance(1.0))
     assert batches == [2]
-    assert torch.equal(output, 0.1 * x + torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1, 1))
+    expected = torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1, 1) * (1 + x) + 0.1 * x
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize(("t", "batch"), [(199, 2), (200, 4), (799, 4), (800, 2)])
@@ -69,6 +71,9 @@ def test_half_rescale_lies_half_way() -> None:
     torch.testing.assert_close(rescaled(out, cond, 0.5), (out + rescaled(out, cond, 1.0)) / 2)
 
 
-def test_guided_applies_the_rescale() -> None:
-    cond = guide(Guidance(1.0))[0]
-    torch.testing.assert_close(guide(Guidance(7.5, rescale=1.0))[0].std((1, 2, 3)), cond.std((1, 2, 3)))
+def test_guided_rescales_towards_the_standard_deviation_of_cond() -> None:
+    """By diffusers, whose weight is the same."""
+    cond, out = guide(Guidance(1.0))[0], guide(Guidance(7.5))[0]
+    expected = rescale_noise_cfg(out, cond, 0.3)
+    torch.testing.assert_close(guide(Guidance(7.5, rescale=0.3))[0], expected)
+    assert (expected - out).abs().max() > 0.1

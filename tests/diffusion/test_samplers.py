@@ -13,7 +13,7 @@ from gaussian import SHAPE, gaussian
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from diffusion.samplers import ddim, ddpm, dpm_solver
+from diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver
 from diffusion.schedule import Prediction, Schedule, cosine, linear, make_schedule, target
 from diffusion.step_rules import Rule, Steps, step_rule
 
@@ -207,3 +207,27 @@ def test_ddpm_calls_its_callback_at_every_step_down_to_0() -> None:
     arrivals: list[int] = []
     ddpm(smooth, gaussian(3), linear(10), generators([1, 2]), callback=lambda t, _: arrivals.append(t))
     assert arrivals == list(reversed(range(10)))
+
+
+def test_dpm_solver_passes_the_state_on_arrival_at_every_step_to_its_callback() -> None:
+    states: dict[int, Tensor] = {}
+    images = dpm_solver(smooth, gaussian(3).float(), linear(100), 4, lambda t, x: states.update({t: x}), clamp=False)
+    assert list(states) == [74, 49, 24, 0]
+    assert torch.equal(states[0], images)
+
+
+def test_inverted_steps_are_those_of_ddim_backwards() -> None:
+    """With one eps for all steps, which needs no step to be exact."""
+    schedule, steps, eps, x0 = linear(100), step_rule("ddim", 100, 5), gaussian(1), gaussian(2)
+    called: list[int] = []
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        called.append(t)
+        return eps
+
+    states = ddim_invert(denoise, x0, schedule, steps)
+    assert called == list(states) == [0, 20, 40, 60, 80]
+    for t, x in states.items():
+        alpha_bar = schedule.alpha_bar_at(t)
+        torch.testing.assert_close(x, math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps)
+    torch.testing.assert_close(ddim(denoise, states[80], schedule, steps), x0)

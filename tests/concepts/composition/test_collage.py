@@ -87,3 +87,30 @@ def test_a_mask_without_positions_takes_nothing() -> None:
     backdrop = picture(10, 30, 10, 30)[None]
     result = paste(backdrop, [picture(20, 40, 20, 40)[None]], torch.zeros(1, 1, 64, 64))
     assert torch.equal(result, backdrop)
+
+
+def test_each_region_of_each_image_has_its_own_thing_and_nothing_else_of_the_scene() -> None:
+    """Images of 128 pixels; regions are triangles, things differ in colour and place; what the scene shows in a region goes."""
+    ground, spot = torch.tensor([0.2, 0.2, 0.2])[:, None, None], torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+    triangle = torch.ones(40, 40).tril()
+    masks = torch.zeros(2, 2, 128, 128)
+    masks[0, :, 8:48, 8:48], masks[1, :, 70:110, 60:100] = triangle, triangle
+    scenes = ground.expand(2, 3, 128, 128).clone()
+    scenes[:, :, 41:48, 8:14] = scenes[:, :, 103:110, 60:66] = spot  # in a corner that round things leave free
+    colours = torch.tensor([[[0.9, -0.9, -0.9], [-0.9, 0.9, -0.9]], [[-0.9, -0.9, 0.9], [0.9, 0.9, -0.9]]])
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    places, alone = [[(40, 50), (60, 60)], [(70, 60), (64, 80)]], torch.zeros(2, 2, 3, 128, 128)
+    for region in range(2):
+        for image, (top, left) in enumerate(places[region]):
+            disc = (y - top) ** 2 + (x - left) ** 2 < 20**2
+            colour = colours[region, image][:, None, None]
+            alone[region, image] = torch.where(disc, colour, GROUND[:, None, None])
+    result = paste(scenes, list(alone), masks)
+    for image in range(2):
+        for region, (top, left) in enumerate(((8, 8), (70, 60))):
+            middle = result[image, :, top + 22, left + 18]
+            torch.testing.assert_close(middle, colours[region, image], rtol=0, atol=0.05)
+            corner = result[image, :, top + 38, left + 1]
+            torch.testing.assert_close(corner, ground[:, 0, 0], rtol=0, atol=0.1)
+        outside = masks[:, image].amax(0) == 0
+        assert torch.equal(result[image][:, outside], scenes[image][:, outside])

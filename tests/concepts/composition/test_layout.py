@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from concepts.composition.layout import Layout, Region, Style, auto_layout, make_layout, read_layout, replace_words
-from concepts.composition.masks import MASK_SIZE, box_mask, hard_masks
+from concepts.composition.masks import MASK_SIZE, bounds, box_mask, hard_masks
 from runtime.cli import BadInput
 
 
@@ -49,6 +50,15 @@ def test_boxes_masks_and_styles_are_read(tmp_path: Path) -> None:
     assert plan.prompts == [f"{x} in the style of <new3>" for x in ("two things", "a photo of a <new1>", "my <new2>")]
     assert plan.joint == "a photo of a <new1> next to a <new2> in the style of <new3>"
     assert torch.equal(plan.masks(2, 4), torch.tensor([[[1.0, 1, 0, 0]] * 2, [[0.0, 0, 1, 1]] * 2]))
+
+
+def test_a_box_is_left_top_right_bottom_and_masks_are_rows_by_columns(tmp_path: Path) -> None:
+    plan = read(tmp_path, [{"token": "<a>", "box": [0.125, 0.25, 0.875, 0.5]}])
+    expected = torch.zeros(8, 8)
+    expected[2:4, 1:7] = 1
+    assert torch.equal(plan.masks(8, 8)[0], expected)
+    assert torch.equal(plan.soft_masks(4, 8)[0], F.avg_pool2d(expected[None], (2, 1))[0])
+    assert bounds(plan.regions[0].mask) == (slice(128, 256), slice(64, 448))
 
 
 def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
