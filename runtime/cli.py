@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
 from runtime.interrupts import raise_from_now_on
+from runtime.seeds import LARGEST_SEED
 
 Settings = TypeVar("Settings")
 Item = TypeVar("Item")
-
+Seed = Annotated[int, tyro.conf.arg(metavar=f"0..{LARGEST_SEED}")]  # run_script checks every setting called seed
 
 # (flag of an earlier version, its name now): an old flag is refused in a script that has the new one
 RENAMED = (
@@ -66,9 +67,9 @@ def check_fractions(settings: object, *names: str) -> None:
 
 
 def check_seed(seed: int, flag: str = "--seed") -> int:
-    """Return the seed; raise BadInput if it does not fit into the 64 bits of torch's generators."""
-    if not -(2**63) <= seed < 2**64:
-        raise BadInput(f"{flag} {seed}: a seed has at most 64 bits")
+    """Return the seed; raise BadInput outside of the 32 bits by which torch's CPU generator draws: wider ones repeat its noise."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise BadInput(f"{flag} {seed}: a seed has 32 bits, give 0 .. {LARGEST_SEED}")
     return seed
 
 
@@ -106,8 +107,11 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
                 options = tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
         except SystemExit as stop:  # tyro has printed its message, or the help
             return "", int(stop.code or 0)
-        if isinstance(seed := getattr(options, "seed", None), int):
-            check_seed(seed)
+        for flag in ("seed", "seeds"):
+            value = getattr(options, flag, ())
+            for seed in value if isinstance(value, tuple) else (value,):
+                if isinstance(seed, int):
+                    check_seed(seed, f"--{flag}")
         main(options)
     except BadInput as error:
         return str(error), 2

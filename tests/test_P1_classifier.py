@@ -157,6 +157,17 @@ def test_accuracy_uses_the_classifier_of_each_domain() -> None:
     assert accuracy(classifiers, images, digits, domains) == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("domain", [0, 1])
+def test_a_classifier_reads_in_fp32_inside_a_block_of_lower_precision(
+    shipped: list[DigitClassifier], domain: int
+) -> None:
+    """P1_inference.py samples in such a block; what it redraws must be what the grader misreads."""
+    expected = shipped[domain](patches(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shipped[domain](patches(20)), expected)
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # the rest of the block stays as it was
+
+
 def test_accuracy_of_no_images_is_nan() -> None:
     classifiers = [DigitClassifier(make_resnet(ClassifierConfig()), domain) for domain in (0, 1)]
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
