@@ -23,7 +23,7 @@ from torchvision.datasets import SVHN
 
 from hw2_data.blend import Maker, blend, find_photographs, load_photograph, random_crop, read_mnist, svhn_image
 from hw2_data.prepare import DOMAINS, SPLITS, Course, Public, Rendered, main, maker_of
-from hw2_data.rendered import digit_fonts
+from hw2_data.rendered import digit_fonts, rendered_maker
 from P1_dataloader import read_csv
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -205,6 +205,14 @@ def test_the_domains_have_random_streams_of_their_own(monkeypatch: pytest.Monkey
             maker_of(Rendered(count=30, seed=6), domain, split)
     assert [call[:3] for call in streams] == [("mnistm", 30, 6), ("mnistm", 3, 6), ("svhn", 30, 6), ("svhn", 3, 6)]
     assert len({call[3] for call in streams}) == 4
+
+
+@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
+def test_seed_stream_and_index_are_mixed_not_added(domain: str) -> None:
+    """All of these show the same digit, and have the same sum."""
+    makers = (rendered_maker(domain, 40, *key) for key in ((0, 0), (10, 0), (0, 10), (10, 10)))
+    images = [maker.make(index)[0].tobytes() for maker, index in zip(makers, (20, 10, 10, 0), strict=True)]
+    assert len(set(images)) == 4
 
 
 @pytest.mark.parametrize("domain", ["mnistm", "svhn"])
