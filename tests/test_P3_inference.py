@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,7 @@ def test_the_grading_script_from_another_folder(folder: Path, model: str) -> Non
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
     assert done.returncode == 2
     assert done.stderr.count("python P3_textual_inversion.py") == 2
