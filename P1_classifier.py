@@ -38,7 +38,16 @@ from digits.classifier import (
 from digits.metrics import make_reference
 from P1_dataloader import BalancedIndex, Digits, load_digits
 from P1_model import DOMAINS, IMAGE_SHAPE
-from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, default_hint, log, run_script
+from runtime.cli import (
+    BadInput,
+    Seed,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    default_hint,
+    log,
+    run_script,
+)
 from runtime.device import Device, Precision, detect, set_up, to_channels_last
 from runtime.files import ROOT, check_writable_file, output_folder
 from runtime.images import to_float
@@ -88,7 +97,7 @@ class Train:
     """Decay of the averaged weights, which the classifier file holds."""
     save_every: int = 200
     """Steps between two checkpoints. 0 = only at the end."""
-    seed: int = 0
+    seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp32."""

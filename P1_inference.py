@@ -28,7 +28,7 @@ from digits.classifier import shipped_classifiers
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
 from P1_model import DOMAINS, Network, load_network
-from runtime.cli import BadInput, check_fractions, default_hint, log, run_script
+from runtime.cli import BadInput, Seed, check_fractions, default_hint, log, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder
@@ -69,7 +69,7 @@ class Settings:
     """Step rule of ddim."""
     retries: int = 3
     """An image that the shipped classifier misreads is redrawn from another seed, at most so many times. 0 = off."""
-    seed: int = 0
+    seed: Seed = 0
     batch: int = 0
     """Images at once. 0 = 100 on a CPU, 1,000 on a GPU."""
     device: Device = "auto"

@@ -33,12 +33,12 @@ from digits.sampling import (
     sample,
 )
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
-from runtime.cli import BadInput, check_positive, log, run_script
+from runtime.cli import BadInput, Seed, check_positive, log, run_script
 from runtime.device import Device, detect
 from runtime.files import output_folder
 from runtime.images import labelled_grid, line_figure, to_uint8
 from runtime.record import Record
-from runtime.seeds import derived_seed
+from runtime.seeds import distinct_seeds
 
 TITLES = ("MNIST-M", "SVHN")
 TIMESTEPS = (500, 300, 200, 100, 50, 1)  # of T = 500, noise first
@@ -57,7 +57,7 @@ class Settings:
     """Guidance scales of the sweep."""
     sweep_count: int = 20
     """Images per digit, domain and scale of the sweep."""
-    seed: int = 0
+    seed: Seed = 0
     batch: int = 100
     """Images at once."""
     device: Device = "auto"
@@ -97,7 +97,7 @@ def main(settings: Settings) -> None:
 
 def grid_figure(sampler: DigitSampler, domain: int, seed: int, folder: Path) -> Path:
     """Draw 10x10 digits of one domain: a row per digit, one noise for each whole column."""
-    seeds = [derived_seed(seed, column) for column in range(10)]
+    seeds = distinct_seeds((seed, column) for column in range(10))
     requests = [DigitRequest(digit, domain, column_seed) for digit in range(DIGITS) for column_seed in seeds]
     images = to_uint8(sampler.images(requests, f"grid {TITLES[domain]}"))
     path, columns = folder / f"grid_{DOMAINS[domain]}.png", [f"noise {column}" for column in range(10)]

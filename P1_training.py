@@ -29,7 +29,16 @@ from digits.recipes import RECIPES, TrainingRecipe, preset_values
 from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_dataloader import BalancedIndex, load_digits
 from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
-from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, default_hint, log, run_script
+from runtime.cli import (
+    BadInput,
+    Seed,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    default_hint,
+    log,
+    run_script,
+)
 from runtime.device import COMPILE_STEPS, AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import decoration, image_grid, save_image, to_float, to_uint8
@@ -77,7 +86,7 @@ class Settings:
     """Decay of the weights' average (EMA), which is what is graded and kept."""
     max_grad_norm: float = 1.0
     """Largest gradient norm. inf = any."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of all random numbers of the training."""
     device: Device = "auto"
     precision: Precision = "auto"

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from runtime.cli import BadInput, check_not_negative, log, run_script
+from runtime.cli import BadInput, Seed, check_not_negative, log, run_script
 from runtime.device import Device, Machine, detect, set_up
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_writable_file, check_writable_folder, output_folder
@@ -75,7 +75,7 @@ class Settings:
     """safetensors file of image features: read if it holds them, else written. None = not kept."""
     cache: Path = ROOT / "runs" / "p3_clip_cache"
     """Folder of the classifiers, by model, weights, names and prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed that draws the five right and five wrong cases."""
     batch: int = 0
     """Images at once. 0 = 32 on a CPU, where more is slower, and 512 on a GPU."""

@@ -36,7 +36,7 @@ from concepts.jobs import Job, find_job_vectors, graded_jobs, layout_job, prompt
 from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler, generate_batches
 from concepts.stable_diffusion import check_model, load_pipeline, load_tokenizer
 from diffusion.guidance import Guidance
-from runtime.cli import BadInput, check_fractions, check_positive, run_script
+from runtime.cli import BadInput, Seed, check_fractions, check_positive, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.distributed import Shard, sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder, read_json
@@ -100,7 +100,7 @@ class Settings:
     """For --candidates with --input: folder with a folder of images per key."""
     batch: int = 0
     """Images at once. 0 = on a GPU 64, or as many as memory allows; 8 on a CPU."""
-    seed: int = 0
+    seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
     """auto = bf16 if the hardware has it."""

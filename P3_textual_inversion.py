@@ -32,7 +32,7 @@ from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerp
 from concepts.stable_diffusion import load_pipeline
 from concepts.validation import Validator
 from runtime.batches import is_out_of_memory
-from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.cli import BadInput, Seed, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, output_folder
 from runtime.images import decoration, line_figure
@@ -96,7 +96,7 @@ class Settings:
     clip: str | None = None
     """CLIP (transformers folder or hub name) that scores the validations by image + 2.5 x text, to keep the best vectors. None = keep the
     last ones."""
-    seed: int = 0
+    seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
     """Precision of the frozen model; auto: bf16 where the hardware has it, else fp32. Embeddings are float32."""

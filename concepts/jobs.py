@@ -20,7 +20,7 @@ from concepts.embeddings import (
 )
 from concepts.stable_diffusion import load_tokenizer
 from runtime.cli import BadInput, log
-from runtime.seeds import derived_seed
+from runtime.seeds import distinct_seeds
 
 MOST_LISTED = 20  # tokens in an error message
 
@@ -77,7 +77,7 @@ def graded_jobs(file: Path, output: Path, references: Path, candidates: int, see
 
 
 def _seeds(count: int, *key: int) -> tuple[int, ...]:
-    return tuple(derived_seed(*key, n) for n in range(count))
+    return tuple(distinct_seeds((*key, n) for n in range(count)))
 
 
 def find_job_vectors(

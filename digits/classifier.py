@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from digits.metrics import Reference, measure
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
 from runtime.cli import BadInput
-from runtime.device import to_channels_last
+from runtime.device import full_precision, to_channels_last
 from runtime.files import (
     ROOT,
     load_safetensors,
@@ -123,16 +123,24 @@ class DigitClassifier(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Map [N,3,28,28] uint8 on any device to the last layer's input [N,F] float32, in batches."""
+        """Map [N,3,28,28] uint8 on any device to the last layer's input [N,F], in batches, in float32 as the grader does."""
         device, body = next(self.parameters()).device, self.network[:-1]
         floats = (to_float(chunk.to(device)) for chunk in images.split(BATCH))
-        return torch.cat([body(x.contiguous(memory_format=torch.channels_last)) for x in floats])
+        with full_precision(device):
+            return torch.cat([body(x.contiguous(memory_format=torch.channels_last)) for x in floats])
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Map [N,3,28,28] uint8 to logits [N,10]."""
-        logits: Tensor = self.network[-1](self.features(images))
+        """Map [N,3,28,28] uint8 to logits [N,10] in float32."""
+        features = self.features(images)
+        with full_precision(features.device):
+            logits: Tensor = self.network[-1](features)
         return logits
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the digits [N] int64 on the CPU that images [N,3,28,28] uint8 are read as."""
+        logits: Tensor = self(images)
+        return logits.argmax(1).cpu()
 
 
 # ---------------------------------------------------------------- classifier files
@@ -223,7 +231,7 @@ def misclassified(classifiers: Sequence[DigitClassifier], images: Tensor, digits
     for domain, classifier in enumerate(classifiers):
         rows = (domains == domain).nonzero().squeeze(1).cpu()
         if len(rows):
-            wrong[rows] = classifier(images[rows.to(images.device)]).argmax(1).cpu() != digits.cpu()[rows]
+            wrong[rows] = classifier.read(images[rows.to(images.device)]) != digits.cpu()[rows]
     return wrong.nonzero().squeeze(1)
 
 
@@ -271,7 +279,7 @@ def grade_folder(
     for name, classifier, critic, (images, digits) in zip(
         DOMAINS, classifiers, critics or classifiers, graded, strict=True
     ):
-        answers = classifier(images).argmax(1).cpu()
+        answers = classifier.read(images)
         confusion = torch.bincount(digits * DIGITS + answers, minlength=DIGITS**2).view(DIGITS, DIGITS)
         result[name] = {
             "accuracy": int(confusion.trace()) / len(digits),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
 from diffusion.step_rules import step_rule
 from digits.classifier import DigitClassifier, misclassified
-from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network
 from P1_model import DigitSamplerConfig as DigitSamplerConfig
 from runtime.batches import in_batches
 from runtime.cli import progress_bar
 from runtime.distributed import ALONE, Shard
 from runtime.files import ROOT
 from runtime.images import to_uint8
-from runtime.seeds import derived_seed
+from runtime.seeds import distinct_seeds
 
 CHECKPOINT = ROOT / "checkpoints" / "p1_digits.safetensors"
 
@@ -41,9 +42,15 @@ class DigitRequest:
 def graded_requests(
     seed: int, count: int, digits: Sequence[int] = range(10), domains: Sequence[int] = (0, 1)
 ) -> list[DigitRequest]:
-    """Return `count` requests per domain and digit; each seed depends on (seed, domain, digit, index) alone."""
+    """Return `count` requests per domain and digit; each seed depends on (seed, domain, digit, index) alone.
+
+    No two images of a run share their noise: of two with the same seed the later one, by index, draws another.
+    """
+    keys = list(product(range(count), range(len(DOMAINS)), range(DIGITS)))  # all, so that a part has the same seeds
+    derived = distinct_seeds((seed, domain, digit, index) for index, domain, digit in keys)
+    seeds = dict(zip(keys, derived, strict=True))
     return [
-        DigitRequest(digit, domain, derived_seed(seed, domain, digit, index))
+        DigitRequest(digit, domain, seeds[index, domain, digit])
         for domain in domains
         for digit in digits
         for index in range(count)
@@ -120,7 +127,7 @@ def redraw(
 
     Return the rows misread at the first try, and those still misread after the retries.
 
-    An image's next seed is derived from its own, so it does not depend on what else is sampled.
+    An image's next seed is derived from its own, so it does not depend on what else is sampled, unless that has the same seed.
     The process that redraws a row owns it from then on.
     """
     digits, domains = labels_of(requests)
@@ -136,14 +143,18 @@ def redraw(
         return sorted(shard.gather(wrong))
 
     few = min(sampler.batch, 32)
+    used = [request.seed for request in requests]
     first = wrong = misread(list(images), sampler.batch)
     for attempt in range(1, retries + 1):
         if not wrong:
             break
         for row in wrong:
             images.pop(row, None)
-        rows = [wrong[index] for index in shard.rows(len(wrong), few)]
-        again = [replace(requests[row], seed=derived_seed(requests[row].seed, attempt)) for row in rows]
+        seeds = distinct_seeds([(requests[row].seed, attempt) for row in wrong], used)
+        used += seeds
+        mine = shard.rows(len(wrong), few)
+        rows = [wrong[index] for index in mine]
+        again = [replace(requests[wrong[index]], seed=seeds[index]) for index in mine]
         fresh = to_uint8(replace(sampler, batch=few).images(again, f"attempt {attempt + 1}"))
         images.update(zip(rows, fresh, strict=True))
         wrong = misread(rows, few)

@@ -17,11 +17,11 @@ from diffusion.step_rules import Rule, Steps, step_rule
 from faces.models import SHIPPED_FACES, Labels, Model, load_model
 from faces.noises import Noise
 from runtime.batches import even_batch, in_batches
-from runtime.cli import BadInput, progress_bar
+from runtime.cli import BadInput, Seed, progress_bar
 from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
 from runtime.distributed import ALONE, Shard
 from runtime.images import check_finite
-from runtime.seeds import derived_seed
+from runtime.seeds import distinct_seeds
 
 ToUint8 = Literal["minmax", "clamp"]
 PASS_BELOW = 20.0  # the grader's limit: mean squared error on 0..255
@@ -45,7 +45,7 @@ class SamplingArgs:
     """Which timesteps are visited and where the last one leads (see above)."""
     to_uint8: ToUint8 = "minmax"
     """What becomes 0..255: the range of each image (minmax, as in the course) or -1..1 (clamp)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise that eta > 0 adds."""
     digit: int | None = None
     """P1 checkpoints: 0..9. None = any."""
@@ -98,26 +98,30 @@ def sample_all(
 ) -> Iterator[tuple[Noise, Tensor]]:
     """Yield (noise, image [C,H,W] float32) one by one, as batches of one shape finish.
 
+    For eta > 0 each noise has a stream of its own, seeded by the run's seed and its stem.
     `batch` 0 fits the batch to the machine. Of several processes each samples its share of the batches.
     """
     batch = even_batch(len(noises), batch or shard.largest(len(noises), largest_batch(model, noises[0].x)))
-    noises = [noises[row] for row in shard.rows(len(noises), batch)]
-    batches = -(-len(noises) // batch)
+    seeds = distinct_seeds([config.seed, *noise.stem.encode()] for noise in noises)
+    items = [(noises[row], seeds[row]) for row in shard.rows(len(noises), batch)]
+    batches = -(-len(items) // batch)
     with progress_bar(batches * len(config.steps.pairs), title, "step") as bar:
 
-        def work(chunk: list[Noise]) -> Tensor:
+        def work(chunk: list[tuple[Noise, int]]) -> Tensor:
             return sample(model, chunk, config, lambda t, x: bar.update() and None)
 
-        for chunk, images in in_batches(work, noises, batch):
-            yield from zip(chunk, images, strict=False)  # the last batch is padded
+        for chunk, images in in_batches(work, items, batch):
+            yield from zip([noise for noise, _ in chunk], images, strict=False)  # the last batch is padded
 
 
 @torch.inference_mode()
-def sample(model: Model, noises: Sequence[Noise], config: DdimConfig, callback: Callback = ignore) -> Tensor:
-    """Sample one batch: [B,C,H,W] float32 on the CPU, in about -1..1. Each noise's stem seeds its own stream for eta > 0."""
+def sample(
+    model: Model, noises: Sequence[tuple[Noise, int]], config: DdimConfig, callback: Callback = ignore
+) -> Tensor:
+    """Sample one batch of (noise, seed of its stream): [B,C,H,W] float32 on the CPU, in about -1..1."""
     device = next(model.network.parameters()).device
-    x = torch.stack([noise.x for noise in noises]).to(device, memory_format=torch.channels_last)
-    streams = generators([derived_seed(config.seed, *noise.stem.encode()) for noise in noises])
+    x = torch.stack([noise.x for noise, _ in noises]).to(device, memory_format=torch.channels_last)
+    streams = generators([seed for _, seed in noises])
     denoise = model.denoiser(len(noises))
     return ddim(denoise, x, model.schedule, config.steps, streams, config.eta, callback).cpu()
 

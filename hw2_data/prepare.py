@@ -25,7 +25,7 @@ from concepts.course_format import read_input
 from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
 from P1_dataloader import read_csv, read_digit
-from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
+from runtime.cli import BadInput, Seed, check_not_negative, check_positive, log, progress, run_script
 from runtime.files import load_tensors, output_folder, require_file
 from runtime.images import open_image
 from zeroshot.dataset import list_images
@@ -58,7 +58,7 @@ class Output:
     """Folder for mnistm/ and svhn/."""
     domains: tuple[Domain, ...] = DOMAINS
     """Which domains to build."""
-    seed: int = 0
+    seed: Seed = 0
     """The same seed gives the same bytes."""
     overwrite: bool = False
     """Replace existing domain folders, once the new ones are complete."""

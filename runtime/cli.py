@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
 from runtime.interrupts import raise_from_now_on
+from runtime.seeds import LARGEST_SEED
 
 Settings = TypeVar("Settings")
 Item = TypeVar("Item")
-
+Seed = Annotated[int, tyro.conf.arg(metavar=f"0..{LARGEST_SEED}")]  # run_script checks every setting called seed
 
 # (flag of an earlier version, its name now): an old flag is refused in a script that has the new one
 RENAMED = (
@@ -75,9 +76,9 @@ def check_fractions(settings: object, *names: str) -> None:
 
 
 def check_seed(seed: int, flag: str = "--seed") -> int:
-    """Return the seed; raise BadInput if it does not fit into the 64 bits of torch's generators."""
-    if not -(2**63) <= seed < 2**64:
-        raise BadInput(f"{flag} {seed}: a seed has at most 64 bits")
+    """Return the seed; raise BadInput outside of the 32 bits by which torch's CPU generator draws: wider ones repeat its noise."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise BadInput(f"{flag} {seed}: a seed has 32 bits, give 0 .. {LARGEST_SEED}")
     return seed
 
 
@@ -115,8 +116,11 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
         except SystemExit:  # tyro has printed the help
             return "", 0
         refuse_empty_paths(options, sys.argv[1:])
-        if isinstance(seed := getattr(options, "seed", None), int):
-            check_seed(seed)
+        for flag in ("seed", "seeds"):
+            value = getattr(options, flag, ())
+            for seed in value if isinstance(value, tuple) else (value,):
+                if isinstance(seed, int):
+                    check_seed(seed, f"--{flag}")
         main(options)
     except BadInput as error:
         return str(error), 2

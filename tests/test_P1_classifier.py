@@ -11,12 +11,13 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from torchvision import transforms
 import P1_classifier
 from digits import metrics
 from digits.classifier import (
+    SHIPPED,
     ClassifierConfig,
     DigitClassifier,
     accuracy,
@@ -40,9 +42,10 @@ from digits.classifier import (
 )
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
 from P1_classifier import Grade, Train, train
-from P1_dataloader import read_digit
+from P1_dataloader import BalancedIndex, load_digits, read_digit
 from P1_model import DOMAINS
 from runtime.cli import BadInput, run_script
+from runtime.files import load_safetensors
 from training.draws import Draws
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -155,6 +158,17 @@ def test_accuracy_uses_the_classifier_of_each_domain() -> None:
     domains = torch.arange(40) % 2
     digits = torch.where(domains == 0, classifiers[0](images).argmax(1), (classifiers[1](images).argmax(1) + 1) % 10)
     assert accuracy(classifiers, images, digits, domains) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_a_classifier_reads_in_fp32_inside_a_block_of_lower_precision(
+    shipped: list[DigitClassifier], domain: int
+) -> None:
+    """P1_inference.py samples in such a block; what it redraws must be what the grader misreads."""
+    expected = shipped[domain](patches(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shipped[domain](patches(20)), expected)
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # the rest of the block stays as it was
 
 
 def test_accuracy_of_no_images_is_nan() -> None:
@@ -309,6 +323,134 @@ def test_augmented_images_stay_in_range_and_differ() -> None:
     assert torch.cdist(x.flatten(1), x.flatten(1)).fill_diagonal_(1).min() > 0.1
 
 
+# ---------------------------------------------------------------- every flag of a training, against a plain loop
+
+
+def plain_classifier(**flags: Any) -> dict[str, Tensor]:
+    """Train as the help says, in a plain loop; return the averaged weights as the file stores them."""
+    values: dict[str, Any] = {
+        "epochs": 2,
+        "recolour": 0.2,
+        "fold": 2,
+        "batch": 10,
+        "lr": 4e-3,
+        "weight_decay": 0.05,
+    } | flags
+    values = {"smoothing": 0.1, "ema": 0.998, "seed": 0} | values
+    data = load_digits(values["data"], "train", [DOMAINS.index(values["domain"])])
+    torch.manual_seed(values["seed"])
+    network = make_resnet(ClassifierConfig(fold=values["fold"])).to(memory_format=torch.channels_last)
+    average = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=values["weight_decay"], fused=True)
+    batch = values["batch"]
+    total = values["epochs"] * len(data) // batch
+    for step in range(total):
+        draws = Draws(values["seed"], step, slice(batch), batch, CPU)
+        groups, members = draws.stratified(), draws.uniform()
+        rows = BalancedIndex(data, None, False)(groups, members)  # as the digits come
+        x = P1_classifier.augment(data.images[rows] / 127.5 - 1, draws, values["recolour"])
+        logits = network(x.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(logits, data.digits[rows], label_smoothing=values["smoothing"]).backward()
+        rise, fall = min(1, (step + 1) / max(1, total // 5)), min(1, (total - step) / (0.8 * total))
+        optimizer.param_groups[0]["lr"] = values["lr"] * rise * fall
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(values["ema"], (1 + step) / (10 + step)) if step else 0
+        for name, value in network.state_dict().items():
+            learned = name in dict(network.named_parameters())
+            average[name] = decay * average[name] + (1 - decay) * value if learned else value.clone()
+    return average
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Return the length of the difference of all weights."""
+    return math.sqrt(sum(float((one[name].float() - other[name].float()).square().sum()) for name in one))
+
+
+DECIDES_WEIGHTS: dict[str, Any] = {
+    "domain": "svhn", "data": "other", "epochs": 3, "recolour": 0.9, "fold": 1, "batch": 7, "lr": 1e-3,
+    "weight_decay": 20.0, "smoothing": 0.5, "ema": 0.1, "seed": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", DECIDES_WEIGHTS)
+def test_every_flag_that_decides_the_classifier_does_what_a_plain_loop_does_with_it(
+    flag: str, digits_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits_folder, tmp_path / "other")
+    csv_file = tmp_path / "other" / "mnistm" / "train.csv"
+    csv_file.write_text("".join(csv_file.read_text().splitlines(keepends=True)[:-10]))
+    usual: dict[str, Any] = {
+        "domain": "mnistm",
+        "data": digits_folder,
+        "epochs": 2,
+        "recolour": 0.2,
+        "fold": 2,
+        "batch": 10,
+    }
+    changed = usual | {flag: tmp_path / "other" if flag == "data" else DECIDES_WEIGHTS[flag]}
+    train(Train(**changed, output=tmp_path / "run", device="cpu", precision="fp32"))
+    file = load_classifier(tmp_path / "run" / "classifier.safetensors", CPU)
+    assert DOMAINS[file.domain] == changed["domain"]
+    expected = plain_classifier(**changed)
+    stored = {name: value.half() if value.dim() > 1 else value for name, value in expected.items()}
+    assert distance(file.network.state_dict(), stored) < 1e-3  # these values of the flags move the weights by 0.2 to 30
+
+
+def test_bf16_computes_in_it_and_stores_fp32_vectors(digits_folder: Path, tmp_path: Path) -> None:
+    types = set()
+
+    def record_type(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Conv2d) and module.training:
+            types.add(output.dtype)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(record_type)
+    try:
+        settings = Train("svhn", data=digits_folder, output=tmp_path, epochs=1, batch=10, device="cpu")
+        train(replace(settings, precision="bf16"))
+    finally:
+        hook.remove()
+    assert types == {torch.bfloat16}
+    assert load_safetensors(tmp_path / "classifier.safetensors")[0]["network.1.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("domain", "defaults"), [("mnistm", (24, 0.2, 1)), ("svhn", (43, 1.0, 2))])
+def test_each_domain_has_defaults_of_its_own(
+    domain: Any, defaults: tuple[float, ...], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(config: Any, facts: dict[str, Any], *_: object) -> None:
+        raise BadInput(json.dumps([config.steps, facts["recolour"], facts["fold"]]))
+
+    images = {"mnistm": 40, "svhn": 20}[domain]
+    monkeypatch.setattr(P1_classifier, "TrainingRun", stop)
+    with pytest.raises(BadInput) as stopped:
+        train(Train(domain, data=digits_folder, output=tmp_path, batch=images, device="cpu"))
+    assert json.loads(str(stopped.value)) == list(defaults)
+
+
+@pytest.mark.parametrize(("save_every", "steps"), [(3, [3, 6, 8]), (0, [8])])
+def test_checkpoints_come_as_often_as_asked(
+    save_every: int, steps: list[int], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr("training.loop.save_state", lambda path, state: saved.append(state["step"]))
+    more: dict[str, Any] = {"epochs": 2, "batch": 10, "save_every": save_every, "device": "cpu"}
+    train(Train("mnistm", data=digits_folder, output=tmp_path, **more))
+    assert sorted(set(saved)) == steps
+
+
+def test_the_validation_accuracy_is_that_of_the_file_on_val_csv(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(Train("svhn", data=digits_folder, output=tmp_path, epochs=30, batch=10, device="cpu", precision="fp32"))
+    val = load_digits(digits_folder, "val", [1])
+    answers = load_classifier(tmp_path / "classifier.safetensors", CPU).read(val.images)
+    right = float((answers == val.digits).double().mean())
+    assert f"svhn validation accuracy: {right:.4f}\n" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert (metrics["val_accuracy"], metrics["pictures"]) == (right, {"train": 20, "val": 4})
+
+
 # ---------------------------------------------------------------- measures
 
 
@@ -435,6 +577,13 @@ def test_a_stopped_training_goes_on_to_the_same_classifier(
         train(replace(settings, output=tmp_path / "parts", lr=0.1))
 
 
+@pytest.mark.parametrize("command", [Train("svhn", device="cuda:77"), Grade(Path("out"), device="cuda:77")])
+def test_an_absent_device_is_named(command: Train | Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="--device cuda:77"):
+        P1_classifier.main(command)
+
+
 def grade_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run `P1_classifier.py grade ..`; return its exit code."""
     monkeypatch.setattr("sys.argv", ["P1_classifier.py", "grade", *map(str, arguments)])
@@ -511,3 +660,48 @@ def test_a_classifier_of_the_other_domain_is_refused(
     course = course_file(tmp_path / "Classifier.pth")
     assert grade_command(monkeypatch, graded, "--svhn-classifier", course, "--record", tmp_path / "r.json") == 2
     assert "is a classifier of mnistm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", DOMAINS)
+def test_a_named_classifier_grades_its_domain_alone(
+    chosen: str, graded: Path, tmp_path: Path, shipped: list[DigitClassifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is our shipped file with its answers turned by one digit, so that it reads every image as another digit."""
+    domain = DOMAINS.index(chosen)
+    path = SHIPPED / f"judge_{chosen}.safetensors"
+    tensors, metadata = load_safetensors(path)
+    for name in [name for name in tensors if name.startswith(f"network.{len(shipped[domain].network) - 1}.")]:
+        tensors[name] = tensors[name].roll(1, 0).contiguous()
+    save_file(tensors, tmp_path / "turned.safetensors", metadata)
+    flags = (f"--{chosen}-classifier", tmp_path / "turned.safetensors", "--device", "cpu")
+    assert grade_command(monkeypatch, graded, *flags, "--record", tmp_path / "record.json") == 0
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    for name, classifier in zip(DOMAINS, shipped, strict=True):
+        confusion = torch.tensor(course_confusion(graded / name, classifier))
+        expected = confusion.roll(1, 1) if name == chosen else confusion
+        assert metrics[name]["confusion"] == expected.tolist()
+
+
+def test_the_hubs_classifier_grades_svhn(graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = random_classifier(1)
+    monkeypatch.setattr(P1_classifier, "hub_classifier", lambda device: hub)
+    flags = ("--svhn-classifier", "hub", "--device", "cpu", "--record", tmp_path / "record.json")
+    assert grade_command(monkeypatch, graded, *flags) == 0
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert metrics["svhn"]["confusion"] == course_confusion(graded / "svhn", hub)
+
+
+HELD_BY = {
+    "output": test_training_writes_a_classifier_that_loads_and_the_same_seed_gives_the_same_file,
+    "save_every": test_checkpoints_come_as_often_as_asked,
+    "precision": test_bf16_computes_in_it_and_stores_fp32_vectors,
+    "device": test_an_absent_device_is_named,
+    "folder": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
+    "record": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
+    "mnistm_classifier": test_a_named_classifier_grades_its_domain_alone,
+    "svhn_classifier": test_a_named_classifier_grades_its_domain_alone,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    assert {*DECIDES_WEIGHTS, *HELD_BY} == {field.name for command in (Train, Grade) for field in fields(command)}

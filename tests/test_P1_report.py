@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffusion.noise import draw, generators
-from digits.sampling import DigitRequest
-from P1_model import Network
+from digits.classifier import DigitClassifier
+from digits.sampling import DigitRequest, DigitSampler
+from P1_model import Network, save_network
 from P1_report import Settings, main, reverse_process
 from runtime.cli import BadInput
+from runtime.images import to_uint8
+from runtime.seeds import derived_seed
 
 
 def test_the_reverse_process_goes_from_the_noise_of_the_seed_to_the_image(tiny_network: Network) -> None:
@@ -34,6 +39,122 @@ def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "guidance_sweep.png").width > 500
 
 
+class Figures:
+    """Recorders in the place of the drawing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+        self.grids: dict[str, tuple[Any, ...]] = {}
+        self.lines: dict[str, tuple[Any, ...]] = {}
+        monkeypatch.setattr(f"{module}.labelled_grid", lambda path, *rest, **more: self.grids.update({path.stem: rest}))
+        monkeypatch.setattr(f"{module}.line_figure", lambda path, *rest: self.lines.update({path.stem: rest}))
+
+
+@pytest.fixture
+def checkpoint(tiny_network: Network, tmp_path: Path) -> Path:
+    save_network(tmp_path / "p1.safetensors", tiny_network)
+    return tmp_path / "p1.safetensors"
+
+
+def test_the_grid_has_a_row_per_digit_and_one_noise_per_column(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, requested = Figures(monkeypatch, "P1_report"), {}
+
+    def images(self: DigitSampler, requests: Any, title: str) -> Tensor:
+        requested[title] = (list(requests), self.batch)
+        return torch.zeros(len(requests), 3, 28, 28)
+
+    monkeypatch.setattr(DigitSampler, "images", images)
+    main(Settings(output=tmp_path, model=checkpoint, figures=("grid",), seed=3, batch=9, device="cpu"))
+    for domain, title in enumerate(("MNIST-M", "SVHN")):
+        expected = [DigitRequest(d, domain, derived_seed(3, column)) for d in range(10) for column in range(10)]
+        assert requested[f"grid {title}"] == (expected, 9)
+        _, rows, columns, *_ = figures.grids[f"grid_{('mnistm', 'svhn')[domain]}"]
+        assert (rows, columns[9]) == ([str(digit) for digit in range(10)], "noise 9")
+
+
+def test_the_reverse_process_shows_mnistm_above_svhn_from_noise_to_image(
+    checkpoint: Path, tiny_network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = Figures(monkeypatch, "P1_report")
+    main(Settings(output=tmp_path, model=checkpoint, figures=("reverse",), seed=3, device="cpu"))
+    images, rows, columns, *_ = figures.grids["reverse_process"]
+    assert (rows, columns[0]) == (("MNIST-M", "SVHN"), "t = 20")
+    requests = [DigitRequest(0, domain, derived_seed(3, domain, 0, 0)) for domain in (0, 1)]
+    states = reverse_process(tiny_network, requests)
+    expected = [to_uint8(states[int(name[4:])][domain]) for domain in (0, 1) for name in columns]
+    assert (images.int() - torch.stack(expected).int()).abs().max() <= 1
+
+
+class Reader(DigitClassifier):
+    """A classifier that reads the grey of an image as its digit."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    def read(self, images: Tensor) -> Tensor:
+        return images[:, 0, 0, 0].long()
+
+
+def test_the_sweep_names_each_domains_numbers_at_each_scale(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At scale s the first s digits of MNIST-M and the first 2 s of SVHN are drawn right; the others are greys of 100."""
+    figures, counts = Figures(monkeypatch, "P1_report"), []
+
+    def images(self: DigitSampler, requests: Any, title: str) -> Tensor:
+        counts.append(len(requests))
+        limit = [self.config.guidance, 2 * self.config.guidance]
+        greys = [r.digit if r.digit < limit[r.domain] else 100 for r in requests]
+        return (torch.tensor(greys) / 127.5 - 1)[:, None, None, None].expand(-1, 3, 28, 28)
+
+    def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
+        domain = READERS.index(classifier)
+        share = float((images[:, 0, 0, 0] < 100).double().mean())
+        return {
+            "frechet": domain + share,
+            "recall": 10 + domain + share,
+            "precision": 20 + domain + share,
+            "memorised": 9,
+        }
+
+    monkeypatch.setattr(DigitSampler, "images", images)
+    monkeypatch.setattr("P1_report.shipped_classifiers", lambda device: READERS)
+    monkeypatch.setattr("P1_report.quality", quality)
+    main(Settings(tmp_path, checkpoint, ("sweep",), scales=(2.0, 4.0), sweep_count=3, device="cpu"))
+    rows = json.loads((tmp_path / "record.json").read_text())["metrics"]["sweep"]
+    assert counts == [60, 60]
+    for row, (scale, mnistm, svhn) in zip(rows, ((2.0, 0.2, 0.4), (4.0, 0.4, 0.8)), strict=True):
+        assert row == pytest.approx({
+            "scale": scale, "mnistm_accuracy": mnistm, "svhn_accuracy": svhn,
+            "mnistm_frechet": mnistm, "mnistm_recall": 10 + mnistm, "mnistm_precision": 20 + mnistm,
+            "svhn_frechet": 1 + svhn, "svhn_recall": 11 + svhn, "svhn_precision": 21 + svhn,
+        })  # fmt: skip
+    x, panels, *_ = figures.lines["guidance_sweep"]
+    assert x == [2.0, 4.0]
+    expected = {"MNIST-M": [0.2, 0.4], "SVHN": [0.4, 0.8]}
+    assert {name: pytest.approx(line) for name, line in panels["accuracy"].items()} == expected
+    assert panels["Frechet distance"]["SVHN"] == pytest.approx([1.4, 1.8])
+    assert panels["recall"]["MNIST-M"] == pytest.approx([10.2, 10.4])
+
+
+READERS: list[DigitClassifier] = [Reader(), Reader()]
+
+HELD_BY = {
+    "output": test_the_command_writes_its_figures_and_a_record,
+    "figures": test_the_command_writes_its_figures_and_a_record,
+    "model": test_the_reverse_process_shows_mnistm_above_svhn_from_noise_to_image,
+    "seed": test_the_reverse_process_shows_mnistm_above_svhn_from_noise_to_image,
+    "scales": test_the_sweep_names_each_domains_numbers_at_each_scale,
+    "sweep_count": test_the_sweep_names_each_domains_numbers_at_each_scale,
+    "batch": test_the_grid_has_a_row_per_digit_and_one_noise_per_column,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    assert {*HELD_BY, "device"} == {field.name for field in fields(Settings)}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -41,6 +162,7 @@ def test_the_command_writes_its_figures_and_a_record(tmp_path: Path) -> None:
         ({"scales": ()}, "--scales"),
         ({"scales": (1.0, math.nan)}, "--scales 1.0 nan"),
         ({"figures": ()}, "--figures names none"),
+        ({"device": "cuda:77"}, "--device cuda:77"),
     ],
 )
 def test_a_report_of_nothing_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:

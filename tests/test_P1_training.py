@@ -11,15 +11,30 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_digits import TINY, write_images
+from torch import Tensor
 
-from P1_training import Grading, Settings, main
+from diffusion.schedule import make_schedule
+from digits.classifier import DigitClassifier
+from digits.recipes import RECIPES
+from digits.sampling import DigitSampler, graded_requests
+from P1_dataloader import BalancedIndex, load_digits
+from P1_model import PRESETS, Network, UNet, load_network, save_network
+from P1_training import Grading, Settings, digit_sheet, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
+from runtime.seeds import derived_seed
+from training import loop
+from training.log import TrainingLog
 
 SHORT: dict[str, Any] = {
     "preset": "tiny", "device": "cpu", "precision": "fp32", "compile": "off", "batch": 8, "warmup": 2,
@@ -69,7 +84,6 @@ def test_killed_and_resumed_ends_with_the_same_weights(digits_folder: Path, tmp_
     process = start([sys.executable, *command(digits_folder, broken, **more)])
     while not (broken / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.1)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert 0 < state(broken)["step"] < 120
@@ -267,3 +281,302 @@ def test_a_truncated_checkpoint_is_refused_and_kept(digits_folder: Path, tmp_pat
     with pytest.raises(BadInput, match="checkpoint.pt is not a torch file.*move it away"):
         train(digits_folder, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == broken
+
+
+# ---------------------------------------------------------------- every flag, against a plain loop
+
+
+@pytest.fixture
+def ungraded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the time of the gradings out of tests of the weights."""
+    images = torch.zeros(20, 3, 28, 28, dtype=torch.uint8)
+    scores = {"mnistm": 0.0, "svhn": 0.0, "accuracy": 0.0}
+    monkeypatch.setattr(Grading, "score", lambda self, network, count, seed: (scores, images))
+
+
+def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train as docs and papers say, in a plain loop; return the weights and their average."""
+    recipe = vars(RECIPES[flags.get("preset", "tiny")])
+    values: dict[str, Any] = vars(Settings()) | recipe | SHORT | {"steps": 6} | flags
+    digits = load_digits(values["data"], "train")
+    index = BalancedIndex(digits, values["svhn_share"], values["balance_digits"])
+    torch.manual_seed(values["seed"])
+    unet = UNet(PRESETS[values["preset"]])
+    if values["init"]:
+        unet.load_state_dict(load_network(values["init"], torch.device("cpu")).unet.state_dict())
+    average = {name: value.clone() for name, value in unet.state_dict().items()}
+    optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    total, batch, steps = PRESETS[values["preset"]].timesteps, values["batch"], values["steps"]
+    alpha_bars = make_schedule(values["schedule"], total, values["prediction"]).alpha_bar.float()
+
+    for step in range(steps):
+        stream = torch.Generator().manual_seed(derived_seed(values["seed"], step))
+        group, member, keep_digit, keep_domain, offset = (torch.rand(batch, generator=stream) for _ in range(5))
+        rows = index(group, member)
+        digit = digits.digits[rows].masked_fill(keep_digit < values["drop_digit"], 10)
+        domain = digits.domains[rows].masked_fill(keep_domain < values["drop_domain"], 2)
+        t = ((torch.arange(batch) + offset) / batch * total).long()
+        eps = torch.randn(batch, 3, 28, 28, generator=stream)
+        x0, alpha_bar = digits.images[rows] / 127.5 - 1, alpha_bars[t][:, None, None, None]
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        output = unet(signal * x0 + noise * eps, t, digit, domain)
+        v = values["prediction"] == "v"
+        error = (output - (signal * eps - noise * x0 if v else eps)).square()
+        if values["min_snr"]:
+            snr = alpha_bar / (1 - alpha_bar)
+            error = error * snr.clamp(max=values["min_snr"]) / (snr + 1 if v else snr)
+        error.mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), values["max_grad_norm"])
+        left = min(1, (steps - step) / (values["decay"] * steps)) if values["decay"] else 1
+        if values["decay_shape"] == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        optimizer.param_groups[0]["lr"] = values["lr"] * min(1, (step + 1) / max(1, values["warmup"])) * left
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(values["ema"], (1 + step) / (10 + step)) if step else 0
+        for name, value in unet.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * value
+    return unet.state_dict(), average
+
+
+DECIDES_WEIGHTS: dict[str, Any] = {
+    "steps": 4, "batch": 6, "lr": 4e-3, "warmup": 5, "decay": 0.9, "decay_shape": "cosine", "min_snr": 0.5,
+    "drop_digit": 0.7, "drop_domain": 0.7, "svhn_share": 0.9, "balance_digits": False, "ema": 0.1,
+    "max_grad_norm": 0.05, "seed": 3, "preset": "report", "data": None, "init": None,  # of the lesson below
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write two data sets, whose SVHN is unbalanced, and two networks to start from: zero-initialised layers hide labels."""
+    root = tmp_path_factory.mktemp("lesson")
+    paths: dict[str, Path] = {}
+    torch.manual_seed(1)
+    for seed, name in enumerate(("usual", "other")):
+        for domain, (folder, labels) in enumerate(
+            {"mnistm": [*range(10)] * 4, "svhn": [*range(10), *[7] * 10]}.items()
+        ):
+            images = [f"{index:05d}.png" for index in range(len(labels))]
+            write_images(root / name / folder, "train.csv", images, labels, seed=2 * seed + domain)
+            write_images(root / name / folder, "val.csv", ["val.png"], [3], seed=9)
+        unet = UNet(PRESETS["tiny"])
+        for parameter in unet.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+        network = Network(unet, make_schedule("cosine", 1000, "v"), "cosine", {}, {})
+        save_network(root / f"{name}.safetensors", network)
+        paths |= {f"{name}_data": root / name, f"{name}_init": root / f"{name}.safetensors"}
+    return paths
+
+
+@pytest.fixture(scope="module")
+def usual(lesson: dict[str, Path]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights and their average when no flag is given."""
+    return plain_training(data=lesson["usual_data"], init=lesson["usual_init"])
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Return the length of the difference of all weights; six steps move them by about 1."""
+    return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))
+
+
+ROUNDING, EFFECT = 1e-3, 3e-3  # bounds of distances: 0.0002 at most, 0.004 at least were measured
+
+
+@pytest.mark.usefixtures("ungraded")
+@pytest.mark.parametrize("flag", DECIDES_WEIGHTS)
+def test_every_flag_that_decides_the_weights_does_what_a_plain_loop_does_with_it(
+    flag: str,
+    tmp_path: Path,
+    lesson: dict[str, Path],
+    usual: tuple[dict[str, Tensor], dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PRESETS, "report", replace(TINY, conditioning="onehot", timesteps=500))
+    flags: dict[str, Any] = {"data": lesson["usual_data"], "init": None if flag == "preset" else lesson["usual_init"]}
+    flags |= {flag: lesson.get(f"other_{flag}", DECIDES_WEIGHTS[flag])}
+    train(**{"output": tmp_path, "steps": 6, **flags})
+    expected, average = plain_training(**flags)
+    assert distance(weights(tmp_path), expected) < ROUNDING
+    assert distance(averaged(tmp_path), average) < ROUNDING
+    if flag != "preset":  # which has another layout
+        assert max(distance(expected, usual[0]), distance(average, usual[1])) > EFFECT
+
+
+@pytest.mark.usefixtures("ungraded")
+def test_compiled_layers_train_to_the_same_weights(
+    tmp_path: Path,
+    lesson: dict[str, Path],
+    usual: tuple[dict[str, Tensor], dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The compiler itself is left out; the layers that are written out for it are not."""
+    asked: list[tuple[str, bool]] = []
+    compiled: list[UNet] = []
+
+    def should_compile(choice: str, machine: Any, worthwhile: bool) -> bool:
+        asked.append((choice, worthwhile))
+        return choice == "on"
+
+    monkeypatch.setattr("P1_training.should_compile", should_compile)
+    monkeypatch.setattr(UNet, "compile", lambda self: compiled.append(self))
+    flags: dict[str, Any] = {"data": lesson["usual_data"], "init": lesson["usual_init"], "steps": 6}
+    train(output=tmp_path, **flags, compile="on")
+    assert asked == [("on", False)]  # six steps are not worth the minute
+    assert len(compiled) == 1
+    assert distance(weights(tmp_path), usual[0]) < ROUNDING
+
+
+@pytest.mark.usefixtures("ungraded")
+def test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights(
+    tmp_path: Path, lesson: dict[str, Path], usual: tuple[dict[str, Tensor], dict[str, Tensor]]
+) -> None:
+    types = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: types.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
+    )
+    flags: dict[str, Any] = {"data": lesson["usual_data"], "init": lesson["usual_init"], "steps": 6}
+    try:
+        train(output=tmp_path, **flags, precision="bf16")
+    finally:
+        hook.remove()
+    assert types == {torch.bfloat16}
+    assert distance(weights(tmp_path), usual[0]) < 0.2 * distance(load_file(lesson["usual_init"]), usual[0])
+
+
+@pytest.mark.usefixtures("ungraded")
+def test_checkpoints_and_reports_come_as_often_as_asked(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, shown = [], []
+    save, show = vars(loop)["save_state"], TrainingLog.show
+
+    def record_save(path: Path, content: dict[str, Any]) -> None:
+        saved.append(content["step"])
+        save(path, content)
+
+    def record_show(self: TrainingLog, step: int, **values: float) -> None:
+        shown.extend([step] if "loss" in values else [])
+        show(self, step, **values)
+
+    monkeypatch.setattr(loop, "save_state", record_save)
+    monkeypatch.setattr(TrainingLog, "show", record_show)
+    train(digits_folder, tmp_path / "saves", steps=7, save_every=3, log_every=0)
+    assert sorted(set(saved)) == [3, 6, 7]
+    saved.clear()
+    shown.clear()
+    train(digits_folder, tmp_path / "reports", steps=7, save_every=0, log_every=2)
+    assert set(saved) == {7}
+    assert sorted(set(shown)) == [2, 4, 6, 7]
+
+
+# ---------------------------------------------------------------- gradings and the choice
+
+
+def script_scores(monkeypatch: pytest.MonkeyPatch, *tables: dict[int, float]) -> list[dict[str, Any]]:
+    """Let the weights of step k be graded as tables[n][k] at their n-th grading; return what was graded."""
+    calls: list[dict[str, Any]] = []
+
+    def score(self: Grading, network: Network, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
+        step = network.origin["step"]
+        value = tables[sum(call["step"] == step for call in calls)][step]
+        state = {name: tensor.clone() for name, tensor in network.unet.state_dict().items()}
+        calls.append({"step": step, "count": count, "seed": seed, "state": state})
+        return {"mnistm": value, "svhn": value, "accuracy": value}, torch.zeros(20, 3, 28, 28, dtype=torch.uint8)
+
+    monkeypatch.setattr(Grading, "score", score)
+    return calls
+
+
+FIRST = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.6}
+RATES: dict[str, Any] = {"steps": 8, "eval_every": 2, "eval_count": 2, "final_count": 3, "candidates": 3, "seed": 5}
+
+
+def test_the_best_of_the_second_grading_becomes_the_result(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = script_scores(monkeypatch, FIRST, {4: 0.3, 6: 0.8, 8: 0.5})
+    record = train(digits_folder, tmp_path, **RATES)
+    assert [(call["step"], call["count"], call["seed"]) for call in calls] == [
+        *((step, 2, 5) for step in (2, 4, 6, 8)),
+        *((step, 3, 6) for step in (4, 6, 8)),  # the three best, with more and other images
+    ]
+    best = load_network(tmp_path / "best.safetensors", torch.device("cpu"))
+    assert (best.origin["step"], best.origin["accuracy"], record["metrics"]["accuracy"]) == (6, 0.8, 0.8)
+    state = best.unet.state_dict()
+    assert all(torch.equal(value.half(), state[name].half()) for name, value in calls[2]["state"].items())
+
+
+def test_until_then_the_best_so_far_is_the_result(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = script_scores(monkeypatch, FIRST)
+    monkeypatch.setattr(Grading, "choose_best", lambda self: {})
+    history = train(digits_folder, tmp_path, **RATES)["metrics"]["history"]
+    assert [(entry["step"], entry["accuracy"]) for entry in history] == list(FIRST.items())
+    assert load_network(tmp_path / "best.safetensors", torch.device("cpu")).origin["step"] == 4
+    average = averaged(tmp_path)  # what is graded, not the weights themselves
+    assert all(torch.equal(value, average[name]) for name, value in calls[3]["state"].items())
+    assert distance(average, weights(tmp_path)) > EFFECT
+
+
+class GreyReader(DigitClassifier):
+    """A classifier that reads greys of 20 per digit, and above `largest` nothing but 0."""
+
+    def __init__(self, largest: int):
+        torch.nn.Module.__init__(self)
+        self.largest = largest
+
+    def read(self, images: Tensor) -> Tensor:
+        digits = images[:, 0, 0, 0].long() // 20
+        return digits.where(digits <= self.largest, 0)
+
+
+def test_a_grading_draws_the_asked_images_and_names_each_domains_accuracy(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are grey; the sheet has a row per digit, MNIST-M left and SVHN right."""
+    requested = []
+
+    def images(self: DigitSampler, requests: Any, title: str) -> Tensor:
+        requested.append((self.config, list(requests)))
+        greys = torch.tensor([20 * request.digit + 5 * request.domain for request in requests])
+        return (greys / 127.5 - 1)[:, None, None, None].expand(-1, 3, 28, 28)
+
+    monkeypatch.setattr(DigitSampler, "images", images)
+    monkeypatch.setattr("P1_training.shipped_classifiers", lambda _: [GreyReader(9), GreyReader(6)])
+    metrics = train(digits_folder, tmp_path, steps=2, seed=4, final_count=2)["metrics"]
+    assert {name: metrics[name] for name in ("mnistm", "svhn", "accuracy")} == pytest.approx(
+        {"mnistm": 1.0, "svhn": 0.7, "accuracy": 0.85}
+    )
+    sampler = RECIPES["tiny"].sampler
+    assert requested == [(sampler, graded_requests(4, 1)), (sampler, graded_requests(5, 2))]
+    sheet = np.asarray(Image.open(tmp_path / "best.png"))[..., 0]
+    centres = sheet[2 + 28 :: 58, 2 + 28 :: 58]  # of images of 56 pixels with gaps of 2
+    assert centres.tolist() == [[20 * digit + 5 * domain for domain in (0, 0, 1, 1)] for digit in range(10)]
+
+
+def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:
+    images = torch.arange(2 * 10 * 12)[:, None, None, None].expand(-1, 3, 28, 28).to(torch.uint8)
+    centres = digit_sheet(images)[0, 2 + 28 :: 58, 2 + 28 :: 58]
+    assert centres[0].tolist() == [*range(10), *range(120, 130)]
+    assert centres[9].tolist() == [*range(108, 118), *range(228, 238)]
+
+
+HELD_BY = {
+    "output": test_the_loss_falls_and_the_run_folder_is_complete,
+    "device": test_bad_input_is_named,
+    "precision": test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights,
+    "compile": test_compiled_layers_train_to_the_same_weights,
+    "eval_every": test_the_best_of_the_second_grading_becomes_the_result,
+    "eval_count": test_the_best_of_the_second_grading_becomes_the_result,
+    "candidates": test_the_best_of_the_second_grading_becomes_the_result,
+    "final_count": test_the_best_of_the_second_grading_becomes_the_result,
+    "save_every": test_checkpoints_and_reports_come_as_often_as_asked,
+    "log_every": test_checkpoints_and_reports_come_as_often_as_asked,
+    "resume": test_a_restart_deletes_the_candidates_of_the_earlier_run,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    assert {*DECIDES_WEIGHTS, *HELD_BY} == {field.name for field in fields(Settings)}

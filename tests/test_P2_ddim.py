@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
 from digits.sampling import CHECKPOINT as DIGITS
 from faces.noises import Noise, parse_seeds, save_noises
 from faces.sampling import compare, to_image
+from P1_model import Network, load_network, save_network
 from P2_ddim import Settings, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.images import save_image
+from runtime.seeds import derived_seed
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -71,7 +76,8 @@ def test_the_grading_script_reproduces_an_independent_network_and_rule(course_un
     """50 steps of the full-size network from real .pt files: names, sizes, and at most one grey level."""
     noise = write_noises(tmp_path / "the noise", "07", side=32)
     command = ["bash", str(ROOT / "hw2_2.sh"), "the noise/", "my out/", str(course_unet)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in (tmp_path / "my out").iterdir()) == ["07.png"]
     plain = PlainFaceUNet()
@@ -128,19 +134,6 @@ def test_saved_noises_give_the_same_pictures_as_their_seeds(run: Any, tmp_path: 
     assert torch.load(tmp_path / "noise" / "00.pt", weights_only=True).shape == (1, 3, 16, 16)
 
 
-def test_another_seed_changes_pictures_only_where_eta_adds_noise(run: Any) -> None:
-    plain = [run(f"p{seed}", seeds="0", seed=seed)["00"] for seed in (0, 1)]
-    noisy = [run(f"n{seed}", seeds="0", seed=seed, eta=1.0)["00"] for seed in (0, 1)]
-    assert np.array_equal(*plain)
-    assert not np.array_equal(*noisy)
-
-
-def test_rules_and_rescaling_matter(run: Any) -> None:
-    kinds = [{}, {"rule": "ddim"}, {"rule": "diffusers"}, {"rule": "trailing"}, {"to_uint8": "clamp"}]
-    pictures = [run(str(index), seeds="0", **kind)["00"].tobytes() for index, kind in enumerate(kinds)]
-    assert len(set(pictures)) == len(kinds)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_noise_may_have_any_float_type_and_no_batch_dimension(run: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     x = torch.randn(3, 16, 16).to(dtype)
@@ -148,6 +141,130 @@ def test_noise_may_have_any_float_type_and_no_batch_dimension(run: Any, tmp_path
     torch.save(x, tmp_path / "noise" / "05.pt")
     save_noises(tmp_path / "float", [Noise("05", x.float())])
     assert np.array_equal(run("a", noise=tmp_path / "noise")["05"], run("b", noise=tmp_path / "float")["05"])
+
+
+# ---------------------------------------------------------------- every flag, against a plain loop
+
+
+@pytest.fixture
+def p1(tiny_network: Network, tmp_path: Path) -> str:
+    """Write a P1 checkpoint of T = 20, whose own guidance is 2.5."""
+    save_network(tmp_path / "p1.safetensors", replace(tiny_network, sampler={"guidance": 2.5}))
+    return str(tmp_path / "p1.safetensors")
+
+
+def plain_picture(x: Tensor, stem: str, **flags: Any) -> np.ndarray:
+    """Return the picture that one noise [C,H,W] becomes, by a plain loop over one image alone."""
+    values: dict[str, Any] = vars(Settings()) | {"steps": 4} | flags
+    if Path(values["model"]).is_dir():
+        unet, total = UNet2DModel.from_pretrained(values["model"]), 1000
+        alpha_bars = (1 - torch.linspace(1e-4, 0.02, total, dtype=torch.float64)).cumprod(0)
+    else:
+        network = load_network(Path(values["model"]), torch.device("cpu"))
+        unet, total, alpha_bars = network.unet, len(network.schedule), network.schedule.alpha_bar
+    digit = torch.tensor([10 if values["digit"] is None else values["digit"]])
+    domain = torch.tensor([["mnistm", "svhn", "any"].index(values["domain"])])
+    scale = 2.5 if values["guidance"] is None else values["guidance"]
+    rule, steps = values["rule"], values["steps"]
+    visited = [k * (total // steps) + (rule == "homework") for k in reversed(range(steps))]
+    if rule == "trailing":
+        visited = [round(total - k * total / steps) - 1 for k in range(steps)]
+    stream = torch.Generator().manual_seed(derived_seed(values["seed"], *stem.encode()))
+
+    x = x[None]
+    for t, t_prev in zip(visited, [*visited[1:], -1], strict=True):
+        with torch.inference_mode():
+            if isinstance(unet, UNet2DModel):
+                output = unet(x, t).sample
+            else:
+                output, uncond = (unet(x, torch.tensor([t]), d, domain) for d in (digit, torch.tensor([10])))
+                output = output if values["digit"] is None else uncond + scale * (output - uncond)
+        now = float(alpha_bars[t])
+        before = float(alpha_bars[t_prev]) if t_prev >= 0 else float(alpha_bars[0]) if rule == "homework" else 1.0
+        signal, noise_share = math.sqrt(now), math.sqrt(1 - now)
+        if isinstance(unet, UNet2DModel):
+            x0, eps = (x - noise_share * output) / signal, output
+        else:  # v
+            x0, eps = signal * x - noise_share * output, noise_share * x + signal * output
+        x0 = x0 if rule == "ddim" else x0.clamp(-1, 1)
+        sigma = values["eta"] * math.sqrt((1 - before) / (1 - now) * (1 - now / before))
+        fresh = torch.randn(x.shape[1:], generator=stream) if sigma else 0
+        x = math.sqrt(before) * x0 + math.sqrt(max(0, 1 - before - sigma**2)) * eps + sigma * fresh
+    low, high = (float(x.min()), float(x.max())) if values["to_uint8"] == "minmax" else (-1.0, 1.0)
+    grey = ((x.clamp(low, high) - low) / (high - low) * 255 + 0.5).floor()
+    return grey[0].permute(1, 2, 0).numpy().astype(int)
+
+
+def noise_of(seed: int, side: int = 16) -> Tensor:
+    return torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_picture_has_the_start_of_its_seed_and_the_stream_of_its_own_name(
+    run: Any, small: Path, eta: float
+) -> None:
+    drawn = run(seeds="3,11-12", eta=eta, seed=9)
+    assert list(drawn) == ["03", "11", "12"]
+    for stem, picture in drawn.items():
+        expected = plain_picture(noise_of(int(stem)), stem, model=str(small), eta=eta, seed=9)
+        assert np.abs(picture - expected).max() <= 1
+
+
+# flag: (flags that are given as well, its value)
+DECIDES_PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
+    "steps": ({"model": "p1"}, 7), "rule": ({"model": "p1"}, "trailing"), "to_uint8": ({"model": "p1"}, "clamp"),
+    "eta": ({"model": "p1"}, 0.6), "seed": ({"model": "p1", "eta": 1.0}, 5), "size": ({}, 24), "seeds": ({}, "8"),
+    "noise": ({}, "folder"), "model": ({}, "p1"), "digit": ({"model": "p1"}, 3),
+    "domain": ({"model": "p1", "digit": 3}, "svhn"), "guidance": ({"model": "p1", "digit": 3}, -1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", DECIDES_PICTURES)
+def test_every_flag_that_decides_the_picture_does_what_a_plain_loop_does_with_it(
+    flag: str, run: Any, small: Path, p1: str, tmp_path: Path
+) -> None:
+    others, value = DECIDES_PICTURES[flag]
+    usual = {"model": str(small), "seeds": "0"} | others
+    pictures, sides = [], []
+    for name, flags in {"usual": usual, "changed": usual | {flag: value}}.items():
+        if flags["model"] == "p1":
+            flags["model"] = p1
+        side = flags.get("size", 28 if flags["model"] == p1 else 16)
+        seed = int(flags["seeds"])
+        noise = noise_of(seed, side)
+        if "noise" in flags:
+            seed, noise = 41, noise_of(77)
+            save_noises(tmp_path / "folder", [Noise("41", noise)])
+            flags["noise"] = tmp_path / "folder"
+        drawn = run(name, **flags)
+        expected = plain_picture(noise, f"{seed:02d}", **flags)
+        assert list(drawn) == [f"{seed:02d}"]
+        assert np.abs(drawn[f"{seed:02d}"] - expected).max() <= 1
+        pictures.append(expected)
+        sides.append(side)
+    assert sides[0] != sides[1] or np.abs(pictures[0] - pictures[1]).max() > 5
+
+
+@pytest.mark.parametrize("rule", ["homework", "ddim", "diffusers", "trailing"])
+@pytest.mark.parametrize("to_uint8", ["minmax", "clamp"])
+def test_every_rule_and_range_is_that_of_the_plain_loop(run: Any, p1: str, rule: str, to_uint8: str) -> None:
+    flags = {"model": p1, "rule": rule, "to_uint8": to_uint8}
+    expected = plain_picture(noise_of(0, 28), "00", **flags)
+    assert np.abs(run(seeds="0", **flags)["00"] - expected).max() <= 1
+
+
+def test_bf16_gives_nearly_the_same_picture(run: Any) -> None:
+    one, other = run("fp32", seeds="0")["00"], run("bf16", seeds="0", precision="bf16")["00"]
+    assert 0 < np.square(one - other).mean() < 20
+
+
+def test_a_compiled_network_is_compiled_once_and_draws_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr("faces.sampling.should_compile", lambda choice, machine: choice == "on")
+    monkeypatch.setattr(UNet2DModel, "compile", lambda self: compiled.append(self))
+    one, other = run("off", seeds="0")["00"], run("on", seeds="0", compile="on")["00"]
+    assert len(compiled) == 1
+    assert np.array_equal(one, other)
 
 
 # ---------------------------------------------------------------- pictures and comparison
@@ -382,3 +499,28 @@ def test_pictures_that_are_finished_stay_when_a_later_one_fails(
     with pytest.raises(KeyboardInterrupt):
         run(seeds="0-3", batch=1)
     assert list(pixels(tmp_path / "out")) == ["00", "01"]
+
+
+def test_an_exported_model_draws_the_same_pictures_and_exporting_draws_none(
+    run: Any, small: Path, tmp_path: Path
+) -> None:
+    assert not run("none", export=tmp_path / "exported")
+    one, other = run("one", seeds="0")["00"], run("other", seeds="0", model=str(tmp_path / "exported"))["00"]
+    assert np.array_equal(one, other)
+
+
+HELD_BY = {
+    "output": test_a_part_of_the_job_gives_the_same_pictures,
+    "batch": test_another_batch_changes_no_picture_by_more_than_one_grey_level,
+    "precision": test_bf16_gives_nearly_the_same_picture,
+    "compile": test_a_compiled_network_is_compiled_once_and_draws_the_same,
+    "device": test_flags_that_make_no_sense_are_named,
+    "reference": test_a_reference_gives_a_table_and_a_record,
+    "save_noise": test_saved_noises_give_the_same_pictures_as_their_seeds,
+    "export": test_an_exported_model_draws_the_same_pictures_and_exporting_draws_none,
+    "record": test_a_reference_gives_a_table_and_a_record,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    assert {*DECIDES_PICTURES, *HELD_BY} == {field.name for field in fields(Settings)}

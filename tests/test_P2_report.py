@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from diffusion.step_rules import step_rule
+from faces.models import Model
+from faces.noises import Noise
+from faces.sampling import DdimConfig, SamplingArgs, to_image
 from P1_model import Network, save_network
 from P2_report import Settings, main
 from runtime.cli import BadInput
@@ -43,6 +50,85 @@ def test_slerp_keeps_the_length_of_the_noise_and_linear_loses_it(checkpoint: str
     assert min(norms["slerp"]) > 0.95
     assert 0.65 < norms["linear"][5] < 0.78
     assert not (tmp_path / "r" / "eta.png").exists()
+
+
+class Drawings:
+    """What is sampled and shown, recorded in the place of the network and the figures; an image is its noise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sampled: list[tuple[Any, ...]] = []
+        self.grids: dict[str, tuple[Any, ...]] = {}
+        self.lines: dict[str, tuple[Any, ...]] = {}
+        monkeypatch.setattr("P2_report.sample_all", self.sample_all)
+        monkeypatch.setattr("P2_report.labelled_grid", lambda path, *rest: self.grids.update({path.stem: rest}))
+        monkeypatch.setattr("P2_report.line_figure", lambda path, *rest: self.lines.update({path.stem: rest}))
+
+    def sample_all(self, model: Model, noises: list[Noise], config: DdimConfig, batch: int, title: str) -> Any:
+        self.sampled.append((config.eta, config.seed, config.steps.pairs, batch, [noise.stem for noise in noises]))
+        return [(noise, noise.x + config.eta * noise.x.roll(1)) for noise in noises]
+
+
+def noise_of(seed: int) -> Tensor:
+    return torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_eta_grid_has_a_row_per_eta_and_a_column_per_noise(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawings = Drawings(monkeypatch)
+    flags: dict[str, Any] = {"seeds": "4-9", "columns": 3, "etas": (0.5, 0.0), "seed": 8, "batch": 2}
+    flags |= {"rule": "trailing", "to_uint8": "clamp", "figures": ("eta",)}
+    main(Settings(model=checkpoint, output=tmp_path, steps=5, device="cpu", **flags))
+    pairs, stems = step_rule("trailing", 20, 5).pairs, ["04", "05", "06"]
+    assert drawings.sampled == [(eta, 8, pairs, 2, stems) for eta in (0.5, 0.0)]
+    images, rows, columns, *_ = drawings.grids["eta"]
+    assert (rows, columns) == (["eta 0.5", "eta 0"], stems)
+    expected = [to_image(x + eta * x.roll(1), "clamp") for eta in (0.5, 0.0) for x in map(noise_of, (4, 5, 6))]
+    assert torch.equal(images, torch.stack(expected))
+    distances = metrics(tmp_path)["eta"]
+    for column, stem in enumerate(stems):
+        difference = expected[3 + column].double() - expected[column].double()
+        assert distances[stem] == pytest.approx([0, float(difference.square().mean())])
+    x, panels, *_ = drawings.lines["eta_mse"]
+    assert (x, list(panels.values())) == ((0.5, 0.0), [distances])
+
+
+def test_interpolation_goes_from_the_first_noise_to_the_second_in_equal_steps_without_fresh_noise(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawings = Drawings(monkeypatch)
+    more: dict[str, Any] = {"figures": ("interpolation",), "seeds": "2,7,9", "frames": 5, "to_uint8": "clamp"}
+    main(Settings(model=checkpoint, output=tmp_path, steps=5, device="cpu", **more))
+    assert [eta for eta, *_ in drawings.sampled] == [0, 0]
+    a, b, alphas = noise_of(2), noise_of(7), [0, 0.25, 0.5, 0.75, 1]
+    theta = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    frames = {
+        "linear": [(1 - alpha) * a + alpha * b for alpha in alphas],
+        "slerp": [((1 - p) * theta).sin() / theta.sin() * a + (p * theta).sin() / theta.sin() * b for p in alphas],
+    }
+    for name, expected in frames.items():
+        images, rows, columns, title, *_ = drawings.grids[name]
+        assert (rows, columns) == ([name], ["0", "0.25", "0.5", "0.75", "1"])
+        assert "from noise 02 (0) to noise 07 (1)" in title
+        shown = torch.stack([to_image(x, "clamp") for x in expected])
+        assert (images.int() - shown.int()).abs().max() <= 1
+        norms = [float(x.square().mean().sqrt()) for x in expected]
+        assert metrics(tmp_path)["interpolation"][name] == pytest.approx(norms, rel=1e-4)
+    assert drawings.lines["noise_norm"][0] == alphas
+
+
+HELD_BY = {
+    "figures": test_slerp_keeps_the_length_of_the_noise_and_linear_loses_it,
+    "output": test_all_figures_are_drawn_and_their_numbers_recorded,
+    "etas": test_the_eta_grid_has_a_row_per_eta_and_a_column_per_noise,
+    "columns": test_the_eta_grid_has_a_row_per_eta_and_a_column_per_noise,
+    "frames": test_interpolation_goes_from_the_first_noise_to_the_second_in_equal_steps_without_fresh_noise,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    """Those that it shares with P2_ddim.py are tested there."""
+    assert {*HELD_BY} == {field.name for field in fields(Settings)} - {field.name for field in fields(SamplingArgs)}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -250,12 +251,6 @@ def test_a_dry_run_refuses_a_model_without_weights(folder: Path, model: str) -> 
         main(settings(folder, str(folder / "model"), dry_run=True))
 
 
-@pytest.mark.parametrize("seed", [2**63, 2**64, 10**30])
-def test_a_seed_of_any_size_draws(folder: Path, model: str, seed: int) -> None:
-    main(settings(folder, model, input=None, prompt=("a star",), count=1, seed=seed))
-    assert files_in(folder / "out") == ["0_0.png"]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -364,6 +359,7 @@ def test_the_grading_script_from_another_folder(folder: Path, model: str) -> Non
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
     assert done.returncode == 2
     assert done.stderr.count("python P3_textual_inversion.py") == 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import SVHN
 
-from hw2_data.blend import blend, find_photographs, load_photograph, random_crop, read_mnist, svhn_image
-from hw2_data.prepare import Course, Public, Rendered, main
-from hw2_data.rendered import digit_fonts
+from hw2_data.blend import Maker, blend, find_photographs, load_photograph, random_crop, read_mnist, svhn_image
+from hw2_data.prepare import DOMAINS, SPLITS, Course, Public, Rendered, main, maker_of
+from hw2_data.rendered import digit_fonts, rendered_maker
 from P1_dataloader import read_csv
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -178,6 +179,45 @@ def test_the_layout_is_the_homeworks(drawn: Path, domain: str) -> None:
 
 
 @pytest.mark.parametrize("domain", ["mnistm", "svhn"])
+def test_no_validation_picture_is_a_training_picture(drawn: Path, domain: str) -> None:
+    """They have other names, so their pixels are compared."""
+    pixels = [Image.open(path).tobytes() for path in sorted((drawn / domain / "data").iterdir())]
+    assert len(set(pixels)) == len(pixels) == 22
+
+
+def test_mnistms_validation_pictures_have_backgrounds_of_their_own(originals: dict[str, Any], tmp_path: Path) -> None:
+    """The made-up MNIST has the same digits in both splits: what differs is the photographs' part."""
+    for part in ("images-idx3", "labels-idx1"):
+        shutil.copy(originals["mnist"] / f"train-{part}-ubyte.gz", originals["mnist"] / f"t10k-{part}-ubyte.gz")
+    main(Public(output=tmp_path / "out", domains=("mnistm",), **originals))
+    pixels = [Image.open(path).tobytes() for path in sorted((tmp_path / "out/mnistm/data").iterdir())]
+    assert len(set(pixels)) == len(pixels) == 24
+
+
+def test_the_domains_have_random_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
+
+    def record_maker(domain: str, count: int, seed: int, stream: int) -> Maker:
+        streams.append((domain, count, seed, stream))
+        return Maker(count, lambda index: (np.zeros((28, 28, 3), np.uint8), 0))
+
+    monkeypatch.setattr("hw2_data.prepare.rendered_maker", record_maker)
+    for domain in DOMAINS:
+        for split in SPLITS:
+            maker_of(Rendered(count=30, seed=6), domain, split)
+    assert [call[:3] for call in streams] == [("mnistm", 30, 6), ("mnistm", 3, 6), ("svhn", 30, 6), ("svhn", 3, 6)]
+    assert len({call[3] for call in streams}) == 4
+
+
+@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
+def test_seed_stream_and_index_are_mixed_not_added(domain: str) -> None:
+    """All of these show the same digit, and have the same sum."""
+    makers = (rendered_maker(domain, 40, *key) for key in ((0, 0), (10, 0), (0, 10), (10, 10)))
+    images = [maker.make(index)[0].tobytes() for maker, index in zip(makers, (20, 10, 10, 0), strict=True)]
+    assert len(set(images)) == 4
+
+
+@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
 def test_every_picture_is_28_by_28_in_colour(drawn: Path, domain: str) -> None:
     pictures = [Image.open(path) for path in (drawn / domain / "data").iterdir()]
     assert {(picture.size, picture.mode) for picture in pictures} == {((28, 28), "RGB")}
@@ -200,6 +240,45 @@ def test_mnistm_depends_on_the_seed_alone(originals: dict[str, Any], tmp_path: P
     for output, seed in (("a", 0), ("b", 0), ("c", 1)):
         main(Public(output=tmp_path / output, domains=("mnistm",), seed=seed, **originals))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") != tree(tmp_path / "c")
+
+
+def test_the_counts_take_the_first_of_each_split(originals: dict[str, Any], tmp_path: Path) -> None:
+    some_counts: dict[str, Any] = {"train_count": 5, "val_count": 3}
+    for name, counts in {"all": {}, "some": some_counts}.items():
+        main(Public(output=tmp_path / name, domains=("mnistm",), **originals, **counts))
+    whole, some = (tmp_path / name / "mnistm" for name in ("all", "some"))
+    for split, count in (("train", 5), ("val", 3)):
+        rows, first = read_csv(some / f"{split}.csv"), read_csv(whole / f"{split}.csv")[:count]
+        assert rows.label.tolist() == first.label.tolist()
+        for name, other in zip(rows.image_name, first.image_name, strict=True):
+            assert (some / "data" / name).read_bytes() == (whole / "data" / other).read_bytes()
+
+
+def test_originals_without_a_folder_are_downloaded_to_the_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    maker = Maker(4, lambda index: (np.zeros((28, 28, 3), np.uint8), index))
+
+    def svhn(folder: Path, split: str, download: bool) -> Maker:
+        calls.append(("svhn", folder, split, download))
+        return maker
+
+    def mnistm(mnist: Path | None, downloads: Path, backgrounds: Path, split: str, key: tuple[int, ...]) -> Maker:
+        calls.append(("mnistm", mnist, downloads, backgrounds, split, key[0]))
+        return maker
+
+    monkeypatch.setattr("hw2_data.prepare.svhn_maker", svhn)
+    monkeypatch.setattr("hw2_data.prepare.mnistm_maker", mnistm)
+    downloads, photographs, own = tmp_path / "downloads", tmp_path / "photographs", tmp_path / "own"
+    main(Public(output=tmp_path / "a", downloads=downloads, backgrounds=photographs, seed=8))
+    main(Public(output=tmp_path / "b", downloads=downloads, backgrounds=photographs, mnist=own, svhn=own))
+    assert calls == [
+        *(("mnistm", None, downloads, photographs, split, 8) for split in ("train", "val")),
+        *(("svhn", downloads, split, True) for split in ("train", "val")),
+        *(("mnistm", own, downloads, photographs, split, 0) for split in ("train", "val")),
+        *(("svhn", own, split, False) for split in ("train", "val")),
+    ]
 
 
 def test_fonts_with_symbols_in_the_place_of_digits_are_left_out() -> None:
@@ -392,3 +471,24 @@ def test_the_command_line_reaches_the_work(tmp_path: Path, monkeypatch: pytest.M
     arguments = ["rendered", "--count", "2", "--domains", "svhn", "--output", "here"]
     main(tyro.cli(Course | Public | Rendered, args=arguments, config=(tyro.conf.OmitArgPrefixes,)))
     assert len(list((tmp_path / "here/svhn/data").iterdir())) == 3
+
+
+# the test that holds the effect of each flag
+HELD_BY = {
+    "data": test_a_usable_course_folder_is_counted,
+    "output": test_the_layout_is_the_homeworks,
+    "domains": test_the_command_line_reaches_the_work,
+    "seed": test_the_domains_have_random_streams_of_their_own,
+    "overwrite": test_overwrite_replaces_the_domain_and_leaves_nothing_else,
+    "mnist": test_originals_without_a_folder_are_downloaded_to_the_downloads,
+    "backgrounds": test_every_mnistm_image_is_a_photograph_outside_and_its_negative_inside_the_digit,
+    "svhn": test_svhn_comes_from_the_mat_files_with_label_ten_as_zero,
+    "downloads": test_originals_without_a_folder_are_downloaded_to_the_downloads,
+    "train_count": test_the_counts_take_the_first_of_each_split,
+    "val_count": test_the_counts_take_the_first_of_each_split,
+    "count": test_the_layout_is_the_homeworks,
+}
+
+
+def test_the_effect_of_every_flag_is_tested() -> None:
+    assert set(HELD_BY) == {field.name for command in (Course, Public, Rendered) for field in fields(command)}

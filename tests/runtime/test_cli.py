@@ -16,6 +16,7 @@ import tyro
 
 from runtime.cli import (
     BadInput,
+    Seed,
     check_fractions,
     check_not_negative,
     check_positive,
@@ -248,18 +249,30 @@ def test_only_the_first_process_prints(
     assert all((text in printed) == (rank == "0") for text in ("a line", "items", "images"))
 
 
-@pytest.mark.parametrize("seed", [str(2**64), str(-(2**63) - 1), "1" * 60])
-def test_a_seed_beyond_64_bits_is_one_line(
-    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    @dataclass(frozen=True)
-    class Seeded:
-        seed: int = 0
+@dataclass(frozen=True)
+class Seeded:
+    seed: Seed = 0
+    seeds: tuple[int, ...] = (0, 1)
 
-    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", seed])
+
+@pytest.mark.parametrize("flag", ["--seed", "--seeds"])
+@pytest.mark.parametrize("seed", [str(2**32), "-1", "1" * 60])
+def test_a_seed_beyond_32_bits_is_one_line(
+    flag: str, seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", flag, seed])
     with pytest.raises(SystemExit, match="2"):
         run_script(lambda _: None, Seeded, "A test.")
-    assert capsys.readouterr().err == f"error: --seed {seed}: a seed has at most 64 bits\n"
+    assert capsys.readouterr().err == f"error: {flag} {seed}: a seed has 32 bits, give 0 .. 4294967295\n"
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_seed_of_32_bits_reaches_the_script(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", str(seed)])
+    with pytest.raises(SystemExit, match="0"):
+        run_script(lambda settings: seeds.append(settings.seed), Seeded, "A test.")
+    assert seeds == [seed]
 
 
 @pytest.mark.parametrize("flags", [("--size", "x"), ("--sise", "5"), ("--size", "-1")])

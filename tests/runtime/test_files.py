@@ -67,6 +67,31 @@ def test_atomic_replaces_the_old_file_on_success(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_text() == "new"
 
 
+def test_atomic_brings_all_bytes_to_the_disk_before_it_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, the name must not lead to a file whose content was never written."""
+    synced: list[tuple[int, int]] = []
+
+    def record_fsync(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def check_replace(source: Path, target: Path) -> None:
+        assert synced == [(source.stat().st_ino, 3)]
+        assert target.read_text() == "old"
+        synced.clear()
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", check_replace)
+    (tmp_path / "a.txt").write_text("old")
+    with atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert not synced
+
+
 def test_atomic_keeps_the_old_file_on_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(ZeroDivisionError):

@@ -36,6 +36,12 @@ def test_another_seed_or_step_draws_other_numbers(seed: int, step: int) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(draw_step(), draw_step(seed, step), strict=True))
 
 
+def test_seed_and_step_are_mixed_not_added() -> None:
+    assert not any(torch.equal(a, b) for a, b in zip(draw_step(1, 0), draw_step(0, 1), strict=True))
+    numbers = [float(draw_step(seed, step)[0][0]) for seed in range(20) for step in range(20)]
+    assert len(set(numbers)) == 400
+
+
 def test_successive_draws_of_a_step_differ() -> None:
     first, _, _, second = draw_step()
     assert not torch.equal(first, second)
