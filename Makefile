@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := demo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test lint doctor train bench gpu clean
+.PHONY: help setup demo report test lint doctor train bench gpu mutants clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -45,6 +45,9 @@ bench: setup  ## every side-by-side measurement, one table (hours on two cores; 
 
 gpu: setup  ## what a GPU measures in at most eight minutes, one table, no network; MINUTES=N: another limit
 	@$(RUN) benchmarks/table.py --gpu $(if $(MINUTES),--minutes $(MINUTES))
+
+mutants: setup  ## mutation testing: the share of 200 seeded faults in the code that the tests notice (two hours on two cores; continues)
+	@$(RUN) benchmarks/mutants.py $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv, runs, the demo's and the report's output
 	rm -rf .venv runs report "$(DEMO)"
