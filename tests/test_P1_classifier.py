@@ -621,7 +621,7 @@ def break_png(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "svhn"), "svhn does not exist"),
         (lambda folder: [p.unlink() for p in (folder / "svhn").iterdir()], "svhn is empty"),
         (lambda folder: (folder / "svhn" / "0_001.png").rename(folder / "svhn" / "a_001.png"), "a_001.png: the name"),
-        (lambda folder: (folder / "svhn" / "7_more").mkdir(), "7_more is not a readable picture"),
+        (lambda folder: (folder / "svhn" / "7_more").mkdir(), "7_more is a folder, not a picture"),
         (break_png, "4_001.png is not a readable picture"),
     ],
     ids=["missing", "empty", "name", "folder", "broken"],
