@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ class Settings:
     jobs: int = os.cpu_count() or 1
     """Mutants at a time."""
     seconds: float = 120
-    """Limit of test seconds per mutant. The tests named after the file run first, then the fastest."""
+    """Limit of test seconds per mutant. Of the tests that reach its line, those named after the file run first, then the fastest."""
 
 
 class Mutant(NamedTuple):
@@ -113,7 +114,7 @@ def tests_by_line(jobs: int) -> tuple[dict[str, dict[str, list[str]]], dict[str,
         os.environ["COVERAGE_PROCESS_START"] = str(STATE / "coveragerc")  # tests/conftest.py names the test
         files = sorted(str(path.relative_to(tree)) for path in tree.glob("tests/**/test_*.py"))
         with ThreadPoolExecutor(jobs) as pool:
-            runs = list(pool.map(lambda job: run_tests(tree, *files[job::jobs], "-vv", "--durations=0"), range(jobs)))
+            runs = list(pool.map(lambda job: run_tests(tree, *files[job::jobs], "-vvv", "--durations=0"), range(jobs)))
         del os.environ["COVERAGE_PROCESS_START"]
         (STATE / "tests.log").write_text(output := "".join(runs))
         for time, test in re.findall(r"^([\d.]+)s (?:setup|call) +(.+)$", output, re.MULTILINE):
@@ -143,6 +144,7 @@ def choose_tests(mutant: Mutant, tests: list[str], seconds: dict[str, float], li
 
 def main(settings: Settings) -> None:
     STATE.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its tests
     reached, seconds = tests_by_line(settings.jobs)
     files = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     paths = sorted(str(path.relative_to(ROOT)) for path in files)
@@ -166,6 +168,7 @@ def main(settings: Settings) -> None:
         (tree / mutant.path).write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
         reaching = reached.get(mutant.path, {}).get(str(mutant.line), [])
         tests = list(choose_tests(mutant, reaching, seconds, settings.seconds))
+        tests += [str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/**/test_{Path(mutant.path).stem}.py")]
         output = run_tests(tree, "-x", *tests) if tests else ""
         failed = re.search(r"^(FAILED|ERROR) .*", output, re.MULTILINE)
         results[mutant.key] = failed[0] if failed else "survived"

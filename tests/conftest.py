@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,12 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     """Label the lines that `coverage` measures, when it does, with the test that runs (benchmarks/mutants.py)."""
     if (coverage := sys.modules.get("coverage")) and (measured := coverage.Coverage.current()):
         measured.switch_context(nodeid)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Let Ctrl-C reach the scripts that tests start, where a shell's background job ignores it and passes that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -206,7 +206,7 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
     monkeypatch.setattr(inversion, "outcome", outcome)
     monkeypatch.setattr(inversion, "weights_fingerprint", lambda _: "w")
     record = tmp_path / "record.json"
-    settings = inversion.Concepts(names=("fish",), seeds=2, more_vectors=(4,), device="cpu", record=record)
+    settings = inversion.Concepts("model", ("fish",), 2, (4,), device="cpu", record=record)
     inversion.main(settings)
     assert repeats(record) == {
         "object: 1 vector": [0.1, 0.11],
@@ -296,7 +296,7 @@ def test_the_baselines_are_the_ordinary_words_over_several_seeds_and_the_grades_
         "folder": tmp_path / "out",
         "record": tmp_path / "r.json",
     }
-    inversion.main(inversion.Graded(names=("fish",), repeats=2, seed=3, device="cpu", **cast_any(places)))
+    inversion.main(inversion.Graded(model="model", names=("fish",), repeats=2, seed=3, device="cpu", **cast_any(places)))
     assert calls == [("ordinary", 4), ("ordinary", 5), ("learned", 3)]
     assert repeats(tmp_path / "r.json") == {"share of cases passed": [1.0, 0.0]}
     entry = json.loads((tmp_path / "out" / "input.json").read_text())["fish"]
