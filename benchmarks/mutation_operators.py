@@ -71,11 +71,8 @@ def replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
         case ast.Expr(value=ast.Call()):
             yield "pass"
         case ast.Call(args=args, keywords=keywords):
-            if (
-                len(args) > 1
-                and name_of(node) not in SYMMETRIC
-                and not any(isinstance(arg, ast.Starred) for arg in args[:2])
-            ):
+            alike = name_of(node) in SYMMETRIC or len({ast.unparse(arg) for arg in args[:2]}) < 2
+            if not alike and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
                 yield other(args=[args[1], args[0], *args[2:]])
             yield from (other(keywords=[each for each in keywords if each is not omitted]) for omitted in keywords)
             if name_of(node) in OPPOSITES:
