@@ -296,7 +296,9 @@ def test_the_baselines_are_the_ordinary_words_over_several_seeds_and_the_grades_
         "folder": tmp_path / "out",
         "record": tmp_path / "r.json",
     }
-    inversion.main(inversion.Graded(model="model", names=("fish",), repeats=2, seed=3, device="cpu", **cast_any(places)))
+    inversion.main(
+        inversion.Graded(model="model", names=("fish",), repeats=2, seed=3, device="cpu", **cast_any(places))
+    )
     assert calls == [("ordinary", 4), ("ordinary", 5), ("learned", 3)]
     assert repeats(tmp_path / "r.json") == {"share of cases passed": [1.0, 0.0]}
     entry = json.loads((tmp_path / "out" / "input.json").read_text())["fish"]
