@@ -200,7 +200,7 @@ class BalancedIndex:
     SVHN gets its share of a batch (None: as in the data), and its digits come equally often.
     """
 
-    def __init__(self, data: Digits, svhn_share: float | None = 0.5, balance_digits: bool = True):
+    def __init__(self, data: Digits, svhn_share: float | None, balance_digits: bool):
         group = data.domains * DIGITS + data.digits
         counts = torch.bincount(group, minlength=len(DOMAINS) * DIGITS).double()
         weights = counts.view(len(DOMAINS), DIGITS).clone()

@@ -68,12 +68,13 @@ def replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
             yield other(test=ast.UnaryOp(ast.Not(), test))
         case ast.AugAssign(op=op) if type(op).__name__ in OPERATORS:
             yield other(op=opposite(op))[1:-1]
-        case ast.Expr(value=ast.Call()):
+        case ast.Expr(value=ast.Call() as call) if name_of(call) not in MESSAGES:
             yield "pass"
         case ast.Call(args=args, keywords=keywords):
             alike = name_of(node) in SYMMETRIC or len({ast.unparse(arg) for arg in args[:2]}) < 2
             if not alike and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
                 yield other(args=[args[1], args[0], *args[2:]])
-            yield from (other(keywords=[each for each in keywords if each is not omitted]) for omitted in keywords)
+            for omitted in (keyword for keyword in keywords if keyword.arg != "strict"):  # zip's, an assertion
+                yield other(keywords=[each for each in keywords if each is not omitted])
             if name_of(node) in OPPOSITES:
                 yield re.sub(rf"\b{name_of(node)}\(", f"{OPPOSITES[name_of(node)]}(", ast.unparse(node), count=1)

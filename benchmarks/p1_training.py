@@ -92,7 +92,7 @@ def our_step(
     device = machine.device
     half = set_up("auto", machine, training=True) == "bf16"
     data = load_digits(settings.data, "train").to(device)
-    index, alpha_bar = BalancedIndex(data), schedule.alpha_bar.float().to(device)
+    index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
     unet = to_channels_last(UNet(PRESETS[settings.preset]), device)
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")

@@ -41,7 +41,7 @@ from digits.classifier import (
     shipped_classifiers,
 )
 from digits.metrics import Reference, coverage, frechet, make_reference, measure, memorised
-from P1_classifier import Grade, Train, train
+from P1_classifier import Grade, Train, train, warp
 from P1_dataloader import BalancedIndex, load_digits, read_digit
 from P1_model import DOMAINS
 from runtime.cli import BadInput, run_script
@@ -324,6 +324,31 @@ def test_augmented_images_stay_in_range_and_differ() -> None:
 
 
 # ---------------------------------------------------------------- every flag of a training, against a plain loop
+
+
+class Fixed:
+    """Draws whose uniform numbers are given, in the order in which they are taken."""
+
+    def __init__(self, *values: float):
+        self.values = list(values)
+
+    def uniform(self) -> Tensor:
+        return torch.tensor([self.values.pop(0)])
+
+
+def test_a_warp_shifts_by_up_to_three_pixels_and_turns_by_up_to_twelve_degrees() -> None:
+    x = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    shifted = warp(x, cast(Draws, Fixed(0.5, 0.5, 0.5, 1.0, 0.0)))  # angle, width, height, right, down
+    assert torch.allclose(shifted[..., 3:, :-3], x[..., :-3, 3:], atol=1e-4)
+    dot = torch.zeros(1, 1, 280, 280)
+    dot[0, 0, 138:142, 238:242] = 1
+    turned = warp(dot, cast(Draws, Fixed(1.0, 0.5, 0.5, 0.5, 0.5)))[0, 0]
+    down, right = (float((turned.sum(axis) * torch.arange(280)).sum() / turned.sum()) - 139.5 for axis in (1, 0))
+    assert abs(math.degrees(math.atan2(down, right))) == pytest.approx(12, abs=0.2)
+    wide = warp(dot, cast(Draws, Fixed(0.5, 1.0, 0.5, 0.5, 0.5)))[0, 0]
+    assert float((wide.sum(0) * torch.arange(280)).sum() / wide.sum()) - 139.5 == pytest.approx(
+        100 / math.exp(0.15), abs=1
+    )
 
 
 def plain_classifier(**flags: Any) -> dict[str, Tensor]:

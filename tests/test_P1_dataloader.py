@@ -388,7 +388,7 @@ def test_domains_keep_their_shares_when_balancing_is_off(by_digit: bool) -> None
 def test_every_image_of_a_digit_comes_equally_often() -> None:
     data = digits()
     uniform = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(0))
-    hits = torch.bincount(BalancedIndex(data)(*uniform), minlength=len(data)).float()
+    hits = torch.bincount(BalancedIndex(data, 0.5, True)(*uniform), minlength=len(data)).float()
     ones = hits[(data.domains == SVHN) & (data.digits == 1)]
     assert float(ones.min()) > 0
     assert float(ones.var() / ones.mean()) == pytest.approx(1, abs=0.4)  # as counts of a fair draw scatter
@@ -398,7 +398,7 @@ def test_every_image_of_a_digit_comes_equally_often() -> None:
 @pytest.mark.parametrize("svhn", [SVHN_COUNTS, SVHN_COUNTS[:9] + (0,)], ids=["all digits", "no 9"])
 def test_the_edges_of_the_unit_square_are_rows_of_the_data(svhn: tuple[int, ...], u: float) -> None:
     data = digits(svhn)
-    row = int(BalancedIndex(data)(torch.tensor([u]), torch.tensor([u])))
+    row = int(BalancedIndex(data, 0.5, True)(torch.tensor([u]), torch.tensor([u])))
     assert 0 <= row < len(data)
 
 

@@ -182,3 +182,12 @@ def test_the_seed_of_a_retry_is_not_that_of_an_earlier_retry() -> None:
     images = first_try(sampler, [one, other])
     assert redraw(sampler, READERS, [one, other], images, retries=2) == ([0, 1], [])
     assert sampler.drawn[1] == [again]
+
+
+def test_the_expected_time_is_that_of_a_step_times_the_passes_of_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 13.0])
+    monkeypatch.setattr("digits.sampling.time.perf_counter", lambda: next(clock))
+    drawing = sampler(batch=4, name="ddim", steps=6)
+    assert drawing.expected_seconds(9) == pytest.approx(
+        3.0 / 2 * drawing.config.passes(len(drawing.network.schedule)) * 3
+    )

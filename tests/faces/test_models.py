@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet
-from diffusion.schedule import linear
+from diffusion.schedule import cosine, linear
 from faces.course_unet import CONFIG, course_layout, load_course_unet
 from faces.models import Labels, Model, export, load_model
 from P1_model import Network, save_network
@@ -158,6 +159,15 @@ def test_an_exported_model_is_a_pipeline_of_the_very_same_weights_and_rule(cours
     pipeline.scheduler.set_timesteps(50)
     assert pipeline.scheduler.timesteps[[0, -1]].tolist() == [981, 1]
     assert float(pipeline.scheduler.final_alpha_cumprod) == pytest.approx(0.9999)
+
+
+def test_an_exported_model_keeps_a_schedule_that_is_not_the_default(tmp_path: Path) -> None:
+    small_unet().save_pretrained(tmp_path / "small")
+    model = replace(load(tmp_path / "small"), schedule=cosine(1000))
+    export(model, tmp_path / "face")
+    assert load(tmp_path / "face").schedule.alpha_bar.tolist() == pytest.approx(
+        cosine(1000).alpha_bar.tolist(), rel=1e-4
+    )
 
 
 def test_export_does_not_write_into_a_folder_with_files(tmp_path: Path) -> None:

@@ -177,6 +177,20 @@ def test_the_later_mask_yields_with_a_line(capsys: pytest.CaptureFixture[str]) -
     assert "<b>: 50%" in capsys.readouterr().err
 
 
+def test_the_share_of_a_region_that_others_take_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [{"token": "<a>", "box": [0, 0, 0.5, 1]}, {"token": "<b>", "box": [0.25, 0, 1, 0.5]}]
+    read(tmp_path, boxes)
+    assert "<b>: 33% of its region belongs to concepts before it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "named"), [({}, False), ({"word": "things"}, False), ({"word": "dog"}, True)])
+def test_a_given_word_that_the_prompt_does_not_hold_is_named(
+    word: dict[str, str], named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read(tmp_path, [{"token": "<a>", "box": [0, 0, 0.5, 1]} | word])
+    assert ("the prompt doesn't hold its word 'dog'" in capsys.readouterr().err) == named
+
+
 def test_masks_never_overlap_at_any_resolution() -> None:
     plan = make_layout("x", [Region("<a>", "a", box_mask((0, 0, 0.53, 1))), Region("<b>", "b", EVERYWHERE)])
     for side in (3, 4, 7, 8, 16, 64):
@@ -243,6 +257,8 @@ BOX = [0, 0, 1, 1]
             r"concepts\[0\].box\[2\]: must be less than or equal to 1, it is 1.2",
         ),
         ([{"token": "<a>", "box": [-0.1, 0, 1, 1]}], r"concepts\[0\].box\[0\]: .* it is -0.1"),
+        ([{"token": "<a>", "box": [0.6, 0, 0.5, 1]}], r"<a>: box \[0.6, 0.0, 0.5, 1.0\] must .* rising"),
+        ([{"token": "<a>", "box": [0, 0.6, 1, 0.5]}], r"<a>: box \[0.0, 0.6, 1.0, 0.5\] must .* rising"),
         ([{"token": "<a>", "box": [0.5, 0, 0.5, 1]}], r"<a>: box \[0.5, 0.0, 0.5, 1.0\] must .* rising"),
         ([{"token": "<a>", "box": [0, 0, 1]}], r"concepts\[0\].box: .* it is \[0, 0, 1\]"),
         ([{"token": "<a>", "box": [0, 0, "x", 1]}], r"concepts\[0\].box\[2\]: .* it is 'x'"),
