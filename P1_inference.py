@@ -115,6 +115,8 @@ def main(settings: Settings) -> None:
         for digit in settings.digits
         for index in range(1, settings.count + 1)
     ]
+    if settings.grid and settings.grid.resolve() in {name.resolve() for name in names}:
+        raise BadInput(f"--grid {settings.grid} is the name of one of the pictures: name another file")
     for domain in settings.domains:
         output_folder(settings.output / domain)
     warn_extra_files(names)
@@ -169,7 +171,7 @@ def check(settings: Settings) -> None:
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
     if settings.grid:
-        check_writable_file(settings.grid, "--grid")
+        check_writable_file(settings.grid, "--grid", [".png"])
 
 
 def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:

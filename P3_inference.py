@@ -128,7 +128,7 @@ def main(settings: Settings) -> None:
     record = Record(settings, machine)
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path:
-            check_writable_file(path, flag)
+            check_writable_file(path, flag, [".png"])
     if settings.dry_run:
         dry_run(settings, jobs, search, machine)
         return

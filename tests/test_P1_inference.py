@@ -297,6 +297,12 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
+def test_the_grid_takes_the_place_of_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--grid .* is the name of one of the pictures"):
+        draw(tmp_path / "out", digits=(3,), domains=("svhn",), grid=tmp_path / "out" / "svhn" / "3_001.png")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
     draw(tmp_path / "out", count=1, digits=(3,), domains=("svhn",), steps=1, retries=0, batch=10**12)
     assert (tmp_path / "out" / "svhn" / "3_001.png").is_file()
@@ -319,6 +325,7 @@ def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
         ({"guidance": math.nan}, "--guidance nan"),
         ({"interval": (0.9, 0.1)}, "--interval 0.9 0.1"),
         ({"grid": ROOT}, "--grid .* is a folder"),
+        ({"grid": ROOT / "pyproject.toml"}, "--grid .*pyproject.toml is another file that would be lost"),
         ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
         ({"model": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
         ({"model": Path(__file__)}, "is a text, not a file of tensors"),
