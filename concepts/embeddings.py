@@ -65,6 +65,8 @@ def require_known(texts: Iterable[str], tokens: Container[str], where: str = "")
     <3> and the like, which start with no letter, are text unless they are in `tokens`.
     """
     for text in texts:
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadInput(f"{where}{text!r}: a text in UTF-8 is needed, and this one holds other bytes")
         if tag := WEB_TAG.search(text):
             raise BadInput(f"{where}{tag[0]} in {text!r}: LoRAs are not supported, only token embeddings; remove it")
         if absent := [token for token in tokens_in(text) if token not in tokens and token[1].isalpha()]:

@@ -149,6 +149,8 @@ def output_folder(path: Path, flag: str = "--output") -> Path:
 def check_writable_folder(path: Path, flag: str = "--output") -> None:
     """Raise BadInput if no file can be written there, or for a folder of this repository's source, which an output would mix with."""
     resolved = Path(os.path.realpath(path))
+    if os.path.islink(resolved):
+        raise BadInput(f"{flag} {path} is a link that leads to itself: name a folder")
     for init in ROOT.glob("*/__init__.py"):
         if init.parent in (resolved, *resolved.parents):
             raise BadInput(

@@ -20,6 +20,7 @@ from concepts.embeddings import (
     install,
     log_plain_text,
     read_vectors,
+    require_known,
     require_token,
     save_vectors,
     tokenize,
@@ -317,3 +318,8 @@ def test_what_is_meant_as_a_token_is_named(text: str, part: str, capsys: pytest.
 def test_ordinary_text_is_no_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     log_plain_text([text], ["<new1>"])
     assert not capsys.readouterr().err
+
+
+def test_a_text_that_is_not_utf_8_is_named() -> None:
+    with pytest.raises(BadInput, match=r"^--negative: 'a \\udcff b': a text in UTF-8 is needed"):
+        require_known(["a 猫", b"a \xff b".decode(errors="surrogateescape")], [], "--negative: ")
