@@ -129,6 +129,11 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
             raise
         return str(error), 2
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("Symlink loop"):  # of Path.resolve
+            return (
+                f"{str(error).removeprefix('Symlink loop from ')} is a link that leads to itself: name another place",
+                2,
+            )
         from runtime.batches import is_out_of_memory, is_overflow  # which import torch
 
         if (is_out_of_memory(error) or is_overflow(error)) and not os.environ.get("DEBUG"):
