@@ -9,6 +9,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
 from runtime.cli import BadInput, log, progress
-from runtime.files import load_safetensors, save_safetensors
+from runtime.files import load_safetensors, read_text, save_safetensors
 from runtime.images import read_image
 
 if TYPE_CHECKING:
@@ -66,18 +67,22 @@ def read_csv(path: Path) -> pd.DataFrame:
         lines = pd.read_csv(path, dtype=str, keep_default_na=False, header=None, encoding="utf-8-sig")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is empty or not a csv: {' '.join(str(error).split())}") from None
+    numbers = [number for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if len(numbers) == len(lines):  # pandas skips blank lines, and counts none of them
+        lines.index = pd.Index(numbers)
     header = ",".join(lines.iloc[0])
     if header != "image_name,label":
         raise BadInput(f"{path}: the header must be image_name,label, it is {header[:80]}")
-    table = lines[1:].reset_index(drop=True).set_axis(["image_name", "label"], axis=1)
+    table = lines[1:].set_axis(["image_name", "label"], axis=1)
+    table.index -= 2  # row 2 of the file has index 0
     if table.empty:
         raise BadInput(f"{path} has a header but no rows")
     valid = table.label.isin([str(digit) for digit in range(DIGITS)])
     if not valid.all():
-        row = int((~valid).to_numpy().argmax())
+        row = table.index[int((~valid).to_numpy().argmax())]
         raise BadInput(f"{path}, row {row + 2}: label {table.label[row]!r} is not a digit 0..9")
     if (repeated := table.image_name.duplicated()).any():
-        row = int(repeated.to_numpy().argmax())
+        row = table.index[int(repeated.to_numpy().argmax())]
         raise BadInput(f"{path}, row {row + 2}: {table.image_name[row]} appears twice")
     return table.astype({"label": int})
 
@@ -105,7 +110,7 @@ def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
     order = np.random.default_rng(0).permutation(len(train))
     held_out = np.sort(order[: max(1, round(HELD_OUT * len(train)))])
     return {
-        "train": train.drop(index=held_out),
+        "train": train.drop(index=train.index[held_out]),
         "val": train.iloc[held_out],
     }
 
@@ -116,11 +121,12 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     for split, table in tables.items():
         digest.update(split.encode())
         for row, name, label in zip(table.index, table.image_name, table.label, strict=True):
-            try:
-                status = (folder / "data" / name).stat()
-            except OSError:
+            file, problem = folder / "data" / name, "does not exist"
+            with suppress(OSError, ValueError):  # ValueError: a null character
+                status, problem = file.stat(), "is no file" if file.is_dir() else ""
+            if problem:
                 csv = folder / (f"{split}.csv" if (folder / "val.csv").is_file() else "train.csv")
-                raise BadInput(f"{csv}, row {row + 2}: image data/{name} does not exist") from None
+                raise BadInput(f"{csv}, row {row + 2}: image data/{name} {problem}")
             digest.update(f"{name},{label},{status.st_size},{status.st_mtime_ns};".encode())
     return digest.hexdigest()
 

@@ -100,7 +100,7 @@ def main(settings: Settings) -> None:
         for domain in settings.domains:
             check_writable_folder(settings.output / domain)
         free = check_disk_space(settings.output, needed := len(requests) * 4096)
-        seconds = DigitSampler(network, config, settings.batch or min(largest, len(requests))).expected_seconds(
+        seconds = DigitSampler(network, config, min(settings.batch or largest, len(requests))).expected_seconds(
             len(requests)
         )
         print(f"checkpoint {settings.model}: ok, {network.origin.get('preset')} preset")
@@ -115,6 +115,8 @@ def main(settings: Settings) -> None:
         for digit in settings.digits
         for index in range(1, settings.count + 1)
     ]
+    if settings.grid and settings.grid.resolve() in {name.resolve() for name in names}:
+        raise BadInput(f"--grid {settings.grid} is the name of one of the pictures: name another file")
     for domain in settings.domains:
         output_folder(settings.output / domain)
     warn_extra_files(names)
@@ -122,7 +124,8 @@ def main(settings: Settings) -> None:
 
     with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
         # this process's images, and other seeds for those that are misread
-        sampler = DigitSampler(network, config, settings.batch or shard.largest(len(requests), largest))
+        most = settings.batch or shard.largest(len(requests), largest)
+        sampler = DigitSampler(network, config, min(most, len(requests)))  # a batch is padded to its size
         with record.timed("sampling"):
             rows = shard.rows(len(requests), sampler.batch)
             samples = to_uint8(sampler.images([requests[row] for row in rows], "drawing digits"))
@@ -168,7 +171,7 @@ def check(settings: Settings) -> None:
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
     if settings.grid:
-        check_writable_file(settings.grid, "--grid")
+        check_writable_file(settings.grid, "--grid", [".png"])
 
 
 def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
@@ -183,6 +186,9 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     low, high = config.interval
     if not 0 <= low <= high <= 1:
         raise BadInput(f"--interval {low} {high}: give two fractions of T, the lower one first")
+    for flag, sampler in (("eta", "ddim"), ("rule", "ddim"), ("steps", "dpm or ddim")):
+        if getattr(settings, flag) is not None and config.name not in sampler:
+            raise BadInput(f"--{flag} has no effect on --sampler {config.name}: it goes with {sampler}")
     try:
         step_rule(config.rule, len(network.schedule), config.steps)
     except ValueError as error:

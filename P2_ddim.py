@@ -33,7 +33,7 @@ from faces.sampling import PASS_BELOW, SamplingArgs, compare, make_config, open_
 from runtime.cli import BadInput, check_not_negative, is_main_process, run_script
 from runtime.device import detect
 from runtime.distributed import sharing
-from runtime.files import ROOT, list_files, output_folder, require_file
+from runtime.files import ROOT, check_writable_folder, list_files, output_folder, require_file
 from runtime.images import open_image, save_image
 from runtime.record import Record
 
@@ -79,6 +79,8 @@ def main(settings: Settings) -> None:
     config = make_config(model, settings.rule, settings.steps, settings.eta, settings.seed)
     noises = open_noises(model, settings.noise, settings.seeds, settings.size)
     references = read_references(settings.reference, noises) if settings.reference else {}
+    if settings.save_noise:
+        check_writable_folder(settings.save_noise, "--save-noise")
     output_folder(settings.output)
     if settings.save_noise and is_main_process():
         save_noises(settings.save_noise, noises)

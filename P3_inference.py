@@ -45,6 +45,7 @@ from runtime.record import Record
 
 SIZE = 512  # of Stable Diffusion v1's images
 TIMESTEPS = 1000  # of its schedule
+MOST_IMAGES = 100_000  # of a prompt, whose names and seeds are held in memory at once
 COMPILE_COUNT = 50  # images from which on compiling pays
 
 
@@ -127,7 +128,7 @@ def main(settings: Settings) -> None:
     record = Record(settings, machine)
     for flag, path in (("--draw-layout", settings.draw_layout), ("--figure", settings.figure)):
         if path:
-            check_writable_file(path, flag)
+            check_writable_file(path, flag, [".png"])
     if settings.dry_run:
         dry_run(settings, jobs, search, machine)
         return
@@ -202,6 +203,10 @@ def check(settings: Settings) -> None:
         raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
     if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
         raise BadInput("--draw-layout, --figure and --scores need a --layout")
+    if settings.input and settings.count != Settings.count:
+        raise BadInput(f"--count {settings.count}: --input takes {IMAGES_PER_PROMPT} images of every prompt")
+    if not settings.layout and settings.level != Settings.level:
+        raise BadInput(f"--level {settings.level} needs a --layout")
     if settings.words and settings.layout != "auto":
         raise BadInput("--words go with --layout auto")
     settings.config.check()
@@ -216,6 +221,9 @@ def check(settings: Settings) -> None:
     if not 0 <= settings.interval[0] < settings.interval[1] <= 1:
         raise BadInput(f"--interval {settings.interval}: give shares from 0 to 1, rising")
     check_fractions(settings, "guidance_rescale")
+    for flag, images in (("--count", settings.count), ("--candidates", settings.candidates)):
+        if images > MOST_IMAGES:
+            raise BadInput(f"{flag} {images}: at most {MOST_IMAGES:,} of a prompt")
     kept = IMAGES_PER_PROMPT if settings.input else settings.count
     if 0 < settings.candidates < kept:
         raise BadInput(f"--candidates {settings.candidates}: {kept} are kept, so give more than that")

@@ -210,8 +210,9 @@ def check(settings: Settings) -> None:
 def concepts_of(settings: Settings) -> list[ConceptSet]:
     """Return the concepts of the file, or the one that the flags describe; raise BadInput."""
     if settings.concepts:
-        if settings.images:
-            raise BadInput("--images and --concepts: give one of them")
+        for name in ("images", "token", "init", "kind", "vectors"):
+            if getattr(settings, name) != getattr(Settings, name):
+                raise BadInput(f"--{name} and --concepts: give one of them")
         return read_concepts(settings.concepts)
     if not settings.images or not settings.init:
         raise BadInput("name the pictures and a word for what they show: --images DIR --init WORD (or --concepts FILE)")

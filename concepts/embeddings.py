@@ -32,7 +32,11 @@ TOKEN = re.compile(r"<[^<>\s|/\\:]+>")
 LONGEST = 200  # bytes of a token, which names files
 WEB_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)  # of web interfaces
 WEIGHT = re.compile(r"\([^()]+:\d+(?:\.\d+)?\)")  # likewise
-BLANKS = re.compile(r"<[^\W\d_][^<>|/\\:]*\s[^<>|/\\:]*>")  # what may have been meant as a token
+# what may have been meant as a token: with blanks, a weight or a backslash in it, in other brackets, or escaped for the web
+LIKE_TOKEN = re.compile(
+    r"(?:[<＜〈‹]|&lt;)\s*[^\W\d_][^<>＜＞〈〉‹›]*?(?:[>＞〉›]|&gt;)|\bembedding:[^\s,]+", re.IGNORECASE
+)
+AROUND_NAME = re.compile(r"&[lg]t;|[:|][^:|]*$|[<>＜＞〈〉‹›\s\\/]", re.IGNORECASE)
 Vectors = dict[str, Tensor]  # token -> [vectors,width] float32
 
 
@@ -61,6 +65,8 @@ def require_known(texts: Iterable[str], tokens: Container[str], where: str = "")
     <3> and the like, which start with no letter, are text unless they are in `tokens`.
     """
     for text in texts:
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadInput(f"{where}{text!r}: a text in UTF-8 is needed, and this one holds other bytes")
         if tag := WEB_TAG.search(text):
             raise BadInput(f"{where}{tag[0]} in {text!r}: LoRAs are not supported, only token embeddings; remove it")
         if absent := [token for token in tokens_in(text) if token not in tokens and token[1].isalpha()]:
@@ -71,11 +77,16 @@ def require_known(texts: Iterable[str], tokens: Container[str], where: str = "")
 def log_plain_text(texts: Iterable[str], tokens: Collection[str]) -> None:
     """Log the parts of texts that look like a token or a weight and are read as plain text."""
     for text in dict.fromkeys(texts):
-        for name in BLANKS.findall(text):
-            squeezed = "".join(name.split())
+        for name in LIKE_TOKEN.findall(text):
+            if TOKEN.fullmatch(composed(name)):
+                continue
+            squeezed = f"<{AROUND_NAME.sub('', name.removeprefix('embedding:'))}>"
             close = difflib.get_close_matches(squeezed.casefold(), [token.casefold() for token in tokens], 1)
             meant = next((token for token in tokens if token.casefold() in close), squeezed)
-            log(f"{name} is read as text, since a token has no blanks: did you mean {meant}?")
+            if not name[1].isspace() or close:  # "a < b and c > d" is text
+                log(
+                    f"{name} is read as text, since a token has {'no blanks' if ' ' in name else 'the form <name>'}: did you mean {meant}?"
+                )
         for name in tokens_in(text):
             if name not in tokens and not name[1].isalpha() and any(map(str.isalpha, name)):
                 log(f"{name} is read as text: no file has such a token")

@@ -16,6 +16,7 @@ from runtime.cli import BadInput, check_seed
 from runtime.files import atomic, list_files, load_tensors, output_folder
 from runtime.weights import describe
 
+SEEDS = "0-9"  # without --noise and --seeds
 MOST_SEEDS = 100_000  # their noises are held in memory at once
 
 
@@ -28,7 +29,9 @@ class Noise:
 
 
 def open_noises(model: Model, folder: Path | None, seeds: str, size: int | None) -> list[Noise]:
-    """Read the noises of `folder`, or draw those of `seeds` where it is None."""
+    """Read the noises of `folder`, or draw those of `seeds` where it is None; raise BadInput for both."""
+    if folder and (seeds != SEEDS or size):
+        raise BadInput(f"--noise {folder} and {f'--size {size}' if size else f'--seeds {seeds}'}: give one of them")
     return read_noises(folder, model) if folder else seeded_noises(parse_seeds(seeds), model, size)
 
 

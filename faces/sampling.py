@@ -15,7 +15,7 @@ from diffusion.noise import generators
 from diffusion.samplers import Callback, ddim, ignore
 from diffusion.step_rules import Rule, Steps, step_rule
 from faces.models import SHIPPED_FACES, Labels, Model, load_model
-from faces.noises import Noise
+from faces.noises import SEEDS, Noise
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, Seed, progress_bar
 from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
@@ -35,7 +35,7 @@ class SamplingArgs:
     """UNet.pt, a P1 checkpoint, or a diffusers folder or hub name with a UNet2DModel. Default: the shipped 64x64 faces."""
     noise: Path | None = None
     """Folder of NN.pt tensors, [C,H,W] or [1,C,H,W]. Each gives one image of the same stem. None = --seeds."""
-    seeds: str = "0-9"
+    seeds: str = SEEDS
     """Without --noise: the seeds of the noises, such as 0-9 or 3,5,8."""
     size: int | None = None
     """Height and width in pixels with --seeds. None = the model's."""

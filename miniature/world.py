@@ -39,6 +39,8 @@ from runtime.files import ROOT, check_writable_file, output_folder, write_json
 from runtime.images import labelled_grid
 from runtime.seeds import derived_seed
 
+MOST_IMAGES = 100_000  # whose scenes are held in memory at once
+
 
 @tyro.conf.configure(tyro.conf.subcommand(name="list"))
 @dataclass(frozen=True)
@@ -84,6 +86,13 @@ class RenderZeroshot:
     seed: int = 0
 
 
+def _check_count(command: RenderConcept | RenderZeroshot) -> None:
+    check_positive(command, "count")
+    check_not_negative(command, "seed")
+    if command.count > MOST_IMAGES:
+        raise BadInput(f"--count {command.count}: at most {MOST_IMAGES:,}")
+
+
 def list_vocabulary() -> None:
     """Print all words, and what training never shows together."""
     vocabulary = {
@@ -100,7 +109,7 @@ def list_vocabulary() -> None:
 def render_sheet(command: RenderSheet) -> None:
     """Render every object in every style."""
     check_not_negative(command, "seed")
-    check_writable_file(command.output, "--output")
+    check_writable_file(command.output, "--output", [".png"])
     cells = [SceneSpec(kinds=(kind,), style=style) for style in ALL_STYLES for kind in ALL_KINDS]
     scenes = [sample_scene(derived_seed(command.seed, index), spec) for index, spec in enumerate(cells)]
     images = as_tensor(np.stack([render(scene) for scene in scenes]))
@@ -114,16 +123,14 @@ def render_concept(command: RenderConcept) -> None:
     if command.name not in words:
         near = difflib.get_close_matches(command.name, words, 3, 0.5) or HELD_OUT_KINDS + HELD_OUT_STYLES
         raise BadInput(f"there is no concept {command.name!r}; try {', '.join(near)}")
-    check_positive(command, "count")
-    check_not_negative(command, "seed")
+    _check_count(command)
     write_concept_pictures(command.output, command.name, command.count, command.seed, command.captions)
     print(f"{command.count} images of {command.name} in {command.output}")
 
 
 def render_zeroshot(command: RenderZeroshot) -> None:
     """Render val/{class_id}_{image_id}.png, and write id2label.json."""
-    check_positive(command, "count")
-    check_not_negative(command, "seed")
+    _check_count(command)
     classes = [index % len(KINDS) for index in range(command.count)]
     scenes = [
         sample_scene(derived_seed(command.seed, index), SceneSpec(kinds=(KINDS[label],), pairs="held_out"))

@@ -56,3 +56,8 @@ def _unless_out_of_memory(work: Callable[[list[Item]], Result], items: list[Item
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether the error means a lack of memory: of a GPU, of Python, or of torch on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_overflow(error: Exception) -> bool:
+    """Return whether torch refused a tensor whose number of bytes is no 64-bit number."""
+    return isinstance(error, RuntimeError) and "overflow" in str(error)

@@ -128,12 +128,24 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
         if os.environ.get("DEBUG"):
             raise
         return str(error), 2
-    except RuntimeError as error:  # torch.distributed's, when another process ended: that one reports why
+    except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("Symlink loop"):  # of Path.resolve
+            return (
+                f"{str(error).removeprefix('Symlink loop from ')} is a link that leads to itself: name another place",
+                2,
+            )
+        from runtime.batches import is_out_of_memory, is_overflow  # which import torch
+
+        if (is_out_of_memory(error) or is_overflow(error)) and not os.environ.get("DEBUG"):
+            return (
+                f"out of memory: give a smaller --batch, fewer or smaller pictures ({(str(error) or 'Python').splitlines()[0][:200]})",
+                2,
+            )
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc") and not os.environ.get("DEBUG"):
             return f"torch.compile fails for this network ({str(error).strip().splitlines()[0]}): give --compile off", 2
         if os.environ.get("WORLD_SIZE", "1") == "1" or not CONNECTION_LOST.search(str(error)):
             raise
-        time.sleep(WAIT_FOR_MAIN)
+        time.sleep(WAIT_FOR_MAIN)  # torch.distributed's error, when another process ended: that one reports why
         return "another process of this run ended", 2
     except KeyboardInterrupt:
         return "interrupted", 130

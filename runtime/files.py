@@ -149,6 +149,8 @@ def output_folder(path: Path, flag: str = "--output") -> Path:
 def check_writable_folder(path: Path, flag: str = "--output") -> None:
     """Raise BadInput if no file can be written there, or for a folder of this repository's source, which an output would mix with."""
     resolved = Path(os.path.realpath(path))
+    if os.path.islink(resolved):
+        raise BadInput(f"{flag} {path} is a link that leads to itself: name a folder")
     for init in ROOT.glob("*/__init__.py"):
         if init.parent in (resolved, *resolved.parents):
             raise BadInput(
@@ -157,10 +159,15 @@ def check_writable_folder(path: Path, flag: str = "--output") -> None:
     _try_to_write(resolved, f"{flag} {path}", "a file is in the way, name a folder")
 
 
-def check_writable_file(path: Path, flag: str) -> None:
-    """Raise BadInput if no file can be written there; leave nothing. Devices and pipes with a reader are fine."""
+def check_writable_file(path: Path, flag: str, suffixes: Collection[str] = ()) -> None:
+    """Raise BadInput if no file can be written there; leave nothing. Devices and pipes with a reader are fine.
+
+    With `suffixes` a file that exists is replaced only if its name ends so: a picture never takes the place of weights.
+    """
     if os.path.isdir(path):
         raise BadInput(f"{flag} {path} is a folder: name a file")
+    if suffixes and os.path.isfile(path) and path.suffix.lower() not in suffixes:
+        raise BadInput(f"{flag} {path} is another file that would be lost: name a {' or '.join(suffixes)} file")
     if _is_stream(path):
         try:
             _open_stream(path)  # stays open: a reader would take its closing for the end

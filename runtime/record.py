@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime.cli import log
+from runtime.cli import BadInput, log
 from runtime.device import Machine
-from runtime.files import check_writable_file, write_json
+from runtime.files import WEIGHTS, check_writable_file, write_json
+from runtime.images import SUFFIXES
 
 PACKAGES = (
     "torch",
@@ -47,6 +49,8 @@ class Record:
         place = getattr(self.settings, "record", None)
         if place and not self._is_default(place):
             check_writable_file(place, "--record")
+            if place.suffix.lower() in SUFFIXES | WEIGHTS or place.is_file() and not _is_record(place):
+                raise BadInput(f"--record {place} is the name of another file, not of a record: name a new .json file")
 
     def _is_default(self, path: Path) -> bool:
         return bool(path == getattr(type(self.settings), "record", None))
@@ -89,6 +93,15 @@ class Record:
         else:
             if name_it:
                 log(f"record: {path}")
+
+
+def _is_record(path: Path) -> bool:
+    """Return whether the file is empty or a record of an earlier run, which a new one may replace."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return not text or "script" in json.loads(text)
+    except (ValueError, TypeError):
+        return False
 
 
 def versions() -> dict[str, str]:

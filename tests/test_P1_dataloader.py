@@ -233,12 +233,23 @@ HEADER = "image_name,label\n"
         (HEADER + "00000.png,-1\n", "train.csv, row 2: label '-1' is not a digit"),
         (HEADER + "00000.png,1.0\n", "train.csv, row 2: label '1.0' is not a digit"),
         (HEADER + "a.png,0\nb.png,1\na.png,0\n", "train.csv, row 4: a.png appears twice"),
+        ("\n" + HEADER + "a.png,0\n\n\nb.png,x\n", "train.csv, row 6: label 'x' is not a digit"),
+        (HEADER + "a.png,0\n\na.png,1\n", "train.csv, row 4: a.png appears twice"),
     ],
 )
 def test_bad_csv_is_refused_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(BadInput, match=message):
         read_csv(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("name", ["", ".", "../data"])
+def test_a_folder_in_an_images_place_is_named_with_its_row(digits_folder: Path, name: str) -> None:
+    table = digits_folder / "svhn" / "train.csv"
+    table.write_text(f"{table.read_text()}\n\n{name},3\n")
+    row = len(table.read_text().splitlines())
+    with pytest.raises(BadInput, match=f"svhn.*train.csv, row {row}: image data/{name} is no file"):
+        load_digits(digits_folder, "train")
 
 
 @pytest.mark.parametrize("rows", ["a.png,1\nb.png,2,3\n", "0,a.png,1\n1,b.png,2\n"], ids=["one row", "every row"])

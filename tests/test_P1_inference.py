@@ -297,6 +297,17 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
+def test_the_grid_takes_the_place_of_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--grid .* is the name of one of the pictures"):
+        draw(tmp_path / "out", digits=(3,), domains=("svhn",), grid=tmp_path / "out" / "svhn" / "3_001.png")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
+    draw(tmp_path / "out", count=1, digits=(3,), domains=("svhn",), steps=1, retries=0, batch=10**12)
+    assert (tmp_path / "out" / "svhn" / "3_001.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -304,7 +315,9 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"count": 1000}, "--count 1000"),
         ({"digits": (11,)}, "--digits 11"),
         ({"steps": 0}, "--steps"),
-        ({"eta": 2.0}, "--eta 2"),
+        ({"sampler": "ddim", "eta": 2.0}, "--eta 2"),
+        ({"sampler": "dpm", "eta": 0.5}, "--eta has no effect on --sampler dpm"),
+        ({"sampler": "ddpm", "steps": 5}, "--steps has no effect on --sampler ddpm"),
         ({"batch": -5}, "--batch -5"),
         ({"retries": -1}, "--retries -1"),
         ({"digits": ()}, "--digits names none"),
@@ -312,6 +325,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
         ({"guidance": math.nan}, "--guidance nan"),
         ({"interval": (0.9, 0.1)}, "--interval 0.9 0.1"),
         ({"grid": ROOT}, "--grid .* is a folder"),
+        ({"grid": ROOT / "pyproject.toml"}, "--grid .*pyproject.toml is another file that would be lost"),
         ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
         ({"model": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
         ({"model": Path(__file__)}, "is a text, not a file of tensors"),

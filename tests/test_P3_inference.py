@@ -259,6 +259,10 @@ def test_a_dry_run_refuses_a_model_without_weights(folder: Path, model: str) -> 
         ({"steps": 0}, "--steps 0"),
         ({"steps": 1001}, "--steps 1001"),
         ({"candidates": 3}, "--candidates 3"),
+        ({"candidates": 10**9}, "--candidates 1000000000: at most 100,000"),
+        ({"input": None, "prompt": ("a",), "count": 10**9}, "--count 1000000000: at most 100,000"),
+        ({"count": 2}, "--count 2: --input takes 25"),
+        ({"level": "joint"}, "--level joint needs a --layout"),
         ({"interval": (0.5, 0.5)}, "--interval"),
         ({"size": 65}, "--size 65"),
         ({"config": ConductorConfig(sketch=-1.0)}, "--sketch -1"),
@@ -528,7 +532,13 @@ def the_seed_starts_all_seeds(script: Script) -> None:
 def the_file_gives_keys_tokens_and_prompts(script: Script) -> None:
     """Tokens with the vectors of ordinary words draw what these words draw."""
     words_as_tokens(script, {"<new1>": "star", "<new2>": "moon"})
-    flags = {"input": script.folder / "input.json", "prompt": (), "embeddings": (script.folder / "words",), "batch": 25}
+    flags = {
+        "input": script.folder / "input.json",
+        "prompt": (),
+        "count": 4,
+        "embeddings": (script.folder / "words",),
+        "batch": 25,
+    }
     images = script.run(**flags, steps=2, seed=6)
     for key, k, prompt in (
         ("0", 0, "A star."),
@@ -635,7 +645,10 @@ def candidates_are_ranked_by_clip_with_the_references(script: Script) -> None:
     (script.folder / "input.json").write_text(json.dumps({"0": one, "cat": CASES["cat"]}))
     for number, key in enumerate(("0", "cat")):
         save_pictures(script.folder / "pictures" / key, 2, seed=number)
-    clip, flags = str(save_clip(script.folder / "clip")), {"input": script.folder / "input.json", "prompt": ()}
+    clip, flags = (
+        str(save_clip(script.folder / "clip")),
+        {"input": script.folder / "input.json", "prompt": (), "count": 4},
+    )
     places = {"embeddings": (script.folder / "learned",), "references": script.folder / "pictures"}
     images = script.run(**flags, **places, steps=1, candidates=27, clip=clip, batch=27)
     scorer, sampler = Scorer.load(clip, CPU), script.sampler(steps=1)

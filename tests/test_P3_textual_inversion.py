@@ -335,7 +335,7 @@ def concepts_flag(trial: Trial) -> None:
         {"token": "<b>", "images": "others", "init": "moon", "kind": "style", "vectors": 2},
     ]
     (trial.folder / "concepts.json").write_text(json.dumps(entries))
-    chosen = trial.train(concepts=trial.folder / "concepts.json", accumulate=2)
+    chosen = trial.train(concepts=trial.folder / "concepts.json", init=None, accumulate=2)
     plain = trial.assert_plain(chosen)
     means = {"2": sum(plain.losses[:2]) / 2, "4": sum(plain.losses[2:]) / 2}
     assert chosen.run
@@ -540,7 +540,7 @@ def test_every_set_of_tokens_has_a_run_folder_of_its_own(
     (tmp_path / "concepts.json").write_text(json.dumps(entries))
     short: dict[str, Any] = {"run": None, "steps": 1, "validate_every": 0}
     main(settings(tmp_path, model, images, token="<a>", **short))
-    main(settings(tmp_path, model, None, concepts=tmp_path / "concepts.json", **short))
+    main(settings(tmp_path, model, None, init=None, concepts=tmp_path / "concepts.json", **short))
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a", "a+b"]
 
 
@@ -721,6 +721,14 @@ def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
     clear, turned = read_images(folder)
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert turned.size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"images": Path("dog")}, {"init": "star"}, {"token": "<a>"}, {"kind": "style"}, {"vectors": 2}]
+)
+def test_what_a_file_of_concepts_says_is_not_said_by_flags_too(tmp_path: Path, flags: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=f"--{next(iter(flags))} and --concepts: give one of them"):
+        main(settings(tmp_path, "model", None, **{"init": None, "concepts": tmp_path / "concepts.json"} | flags))
 
 
 @pytest.mark.parametrize(

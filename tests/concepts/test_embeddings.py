@@ -18,7 +18,9 @@ from concepts.embeddings import (
     file_of,
     find_vectors,
     install,
+    log_plain_text,
     read_vectors,
+    require_known,
     require_token,
     save_vectors,
     tokenize,
@@ -296,3 +298,28 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content[:-9])
     with pytest.raises(BadInput, match="truncated"):
         read_vectors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a <new1:0.8> b", "<new1:0.8>"), (r"a \<new1\> b", r"<new1\>"), ("a &lt;new1&gt;", "&lt;new1&gt;"),
+        ("a ＜new1＞", "＜new1＞"), ("a < new1>", "< new1>"), ("embedding:new1, a b", "embedding:new1"),
+    ],
+)  # fmt: skip
+def test_what_is_meant_as_a_token_is_named(text: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log_plain_text([text], ["<new1>"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{part} is read as text")
+    assert line.endswith("did you mean <new1>?")
+
+
+@pytest.mark.parametrize("text", ["a <new1>", "a <3 b", "a < b and c > d", "1 < 2 > 0", "(a, b)"])
+def test_ordinary_text_is_no_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log_plain_text([text], ["<new1>"])
+    assert not capsys.readouterr().err
+
+
+def test_a_text_that_is_not_utf_8_is_named() -> None:
+    with pytest.raises(BadInput, match=r"^--negative: 'a \\udcff b': a text in UTF-8 is needed"):
+        require_known(["a 猫", b"a \xff b".decode(errors="surrogateescape")], [], "--negative: ")

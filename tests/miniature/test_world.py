@@ -436,6 +436,7 @@ def bad_commands(folder: Path) -> list[tuple[Any, str]]:
         (RenderConcept("xyz", folder / "out"), "try key, fish, mushroom, cup, relief, ripple"),
         (RenderConcept("fish", folder / "out", count=0), "--count 0"),
         (RenderZeroshot(folder / "out", count=0), "--count 0"),
+        (RenderZeroshot(folder / "out", count=10**11), "--count 100000000000: at most 100,000"),
         (RenderZeroshot(folder / "out", seed=-1), "--seed -1"),
         (RenderConcept("fish", folder / "file"), "a file is in the way"),
         (RenderZeroshot(folder / "file"), "a file is in the way"),
@@ -444,7 +445,7 @@ def bad_commands(folder: Path) -> list[tuple[Any, str]]:
     ]
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_bad_input_is_named_and_nothing_written(index: int, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "mine").mkdir()

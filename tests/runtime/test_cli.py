@@ -74,9 +74,25 @@ def test_a_script_that_succeeds_exits_with_0_and_an_empty_stderr() -> None:
     [
         ("raise BadInput('x.csv, row 3: bad')", 2, "error: x.csv, row 3: bad\n"),
         ("open('no/such/file')", 2, "error: [Errno 2] No such file or directory: 'no/such/file'\n"),
+        (
+            "raise MemoryError",
+            2,
+            "error: out of memory: give a smaller --batch, fewer or smaller pictures (Python)\n",
+        ),
+        (
+            "raise RuntimeError('Storage size calculation overflowed with sizes=[9]')",
+            2,
+            "error: out of memory: give a smaller --batch, fewer or smaller pictures"
+            " (Storage size calculation overflowed with sizes=[9])\n",
+        ),
+        (
+            "raise RuntimeError(\"Symlink loop from 'a'\")",
+            2,
+            "error: 'a' is a link that leads to itself: name another place\n",
+        ),
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
     ],
-    ids=["bad input", "OSError", "interrupt"],
+    ids=["bad input", "OSError", "memory", "overflow", "link", "interrupt"],
 )
 def test_an_error_is_one_line_and_an_exit_code(body: str, code: int, line: str) -> None:
     done = run(body)

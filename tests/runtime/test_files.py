@@ -302,6 +302,8 @@ def test_a_link_to_a_missing_folder_makes_that_folder(tmp_path: Path) -> None:
 
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("a")
+    with pytest.raises(BadInput, match="^--output .*leads to itself"):
+        output_folder(tmp_path / "a")
     with pytest.raises(BadInput, match="^--record .*leads to itself"):
         check_writable_file(tmp_path / "a", "--record")
     with pytest.raises(OSError, match="Too many levels"):

@@ -94,3 +94,27 @@ def test_a_default_place_that_cannot_be_written_is_a_warning(
     assert str(Run.record) in line
     with pytest.raises(OSError, match="other.json"):
         Record(Run(), MACHINE).save(tmp_path / "runs" / "other.json")
+
+
+@dataclass(frozen=True)
+class Named:
+    record: Path = Path("default.json")
+
+
+@pytest.mark.parametrize("content", ["", '{"script": "P1_inference.py"}'])
+def test_a_record_takes_the_place_of_an_earlier_one(tmp_path: Path, content: str) -> None:
+    place = tmp_path / "a.json"
+    place.write_text(content)
+    Record(Named(place), MACHINE).save(place)
+    assert json.loads(place.read_text())["script"]
+
+
+@pytest.mark.parametrize("name", ["input.json", "list.json", "notes.txt", "new.png", "new.PNG", "new.safetensors"])
+def test_a_record_takes_the_place_of_no_other_file(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    if "new" not in name:
+        place.write_text({"input.json": '{"0": {}}', "list.json": "3"}.get(name, "notes"))
+    before = place.read_text() if place.exists() else None
+    with pytest.raises(BadInput, match=f"--record .*{name} is the name of another file"):
+        Record(Named(place), MACHINE)
+    assert (place.read_text() if place.exists() else None) == before
