@@ -324,6 +324,7 @@ def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
         ({"domains": ()}, "--domains names none"),
         ({"guidance": math.nan}, "--guidance nan"),
         ({"interval": (0.9, 0.1)}, "--interval 0.9 0.1"),
+        ({"guidance_rescale": 1.5}, "--guidance-rescale 1.5"),
         ({"grid": ROOT}, "--grid .* is a folder"),
         ({"grid": ROOT / "pyproject.toml"}, "--grid .*pyproject.toml is another file that would be lost"),
         ({"record": Path(__file__) / "record.json"}, "--record .* is a file, name a folder"),
