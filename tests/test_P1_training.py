@@ -510,10 +510,16 @@ def test_the_best_of_the_second_grading_becomes_the_result(
 def test_until_then_the_best_so_far_is_the_result(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = script_scores(monkeypatch, FIRST)
+    calls, shown = script_scores(monkeypatch, FIRST), {}
+
+    def show(self: TrainingLog, step: int, **values: float) -> None:
+        shown.update({step: values} if "accuracy" in values else {})
+
     monkeypatch.setattr(Grading, "choose_best", lambda self: {})
+    monkeypatch.setattr(TrainingLog, "show", show)
     history = train(digits_folder, tmp_path, **RATES)["metrics"]["history"]
     assert [(entry["step"], entry["accuracy"]) for entry in history] == list(FIRST.items())
+    assert shown == {step: dict.fromkeys(("mnistm", "svhn", "accuracy"), value) for step, value in FIRST.items()}
     assert load_network(tmp_path / "best.safetensors", torch.device("cpu")).origin["step"] == 4
     average = averaged(tmp_path)  # what is graded, not the weights themselves
     assert all(torch.equal(value, average[name]) for name, value in calls[3]["state"].items())

@@ -28,7 +28,7 @@ from runtime.cli import BadInput
 from runtime.device import detect
 from runtime.files import ROOT
 from zeroshot.features import encode_all
-from zeroshot.model import load
+from zeroshot.model import Clip, load
 from zeroshot.prompts import CIFAR, fillers, templates_of
 from zeroshot.weights import resolve
 
@@ -233,6 +233,21 @@ def test_a_run_equals_a_plain_loop_with_open_clip(flag: str, tiny_clip: str, lab
 def predicted(out: Path) -> list[str]:
     names: list[str] = pd.read_csv(out / "predictions.csv").predicted.tolist()
     return names
+
+
+@pytest.mark.parametrize(("batch", "size"), [(8, 8), (100, 30)])
+def test_images_are_encoded_in_batches_of_the_asked_size_but_no_larger_than_the_data(
+    batch: int, size: int, tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, encode = [], Clip.encode
+
+    def recorded(self: Clip, pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Clip, "encode", recorded)
+    encode_all(load(resolve(tiny_clip, None), CPU), images_of(labelled), batch, 1)
+    assert sizes == [size] * math.ceil(30 / batch)
 
 
 @pytest.mark.usefixtures("without_figures")

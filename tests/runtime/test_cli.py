@@ -131,6 +131,7 @@ class Grade:
         ("train --domain svhn --zzz " + "/a/long/path" * 20, "--zzz: there is no such flag"),
         ("train --sise=3", "--sise: there is no such flag, the closest is --size"),
         ("train --domain svhn --size x", "--size x: must be a whole number"),
+        ("train --domain svhn --size=a=b", "--size a=b: must be a whole number"),
         ("train --domain svhn --size=1.5 --overwrite", "--size 1.5: must be a whole number"),
         ("train --domain svhn --share " + "x" * 200, f"--share {'x' * 200}: must be None or a number"),
         ("train --domain svhn --overwrite yes", "yes: no flag takes this value"),

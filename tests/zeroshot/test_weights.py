@@ -92,6 +92,12 @@ def test_absent_weights_are_one_line_with_place_and_origin(download: bool, why: 
     assert "\n" not in message
 
 
+@pytest.mark.usefixtures("nothing_here")
+def test_no_network_is_asked_unless_it_is_named() -> None:
+    with pytest.raises(BadInput, match="--weights openai downloads"):
+        resolve("ViT-B-32", "openai")
+
+
 @pytest.mark.parametrize("download", [False, True])
 def test_an_absent_hub_model_is_one_line(download: bool, nothing_here: Path) -> None:
     with pytest.raises(BadInput, match="hf-hub:some/model: it is not on this machine") as error:
