@@ -1,0 +1,180 @@
+"""Shape fidelity of the miniature's objects: of renders, of malformed ones, and of the kinds that the model draws by name.
+
+  python benchmarks/p3_shape.py calibrate            renders, renders through the autoencoder, malformed ones, other kinds
+  python benchmarks/p3_shape.py named --count 20     strict success of the kinds that the model can name: the ceiling of learned words
+
+An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
+of that kind. Strict success asks for kind, colour and background by the scene classifier as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import repository_root  # noqa: F401  # isort: split
+import torch
+from torch import Tensor
+
+from benchmarks.p3_learning import MODEL
+from benchmarks.timing import BENCH
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.stable_diffusion import load_pipeline
+from diffusion.guidance import Guidance
+from miniature.diffusion_parts import PARTS, load_vae
+from miniature.judge_model import load_scene_classifier
+from miniature.scenery.captions import with_article
+from miniature.scenery.malformed import MALFORMED, drawn_as
+from miniature.scenery.render import as_tensor, render
+from miniature.scenery.scenes import (
+    ALL_KINDS,
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_KINDS,
+    KINDS,
+    SceneSpec,
+    allowed,
+    fits,
+    sample_scene,
+)
+from miniature.silhouettes import PASSING, shape_fidelity
+from miniature.train_autoencoder import reconstruct
+from runtime.cli import check_positive, log, run_script
+from runtime.device import Device, detect, set_up, to_training_device
+from runtime.images import labelled_grid, to_float
+from runtime.record import Record
+from runtime.seeds import derived_seed
+
+RENDERS, MALFORMED_RENDERS, PROMPTS = range(3)  # domains of seeds
+SHOWN = 10  # images per kind on the sheet
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure renders of the held-out kinds, malformed ones and other kinds, all through the autoencoder."""
+
+    parts: Path = PARTS
+    """Folder that holds vae/."""
+    count: int = 40
+    """Images per row."""
+    seed: int = 0
+    device: Device = "auto"
+    record: Path = BENCH / "p3_shape_calibration.json"
+
+
+@dataclass(frozen=True)
+class Named:
+    """Draw the kinds that captions name, and measure strict success."""
+
+    model: str = MODEL
+    parts: Path = PARTS
+    """Folder that holds vae/, for the fidelity that a kind can have."""
+    count: int = 20
+    """Images per kind."""
+    seed: int = 0
+    device: Device = "auto"
+    sheet: Path = BENCH / "p3_shape_named.png"
+    """The first images of each kind."""
+    record: Path = BENCH / "p3_shape_named.json"
+
+
+def renders(kind: str, count: int, seed: int) -> Tensor:
+    """Render [count,3,64,64] uint8: one object each in flat style, every colour that stands out from its background."""
+    random, pairs = Random(seed), [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b)]
+    specs = [
+        SceneSpec(kinds=(kind,), colours=(c,), background=b, style="flat") for c, b in random.choices(pairs, k=count)
+    ]
+    scenes = [sample_scene(derived_seed(seed, index), spec) for index, spec in enumerate(specs)]
+    return as_tensor(np.stack([render(scene) for scene in scenes]))
+
+
+def calibrate(settings: Calibrate, record: Record) -> None:
+    """Add a row per kind and group: mean fidelity and share that passes."""
+    vae = to_training_device(load_vae(settings.parts / "vae"), record.machine.device)
+
+    def through_autoencoder(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return reconstruct(vae, to_float(images.to(record.machine.device))).cpu()
+
+    rows: list[dict[str, Any]] = []
+    for kind in HELD_OUT_KINDS:
+        clean = renders(kind, settings.count, derived_seed(settings.seed, RENDERS))
+        groups = {"rendered": clean, "through the autoencoder": through_autoencoder(clean)}
+        for outline in MALFORMED[kind]:
+            with drawn_as(kind, outline):
+                images = renders(kind, settings.count, derived_seed(settings.seed, MALFORMED_RENDERS))
+            groups["blob" if outline.__name__ == "outline" else outline.__name__.replace("_", " ")] = (
+                through_autoencoder(images)
+            )
+        others = [renders(other, 4, derived_seed(settings.seed, RENDERS)) for other in ALL_KINDS if other != kind]
+        groups["the other kinds"] = through_autoencoder(torch.cat(others))
+        fidelity = {name: shape_fidelity(images, [kind] * len(images)) for name, images in groups.items()}
+        least = PASSING * float(fidelity["through the autoencoder"].mean())
+        for name, values in fidelity.items():
+            rows.append(
+                {
+                    "kind": kind,
+                    "images": name,
+                    "fidelity": float(values.mean()),
+                    "passing": float((values >= least).float().mean()),
+                }
+            )
+            print(f"{kind:10s}{name:28s}{rows[-1]['fidelity']:8.3f}{rows[-1]['passing']:8.2f}")
+    record.metrics["rows"] = rows
+
+
+def coloured_prompts(kind: str, count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Return (prompt, colour, background): "a photo of a red heart on a white background"."""
+    random = Random(seed)
+    pairs = [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b) and allowed(c, kind, "trained")]
+    chosen = random.choices(pairs, k=count)
+    return [(f"a photo of {with_article(f'{c} {kind}')} on {with_article(b)} background", c, b) for c, b in chosen]
+
+
+def named(settings: Named, record: Record) -> None:
+    """Add shares per kind: shape, scene classifier, both; write the sheet."""
+    device = record.machine.device
+    set_up("fp32", record.machine)
+    pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
+    vae = to_training_device(load_vae(settings.parts / "vae"), device)
+    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+    shown: list[Tensor] = []
+    results: dict[str, list[float]] = {}
+    for index, kind in enumerate(KINDS):
+        prompts, colours, grounds = zip(
+            *coloured_prompts(kind, settings.count, derived_seed(settings.seed, PROMPTS, index)), strict=True
+        )
+        requests = [Request(prompt, derived_seed(settings.seed, PROMPTS, index, k)) for k, prompt in enumerate(prompts)]
+        images = sampler.sample_images(requests)
+        with torch.inference_mode():
+            decoded = reconstruct(
+                vae, to_float(renders(kind, settings.count, derived_seed(settings.seed, RENDERS))).to(device)
+            )
+        least = PASSING * float(shape_fidelity(decoded.cpu(), [kind] * settings.count).mean())
+        fidelity = shape_fidelity(images, [kind] * len(images))
+        agrees = classifier.agrees(images, kind=[kind] * len(images), colour=colours, background=grounds).cpu()
+        passing = fidelity >= least
+        shares = {"fidelity": fidelity, "shape": passing, "scene classifier": agrees, "strict": passing & agrees}
+        for name, values in shares.items():
+            results.setdefault(name, []).append(float(values.float().mean()))
+        print(f"{kind:10s}" + "".join(f"{name} {values[-1]:.2f}   " for name, values in results.items()), flush=True)
+        shown.append(images[:SHOWN])
+    record.add_repeats({f"{name}, mean of a kind": values for name, values in results.items()})
+    labelled_grid(settings.sheet, torch.cat(shown), KINDS, ["" for _ in range(SHOWN)], "Kinds drawn by name")
+
+
+def main(command: Calibrate | Named) -> None:
+    """Run the chosen measurement, and write its record."""
+    check_positive(command, "count")
+    record = Record(command, detect(command.device))
+    calibrate(command, record) if isinstance(command, Calibrate) else named(command, record)
+    record.save(command.record)
+    log(f"record: {command.record}")
+
+
+if __name__ == "__main__":
+    command: Any = Calibrate | Named  # tyro makes a subcommand of each
+    run_script(main, command, __doc__)

@@ -1,0 +1,169 @@
+"""Shape fidelity: how well an object's silhouette in an image agrees with its kind's, so that a malformed object fails.
+
+The scene classifier names the kind that an object resembles most. It can't tell a fish from a fish without a tail. Silhouettes can:
+the object is separated from its background, brought to one size, and compared with the kind's outline in every pose of the world.
+
+fidelity = IoU - 2 * part, where IoU is the intersection over union of the two silhouettes in the best pose, and `part` is the largest
+coherent error (a missing tail, a second handle) as a share of the silhouette's area. Rounding of a contour gives no coherent error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniature.scenery.scenes import MIRRORED
+from miniature.scenery.shapes import sprite
+
+GRID = 48  # pixels along each side of a normalised silhouette
+AREA = 0.3  # share of them that it fills
+SIDE = 60  # pixels of the reference sprites
+ANGLES = range(-16, 17, 4)  # degrees; the world turns objects by up to 8
+SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]  # pixels
+NEIGHBOURHOOD = 5  # pixels
+BORDER = 3  # pixels along the image's edges that show background
+LEAST = 12.0  # grey levels by which an object differs from its background at least
+ALIKE = 0.75  # a part nearer to the background than this share of the object's distance may go unseen
+
+
+PASSING = 0.9  # of the fidelity that the autoencoder leaves of renders
+
+
+class Segmented(NamedTuple):
+    """One object per image."""
+
+    masks: Tensor  # [N,H,W], 0..1
+    colours: Tensor  # [N,3] of the object, grey levels
+    backgrounds: Tensor  # [N,3] around it
+
+
+def shape_fidelity(images: Tensor, kinds: Sequence[str]) -> Tensor:
+    """Return the fidelity [N], 0..1, of the largest object of each image [N,3,H,W] uint8 to its kind; 0 without one."""
+    masks, colours, backgrounds = segment(images)
+    (normalised,) = normalise(masks)
+    values = [
+        best_match(mask, *references(kind, hidden_parts(colour, background)))
+        for mask, kind, colour, background in zip(normalised, kinds, colours, backgrounds, strict=True)
+    ]
+    return torch.tensor(values)
+
+
+# ---------------------------------------------------------------- the object in the image
+
+
+def segment(images: Tensor) -> Segmented:
+    """Separate the largest object of each image [N,3,H,W] uint8 from its background."""
+    from scipy import ndimage  # slow to import
+
+    x = images.float()
+    plane = background_plane(x)
+    distance = (x - plane).norm(dim=1).numpy()
+    border = np.ones(distance.shape[1:], bool)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    masks = np.zeros_like(distance)
+    for mask, levels in zip(masks, distance, strict=True):
+        texture = 1.5 * np.quantile(levels[border], 0.9)
+        level = ndimage.maximum_filter(
+            levels, NEIGHBOURHOOD
+        )  # of the part that a pixel belongs to: a light stem, a red cap
+        edge = levels / np.maximum(level, 1e-6)  # 0.5 where a pixel is half object
+        labels, count = ndimage.label((edge > 0.5) & (levels > max(LEAST, texture)))
+        if count:
+            largest = labels == 1 + np.argmax(ndimage.sum_labels(levels, labels, range(1, count + 1)))
+            mask[:] = np.clip(2 * edge - 0.5, 0, 1) * ndimage.binary_dilation(largest)
+    weights = torch.from_numpy(masks)[:, None]
+    total = weights.sum((2, 3)).clamp(min=1e-6)
+    colours, backgrounds = ((weights * each).sum((2, 3)) / total for each in (x, plane))
+    return Segmented(weights[:, 0], colours, backgrounds)
+
+
+def background_plane(x: Tensor) -> Tensor:
+    """Return [N,3,H,W]: a plane per channel through the border's colours, fitted by reweighted least squares.
+
+    A gradient is such a plane. An object that touches the border weighs little.
+    """
+    height, width = x.shape[2:]
+    down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    basis = torch.stack([torch.ones_like(right), right, down], -1)
+    border = torch.ones(height, width, dtype=torch.bool)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    points, values = basis[border], x[:, :, border]
+    weights = torch.ones(len(x), 1, len(points))
+    for _ in range(4):
+        weighted = points.T * weights
+        plane = torch.linalg.solve(weighted @ points + 1e-4 * torch.eye(3), weighted @ values.transpose(1, 2))
+        errors = (values - (points @ plane).transpose(1, 2)).norm(dim=1, keepdim=True)
+        weights = 1 / (1 + (errors / (2 * errors.median(2, keepdim=True).values + 3)) ** 4)
+    return torch.einsum("hwk,nkc->nchw", basis, plane)
+
+
+def hidden_parts(colour: Tensor, background: Tensor) -> tuple[str, ...]:
+    """Return which parts, "dark" and "light", of an object of this colour [3] may look like this background [3]."""
+    reach = ALIKE * (colour - background).norm()
+    parts = {"dark": 0.4 * colour, "light": 0.4 * colour + 0.6 * 255}  # as scenery/shapes.py paints them
+    return tuple(name for name, part in parts.items() if (part - background).norm() < reach)
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def normalise(masks: Tensor, *others: Tensor) -> list[Tensor]:
+    """Return silhouettes [N,H,W] as [N,48,48], centred on their centre of mass and with equal areas; others [N,H,W] go along."""
+    count, height, width = masks.shape
+    x = (torch.arange(width) + 0.5) / width * 2 - 1
+    y = (torch.arange(height) + 0.5) / height * 2 - 1
+    area = masks.sum((1, 2)).clamp(min=1)
+    side = (area / AREA).sqrt()  # of the window, pixels
+    zoom = torch.zeros(count, 2, 3)
+    zoom[:, 0, 0], zoom[:, 1, 1] = side / width, side / height
+    zoom[:, 0, 2], zoom[:, 1, 2] = (masks * x).sum((1, 2)) / area, (masks * y[:, None]).sum((1, 2)) / area
+    grid = F.affine_grid(zoom, [count, 1, GRID, GRID], align_corners=False)
+    return [F.grid_sample(each[:, None], grid, align_corners=False)[:, 0] for each in (masks, *others)]
+
+
+@lru_cache(maxsize=256)
+def references(kind: str, hidden: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Return the kind's silhouettes [M,48,48] in every pose, and where each counts [M,48,48], 0 or 1.
+
+    With `hidden` parts, "dark" or "light", there are silhouettes without each and without both as well, in which they don't count.
+    """
+    masks, parts = [], []
+    for angle in ANGLES:
+        for mirrored in (False, True) if kind in MIRRORED else (False,):
+            figure = sprite(kind, SIDE, angle, mirrored)
+            inner = {"dark": (figure.gain < 0.7) & (figure.lift < 60), "light": figure.lift > 60}
+            for count in range(len(hidden) + 1):
+                for names in combinations(hidden, count):
+                    part = (
+                        np.any([inner[name] for name in names], axis=0) if names else np.zeros_like(figure.alpha, bool)
+                    )
+                    masks.append(torch.from_numpy(np.where(part, 0, figure.alpha).astype(np.float32)))
+                    parts.append(torch.from_numpy(part.astype(np.float32)))
+    silhouettes, without = normalise(torch.stack(masks), torch.stack(parts))
+    return silhouettes, 1 - F.max_pool2d((without > 0.5).float()[:, None], 3, 1, 1)[:, 0]
+
+
+def best_match(mask: Tensor, candidates: Tensor, counting: Tensor) -> float:
+    """Return the fidelity of a silhouette [48,48] to the candidate [M,48,48] and the shift that agree most."""
+    shifted = torch.stack([mask.roll(shift, (0, 1)) for shift in SHIFTS])[:, None]
+    common = (torch.minimum(shifted, candidates) * counting).sum((2, 3))
+    iou = common / (torch.maximum(shifted, candidates) * counting).sum((2, 3)).clamp(min=1)
+    best = int(iou.argmax())
+    row = best % len(candidates)
+    wrong = (shifted[best // len(candidates), 0] - candidates[row]).abs() * counting[row]
+    return max(0.0, float(iou.max()) - 2 * _largest_part(wrong) / float(candidates[row].sum()))
+
+
+def _largest_part(wrong: Tensor) -> float:
+    """Return the area of the largest coherent error in pixels; contours alone give 0."""
+    from scipy import ndimage  # slow to import
+
+    labels, count = ndimage.label(ndimage.binary_opening((wrong > 0.5).numpy(), np.ones((2, 2))))
+    return float(np.bincount(labels.ravel())[1:].max()) if count else 0.0
