@@ -154,7 +154,7 @@ def main(settings: Settings) -> None:
     # ordered by a hash: the sample stays nearly the same when the code changes
     mutants.sort(key=lambda mutant: hashlib.sha256(f"{settings.seed} {mutant.key}".encode()).digest())
     equivalent = json.loads(EQUIVALENT.read_text())
-    sample = [mutant for mutant in mutants if mutant.key not in equivalent][: settings.count]
+    sample = [mutant for mutant in mutants[: settings.count] if mutant.key not in equivalent]
 
     file = STATE / "results.json"
     results: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
@@ -183,7 +183,7 @@ def main(settings: Settings) -> None:
         list(pool.map(test, todo))
     while not trees.empty():
         shutil.rmtree(trees.get())
-    report(sample, results, len(equivalent))
+    report(sample, results, min(settings.count, len(mutants)) - len(sample))
 
 
 def report(sample: list[Mutant], results: dict[str, str], equivalent: int) -> None:
@@ -198,7 +198,7 @@ def report(sample: list[Mutant], results: dict[str, str], equivalent: int) -> No
     print("\n| room | mutants | killed | share |\n| --- | --- | --- | --- |")
     for room, outcomes in rooms.items():
         print(f"| {room} | {len(outcomes)} | {sum(outcomes)} | {sum(outcomes) / len(outcomes):.2f} |")
-    print(f"\nleft out as equivalent: {equivalent}, each with its reason in benchmarks/mutants_equivalent.json")
+    print(f"\ncalled equivalent and left out: {equivalent}, each with its reason in benchmarks/mutants_equivalent.json")
 
 
 if __name__ == "__main__":

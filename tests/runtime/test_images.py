@@ -237,3 +237,12 @@ def test_broken_numbers_never_become_an_image(value: float) -> None:
     for convert in (to_uint8, lambda x: to_image(x[1], "minmax"), lambda x: to_image(x[1], "clamp")):
         with pytest.raises(BadInput, match="NaN or infinite"):
             convert(images)
+
+
+def test_a_labelled_grids_images_have_the_asked_side_and_room_for_labels(tmp_path: Path) -> None:
+    labelled_grid(tmp_path / "a.png", some_pictures(6), ["a", "b", "c"], ["d", "e"], "title", inch=0.5)
+    assert Image.open(tmp_path / "a.png").size == (round(160 * (2 * 0.5 + 1)), round(160 * (3 * 0.5 + 0.7)))
+
+
+def test_images_of_a_grid_lie_two_pixels_apart() -> None:
+    assert image_grid(some_pictures(2, size=4), columns=2).shape == (3, 4 + 2 * 2, 2 * 4 + 3 * 2)

@@ -161,6 +161,12 @@ def test_a_checkpoint_of_another_kind_layout_or_version_is_refused(tmp_path: Pat
         make_run(tmp_path, 2)
 
 
+def test_a_stopped_run_reports_the_loss_up_to_its_stop(tmp_path: Path) -> None:
+    run = train(make_run(tmp_path, 9, log_every=100, save_every=100), stop_at=2)
+    assert run.step == 2
+    assert run.record.metrics["loss"] > 0
+
+
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path, 9)
 
