@@ -19,7 +19,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -144,9 +143,6 @@ def choose_tests(mutant: Mutant, tests: list[str], seconds: dict[str, float], li
 
 def main(settings: Settings) -> None:
     STATE.mkdir(parents=True, exist_ok=True)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background ignores it, and so would its tests
     reached, seconds = tests_by_line(settings.jobs)
     files = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     paths = sorted(str(path.relative_to(ROOT)) for path in files)

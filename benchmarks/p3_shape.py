@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import repository_root  # noqa: F401  # isort: split
@@ -47,6 +47,9 @@ from runtime.device import Device, detect, set_up, to_training_device
 from runtime.images import labelled_grid, to_float
 from runtime.record import Record
 from runtime.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 RENDERS, MALFORMED_RENDERS, PROMPTS = range(3)  # domains of seeds
 SHOWN = 10  # images per kind on the sheet
@@ -91,26 +94,25 @@ def renders(kind: str, count: int, seed: int) -> Tensor:
     return as_tensor(np.stack([render(scene) for scene in scenes]))
 
 
+def through_autoencoder(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Encode and decode [N,3,64,64] uint8; return the same on the CPU."""
+    return reconstruct(vae, to_float(images.to(vae.device))).cpu()
+
+
 def calibrate(settings: Calibrate, record: Record) -> None:
     """Add a row per kind and group: mean fidelity and share that passes."""
     vae = to_training_device(load_vae(settings.parts / "vae"), record.machine.device)
 
-    def through_autoencoder(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return reconstruct(vae, to_float(images.to(record.machine.device))).cpu()
-
     rows: list[dict[str, Any]] = []
     for kind in HELD_OUT_KINDS:
         clean = renders(kind, settings.count, derived_seed(settings.seed, RENDERS))
-        groups = {"rendered": clean, "through the autoencoder": through_autoencoder(clean)}
+        groups = {"rendered": clean, "through the autoencoder": through_autoencoder(vae, clean)}
         for outline in MALFORMED[kind]:
             with drawn_as(kind, outline):
                 images = renders(kind, settings.count, derived_seed(settings.seed, MALFORMED_RENDERS))
-            groups["blob" if outline.__name__ == "outline" else outline.__name__.replace("_", " ")] = (
-                through_autoencoder(images)
-            )
+            groups[outline.__name__.replace("_", " ")] = through_autoencoder(vae, images)
         others = [renders(other, 4, derived_seed(settings.seed, RENDERS)) for other in ALL_KINDS if other != kind]
-        groups["the other kinds"] = through_autoencoder(torch.cat(others))
+        groups["the other kinds"] = through_autoencoder(vae, torch.cat(others))
         fidelity = {name: shape_fidelity(images, [kind] * len(images)) for name, images in groups.items()}
         least = PASSING * float(fidelity["through the autoencoder"].mean())
         for name, values in fidelity.items():
@@ -149,11 +151,8 @@ def named(settings: Named, record: Record) -> None:
         )
         requests = [Request(prompt, derived_seed(settings.seed, PROMPTS, index, k)) for k, prompt in enumerate(prompts)]
         images = sampler.sample_images(requests)
-        with torch.inference_mode():
-            decoded = reconstruct(
-                vae, to_float(renders(kind, settings.count, derived_seed(settings.seed, RENDERS))).to(device)
-            )
-        least = PASSING * float(shape_fidelity(decoded.cpu(), [kind] * settings.count).mean())
+        decoded = through_autoencoder(vae, renders(kind, settings.count, derived_seed(settings.seed, RENDERS)))
+        least = PASSING * float(shape_fidelity(decoded, [kind] * settings.count).mean())
         fidelity = shape_fidelity(images, [kind] * len(images))
         agrees = classifier.agrees(images, kind=[kind] * len(images), colour=colours, background=grounds).cpu()
         passing = fidelity >= least

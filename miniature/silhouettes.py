@@ -31,8 +31,6 @@ NEIGHBOURHOOD = 5  # pixels
 BORDER = 3  # pixels along the image's edges that show background
 LEAST = 12.0  # grey levels by which an object differs from its background at least
 ALIKE = 0.75  # a part nearer to the background than this share of the object's distance may go unseen
-
-
 PASSING = 0.9  # of the fidelity that the autoencoder leaves of renders
 
 
@@ -65,14 +63,12 @@ def segment(images: Tensor) -> Segmented:
     x = images.float()
     plane = background_plane(x)
     distance = (x - plane).norm(dim=1).numpy()
-    border = np.ones(distance.shape[1:], bool)
-    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    border = border_of(*distance.shape[1:]).numpy()
     masks = np.zeros_like(distance)
     for mask, levels in zip(masks, distance, strict=True):
         texture = 1.5 * np.quantile(levels[border], 0.9)
-        level = ndimage.maximum_filter(
-            levels, NEIGHBOURHOOD
-        )  # of the part that a pixel belongs to: a light stem, a red cap
+        # of the part that a pixel belongs to: a light stem, a red cap
+        level = ndimage.maximum_filter(levels, NEIGHBOURHOOD)
         edge = levels / np.maximum(level, 1e-6)  # 0.5 where a pixel is half object
         labels, count = ndimage.label((edge > 0.5) & (levels > max(LEAST, texture)))
         if count:
@@ -84,6 +80,13 @@ def segment(images: Tensor) -> Segmented:
     return Segmented(weights[:, 0], colours, backgrounds)
 
 
+def border_of(height: int, width: int) -> Tensor:
+    """Return [height,width] bool: the pixels along the edges."""
+    border = torch.ones(height, width, dtype=torch.bool)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return border
+
+
 def background_plane(x: Tensor) -> Tensor:
     """Return [N,3,H,W]: a plane per channel through the border's colours, fitted by reweighted least squares.
 
@@ -92,8 +95,7 @@ def background_plane(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     basis = torch.stack([torch.ones_like(right), right, down], -1)
-    border = torch.ones(height, width, dtype=torch.bool)
-    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    border = border_of(height, width)
     points, values = basis[border], x[:, :, border]
     weights = torch.ones(len(x), 1, len(points))
     for _ in range(4):

@@ -82,6 +82,14 @@ def check_seed(seed: int, flag: str = "--seed") -> int:
     return seed
 
 
+def _check_seeds(settings: object) -> None:
+    for name in ("seed", "seeds"):
+        value = getattr(settings, name, ())
+        for seed in value if isinstance(value, tuple) else (value,):
+            if isinstance(seed, int):
+                check_seed(seed, f"--{name}")
+
+
 def _require(settings: object, names: Iterable[str], valid: Callable[[Any], bool], advice: str) -> None:
     for name in names:
         if not valid(value := getattr(settings, name)):
@@ -116,11 +124,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
         except SystemExit:  # tyro has printed the help
             return "", 0
         refuse_empty_paths(options, sys.argv[1:])
-        for flag in ("seed", "seeds"):
-            value = getattr(options, flag, ())
-            for seed in value if isinstance(value, tuple) else (value,):
-                if isinstance(seed, int):
-                    check_seed(seed, f"--{flag}")
+        _check_seeds(options)
         main(options)
     except BadInput as error:
         return str(error), 2
@@ -214,10 +218,9 @@ def _value(flag: str, arguments: Sequence[str]) -> str:
 
 def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
     """Raise BadInput for a flag that has another name in this version, with that name."""
-    names = flags_of(settings)
+    names, used = flags_of(settings), _names(arguments)
     for old, new in RENAMED:
-        used = any(argument.split("=")[0].replace("_", "-") == old for argument in arguments)
-        if used and new in names and old not in names:
+        if old in used and new in names and old not in names:
             raise BadInput(f"{old} is now {new}")
 
 

@@ -78,13 +78,13 @@ def blob(seed: int) -> Outline:
     """Return the outline of a smooth random blob."""
     waves = np.random.default_rng(seed).normal(size=(2, 4)) * np.array([0.2, 0.15, 0.1, 0.06])
 
-    def outline(p: Array) -> Parts:
+    def blob(p: Array) -> Parts:
         angle, reach = np.arctan2(p[1], p[0]), np.full(p.shape[1:], 0.7)
         for order, (a, b) in enumerate(waves.T, start=2):
             reach = reach + a * np.cos(order * angle) + b * np.sin(order * angle)
         return {"body": (0.8 * (np.hypot(p[0], p[1]) - reach.clip(0.25, 1))).astype(np.float32)}
 
-    return outline
+    return blob
 
 
 MALFORMED: dict[str, tuple[Outline, ...]] = {
