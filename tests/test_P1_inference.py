@@ -62,7 +62,6 @@ def test_the_grading_script_runs_from_any_folder(tmp_path: Path) -> None:
     for folder in (root / "bin", caller):
         folder.mkdir(parents=True)
     shutil.copy(SHELL, root)
-    shutil.copytree(ROOT / "runtime", root / "runtime")
     few = "--count 1 --digits 4 --steps 2 --retries 0 --record record.json"
     run = f'exec "{sys.executable}" "{ROOT}/$(basename "$script")" "$@" {few}'
     (root / "bin" / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nscript="$1"; shift\n{run}\n')
@@ -371,7 +370,6 @@ def shell(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
         root = tmp_path / "the repository"
         (root / "bin").mkdir(parents=True)
         shutil.copy(ROOT / script, root)
-        shutil.copytree(ROOT / "runtime", root / "runtime")
         for tool in ("dirname", "bash"):
             (root / "bin" / tool).symlink_to(shutil.which(tool) or "")
         for name in pythons.split():
