@@ -5,6 +5,7 @@
   python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, samples nothing
   python P3_inference.py --input input.json --model DIR --output out --candidates 50 --clip CLIP --references pictures
   python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places
+  python P3_inference.py --between "<fish>" "<cup>" --prompt "a photo of a {}" --count 7 --model DIR --output out --figure row.png
   torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the images
   python P3_inference.py --layout auto --prompt "a <new1> next to a <new2>" --words dog cat --model DIR --output out --draw-layout a.png
 
@@ -31,8 +32,8 @@ from concepts.composition.layout import Layout, auto_layout, read_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose, passes
 from concepts.composition.scores import FIGURE_ROWS, draw_layout, levels_figure, mean_scores, scores_inside
 from concepts.course_format import IMAGES_PER_PROMPT, remove, stale_files
-from concepts.embeddings import TokenSearch, add_names, install, require_width, tokenize, tokens_in
-from concepts.jobs import Job, find_job_vectors, graded_jobs, layout_job, prompt_jobs
+from concepts.embeddings import TokenSearch, add_names, composed, install, require_width, tokenize, tokens_in
+from concepts.jobs import Job, between_jobs, between_vectors, find_job_vectors, graded_jobs, layout_job, prompt_jobs
 from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler, generate_batches
 from concepts.stable_diffusion import check_model, load_pipeline, load_tokenizer
 from diffusion.guidance import Guidance
@@ -40,12 +41,13 @@ from runtime.cli import BadInput, Seed, check_fractions, check_positive, run_scr
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.distributed import Shard, sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder, read_json
-from runtime.images import open_image, save_image
+from runtime.images import labelled_grid, open_image, save_image
 from runtime.record import Record
 
 SIZE = 512  # of Stable Diffusion v1's images
 TIMESTEPS = 1000  # of its schedule
 MOST_IMAGES = 100_000  # of a prompt, whose names and seeds are held in memory at once
+MOST_BETWEEN = 100  # images between two tokens, which one figure shows
 COMPILE_COUNT = 50  # images from which on compiling pays
 
 
@@ -57,13 +59,15 @@ class Settings:
     """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
     output: Path
     """Folder: {key}/{prompt}/source{key}_prompt{prompt}_{n}.png with --input, {prompt}_{n}.png with --prompt, {level}_{n}.png with
-    --layout."""
+    --layout, between_{n}.png with --between."""
     input: Path | None = None
     """The course's input.json: tokens and prompts."""
     prompt: tuple[str, ...] = ()
     """Instead of --input: any prompts."""
     count: int = 4
-    """Images of each --prompt, or of the --layout."""
+    """Images of each --prompt, of the --layout, or from one word to the other, both included, with --between."""
+    between: tuple[str, str] | None = None
+    """Two learned tokens. The images turn from one to the other, in place of {} in the --prompt, with one seed. None = off."""
     layout: str | None = None
     """A json file that gives each concept its place. auto = the tokens of --prompt side by side."""
     level: Level = "conductor"
@@ -74,7 +78,7 @@ class Settings:
     """Also write the layout as an image."""
     config: ConductorConfig = ConductorConfig()
     figure: Path | None = None
-    """Also write a figure: layout, joint, regional, conductor side by side, masks shown."""
+    """Also write a figure. With --layout: layout, joint, regional, conductor side by side, masks shown. With --between: the row."""
     scores: bool = False
     """Also score each concept inside its mask with --clip: text, and similarity to its images if the layout names them."""
     embeddings: tuple[Path, ...] = ()
@@ -121,6 +125,8 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     texts = [*(text for job in jobs for text in job.texts), settings.negative]
     search = find_job_vectors(texts, settings.embeddings, settings.model, settings.input, settings.references)
+    if settings.between:
+        search.vectors |= between_vectors(search.vectors, settings.between, settings.count)
     stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
     check_disk_space(settings.output, bytes_needed(settings, jobs))
     for folder in {path.parent for job in jobs for path in job.files}:
@@ -184,6 +190,10 @@ def main(settings: Settings) -> None:
                 save_image(settings.draw_layout, draw_layout(layout))
             if layout and settings.figure:
                 levels_figure(settings.figure, sampler, layout, jobs[0].seeds, settings.config)
+            if settings.between and settings.figure:
+                images = torch.stack([open_image(job.files[0]) for job in jobs])
+                fractions = [f"{n / (len(jobs) - 1):.2f}" for n in range(len(jobs))]
+                labelled_grid(settings.figure, images, [""], fractions, " to ".join(settings.between), inch=1.2)
 
 
 # ---------------------------------------------------------------- the flags
@@ -192,6 +202,16 @@ def main(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Raise BadInput for flags that can't work, alone or together."""
     check_positive(settings, "count", "steps")
+    if settings.between:
+        words = " ".join(settings.between)
+        if settings.input or settings.layout or settings.candidates:
+            raise BadInput(f"--between {words}: not available with --input, --layout or --candidates")
+        if len(settings.prompt) != 1 or "{}" not in settings.prompt[0]:
+            raise BadInput(f"--between {words}: give a single --prompt, with {{}} in the place of the tokens")
+        if composed(settings.between[0]) == composed(settings.between[1]):
+            raise BadInput(f"--between {words}: give two different tokens")
+        if not 2 <= settings.count <= MOST_BETWEEN:
+            raise BadInput(f"--count {settings.count}: --between takes 2 to {MOST_BETWEEN} images")
     if settings.layout == "auto" and not settings.prompt:
         raise BadInput("--layout auto needs a --prompt that holds the concepts' tokens")
     from_file = settings.layout not in (None, "auto")
@@ -201,8 +221,9 @@ def check(settings: Settings) -> None:
         raise BadInput("--layout goes with a single --prompt, or with none")
     if settings.layout and settings.compile == "on":
         raise BadInput("--compile on is not available with --layout, which changes the U-Net between steps")
-    if not settings.layout and (settings.draw_layout or settings.figure or settings.scores):
-        raise BadInput("--draw-layout, --figure and --scores need a --layout")
+    figure = settings.figure and not settings.between
+    if not settings.layout and (settings.draw_layout or figure or settings.scores):
+        raise BadInput("--draw-layout, --figure and --scores need a --layout (--figure: or --between)")
     if settings.input and settings.count != Settings.count:
         raise BadInput(f"--count {settings.count}: --input takes {IMAGES_PER_PROMPT} images of every prompt")
     if not settings.layout and settings.level != Settings.level:
@@ -234,6 +255,8 @@ def jobs_of(settings: Settings) -> list[Job]:
     output, count, candidates, seed = settings.output, settings.count, settings.candidates, settings.seed
     if settings.input:
         return graded_jobs(settings.input, output, settings.references, candidates, seed)
+    if settings.between:
+        return between_jobs(settings.prompt[0], settings.between, output, count, seed)
     if settings.layout is None:
         return prompt_jobs(settings.prompt, output, count, candidates, seed)
     if settings.layout != "auto":
@@ -275,12 +298,12 @@ def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machin
 
     count, kept = sum(len(job.seeds) for job in jobs), sum(len(job.files) for job in jobs)
     print(f"{len(jobs)} prompts, {count} pictures to draw, {kept} to keep")
-    for token, rows in search.vectors.items():
-        print(f"{token}: {len(rows)} of width {rows.shape[1]}, from {search.files[token]}")
+    for token, file in search.files.items():
+        print(f"{token}: {len(search.vectors[token])} of width {search.vectors[token].shape[1]}, from {file}")
     print(f"{settings.model}: looks right; at most {bytes_needed(settings, jobs) / 1e6:.0f} MB of pictures")
 
     total = count * passes_per_image(settings, layout, settings.level)
-    if settings.figure:
+    if settings.figure and layout:
         total += min(FIGURE_ROWS, count) * sum(passes_per_image(settings, layout, level) for level in get_args(Level))
     expected = "how long they take the first run here will tell"
     if seconds := seconds_per_pass(settings, machine):

@@ -1,7 +1,8 @@
-"""Shape fidelity of the miniature's objects: of renders, of malformed ones, and of the kinds that the model draws by name.
+"""Shape fidelity of the miniature's objects: of renders, malformed ones, kinds drawn by name, and what lies between two words.
 
   python benchmarks/p3_shape.py calibrate            renders, renders through the autoencoder, malformed ones, other kinds
   python benchmarks/p3_shape.py named --count 20     strict success of the kinds that the model can name: the ceiling of learned words
+  python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
 
 An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
 of that kind. Strict success asks for kind, colour and background by the scene classifier as well.
@@ -10,6 +11,7 @@ of that kind. Strict success asks for kind, colour and background by the scene c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from benchmarks.p3_learning import MODEL
 from benchmarks.timing import BENCH
+from concepts.embeddings import find_vectors, install
+from concepts.jobs import between_tokens, between_vectors
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
@@ -42,7 +46,7 @@ from miniature.scenery.scenes import (
 )
 from miniature.silhouettes import PASSING, shape_fidelity
 from miniature.train_autoencoder import reconstruct
-from runtime.cli import check_positive, log, run_script
+from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect, set_up, to_training_device
 from runtime.images import labelled_grid, to_float
 from runtime.record import Record
@@ -82,6 +86,24 @@ class Named:
     sheet: Path = BENCH / "p3_shape_named.png"
     """The first images of each kind."""
     record: Path = BENCH / "p3_shape_named.json"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Draw what lies between the embeddings of every two held-out objects, and count the objects that the scene classifier sees."""
+
+    embeddings: Path
+    """Folder of the learned tokens, two or more of <key>, <fish>, <mushroom>, <cup>; benchmarks/p3_composition.py learns all."""
+    model: str = MODEL
+    steps: int = 7
+    """Images from one token to the other, both included."""
+    count: int = 20
+    """Rows per pair, each with a seed and colours."""
+    seed: int = 0
+    device: Device = "auto"
+    sheet: Path = BENCH / "p3_shape_between.png"
+    """The first row of each pair."""
+    record: Path = BENCH / "p3_shape_between.json"
 
 
 def renders(kind: str, count: int, seed: int) -> Tensor:
@@ -165,15 +187,60 @@ def named(settings: Named, record: Record) -> None:
     labelled_grid(settings.sheet, torch.cat(shown), KINDS, ["" for _ in range(SHOWN)], "Kinds drawn by name")
 
 
-def main(command: Calibrate | Named) -> None:
+def between(settings: Between, record: Record) -> None:
+    """Add a row per pair and step: shares of the first object, the second and others, mean fidelity to both; write the sheet."""
+    device, steps = record.machine.device, settings.steps
+    if steps < 2:
+        raise BadInput(f"--steps {steps}: give 2 or more")
+    vectors = find_vectors([f"<{kind}>" for kind in HELD_OUT_KINDS], [settings.embeddings]).vectors
+    pairs = list(combinations([kind for kind in HELD_OUT_KINDS if f"<{kind}>" in vectors], 2))
+    if not pairs:
+        objects = ", ".join(f"<{kind}>" for kind in HELD_OUT_KINDS)
+        raise BadInput(f"--embeddings {settings.embeddings}: holds fewer than two of {objects}")
+    for first, second in pairs:
+        vectors |= between_vectors(vectors, (f"<{first}>", f"<{second}>"), steps)
+    set_up("fp32", record.machine)
+    pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
+    install(pipe, vectors)
+    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+
+    fractions = [f"{step / (steps - 1):.2f}" for step in range(steps)]
+    shown: list[Tensor] = []
+    rows: list[dict[str, Any]] = []
+    for index, (first, second) in enumerate(pairs):
+        key = derived_seed(settings.seed, PROMPTS, index)
+        tokens, images = between_tokens((f"<{first}>", f"<{second}>"), steps), []
+        for k, (prompt, _, _) in enumerate(coloured_prompts("{}", settings.count, key)):
+            requests = [Request(prompt.replace("{}", token), derived_seed(key, k)) for token in tokens]
+            images.append(sampler.sample_images(requests))
+        shown.append(images[0])
+        for fraction, column in zip(fractions, torch.stack(images, 1), strict=True):  # [count,3,H,W]
+            kinds = [ALL_KINDS[answer] for answer in classifier.whole(column)["kind"].argmax(1)]
+            shares = {kind: kinds.count(kind) / len(kinds) for kind in (first, second)}
+            shares["another"] = sum(kind not in shares for kind in kinds) / len(kinds)
+            fidelity = {kind: float(shape_fidelity(column, [kind] * len(kinds)).mean()) for kind in (first, second)}
+            rows.append({"pair": [first, second], "fraction": fraction, "seen": shares, "fidelity": fidelity})
+            seen = "".join(f"{name} {share:.2f}   " for name, share in shares.items())
+            print(fraction, seen, "fidelity", *(f"{value:.2f}" for value in fidelity.values()), flush=True)
+    record.metrics["rows"] = rows
+    names = [f"{first} to {second}" for first, second in pairs]
+    labelled_grid(settings.sheet, torch.cat(shown), names, fractions, "Between two learned words")
+
+
+def main(command: Calibrate | Named | Between) -> None:
     """Run the chosen measurement, and write its record."""
     check_positive(command, "count")
     record = Record(command, detect(command.device))
-    calibrate(command, record) if isinstance(command, Calibrate) else named(command, record)
+    if isinstance(command, Calibrate):
+        calibrate(command, record)
+    elif isinstance(command, Named):
+        named(command, record)
+    else:
+        between(command, record)
     record.save(command.record)
     log(f"record: {command.record}")
 
 
 if __name__ == "__main__":
-    command: Any = Calibrate | Named  # tyro makes a subcommand of each
+    command: Any = Calibrate | Named | Between  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 from concepts.composition.layout import Layout
 from concepts.course_format import IMAGES_PER_PROMPT, find_images, image_path, read_input
 from concepts.embeddings import (
     FOLDER,
     TokenSearch,
+    Vectors,
+    composed,
     find_vectors,
     log_plain_text,
     require_known,
@@ -19,6 +24,7 @@ from concepts.embeddings import (
     tokens_in,
 )
 from concepts.stable_diffusion import load_tokenizer
+from diffusion.noise import linear, slerp
 from runtime.cli import BadInput, log
 from runtime.seeds import distinct_seeds
 
@@ -53,6 +59,43 @@ def prompt_jobs(prompts: Sequence[str], output: Path, count: int, candidates: in
         files = tuple(output / f"{index}_{n}.png" for n in range(count))
         jobs.append(Job(prompt, files, _seeds(max(candidates, count), seed, index), prompt))
     return jobs
+
+
+def between_tokens(words: Sequence[str], count: int) -> list[str]:
+    """Return two tokens with count - 2 others between them, such as <1|6|fish|cup>: no file's token has such a bar."""
+    first, last = map(composed, words)
+    names = f"{first.strip('<>')}|{last.strip('<>')}"
+    return [first, *(f"<{n}|{count - 1}|{names}>" for n in range(1, count - 1)), last]
+
+
+def between_jobs(prompt: str, words: Sequence[str], output: Path, count: int, seed: int) -> list[Job]:
+    """Return a job per step from one token to the other, in the place of {} in the prompt: between_{n}.png, all of one seed."""
+    prompts = [prompt.replace("{}", token) for token in between_tokens(words, count)]
+    seeds = _seeds(1, seed, 0)  # that of the prompt's first image without --between
+    return [Job(text, (output / f"between_{n}.png",), seeds, text) for n, text in enumerate(prompts)]
+
+
+def between_vectors(vectors: Vectors, words: Sequence[str], count: int) -> Vectors:
+    """Return the vectors of the tokens between two: their directions by slerp, their norms linear.
+
+    Raise BadInput for a token that has no vectors here, and for tokens with different numbers or widths of vectors.
+    """
+    first, *tokens, last = between_tokens(words, count)
+    for token in (first, last):
+        if token not in vectors:
+            raise BadInput(f"--between {token}: give two learned tokens with their files, such as <new1>")
+    a, b = vectors[first], vectors[last]
+    if a.shape != b.shape:
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise BadInput(f"--between {first} {last}: vectors {shapes}; give tokens with as many of the same width")
+    between = {}
+    for n, token in enumerate(tokens, 1):
+        alpha = n / (count - 1)
+        # slerp() flattens, and weighs norms by sines: hence vector by vector, of length 1
+        pairs = zip(F.normalize(a), F.normalize(b), strict=True)
+        directions = torch.stack([slerp(u, v, alpha) for u, v in pairs])
+        between[token] = linear(a.norm(dim=1), b.norm(dim=1), alpha)[:, None] * directions
+    return between
 
 
 def layout_job(layout: Layout, name: str, output: Path, count: int, candidates: int, seed: int) -> Job:

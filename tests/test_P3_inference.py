@@ -44,6 +44,8 @@ CASES = {
     "0": {"src_image": "star", "token_name": "<new1>", "prompt": ["A <new1>.", "A <new1> in the style of <new2>."]},
     "cat": {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["A star in the style of <new2>."]},
 }
+PAIR = ("<new1>", "<new2>")  # of one and two vectors
+BETWEEN: dict[str, Any] = {"input": None, "prompt": ("a {}",), "between": PAIR}
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,21 @@ def test_a_dry_run_refuses_a_model_without_weights(folder: Path, model: str) -> 
         ({"config": ConductorConfig(inject=())}, "--inject"),
         ({"config": ConductorConfig(refine=True)}, "need a --layout"),
         ({"words": ("dog",)}, "--words"),
+        ({"between": PAIR}, "--between <new1> <new2>: not available with --input, --layout or --candidates"),
+        (BETWEEN | {"layout": "auto"}, "--between <new1> <new2>: not available"),
+        (BETWEEN | {"candidates": 9}, "--between <new1> <new2>: not available"),
+        (BETWEEN | {"prompt": ()}, "a single --prompt, with {} in"),
+        (BETWEEN | {"prompt": ("a <new1>",)}, "a single --prompt, with {} in"),
+        (BETWEEN | {"prompt": ("a {}", "one {}")}, "a single --prompt, with {} in"),
+        (BETWEEN | {"count": 1}, "--count 1: --between takes 2 to 100"),
+        (BETWEEN | {"count": 101}, "--count 101: --between takes 2 to 100"),
+        (BETWEEN | {"between": ("<new1>", "<new1>")}, "--between <new1> <new1>: give two different tokens"),
+        (BETWEEN | {"between": ("<caf\u00e9>", "<cafe\u0301>")}, "give two different tokens"),
+        (BETWEEN | {"between": ("<new1>", "star")}, "--between star: give two learned tokens"),
+        (BETWEEN | {"between": ("<3>", "<new1>")}, "--between <3>: give two learned tokens"),
+        (BETWEEN, r"--between <new1> <new2>: vectors \[1, 32\] and \[2, 32\]"),
+        (BETWEEN | {"dry_run": True}, "--between <new1> <new2>: vectors"),
+        ({"figure": Path("a.png")}, r"--figure and --scores need a --layout \(--figure: or --between\)"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"model": "/nowhere"}, "/nowhere"),
         ({"embeddings": (Path("/nowhere"),)}, "/nowhere"),
@@ -283,6 +300,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
     with pytest.raises(BadInput, match=message) as caught:
         main(settings(folder, model, **changes))
     assert "\n" not in str(caught.value)
+    assert not (folder / "out").exists()
+
+
+def test_an_unknown_token_between_names_the_command_that_learns_it(folder: Path, model: str) -> None:
+    with pytest.raises(BadInput, match="no vectors of <other>"):
+        main(settings(folder, model, **BETWEEN | {"between": ("<new1>", "<other>")}))
     assert not (folder / "out").exists()
 
 
@@ -591,6 +614,42 @@ def a_layout_is_composed_at_its_level(script: Script) -> None:
             assert_near(images[f"{level}_{n}.png"], compose(sampler, [request], level)[0])
 
 
+def one_token_turns_into_another(script: Script) -> None:
+    """Draw the ends as --prompt draws them, to the bit, and between them tokens of the formula's vectors, all with one seed."""
+    a, b = torch.randn(2, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    a, b = a * torch.tensor([[1.0], [4.0]]), torch.stack([3 * b[0], a[1] + 0.3 * b[1]])  # one turns far, one little
+    norms = [rows.norm(dim=1, keepdim=True) for rows in (a, b)]
+    theta = (a / norms[0] * b / norms[1]).sum(1, keepdim=True).arccos()
+    vectors = {"<a>": a, "<b>": b}
+    for n, alpha in ((1, 0.25), (2, 0.5), (3, 0.75)):
+        direction = ((1 - alpha) * theta).sin() * a / norms[0] + (alpha * theta).sin() * b / norms[1]
+        vectors[f"<step{n}>"] = ((1 - alpha) * norms[0] + alpha * norms[1]) * direction / theta.sin()
+    for token, rows in vectors.items():
+        save_vectors(file_of(script.folder / "pair", token), token, rows, "test")
+    grids: list[Any] = []
+    script.patch.setattr("P3_inference.labelled_grid", lambda *args, **_: grids.append(args))
+
+    flags: dict[str, Any] = {"embeddings": (script.folder / "pair",), "batch": 1, "seed": 5}
+    row: dict[str, Any] = {
+        "prompt": ("a red {}, one {}",),
+        "between": ("<a>", "<b>"),
+        "figure": script.folder / "a.png",
+    }
+    assert script.run(**flags, **row, count=5, dry_run=True) == {}
+    images = script.run(**flags, **row, count=5)
+    assert list(images) == [f"between_{n}.png" for n in range(5)]
+    assert list(script.record["metrics"]["embeddings"]) == ["<a>", "<b>"]
+    for n, token in enumerate(("<a>", "<step1>", "<step2>", "<step3>", "<b>")):
+        (expected,) = script.run(**flags, prompt=(f"a red {token}, one {token}",)).values()
+        difference = int((images[f"between_{n}.png"] - expected).abs().max())
+        assert difference <= (1 if token.startswith("<step") else 0)
+    path, cells, rows, fractions, title = grids[0]
+    assert (path, rows, title) == (script.folder / "a.png", [""], "<a> to <b>")
+    assert fractions == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+    assert torch.equal(cells.int(), torch.stack(list(images.values())))
+    assert len(script.run(**flags, **row, count=2)) == 2
+
+
 def words_stand_for_tokens_in_the_base_prompt(script: Script) -> None:
     prompt = "a <new1> next to a <new2>"
     flags = script.composing() | {"prompt": (prompt,), "layout": "auto", "words": ("star", "moon")}
@@ -735,6 +794,7 @@ EFFECTS: dict[str, Callable[[Script], None]] = {  # of the other flags
     "input": the_file_gives_keys_tokens_and_prompts,
     "prompt": prompts_have_numbers_and_seeds,
     "count": prompts_have_numbers_and_seeds,
+    "between": one_token_turns_into_another,
     "layout": a_layout_is_composed_at_its_level,
     "level": a_layout_is_composed_at_its_level,
     "words": words_stand_for_tokens_in_the_base_prompt,

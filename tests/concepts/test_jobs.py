@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from concepts.composition.layout import Layout
-from concepts.jobs import Job, graded_jobs, layout_job, learning_commands, prompt_jobs
+from concepts.embeddings import tokens_in
+from concepts.jobs import Job, between_tokens, between_vectors, graded_jobs, layout_job, learning_commands, prompt_jobs
 from runtime.cli import BadInput
 
 DOG: dict[str, Any] = {
@@ -116,3 +118,28 @@ def test_the_commands_that_learn_tokens_take_the_words_of_the_file(file: Path) -
         f'{start} "pictures/style" --token "<new2>" --init painting --kind style',
         f'{start} "FOLDER" --token "<new3>" --init WORD',
     ]
+
+
+def test_each_vector_turns_in_equal_angles_and_its_norm_changes_in_equal_steps() -> None:
+    """One vector turns by a right angle and grows from 1 to 5, the other by half of that and shrinks from 4 to 2."""
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 5.0], [2**0.5, 2**0.5]])
+    vectors = between_vectors({"<a>": a, "<b>": b}, ("<a>", "<b>"), 5)
+    assert list(vectors) == between_tokens(("<a>", "<b>"), 5)[1:-1]
+    steps = torch.stack([a, *vectors.values(), b])
+    angles = torch.atan2(steps[..., 1], steps[..., 0]).rad2deg()
+    norms = steps.norm(dim=2)
+    torch.testing.assert_close(angles[:, 0], torch.tensor([0.0, 22.5, 45, 67.5, 90]))
+    torch.testing.assert_close(angles[:, 1], torch.tensor([90.0, 78.75, 67.5, 56.25, 45]))
+    torch.testing.assert_close(norms, torch.tensor([[1.0, 4], [2, 3.5], [3, 3], [4, 2.5], [5, 2]]))
+
+
+@pytest.mark.parametrize("other", [torch.zeros(1, 2), torch.tensor([[-2.0, 0.0]]), torch.tensor([[2.0, 0.0]])])
+def test_vectors_without_a_plane_of_their_own_stay_finite(other: torch.Tensor) -> None:
+    vectors = between_vectors({"<a>": torch.tensor([[1.0, 0.0]]), "<b>": other}, ("<a>", "<b>"), 3)
+    assert all(rows.isfinite().all() for rows in vectors.values())
+
+
+def test_tokens_between_are_no_names_of_learned_tokens() -> None:
+    between = between_tokens(("<a>", "<b>"), 4)
+    assert between == ["<a>", "<1|3|a|b>", "<2|3|a|b>", "<b>"]
+    assert tokens_in(" ".join(between)) == ["<a>", "<b>"]
