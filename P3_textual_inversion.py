@@ -17,22 +17,32 @@ import runtime.interrupts  # noqa: F401
 
 # isort: split
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, Crop, InversionBatch, Kind, read_concepts
 from concepts.embeddings import FOLDER, file_of, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
-from concepts.stable_diffusion import load_pipeline
+from concepts.recipes import RECIPES, V1_WIDTH, InversionRecipe, RecipeName, recipe_name, recipe_values, resolve_recipe
+from concepts.stable_diffusion import check_model, load_pipeline
 from concepts.validation import Validator
 from runtime.batches import is_out_of_memory
-from runtime.cli import BadInput, Seed, check_fractions, check_not_negative, check_positive, log, run_script
+from runtime.cli import (
+    BadInput,
+    Seed,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    default_hint,
+    log,
+    run_script,
+)
 from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, output_folder
 from runtime.images import decoration, line_figure
@@ -58,7 +68,9 @@ class Settings:
     """A single ordinary word for the concept, such as dog or painting. The vectors start from its embedding."""
     kind: Kind = "object"
     """Selects the sentences to learn from."""
-    vectors: int = 1
+    recipe: RecipeName = "auto"
+    """What the flags that are not given are set to. auto = v1 for Stable Diffusion v1 and hub names, small for narrower text encoders."""
+    vectors: Annotated[int | None, default_hint(recipe_values("vectors"))] = None
     """Vectors of the token. More represent the images better and leave the prompt's other words less influence."""
     concepts: Path | None = None
     """JSON list of objects with these five names, to learn several concepts in one run."""
@@ -66,27 +78,27 @@ class Settings:
     """Folder for learned_NAME.safetensors, one per token; other files there stay."""
     run: Path | None = None
     """Run folder: checkpoint, TensorBoard, validation images, record.json. None = runs/p3_textual_inversion/TOKENS."""
-    steps: int = 500
+    steps: Annotated[int | None, default_hint(recipe_values("steps"))] = None
     """Optimizer steps in all; a run may continue with more."""
-    batch: int = 8
+    batch: Annotated[int | None, default_hint(recipe_values("batch"))] = None
     """Images of every concept per step, over all processes."""
     accumulate: int = 1
     """Parts that a batch is computed in, to save memory."""
-    lr: float = 5e-3
+    lr: Annotated[float | None, default_hint(recipe_values("lr"))] = None
     """Peak learning rate of AdamW, without weight decay."""
-    max_norm: float = 1.0
+    max_norm: Annotated[float | None, default_hint(recipe_values("max_norm"))] = None
     """Limit each embedding's norm to this multiple of its initial word's, so that the rest of the prompt keeps its influence.
     0 = no limit."""
     crop: Crop = "center"
     """center encodes every image once; random crops it again at every step, which is slower."""
-    max_loss_weight: float = 1.0
+    max_loss_weight: Annotated[float | None, default_hint(recipe_values("max_loss_weight"))] = None
     """Cap on the loss weight 1 + 1/SNR (1 = unweighted). Higher values emphasise noisy steps, which decide shape and position."""
-    flip: bool = True
+    flip: Annotated[bool | None, default_hint(recipe_values("flip"))] = None
     """Mirror half of the samples."""
-    zoom_out: float = 0.0
+    zoom_out: Annotated[float | None, default_hint(recipe_values("zoom_out"))] = None
     """Share of an object's samples that show it smaller in the frame (as Custom Diffusion, Kumari et al. 2023). It helps prompts with
     several objects. Requires --crop center."""
-    embedding_noise: float = 0.0
+    embedding_noise: Annotated[float | None, default_hint(recipe_values("embedding_noise"))] = None
     """Norm of the noise on the learned embeddings during training, in multiples of their own norm (0 = off). It makes them work in other
     sentences and in longer training."""
     validate_every: int = 100
@@ -113,12 +125,15 @@ class Settings:
 def main(settings: Settings) -> None:
     """Learn the tokens and save their vectors; after a signal, leave only the checkpoint. Raises BadInput."""
     check(settings)
-    concepts = concepts_of(settings)
+    output_folder(settings.output)
+    dims = check_model(settings.model)  # None for a hub name
+    name = recipe_name(settings.recipe, dims.text_width if dims else V1_WIDTH)
+    concepts = concepts_of(settings, name)
+    recipe = recipe_of(settings, name, concepts)
     from accelerate import Accelerator  # slow to import
 
     from concepts.clip_scores import Scorer
 
-    output_folder(settings.output)
     folder = output_folder(settings.run or RUNS / "+".join(concept.token.strip("<>") for concept in concepts), "--run")
 
     # the machine
@@ -126,7 +141,7 @@ def main(settings: Settings) -> None:
     precision = set_up(settings.precision, machine)
     accelerator = Accelerator(cpu=machine.device.type == "cpu")
     device = accelerator.device
-    share = process_rows(settings.batch, accelerator.process_index, accelerator.num_processes)
+    share = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
     record = Record(settings, replace(machine, device=device))
 
     # the frozen model with its new tokens, and the images and sentences to learn from
@@ -134,44 +149,45 @@ def main(settings: Settings) -> None:
         pipe = load_pipeline(settings.model, device, torch.bfloat16 if precision == "bf16" else torch.float32)
         scorer = Scorer.load(settings.clip, device) if settings.clip and accelerator.is_main_process else None
         inversion = TextualInversion(pipe, concepts, settings.seed)
-        augmentation = Augmentation(settings.crop, settings.flip, settings.zoom_out, settings.embedding_noise)
+        augmentation = Augmentation(settings.crop, recipe.flip, recipe.zoom_out, recipe.embedding_noise)
         data = [ConceptData(pipe, concept, settings.seed, augmentation) for concept in concepts]
     if settings.crop == "center":
         pipe.vae.to("cpu")  # all images are encoded
-    worthwhile = settings.compile == "on" or device.type == "cuda" and settings.steps >= 100
+    worthwhile = settings.compile == "on" or device.type == "cuda" and recipe.steps >= 100
     compiled = worthwhile and should_compile(settings.compile, machine)
     prepare_frozen(pipe, precision, compiled, settings.low_memory)
     embeddings, fused = inversion.embeddings.learned, device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(embeddings.parameters(), settings.lr, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(embeddings.parameters(), recipe.lr, weight_decay=0.0, fused=fused)
 
     # the run: continues from its checkpoint where there is one
     config = LoopConfig(
         "textual inversion",
         folder,
-        settings.steps,
-        settings.batch * len(concepts),
-        LearningRate(settings.lr, warmup=max(1, settings.steps // 20), decay=0.5),
+        recipe.steps,
+        recipe.batch * len(concepts),
+        LearningRate(recipe.lr, warmup=max(1, recipe.steps // 20), decay=0.5),
         log_every=settings.log_every,
         save_every=settings.save_every,
         compiled=compiled,
         elsewhere="--run OTHER",
     )
+    log(f"recipe {name}, with the flags: " + ", ".join(f"{key} {value}" for key, value in asdict(recipe).items()))
     validator = Validator(inversion, data, settings.validate, scorer, folder)
-    facts = facts_of(settings, data) | {"model": weights_fingerprint(Path(pipe.name_or_path or settings.model))}
+    facts = facts_of(settings, recipe, data) | {"model": weights_fingerprint(Path(pipe.name_or_path or settings.model))}
     trained = Trained(embeddings, optimizer, extra={"validator": validator}, average_gradients=True)
     run = TrainingRun(config, facts, trained, record, accelerator)
     losses: list[tuple[int, float]] = run.history.setdefault("losses", [])
 
     for step in run:
         # samples of every concept: latents, noise, timesteps, sentences
-        batch = InversionBatch.concatenate([each.batch(step, share, settings.batch) for each in data])
+        batch = InversionBatch.concatenate([each.batch(step, share, recipe.batch) for each in data])
 
         # the loss, a mean over each concept's samples and a sum over the concepts, and one optimizer step
         per_concept = len(batch) / len(concepts)
         parts = batch.split(settings.accumulate)
-        part_losses = (inversion.loss(part, settings.max_loss_weight) * (len(part) / per_concept) for part in parts)
-        with out_of_memory_advice(settings, step):
-            run.update(part_losses, after_step=partial(inversion.cap_norms, settings.max_norm or math.inf))
+        part_losses = (inversion.loss(part, recipe.max_loss_weight) * (len(part) / per_concept) for part in parts)
+        with out_of_memory_advice(settings, recipe.batch, step):
+            run.update(part_losses, after_step=partial(inversion.cap_norms, recipe.max_norm or math.inf))
 
         # now and then: read the loss; sample images with the tokens and keep the best vectors
         if run.every(settings.log_every):
@@ -191,58 +207,79 @@ def main(settings: Settings) -> None:
                 line_figure(folder / "loss.png", steps, {"loss": {"mean": list(means)}}, "step", "Textual inversion")
         log(f"progress and record: {folder}")
     learned = [asdict(concept) for concept in concepts]
-    run.finish(concepts=learned, precision=precision, losses=dict(losses), scores=validator.scores())
+    run.finish(
+        concepts=learned,
+        recipe={"name": name} | asdict(recipe),
+        precision=precision,
+        losses=dict(losses),
+        scores=validator.scores(),
+    )
 
 
 def check(settings: Settings) -> None:
-    """Raise BadInput for numbers that make no sense."""
-    check_positive(settings, "steps", "batch", "lr", "accumulate", "save_every", "log_every")
-    check_not_negative(settings, "seed", "max_norm", "embedding_noise", "validate_every")
-    check_fractions(settings, "zoom_out")
-    if settings.batch % settings.accumulate:
-        raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {settings.batch}")
-    if settings.max_loss_weight < 1:
-        raise BadInput(f"--max-loss-weight {settings.max_loss_weight}: give 1 (none) or more")
-    if settings.zoom_out and settings.crop == "random":
-        raise BadInput(f"--zoom-out {settings.zoom_out}: goes with --crop center, random cuts anew at every step")
-
-
-def concepts_of(settings: Settings) -> list[ConceptSet]:
-    """Return the concepts of the file, or the one that the flags describe; raise BadInput."""
-    if settings.concepts:
-        for name in ("images", "token", "init", "kind", "vectors"):
-            if getattr(settings, name) != getattr(Settings, name):
-                raise BadInput(f"--{name} and --concepts: give one of them")
-        return read_concepts(settings.concepts)
-    if not settings.images or not settings.init:
+    """Raise BadInput for flags that don't go together, and for numbers that make no sense and that no recipe sets."""
+    for name in ("images", "token", "init", "kind", "vectors"):
+        if settings.concepts and getattr(settings, name) != getattr(Settings, name):
+            raise BadInput(f"--{name} and --concepts: give one of them")
+    if not settings.concepts and not (settings.images and settings.init):
         raise BadInput("name the pictures and a word for what they show: --images DIR --init WORD (or --concepts FILE)")
-    return [ConceptSet(settings.token, settings.images, settings.init, settings.kind, settings.vectors)]
+    check_positive(settings, "accumulate", "save_every", "log_every")
+    check_not_negative(settings, "seed", "validate_every")
 
 
-def facts_of(settings: Settings, data: list[ConceptData]) -> dict[str, Any]:
+def recipe_of(settings: Settings, name: str, concepts: Sequence[ConceptSet]) -> InversionRecipe:
+    """Return the recipe of this run, in which given flags have priority; raise BadInput for numbers that make no sense."""
+    flags = {f.name: value for f in fields(InversionRecipe) if (value := getattr(settings, f.name)) is not None}
+    if settings.crop == "random":
+        flags = {"zoom_out": 0.0} | flags
+    recipe = resolve_recipe(name, {concept.kind for concept in concepts}, flags)
+    check_positive(recipe, "steps", "batch", "lr")
+    check_not_negative(recipe, "max_norm", "embedding_noise")
+    check_fractions(recipe, "zoom_out")
+    if recipe.batch % settings.accumulate:
+        raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {recipe.batch}")
+    if recipe.max_loss_weight < 1:
+        raise BadInput(f"--max-loss-weight {recipe.max_loss_weight}: give 1 (none) or more")
+    if recipe.zoom_out and settings.crop == "random":
+        raise BadInput(f"--zoom-out {recipe.zoom_out}: goes with --crop center, random cuts anew at every step")
+    return recipe
+
+
+def concepts_of(settings: Settings, recipe: str) -> list[ConceptSet]:
+    """Return the concepts of the file, or the one that the flags describe; the recipe decides the vectors where they don't."""
+    vectors = {kind: each.vectors for kind, each in RECIPES[recipe].items()}
+    if settings.concepts:
+        return read_concepts(settings.concepts, vectors)
+    assert settings.images  # see `check`
+    assert settings.init
+    count = vectors[settings.kind] if settings.vectors is None else settings.vectors
+    return [ConceptSet(settings.token, settings.images, settings.init, settings.kind, count)]
+
+
+def facts_of(settings: Settings, recipe: InversionRecipe, data: list[ConceptData]) -> dict[str, Any]:
     """Return what decides the vectors, apart from the model: a run may only continue with the same."""
-    names = (
-        "seed", "batch", "lr", "max_norm", "crop", "max_loss_weight", "flip", "zoom_out", "embedding_noise",
-    )  # fmt: skip
+    names = ("batch", "lr", "max_norm", "max_loss_weight", "flip", "zoom_out", "embedding_noise")
     concepts = [each.concept for each in data]
-    return {name: getattr(settings, name) for name in names} | {
+    return {name: getattr(recipe, name) for name in names} | {
+        "seed": settings.seed,
+        "crop": settings.crop,
         "concepts": [[concept.token, concept.vectors, concept.init, concept.kind] for concept in concepts],
         "images and sentences": [each.fingerprint for each in data],
     }
 
 
 @contextmanager
-def out_of_memory_advice(settings: Settings, step: int) -> Iterator[None]:
+def out_of_memory_advice(settings: Settings, batch: int, step: int) -> Iterator[None]:
     """Raise BadInput that names the ways on if memory ends within the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        finer = [n for n in range(settings.accumulate + 1, settings.batch + 1) if settings.batch % n == 0]
+        finer = [n for n in range(settings.accumulate + 1, batch + 1) if batch % n == 0]
         ways = [f"--accumulate {finer[0]}"] * bool(finer) + ["--low-memory"] * (not settings.low_memory)
         raise BadInput(
-            f"out of memory at step {step:,} with --batch {settings.batch} in {settings.accumulate} parts:"
+            f"out of memory at step {step:,} with --batch {batch} in {settings.accumulate} parts:"
             f" try {' or '.join(ways) or 'a smaller --batch'}; the same command goes on from the last checkpoint"
         ) from None
 

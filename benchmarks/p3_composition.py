@@ -20,7 +20,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, STEPS, check_model, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
 from benchmarks.plain_p3 import save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.composition.layout import Layout, Region, make_layout
@@ -55,9 +55,8 @@ from runtime.seeds import derived_seed
 FOLDER = BENCH / "p3_composition"
 IMAGES = FOLDER / "pictures"  # of every concept
 BATCH = 10
-LEARNING_STEPS: dict[Kind, int] = STEPS | {
-    "style": 400
-}  # and one vector: a style learned more closely suppresses objects
+# and one vector: a style learned more closely suppresses objects
+LEARNING_STEPS: dict[Kind, int] = {"object": RECIPE["object"].steps, "style": 400}
 VARIANTS: dict[str, ConductorConfig] = {
     "all": ConductorConfig(),
     "without attention": ConductorConfig(("features", "noise")),
@@ -175,7 +174,7 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
         check_model(model)
         if not Path(model).is_dir():
             raise BadInput(f"--model {model} is no diffusers folder: give --embeddings with it")
-        parts = [weights_fingerprint(Path(model)), *steps.values(), *RECIPE.values()]  # vectors depend on these
+        parts = [weights_fingerprint(Path(model)), *steps.values(), *astuple(RECIPE["object"])]  # vectors depend on these
         folder = FOLDER / "-".join(map(str, parts))
     for kind, names in NAMES.items():
         missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from concepts.dataset import ConceptSet, Kind
+from concepts.recipes import RECIPES
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
 from runtime.cli import BadInput
@@ -19,15 +20,7 @@ from runtime.files import ROOT, read_json, write_json
 MODEL = "runs/miniature/stable_diffusion"
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 INITIAL: dict[Kind, str] = {"object": "object", "style": "unusual"}  # what the miniature's captions call them
-STEPS: dict[Kind, int] = {"object": 200, "style": 800}
-BATCHES: dict[Kind, int] = {"object": 8, "style": 24}  # images of a concept per step
-VECTORS: dict[Kind, int] = {"object": 1, "style": 2}
-RECIPE = {
-    "lr": 1e-2,  # twice the default, which suits Stable Diffusion: the miniature's embeddings are three times as long
-    "max_loss_weight": 30.0,  # noisy steps decide shape and style
-    "embedding_noise": 1.0,  # without it, an object's token suppresses style prompts after 150 steps
-    "zoom_out": 0.5,  # half of an object's samples show it as small as it is next to others
-}
+RECIPE = RECIPES["small"]
 
 
 def check_model(model: str) -> None:
@@ -55,17 +48,16 @@ def write_images(name: str, folder: Path, captions: bool) -> Path:
 
 
 def learn(concepts: Sequence[ConceptSet], output: Path, **flags: object) -> dict[str, Any]:
-    """Learn concepts of one kind in one run; return its record. Vectors are written to `output`.
+    """Learn concepts of one kind in one run by the recipe for small models; return its record. Vectors are written to `output`.
 
-    `flags` of P3_textual_inversion.py, by field name, have priority over the recipe.
+    `flags` of P3_textual_inversion.py, by field name, have priority.
     """
-    kind = concepts[0].kind
-    flags = RECIPE | {"steps": STEPS[kind], "batch": BATCHES[kind], "validate_every": 0} | flags
+    flags = {"validate_every": 0} | flags
     with tempfile.TemporaryDirectory() as temporary:
         entries = [asdict(concept) | {"images": str(concept.images.absolute())} for concept in concepts]
         write_json(Path(temporary) / "concepts.json", entries)
         command = [sys.executable, str(ROOT / "P3_textual_inversion.py"), "--concepts", f"{temporary}/concepts.json"]
-        command += ["--output", str(output), "--run", f"{temporary}/run"]
+        command += ["--recipe", "small", "--output", str(output), "--run", f"{temporary}/run"]
         command += [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return dict(read_json(Path(temporary) / "run" / "record.json"))

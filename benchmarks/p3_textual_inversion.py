@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -34,13 +34,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_learning import (
-    BATCHES,
     INITIAL,
     MODEL,
     NAMES,
     RECIPE,
-    STEPS,
-    VECTORS,
     check_model,
     kind_of,
     learn,
@@ -276,7 +273,7 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
     check_not_negative(settings, "steps", "batch")
     set_up("fp32", record.machine)
     classifier, weights = load_scene_classifier(record.machine.device), weights_fingerprint(Path(settings.model))
-    trials = [(name, VECTORS[kind_of(name)], seed) for name in settings.names for seed in range(settings.seeds)]
+    trials = [(name, RECIPE[kind_of(name)].vectors, seed) for name in settings.names for seed in range(settings.seeds)]
     trials += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
     outcomes: list[dict[str, Any]] = []
     results: dict[str, list[float]] = {}
@@ -286,13 +283,13 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
             "name": name,
             "vectors": vectors,
             "seed": settings.seed + seed,
-            "steps": settings.steps or STEPS[kind],
-            "batch": settings.batch or BATCHES[kind],
+            "steps": settings.steps or RECIPE[kind].steps,
+            "batch": settings.batch or RECIPE[kind].batch,
             "count": settings.count,
-            "initial": vectors == VECTORS[kind] and seed == 0,  # ask about the initial word too
+            "initial": vectors == RECIPE[kind].vectors and seed == 0,  # ask about the initial word too
             "weights": weights,
         }
-        outcomes.append(outcome(facts | RECIPE, settings, classifier))
+        outcomes.append(outcome(asdict(RECIPE[kind]) | facts, settings, classifier))
         for question, shares in outcomes[-1]["shares"].items():
             for word, share in shares.items():
                 who = f"{vectors} vector{'s' * (vectors > 1)}" if word == "learned" else "initial word"
@@ -366,7 +363,7 @@ def grade_course(settings: Graded, record: Record) -> None:
     folder, names = settings.folder, settings.names
     vectors = {}
     for name in names:
-        file = file_of(settings.concepts / f"{name}-{VECTORS[kind_of(name)]}-{settings.seed}", TOKEN)
+        file = file_of(settings.concepts / f"{name}-{RECIPE[kind_of(name)].vectors}-{settings.seed}", TOKEN)
         if not file.is_file():
             raise BadInput(f"{file} does not exist: `p3_textual_inversion.py concepts` makes it")
         vectors[name] = read_vectors(file)[TOKEN]

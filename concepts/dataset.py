@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -63,10 +63,10 @@ class ConceptSet:
         return [template.format(self.token) for template in TEMPLATES[self.kind]]
 
 
-def read_concepts(path: Path) -> list[ConceptSet]:
+def read_concepts(path: Path, vectors: Mapping[Kind, int]) -> list[ConceptSet]:
     """Read a JSON list of objects with token, images, init and, optionally, kind and vectors.
 
-    Image folders may be relative to the file. Raise BadInput.
+    Objects without a number of vectors have their kind's. Image folders may be relative to the file. Raise BadInput.
     """
     content = read_json(path)
     if not isinstance(content, list) or not content:
@@ -75,7 +75,11 @@ def read_concepts(path: Path) -> list[ConceptSet]:
     tokens = [concept.token for concept in concepts]
     if twice := {token for token in tokens if tokens.count(token) > 1}:
         raise BadInput(f"{path}: {', '.join(sorted(twice))} is there twice")
-    return [replace(concept, images=path.parent / concept.images) for concept in concepts]
+    concepts = [replace(concept, images=path.parent / concept.images) for concept in concepts]
+    return [
+        concept if "vectors" in entry else replace(concept, vectors=vectors[concept.kind])
+        for concept, entry in zip(concepts, content, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- files

@@ -47,7 +47,6 @@ WORLD = {  # held-out concepts of the miniature: token, initial word, prompts
     "cup": ("<new2>", "object", "a photo of a {} on a yellow background", "a photo of a green {} on a white background"),
     "ripple": ("<new3>", "unusual", "a photo of a star in the style of {}", "a photo of a blue ring in the style of {}"),
 }  # fmt: skip
-RECIPE = ("--lr", "1e-2", "--max-loss-weight", "30", "--embedding-noise", "1", "--zoom-out", "0.5")
 STYLED = ("a photo of a <new1> in the style of <new3>", "a red star on a white background in the style of <new3>")
 
 
@@ -236,7 +235,8 @@ def miniature_concepts(inputs: Inputs) -> Personalization:
     for name in names:
         token, init, *texts = WORLD[name]
         kind, unnamed = ("style", "something unusual") if init == "unusual" else ("object", "object")
-        concepts.append({"token": token, "images": f"{images / name}", "init": init, "kind": kind})
+        entry = {"token": token, "images": f"{images / name}", "init": init, "kind": kind, "vectors": 1}
+        concepts.append(entry)
         if name == "fish" or not inputs.quick:
             texts = texts[:1] if inputs.quick else texts
             # no caption names the concept, so text is graded without its name
@@ -262,7 +262,7 @@ def miniature_concepts(inputs: Inputs) -> Personalization:
             "a photo of a <new1> next to a <new2>",
         ),
         layout_words=("object", "object"),
-        learn_flags=("--steps", "400", "--validate-every", "100", *RECIPE),
+        learn_flags=("--steps", "400", "--batch", "8", "--validate-every", "100"),
         guidance="5",
         setup=(
             Step("miniature_concepts", "P3: rendering images of the concepts", render),

@@ -37,8 +37,9 @@ from concepts.dataset import (
 )
 from concepts.embeddings import install
 from concepts.inversion import TextualInversion, prepare_frozen
+from concepts.recipes import InversionRecipe
 from concepts.stable_diffusion import load_pipeline, suit_training
-from P3_textual_inversion import Settings, concepts_of, main
+from P3_textual_inversion import Settings, concepts_of, main, recipe_of
 from runtime.cli import BadInput
 from runtime.files import ROOT
 
@@ -62,6 +63,7 @@ def settings(tmp_path: Path, model: str, images: Path | None, /, **changes: Any)
         "model": model,
         "images": images,
         "init": "star",
+        "recipe": "v1",
         "steps": 6,
         "batch": 2,
         "validate_every": 3,
@@ -281,8 +283,8 @@ class Trial:
 
     def assert_plain(self, chosen: Settings) -> PlainInversion:
         """Assert that a run's files hold what a plain loop learns; the bound is a thousandth of what it learns."""
-        concepts = concepts_of(chosen)
-        plain = PlainInversion(chosen, concepts)
+        concepts = concepts_of(chosen, "v1")
+        plain = PlainInversion(chosen, recipe_of(chosen, "v1", concepts), concepts)
         start = {each.concept.token: each.vectors.detach().clone() for each in plain.concepts}
         for token, vectors in plain.train().items():
             assert (vectors_of(chosen.output, token) - vectors).norm() < 1e-3 * (vectors - start[token]).norm()
@@ -342,6 +344,20 @@ def concepts_flag(trial: Trial) -> None:
     assert record_of(chosen.run)["metrics"]["losses"] == pytest.approx(means, rel=1e-4)
     learned = [(entry["token"], entry["init"]) for entry in record_of(chosen.run)["metrics"]["concepts"]]
     assert learned == [("<a>", "star"), ("<b>", "moon")]
+
+
+def recipe_flag(trial: Trial) -> None:
+    """Expect the vectors of the recipe's values as flags; a given flag has priority; auto is small for this narrow model."""
+    small = {"lr": 1e-2, "max_loss_weight": 30.0, "embedding_noise": 1.0, "zoom_out": 0.5}
+    explicit = trial.train(**small)
+    for recipe in ("small", "auto"):
+        chosen = trial.train(recipe=recipe)
+        torch.testing.assert_close(vectors_of(chosen.output), vectors_of(explicit.output), rtol=0, atol=0)
+    assert chosen.run
+    assert record_of(chosen.run)["metrics"]["recipe"] == {
+        "name": "small", "steps": 4, "batch": 4, "vectors": 1, "max_norm": 1.0, "flip": True, **small,
+    }  # fmt: skip
+    trial.assert_plain(trial.train(recipe="small", **{name: getattr(InversionRecipe, name) for name in small}))
 
 
 def output_flag(trial: Trial) -> None:
@@ -445,7 +461,8 @@ def low_memory_flag(trial: Trial) -> None:
 def log_every_flag(trial: Trial) -> None:
     """Expect the means of the losses since the last reading."""
     chosen = trial.train(steps=5, log_every=2, save_every=50)
-    losses = PlainInversion(chosen, concepts_of(chosen))
+    concepts = concepts_of(chosen, "v1")
+    losses = PlainInversion(chosen, recipe_of(chosen, "v1", concepts), concepts)
     losses.train()
     means = {"2": sum(losses.losses[:2]) / 2, "4": sum(losses.losses[2:4]) / 2, "5": losses.losses[4]}
     assert chosen.run
@@ -462,6 +479,7 @@ SAMPLE = "concepts.sampling.StableDiffusionSampler.sample_images"
 EFFECTS: dict[str, Callable[[Trial], None]] = {
     "images": images_flag,
     "concepts": concepts_flag,
+    "recipe": recipe_flag,
     "output": output_flag,
     "run": run_flag,
     "accumulate": accumulate_flag,
@@ -852,4 +870,4 @@ def test_a_token_of_the_vocabulary_is_refused(tmp_path: Path, model: str, images
 def test_bad_lists_of_concepts_are_named(tmp_path: Path, content: Any, message: str) -> None:
     (tmp_path / "concepts.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match=message):
-        read_concepts(tmp_path / "concepts.json")
+        read_concepts(tmp_path / "concepts.json", {"object": 1, "style": 1})

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from concepts.dataset import ConceptSet, zoomed_out
+from concepts.recipes import InversionRecipe
 from concepts.stable_diffusion import load_pipeline
 from concepts.templates import OBJECT, STYLE
 from P3_textual_inversion import Settings
@@ -54,7 +55,8 @@ class PlainConcept:
 class PlainInversion:
     """The whole method without caches, batches of several concepts, processes and checkpoints."""
 
-    def __init__(self, settings: Settings, concepts: Sequence[ConceptSet]):
+    def __init__(self, settings: Settings, recipe: InversionRecipe, concepts: Sequence[ConceptSet]):
+        self.recipe = recipe
         self.settings, self.pipe = settings, load_pipeline(settings.model, torch.device("cpu"), torch.float32)
         self.pipe.unet.eval(), self.pipe.vae.eval(), self.pipe.text_encoder.eval()
         self.table = self.pipe.text_encoder.get_input_embeddings().weight.detach().clone()
@@ -72,18 +74,18 @@ class PlainInversion:
         sentences = [text.replace("{}", " ".join(names)) for text in (STYLE if concept.kind == "style" else OBJECT)]
         ids = list(tokenizer(sentences, padding="max_length", return_tensors="pt").input_ids)
         pictures = [Image.open(path).convert("RGB") for path in sorted(concept.images.glob("*.png"))]
-        limit = self.settings.max_norm * float(self.table[word].norm()) or float("inf")
+        limit = self.recipe.max_norm * float(self.table[word].norm()) or float("inf")
         return PlainConcept(concept, pictures, ids, torch.nn.Parameter(start), limit)
 
     def train(self) -> dict[str, Tensor]:
         """Take all steps; return every token's vectors."""
-        settings = self.settings
-        optimizer = torch.optim.AdamW([each.vectors for each in self.concepts], settings.lr, weight_decay=0)
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW([each.vectors for each in self.concepts], recipe.lr, weight_decay=0)
         self.losses: list[float] = []
-        for step in range(settings.steps):
-            rise = min(1.0, (step + 1) / max(1, settings.steps // 20))
-            fall = min(1.0, (settings.steps - step) / (0.5 * settings.steps))
-            optimizer.param_groups[0]["lr"] = settings.lr * rise * fall
+        for step in range(recipe.steps):
+            rise = min(1.0, (step + 1) / max(1, recipe.steps // 20))
+            fall = min(1.0, (recipe.steps - step) / (0.5 * recipe.steps))
+            optimizer.param_groups[0]["lr"] = recipe.lr * rise * fall
             loss = torch.stack([self.loss(each, step) for each in self.concepts]).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -99,7 +101,7 @@ class PlainInversion:
 
     def loss(self, plain: PlainConcept, step: int) -> Tensor:
         """Return the mean loss over one concept's samples of one step."""
-        settings, count = self.settings, self.settings.batch
+        settings, recipe, count = self.settings, self.recipe, self.recipe.batch
         key = zlib.crc32(plain.concept.token.encode())
         generator = torch.Generator().manual_seed(derived_seed(derived_seed(settings.seed, key), step))
 
@@ -116,23 +118,23 @@ class PlainInversion:
                 left, top = int(x * (picture.width - SIDE + 1)), int(y * (picture.height - SIDE + 1))
                 pixels.append(to_network(picture.crop((left, top, left + SIDE, top + SIDE))))
         else:
-            zooms = settings.zoom_out and plain.concept.kind == "object"
+            zooms = recipe.zoom_out and plain.concept.kind == "object"
             shares = uniform() if zooms else [1.0] * count
             for k, share in enumerate(shares):
                 pixels.append(to_network(centre(self._picture(plain, which[k]))))
-                if zooms and share < settings.zoom_out:
-                    pixels[-1] = self._smaller(plain, int(which[k] * len(plain.pictures)), share / settings.zoom_out)
-        flipped = [x.flip(-1) if settings.flip and m < 0.5 else x for x, m in zip(pixels, mirrored, strict=True)]
+                if zooms and share < recipe.zoom_out:
+                    pixels[-1] = self._smaller(plain, int(which[k] * len(plain.pictures)), share / recipe.zoom_out)
+        flipped = [x.flip(-1) if recipe.flip and m < 0.5 else x for x, m in zip(pixels, mirrored, strict=True)]
         with torch.no_grad():
             posterior: Any = self.pipe.vae.encode(torch.cat(flipped)).latent_dist
             x0 = (posterior.mean + posterior.std * spread) * self.pipe.vae.config.scaling_factor
         ids = torch.stack([plain.ids[int(s * len(plain.ids))] for s in sentence])
         noise = torch.randn(count, 77, self.table.shape[1], generator=generator)
-        text = self._text(plain, ids, noise * settings.embedding_noise / self.table.shape[1] ** 0.5)
+        text = self._text(plain, ids, noise * recipe.embedding_noise / self.table.shape[1] ** 0.5)
         noisy = self.pipe.scheduler.add_noise(x0, eps, t)
         error = (self.pipe.unet(noisy, t, encoder_hidden_states=text).sample - eps).square().mean((1, 2, 3))
         snr = self.pipe.scheduler.alphas_cumprod[t] / (1 - self.pipe.scheduler.alphas_cumprod[t])
-        loss: Tensor = ((1 + 1 / snr).clamp(max=settings.max_loss_weight) * error).mean()
+        loss: Tensor = ((1 + 1 / snr).clamp(max=recipe.max_loss_weight) * error).mean()
         return loss
 
     def _picture(self, plain: PlainConcept, uniform: float) -> Image.Image:

@@ -122,7 +122,8 @@ def test_ordinary_words_are_drawn_and_graded_by_themselves_and_learned_tokens_by
         assert flag(grade, "--clip") == str(tmp_path / "miniature_model" / "clip")
     (learn,) = commands_of(sections[0], "miniature_words")
     assert flag(learn, "--output") == str(tmp_path / "miniature_words" / "vectors")
-    assert (flag(learn, "--steps"), flag(learn, "--lr"), flag(learn, "--zoom-out")) == ("400", "1e-2", "0.5")
+    assert (flag(learn, "--steps"), flag(learn, "--batch")) == ("400", "8")
+    assert not {"--recipe", "--lr"} & set(map(str, learn))  # the script's own recipe
     assert (flag(draw, "--guidance"), flag(learned, "--guidance")) == ("5", "5")
 
 

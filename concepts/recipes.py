@@ -1,0 +1,67 @@
+"""The recipes of textual inversion: what a concept of each kind is learned with, on Stable Diffusion v1 and on small models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from concepts.dataset import Kind
+
+RecipeName = Literal["auto", "small", "v1"]
+V1_WIDTH = 768  # of Stable Diffusion v1's text encoder
+
+
+@dataclass(frozen=True)
+class InversionRecipe:
+    """What a recipe decides. A flag of the same name has priority."""
+
+    steps: int = 500
+    batch: int = 8  # images of every concept per step
+    vectors: int = 1
+    lr: float = 5e-3
+    max_norm: float = 1.0
+    max_loss_weight: float = 1.0
+    flip: bool = True
+    zoom_out: float = 0.0
+    embedding_noise: float = 0.0
+
+
+NOISY = InversionRecipe(lr=1e-2, max_loss_weight=30.0, embedding_noise=1.0, zoom_out=0.5)
+RECIPES: dict[str, dict[Kind, InversionRecipe]] = {
+    # the learning rate of Gal et al. 2022; no weights of this size were at hand to measure it
+    "v1": {"object": InversionRecipe(), "style": InversionRecipe()},
+    # found on the miniature
+    "small": {"object": replace(NOISY, steps=200), "style": replace(NOISY, steps=800, batch=24, vectors=2)},
+}
+
+
+def recipe_name(name: RecipeName, text_width: int) -> str:
+    """Return the recipe that `auto` selects: v1 for a text encoder as wide as Stable Diffusion v1's, else small."""
+    return ("v1" if text_width == V1_WIDTH else "small") if name == "auto" else name
+
+
+def resolve_recipe(name: str, kinds: Collection[Kind], flags: dict[str, Any]) -> InversionRecipe:
+    """Return the recipe of a run that learns concepts of these kinds, with the flags that were given.
+
+    A run of objects and styles takes the style's, which is the longer one, and the object's share of smaller views.
+    """
+    recipes = RECIPES[name]
+    recipe = recipes["style" if "style" in kinds else "object"]
+    if "object" in kinds:
+        recipe = replace(recipe, zoom_out=recipes["object"].zoom_out)
+    return replace(recipe, **flags)
+
+
+def recipe_values(field: str) -> str:
+    """Return a field's value in every recipe, for --help: "v1 500, small object 200, small style 800"."""
+    values: dict[str, Any] = {}
+    for name, recipes in RECIPES.items():
+        by_kind = {kind: getattr(recipe, field) for kind, recipe in recipes.items()}
+        same = len(set(by_kind.values())) == 1
+        values |= {name: by_kind["object"]} if same else {f"{name} {kind}": value for kind, value in by_kind.items()}
+    return (
+        ", ".join(f"{who} {value}" for who, value in values.items())
+        if len(set(values.values())) > 1
+        else str(values["v1"])
+    )
