@@ -59,7 +59,7 @@ class Personalization:
     inputs: str
     model: str | Path
     clip: str | Path
-    concepts: list[dict[str, str]]
+    concepts: list[dict[str, Any]]
     """As `P3_textual_inversion.py --concepts` takes them."""
     graded: Path
     """The input.json, with the concepts' images in `references`."""
