@@ -1,4 +1,4 @@
-"""Composition on the miniature: how often each level puts everything where it belongs, by the scene classifier, on fresh layouts.
+"""Composition on the miniature: how often each level puts everything where it belongs, on fresh layouts.
 
   python benchmarks/p3_composition.py --count 200 --seed 1            learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
@@ -6,9 +6,15 @@
   python benchmarks/p3_composition.py --large                         only time and memory, at 512x512; a GPU, or patience
 
 two     two learned objects, each in its box                          three   three learned objects
+alike   two learned objects of one colour, named in both phrases      leak    two in different colours
+four    the four learned objects in two rows                          five    and an ordinary one
 scene   a learned object, an ordinary one in a colour, a background, a learned style: all four right
-leak    two learned objects in colours: share of images with a kind or colour outside its box
-alone   the share of right images of each part alone, with the same vectors; possible: their product, a limit for every level
+
+Per case and level: the share of images that are right, strictly (p3_strict.py) and by the scene classifier alone; that collapse, where a
+box holds another of the objects; that leak, where a kind, or a colour where all are named, lies outside its box.
+alone   the share of right images of each part alone, strictly, with the same vectors, drawn as large as the model pleases
+possible  the product of these, a limit for every level
+rendered  the same shares of renders of the layouts through the autoencoder: what the measure leaves of right images
 Last come seconds and peak memory of one image of two objects, against a plain guided image.
 
 Needs the miniature: python miniature/train_clip.py convert --output runs/miniature/clip; python miniature/train_diffusion.py assemble
@@ -19,7 +25,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +38,7 @@ from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
 from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
+from benchmarks.p3_strict import PartMeasure, StrictMeasure, open_autoencoder, shares_of
 from benchmarks.plain_p3 import save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.composition.layout import Layout, Region, make_layout
@@ -43,8 +50,8 @@ from concepts.inversion import weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
-from miniature.judge_model import SceneClassifier, load_scene_classifier
-from miniature.scenery.scenes import SIDE
+from miniature.diffusion_parts import PARTS
+from miniature.judge_model import load_scene_classifier
 from runtime.batches import in_batches
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
 from runtime.device import Device, Machine, detect, set_up
@@ -97,6 +104,8 @@ class Settings:
     """Layouts per case."""
     alone: int = 400
     """Images per sort of part alone, shared among its parts, at least five each."""
+    parts: Path = PARTS
+    """Folder that holds vae/, for the fidelity that an object can have."""
     ablation: bool = False
     """In the place of levels: conductor with its parts on and off."""
     large: bool = False
@@ -134,16 +143,22 @@ def main(settings: Settings) -> None:
         record.add_repeats(times(settings, sampler, LARGE_LAYOUT))
     else:
         classifier = load_scene_classifier(machine.device)
-        rates: dict[str, float] = {}  # of the parts alone
+        through = open_autoencoder(settings.parts, machine.device)
+        alone = PartMeasure(classifier, through)
+        rates: dict[str, dict[str, float]] = {"strict": {}, "scene classifier": {}}  # of the parts alone
         for name in settings.cases:
             indices = range(settings.count)
             cases = [case_of(name, derived_seed(settings.seed, index)) for index in indices]
             if name != "leak":
-                add_part_rates(rates, settings, cases, classifier, sampler)
-                record.add_repeats({f"{name}: possible": [possible(cases, rates)]})
-            record.add_repeats(case_shares(settings, name, cases, classifier, sampler))
+                add_part_rates(rates, settings, cases, alone, sampler)
+                for measure, each in rates.items():
+                    record.add_repeats({f"{name}, {measure}: possible": [possible(cases, each)]})
+            grader = StrictMeasure(classifier, through, cases)
+            record.add_repeats({f"{name}, {verdict}: rendered": [share] for verdict, share in grader.ceiling().items()})
+            record.add_repeats(case_shares(settings, name, cases, grader, sampler))
             record.save(settings.record)
-        record.add_repeats({f"alone: {part}": [rate] for part, rate in rates.items()})
+        for measure, each in rates.items():
+            record.add_repeats({f"alone, {measure}: {part}": [rate] for part, rate in each.items()})
         if not settings.ablation:
             record.add_repeats(times(settings, sampler, case_of("two", 0).layout))
 
@@ -188,22 +203,22 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
 
 
 def add_part_rates(
-    rates: dict[str, float],
+    rates: dict[str, dict[str, float]],
     settings: Settings,
     cases: Sequence[LayoutCase],
-    classifier: SceneClassifier,
+    measure: PartMeasure,
     sampler: StableDiffusionSampler,
 ) -> None:
     """Add the share of right images of each part of these cases, alone, that has no rate yet."""
     parts = {part for case in cases for part in case.parts}
     sorts = Counter(part.split()[0] for part in parts)
-    for part in sorted(parts - rates.keys()):
+    for part in sorted(parts - rates["strict"].keys()):
         random, count = Random(settings.seed), max(5, settings.alone // sorts[part.split()[0]])
         prompts, answers = zip(*(question(part, random) for _ in range(count)), strict=True)
         requests = [Request(prompt, derived_seed(settings.seed, 1, index)) for index, prompt in enumerate(prompts)]
         images = sample(sampler.sample_images, requests, part)
-        expected = {name: [own[name] for own in answers] for name in answers[0]}
-        rates[part] = float(classifier.agrees(images, **expected).float().mean())
+        for name, values in measure.verdicts(images, answers).items():
+            rates[name][part] = float(values.float().mean())
 
 
 def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
@@ -216,10 +231,10 @@ def case_shares(
     settings: Settings,
     name: CaseName,
     cases: Sequence[LayoutCase],
-    classifier: SceneClassifier,
+    measure: StrictMeasure,
     sampler: StableDiffusionSampler,
 ) -> Results:
-    """Return the share of right images, or of leaks, of every level or variant; write a sheet of the first images."""
+    """Return the shares of verdicts of every level or variant; write a sheet of the first images."""
     ways: dict[str, tuple[Level, ConductorConfig]] = {level: (level, settings.config) for level in settings.levels}
     if settings.ablation:
         ways = {variant: ("conductor", config) for variant, config in VARIANTS.items()}
@@ -232,33 +247,14 @@ def case_shares(
             plan = with_reference(case, derived_seed(settings.seed, 3, index)) if aligned else case
             requests.append(LayoutRequest(plan.layout, derived_seed(settings.seed, 2, index)))
         images = sample(partial(compose, sampler, level=level, config=config), requests, f"{name}, {way}")
-        graded = leaks if name == "leak" else is_right
-        pairs = zip(cases, images.split(1), strict=True)
-        share = sum(graded(classifier, case, image) for case, image in pairs) / len(cases)
-        shares[f"{name}: {way}"] = [share]
+        own = shares_of([measure.verdict(case, image) for case, image in zip(cases, images.split(1), strict=True)])
+        shares |= {f"{name}, {verdict}: {way}": [share] for verdict, share in own.items()}
         sheet.append(images[:12])
-        log(f"{name}, {way}: {share:.3f}")
+        log(f"{name}, {way}: " + ", ".join(f"{verdict} {share:.3f}" for verdict, share in own.items()))
     columns = [f"{index}" for index in range(len(sheet[0]))]
     path = settings.record.with_name(f"{settings.record.stem}_{name}.png")
     labelled_grid(path, torch.cat(sheet), list(ways), columns, name, 1.0)
     return shares
-
-
-def is_right(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Return whether everything in an image [1,3,64,64] uint8 is as the case requires."""
-    inside = all(bool(classifier.inside(image, *box_question)) for box_question in box_questions(case))
-    return inside and (not case.whole or bool(classifier.agrees(image, **{k: [v] for k, v in case.whole.items()})))
-
-
-def leaks(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
-    """Return whether any object's kind or colour appears outside its box in an image [1,3,64,64] uint8."""
-    return any(bool(classifier.leaked(image, *box_question)) for box_question in box_questions(case))
-
-
-def box_questions(case: LayoutCase) -> Iterator[tuple[Tensor, list[str], list[str] | None]]:
-    """Yield each object's box [1,4] in pixels, its kind and its colour, as the scene classifier takes them."""
-    for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
-        yield torch.tensor([box]) * SIDE, [kind], [colour] if colour else None
 
 
 def times(settings: Settings, sampler: StableDiffusionSampler, layout: Layout) -> Results:

@@ -13,27 +13,34 @@ from concepts.composition.masks import Box, box_mask
 from miniature.scenery.captions import with_article
 from miniature.scenery.render import as_tensor, render
 from miniature.scenery.scenes import (
+    ANGLES,
     BACKGROUNDS,
     COLOURS,
+    GROUNDS,
     HELD_OUT_KINDS,
     HELD_OUT_STYLES,
     KINDS,
+    MIRRORED,
     SIDE,
-    SceneSpec,
+    Background,
+    Scene,
+    Thing,
     allowed,
     fits,
-    sample_scene,
 )
 
-CaseName = Literal["two", "three", "scene", "leak"]
+CaseName = Literal["two", "three", "scene", "leak", "alike", "four", "five"]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
-SIZES = {2: (26, 30), 3: (20, 20)}  # sides of the boxes in pixels, by the number of objects
+SIZES = {2: (26, 30), 3: (20, 20)}  # sides of the boxes in pixels, by the number of objects in a row or column
+COUNTS = {"three": 3, "four": 4, "five": 5}  # objects; two in the other cases
 ASIDE = 5  # pixels by which boxes lie off the middle, at most
 WORDS = {
     (2, False): "{0} to the left of {1}",
     (2, True): "{0} above {1}",
     (3, False): "{0}, {1} and {2} in a row",
     (3, True): "{0}, {1} and {2} in a column",
+    (4, False): "{0}, {1}, {2} and {3}",
+    (5, False): "{0}, {1}, {2}, {3} and {4}",
 }
 
 
@@ -50,6 +57,11 @@ class LayoutCase:
     parts: tuple[str, ...]
     """What has to succeed, in the form that `question` takes."""
 
+    @property
+    def pixels(self) -> list[tuple[int, int, int, int]]:
+        """Return the boxes in pixels: left, top, right, bottom."""
+        return [(round(a * SIDE), round(b * SIDE), round(c * SIDE), round(d * SIDE)) for a, b, c, d in self.boxes]
+
 
 # ---------------------------------------------------------------- layouts
 
@@ -57,18 +69,27 @@ class LayoutCase:
 def case_of(name: CaseName, seed: int) -> LayoutCase:
     """Draw a case."""
     random = Random(seed)
-    count, column = 3 if name == "three" else 2, random.random() < 0.5
-    boxes, kinds = boxes_of(count, column, random), random.sample(HELD_OUT_KINDS, count)
+    count, column = COUNTS.get(name, 2), random.random() < 0.5
+    column = column and count < 4  # these stand in two rows
+    boxes = boxes_of(count, column, random) if count < 4 else rows_of(count, random)
+    kinds = random.sample(HELD_OUT_KINDS, min(count, len(HELD_OUT_KINDS)))
     if name == "scene":
         return scene_case(kinds[0], random.choice(HELD_OUT_STYLES), boxes, column, random)
     colours: list[str | None] = [None] * count
     if name == "leak":
         colours = list(random.sample(list(COLOURS), count))
+    if name == "alike":
+        colours = [random.choice(list(COLOURS))] * count
     tokens = [f"<{kind}>" for kind in kinds]
+    if count > len(kinds):  # an ordinary object
+        kinds.append(random.choice(KINDS))
+        tokens.append(kinds[-1])
     phrases = [phrase(token, colour) for token, colour in zip(tokens, colours, strict=True)]
     bases = [phrase("object", colour) for colour in colours]
     layout = layout_of(bases, phrases, tokens, boxes, column)
-    parts = tuple(f"kind {kind}" for kind in kinds)
+    parts = tuple(f"kind {kind}" if kind in HELD_OUT_KINDS else f"ordinary {kind}" for kind in kinds)
+    if name == "alike":
+        parts = tuple(f"coloured {colours[0]} {kind}" for kind in kinds)
     return LayoutCase(layout, tuple(boxes), tuple(kinds), tuple(colours), {}, column, parts)
 
 
@@ -121,13 +142,54 @@ def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
     return boxes
 
 
+def rows_of(count: int, random: Random) -> list[Box]:
+    """Draw boxes in two rows: two below two, or two below three."""
+    boxes: list[Box] = []
+    for row, number in enumerate((count - 2, 2)):
+        for left, _, right, _ in boxes_of(number, False, random):
+            size = round((right - left) * SIDE)
+            top = row * SIDE // 2 + random.randint(0, SIDE // 2 - size)
+            boxes.append((left, top / SIDE, right, (top + size) / SIDE))
+    return boxes
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def scene_of(case: LayoutCase, seed: int) -> Scene:
+    """Draw a scene that is as the case requires; colours that it leaves open differ, and all stand out from the background."""
+    random = Random(seed)
+    grounds = (
+        [case.whole["background"]] if "background" in case.whole else random.sample(list(BACKGROUNDS), len(BACKGROUNDS))
+    )
+    background, colours = next(
+        (ground, colours) for ground in grounds if (colours := _colours_on(ground, case, random)) is not None
+    )
+    things = tuple(
+        Thing(kind, colour, box, random.choice(ANGLES), kind in MIRRORED and random.random() < 0.5)
+        for kind, colour, box in zip(case.kinds, colours, case.pixels, strict=True)
+    )
+    laid = Background(background, random.choice(GROUNDS))
+    return Scene(things, laid, case.whole.get("style", "flat"), random.getrandbits(31))
+
+
+def _colours_on(background: str, case: LayoutCase, random: Random) -> list[str] | None:
+    """Return the objects' colours on this background; None where too few stand out."""
+    colours: list[str] = []
+    for kind, colour in zip(case.kinds, case.colours, strict=True):
+        taken = {*colours, *case.colours}
+        free = [c for c in COLOURS if c not in taken and fits(c, background) and allowed(c, kind, "trained")]
+        if not free and not colour:
+            return None
+        colours.append(colour or random.choice(free))
+    return colours
+
+
 def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
     """Return the case with a reference image of other, ordinary objects in its boxes."""
     random = Random(seed)
     kinds = tuple(random.sample([kind for kind in KINDS if kind not in case.kinds], len(case.boxes)))
-    corners = [[round(x * SIDE) for x in box] for box in case.boxes]
-    boxes = tuple((left, top, right, bottom) for left, top, right, bottom in corners)
-    scene = sample_scene(random.getrandbits(32), SceneSpec(kinds=kinds, boxes=boxes, style="flat"))
+    scene = scene_of(replace(case, kinds=kinds, colours=(None,) * len(kinds), whole={}), random.getrandbits(32))
     names = [phrase(thing.kind, thing.colour) for thing in scene.things]
     prompt = f"a photo of {WORDS[len(kinds), case.column].format(*names)} on a {scene.background.colour} background"
     reference = as_tensor(render(scene)[None])[0]
@@ -140,12 +202,17 @@ def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
 def question(part: str, random: Random) -> tuple[str, dict[str, str]]:
     """Draw a prompt for one part alone; return it and the answers that the scene classifier should give.
 
-    Parts: "kind key", "thing red star", "background blue", "style relief".
+    Parts: "kind key", "coloured red key", "ordinary star", "thing red star", "background blue", "style relief".
     """
     name, words = part.split(" ", 1)
     token, kind = f"<{words}>", random.choice(KINDS)
     if name == "kind":
         return f"a photo of {phrase(token, None)}", {"kind": words}
+    if name == "ordinary":
+        return f"a photo of {phrase(words, None)}", {"kind": words}
+    if name == "coloured":
+        colour, noun = words.split(" ")
+        return f"a photo of {phrase(f'<{noun}>', colour)}", {"kind": noun, "colour": colour}
     if name == "thing":
         colour, noun = words.split(" ")
         return f"a photo of {phrase(noun, colour)}", {"kind": noun, "colour": colour}

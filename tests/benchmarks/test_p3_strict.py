@@ -1,0 +1,170 @@
+"""The strict measure of several objects passes right renders; it fails malformed, collapsed and leaking ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+import pytest
+from torch import Tensor
+
+from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, scene_of
+from benchmarks.p3_shape import renders
+from benchmarks.p3_strict import (
+    PartMeasure,
+    StrictMeasure,
+    Verdict,
+    collapsed,
+    half_styled,
+    leaking,
+    malformed,
+    rendered,
+    shares_of,
+)
+from miniature.judge_model import load_scene_classifier
+from miniature.scenery.malformed import drawn_as, fish_without_tail
+from miniature.scenery.scenes import HELD_OUT_KINDS, KINDS, fits
+
+COUNT = 12
+
+
+def same(images: Tensor) -> Tensor:
+    return images
+
+
+def cases_of(name: CaseName, count: int = COUNT) -> list[LayoutCase]:
+    return [case_of(name, seed) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two() -> StrictMeasure:
+    return StrictMeasure(load_scene_classifier(), same, cases_of("two"), renders=48)
+
+
+def shares(
+    measure: StrictMeasure, name: CaseName, render: Callable[[LayoutCase, int], Tensor | None]
+) -> dict[str, float]:
+    pairs = [(case, render(case, 100 + index)) for index, case in enumerate(cases_of(name))]
+    return shares_of([measure.verdict(case, image) for case, image in pairs if image is not None])
+
+
+def test_right_renders_pass_and_neither_collapse_nor_leak(two: StrictMeasure) -> None:
+    right = shares(two, "two", rendered)
+    assert right["scene classifier"] >= 0.9
+    assert right["strict"] >= 0.75
+    assert right["collapse or leak"] <= 0.1
+    assert two.ceiling()["strict"] >= 0.75
+
+
+def test_a_malformed_object_fails_though_the_classifier_passes_it(two: StrictMeasure) -> None:
+    wrong = shares(two, "two", malformed)
+    assert wrong["scene classifier"] >= 0.4
+    assert wrong["strict"] <= 0.1
+
+
+def test_one_object_in_both_boxes_is_a_collapse(two: StrictMeasure) -> None:
+    wrong = shares(two, "two", collapsed)
+    assert wrong["strict"] == 0
+    assert wrong["collapse"] >= 0.9
+
+
+def test_objects_that_change_places_are_a_collapse(two: StrictMeasure) -> None:
+    wrong = shares(two, "two", lambda case, seed: rendered(replace(case, kinds=case.kinds[::-1]), seed))
+    assert wrong["strict"] == 0
+    assert wrong["collapse"] >= 0.9
+
+
+def test_an_object_outside_its_box_is_a_leak_and_no_collapse(two: StrictMeasure) -> None:
+    wrong = shares(two, "two", leaking)
+    assert wrong["leak"] >= 0.6
+    assert wrong["collapse"] <= 0.1
+
+
+def test_a_style_at_half_strength_fails_strictly() -> None:
+    cases = cases_of("scene")
+    measure = StrictMeasure(load_scene_classifier(), same, cases, renders=48, style_renders=18)
+    assert shares(measure, "scene", half_styled)["strict"] <= 0.5 * shares(measure, "scene", rendered)["strict"]
+
+
+def test_shares_count_verdicts() -> None:
+    verdicts = [Verdict(True, True, False, False), Verdict(True, False, True, False), Verdict(False, False, True, True)]
+    assert shares_of(verdicts) == {
+        "scene classifier": 2 / 3, "strict": 1 / 3, "collapse": 2 / 3, "leak": 1 / 3, "collapse or leak": 2 / 3
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scenes_of_a_case_are_as_it_requires(name: CaseName) -> None:
+    for seed in range(40):
+        case = case_of(name, seed)
+        scene = scene_of(case, seed)
+        assert [(thing.kind, thing.box) for thing in scene.things] == list(zip(case.kinds, case.pixels, strict=True))
+        for thing, colour in zip(scene.things, case.colours, strict=True):
+            assert thing.colour == colour if colour else fits(thing.colour, scene.background.colour)
+        colours = [thing.colour for thing in scene.things]
+        assert len(set(colours)) == (1 if name == "alike" else len(colours))
+        assert scene.style == case.whole.get("style", "flat")
+        assert scene.background.colour == case.whole.get("background", scene.background.colour)
+
+
+@pytest.mark.parametrize("name", ["four", "five"])
+def test_four_and_five_objects_stand_in_two_rows_in_the_order_of_the_sentence(name: CaseName) -> None:
+    for seed in range(20):
+        case = case_of(name, seed)
+        assert len(set(case.kinds)) == {"four": 4, "five": 5}[name]
+        assert set(HELD_OUT_KINDS) == set(case.kinds[:4])
+        assert all(kind in KINDS for kind in case.kinds[4:])
+        rows = [box[1] // 32 for box in case.pixels]
+        assert rows == ([0, 0, 1, 1] if name == "four" else [0, 0, 0, 1, 1])
+        places = [case.layout.joint.index(kind) for kind in case.kinds]
+        assert places == sorted(places)
+        for index, (left, top, right, bottom) in enumerate(case.pixels):
+            assert min(left, top) >= 0
+            assert max(right, bottom) <= 64
+            for a, b, c, d in case.pixels[:index]:
+                assert right <= a or c <= left or bottom <= b or d <= top
+
+
+def test_alike_objects_share_the_colour_that_both_phrases_name() -> None:
+    for seed in range(20):
+        case = case_of("alike", seed)
+        colour, other = case.colours
+        assert colour == other
+        assert case.layout.joint.count(f"{colour} <") == 2
+        assert case.parts == tuple(f"coloured {colour} {kind}" for kind in case.kinds)
+
+
+# ---------------------------------------------------------------- parts alone
+
+
+def test_a_part_alone_passes_strictly_with_its_shape_only() -> None:
+    measure = PartMeasure(load_scene_classifier(), same, renders=20)
+    right, answers = renders("fish", 12, 5), [{"kind": "fish"}] * 12
+    with drawn_as("fish", fish_without_tail):
+        wrong = renders("fish", 12, 5)
+    assert measure.verdicts(right, answers)["strict"].float().mean() >= 0.75
+    verdicts = measure.verdicts(wrong, answers)
+    assert verdicts["strict"].float().mean() <= 0.1
+    assert verdicts["scene classifier"].float().mean() >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("part", "prompt", "answers"),
+    [
+        ("coloured red key", "a photo of a red <key>", {"kind": "key", "colour": "red"}),
+        ("ordinary star", "a photo of a star", {"kind": "star"}),
+        ("kind cup", "a photo of a <cup>", {"kind": "cup"}),
+    ],
+)
+def test_a_part_alone_is_asked_for_by_its_name(part: str, prompt: str, answers: dict[str, str]) -> None:
+    assert question(part, Random(0)) == (prompt, answers)
+
+
+def test_what_is_possible_is_the_mean_product_of_the_parts() -> None:
+    cases = cases_of("two", 1)
+    first, second = cases[0].parts
+    assert possible(cases, {first: 0.5, second: 0.8}) == pytest.approx(0.4)
