@@ -189,7 +189,11 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
         check_model(model)
         if not Path(model).is_dir():
             raise BadInput(f"--model {model} is no diffusers folder: give --embeddings with it")
-        parts = [weights_fingerprint(Path(model)), *steps.values(), *astuple(RECIPE["object"])]  # vectors depend on these
+        parts = [
+            weights_fingerprint(Path(model)),
+            *steps.values(),
+            *astuple(RECIPE["object"]),
+        ]  # vectors depend on these
         folder = FOLDER / "-".join(map(str, parts))
     for kind, names in NAMES.items():
         missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]

@@ -4,10 +4,12 @@
   python benchmarks/p3_textual_inversion.py speed --model random-v1 --init dog --batch 4 --device cuda       memory too
   python benchmarks/p3_textual_inversion.py concepts                 every held-out concept, several seeds; continues where it stopped
   python benchmarks/p3_textual_inversion.py concepts --names key fish --seeds 1 --more-vectors 2 4
+  python benchmarks/p3_textual_inversion.py concepts --method plain --seconds 30      the plain method, for as long as ours takes
   python benchmarks/p3_textual_inversion.py graded                   the vectors of `concepts`, graded as in the course
 
 speed     plain_p3.py is the plain method. random-v1 is Stable Diffusion v1 with random weights, on which speed does not depend.
-concepts  Share of images in which the miniature's scene classifier finds what the prompt says, for the token and its initial word.
+concepts  Share of images that show what the prompt says, for the token and its initial word: by the miniature's scene classifier,
+          and strictly, by silhouettes and style as well (p3_strict.py). Images that copy one of the five given ones are counted.
 graded    25 images per prompt by P3_inference.py, scored by P3_evaluate.py. Baselines come from the nearest ordinary word,
           as dog is for one's own dog: the named kind or style that shares most describing words with the concept. The initial
           words would not do, since captions call these very concepts "object" and "unusual". A baseline is the word's mean
@@ -24,10 +26,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import repository_root  # noqa: F401  # isort: split
 import torch
@@ -43,20 +45,23 @@ from benchmarks.p3_learning import (
     learn,
     write_images,
 )
+from benchmarks.p3_strict import PartMeasure, open_autoencoder
 from benchmarks.plain_p3 import Plain, save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
-from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind
+from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind, image_files
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
-from miniature.judge_model import SceneClassifier, load_scene_classifier
+from miniature.diffusion_parts import PARTS
+from miniature.judge_model import load_scene_classifier
 from miniature.scenery.captions import STYLE_TRAITS, TRAITS, with_article
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, fits
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, read_json, write_json
+from runtime.images import labelled_grid, open_image
 from runtime.record import Record
 from runtime.seeds import derived_seed
 from training.loop import LoopConfig, Trained, TrainingRun
@@ -67,6 +72,8 @@ TOKEN = "<new>"
 LR = 5e-3  # of both methods in `speed`: the default of P3_textual_inversion.py
 SAMPLER = SamplerConfig("dpm", 25, Guidance(5.0))
 SAMPLES = 20  # images at once
+SHOWN = 10  # images of a question on the sheet
+COPY = 20  # dB; an image nearer to a given one is a copy
 PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # with the token; graded against: the captions of what has no name
     "object": (
         ("a photo of a {} on a blue background", "a photo of an object on a blue background"),
@@ -122,6 +129,14 @@ class Concepts:
     seed: int = 0
     """The first seed."""
     device: Device = "auto"
+    method: Literal["ours", "plain"] = "ours"
+    """plain = textual inversion as widely copied (plain_p3.py), with one vector and the default rate of both."""
+    seconds: float = 0
+    """Stop the plain method after so many seconds of training. 0 = after the steps."""
+    captions: bool = True
+    """Give each image sentences about what else it shows. --no-captions = bare images, as a user has them."""
+    parts: Path = PARTS
+    """Folder that holds vae/, for the fidelity that an object can have."""
     folder: Path = BENCH / "p3_concepts"
     """Folder for vectors and outcomes, from which a stopped run continues."""
     record: Path = BENCH / "p3_textual_inversion.json"
@@ -270,9 +285,13 @@ def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.devi
 def measure_concepts(settings: Concepts, record: Record) -> None:
     """Learn every concept with every seed, ask all questions, and add shares and seconds to the record."""
     check_positive(settings, "seeds", "count")
-    check_not_negative(settings, "steps", "batch")
+    check_not_negative(settings, "steps", "batch", "seconds")
+    if settings.seconds and settings.method == "ours":
+        raise BadInput(f"--seconds {settings.seconds}: goes with --method plain")
     set_up("fp32", record.machine)
-    classifier, weights = load_scene_classifier(record.machine.device), weights_fingerprint(Path(settings.model))
+    device = record.machine.device
+    measure = PartMeasure(load_scene_classifier(device), open_autoencoder(settings.parts, device))
+    weights = weights_fingerprint(Path(settings.model))
     trials = [(name, RECIPE[kind_of(name)].vectors, seed) for name in settings.names for seed in range(settings.seeds)]
     trials += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
     outcomes: list[dict[str, Any]] = []
@@ -288,35 +307,46 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
             "count": settings.count,
             "initial": vectors == RECIPE[kind].vectors and seed == 0,  # ask about the initial word too
             "weights": weights,
+            "method": settings.method,
+            "limit": settings.seconds,
+            "captions": settings.captions,
         }
-        outcomes.append(outcome(asdict(RECIPE[kind]) | facts, settings, classifier))
-        for question, shares in outcomes[-1]["shares"].items():
-            for word, share in shares.items():
+        outcomes.append(outcome(asdict(RECIPE[kind]) | facts, settings, measure))
+        for question, words in outcomes[-1]["shares"].items():
+            for word, shares in words.items():
                 who = f"{vectors} vector{'s' * (vectors > 1)}" if word == "learned" else "initial word"
-                results.setdefault(f"{question}: {who}", []).append(share)
+                for name_of_measure, share in shares.items():
+                    results.setdefault(f"{question}, {name_of_measure}: {who}", []).append(share)
         results.setdefault(f"training of one {kind}, s", []).append(outcomes[-1]["seconds"])
     record.metrics["outcomes"] = outcomes
     record.add_repeats(results)
 
 
-def outcome(facts: dict[str, Any], settings: Concepts, classifier: SceneClassifier) -> dict[str, Any]:
+def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> dict[str, Any]:
     """Return seconds and shares of one training: from its folder if the facts are the same, else learn and ask."""
     name, vectors, seed = facts["name"], facts["vectors"], facts["seed"]
-    folder = settings.folder / f"{name}-{vectors}-{seed}"
+    way = "-".join(["plain"] * (facts["method"] == "plain") + ["bare"] * (not facts["captions"]))
+    folder = settings.folder / f"{name}-{vectors}-{seed}{'-' * bool(way)}{way}"
     file = folder / "outcome.json"
     if file.is_file() and (earlier := read_json(file))["facts"] == facts:
         log(f"{folder}: kept from before")
         return dict(earlier)
 
     kind = kind_of(name)
-    concept = ConceptSet(TOKEN, write_images(name, folder, True), INITIAL[kind], kind, vectors)
-    flags = {flag: facts[flag] for flag in ("steps", "batch", "seed")}
-    timings = learn([concept], folder, model=settings.model, device=settings.device, **flags)["timings_s"]
+    concept = ConceptSet(TOKEN, write_images(name, folder, facts["captions"]), INITIAL[kind], kind, vectors)
+    if facts["method"] == "plain":
+        taken = learn_plainly(settings.model, concept, folder, facts, measure.classifier.device)
+    else:
+        flags = {flag: facts[flag] for flag in ("steps", "batch", "seed")}
+        timings = learn([concept], folder, model=settings.model, device=settings.device, **flags)["timings_s"]
+        taken = timings["training"] - timings["validation"]
 
-    pipe = load_pipeline(settings.model, classifier.device, torch.float32)
+    pipe = load_pipeline(settings.model, measure.classifier.device, torch.float32)
     install(pipe, read_vectors(file_of(folder, TOKEN)))
     sampler = StableDiffusionSampler(pipe, SAMPLER)
-    shares: dict[str, dict[str, float]] = {}
+    originals = torch.stack([open_image(path) for path in image_files(concept.images)])
+    shares: dict[str, dict[str, dict[str, float]]] = {}
+    sheet: list[Tensor] = []
     words = {"learned": TOKEN} | ({"initial": INITIAL[kind]} if facts["initial"] else {})
     for question, (prompts, answers) in questions_of(name, facts["count"], seed).items():
         shares[question] = {}
@@ -324,11 +354,40 @@ def outcome(facts: dict[str, Any], settings: Concepts, classifier: SceneClassifi
             requests = [Request(text.format(word), derived_seed(seed, index)) for index, text in enumerate(prompts)]
             batches = [requests[start : start + SAMPLES] for start in range(0, len(requests), SAMPLES)]
             images = torch.cat([sampler.sample_images(batch) for batch in batches])
-            shares[question][who] = float(classifier.agrees(images, **answers).float().mean())
+            rows = [dict(zip(answers, values, strict=True)) for values in zip(*answers.values(), strict=True)]
+            verdicts = measure.verdicts(images, rows) | {"copies": is_copy(images, originals)}
+            shares[question][who] = {name: float(values.float().mean()) for name, values in verdicts.items()}
+            if who == "learned":
+                sheet.append(images[:SHOWN])
         log(f"{folder.name}, {question}: {shares[question]}")
-    result = {"facts": facts, "seconds": round(timings["training"] - timings["validation"], 1), "shares": shares}
+    labelled_grid(folder / "images.png", torch.cat(sheet), list(shares), [""] * len(sheet[0]), folder.name, 1.0)
+    result = {"facts": facts, "seconds": round(taken, 1), "shares": shares}
     write_json(file, result)
     return result
+
+
+def learn_plainly(model: str, concept: ConceptSet, folder: Path, facts: dict[str, Any], device: torch.device) -> float:
+    """Learn by the plain method for as many steps, or for `limit` seconds; save the vectors, return the seconds."""
+    pipe = load_pipeline(model, device, torch.float32)
+    TextualInversion(pipe, [concept], facts["seed"])  # its tokenizer knows the token
+    data = ConceptData(pipe, concept, facts["seed"], Augmentation(flip=facts["flip"]))
+    method, batch, start = Plain(model, concept, device, LR), facts["batch"], time.perf_counter()
+    for step in count():
+        if step == facts["steps"] and not facts["limit"]:
+            break
+        method.step(data.batch(step, slice(batch), batch))
+        if facts["limit"] and time.perf_counter() - start >= facts["limit"]:
+            break
+    save_vectors(
+        file_of(folder, TOKEN), TOKEN, method.table[-1:].detach().cpu(), f"{model}, plain method, {step} steps"
+    )
+    return time.perf_counter() - start
+
+
+def is_copy(images: Tensor, originals: Tensor) -> Tensor:
+    """Return [N] bool: whether an image [N,3,H,W] uint8 is one of the originals, to 20 dB: its autoencoder leaves 24 or more."""
+    errors = (images.cpu().float()[:, None] - originals.float()).square().mean((2, 3, 4)).amin(1)
+    return errors < 255**2 * 10 ** (-COPY / 10)
 
 
 def questions_of(name: str, count: int, seed: int) -> dict[str, tuple[list[str], dict[str, list[str]]]]:

@@ -18,6 +18,7 @@ from benchmarks import p3_textual_inversion as inversion
 from digits.recipes import RECIPES
 from P1_model import Network, save_network
 from runtime.device import detect
+from runtime.images import save_image
 
 CPU = detect("cpu")
 
@@ -200,18 +201,23 @@ def test_inversions_speed_is_the_plain_time_over_ours(monkeypatch: pytest.Monkey
 def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def outcome(facts: dict[str, Any], *_: Any) -> dict[str, Any]:
         learned = facts["vectors"] / 10 + facts["seed"] / 100
-        shares = {"learned": learned} | ({"initial": 0.05} if facts["initial"] else {})
+        words = {"learned": learned} | ({"initial": 0.05} if facts["initial"] else {})
+        shares = {word: {"strict": share, "scene classifier": share + 0.5} for word, share in words.items()}
         return {"shares": {"object": shares}, "seconds": float(facts["vectors"])}
 
     monkeypatch.setattr(inversion, "outcome", outcome)
     monkeypatch.setattr(inversion, "weights_fingerprint", lambda _: "w")
+    monkeypatch.setattr(inversion, "open_autoencoder", lambda *_: None)
     record = tmp_path / "record.json"
     settings = inversion.Concepts("model", ("fish",), 2, (4,), device="cpu", record=record)
     inversion.main(settings)
     assert repeats(record) == {
-        "object: 1 vector": [0.1, 0.11],
-        "object: initial word": [0.05],
-        "object: 4 vectors": [0.4],
+        "object, strict: 1 vector": [0.1, 0.11],
+        "object, strict: initial word": [0.05],
+        "object, strict: 4 vectors": [0.4],
+        "object, scene classifier: 1 vector": [0.6, 0.61],
+        "object, scene classifier: initial word": [0.55],
+        "object, scene classifier: 4 vectors": [0.9],
         "training of one object, s": [1.0, 1.0, 4.0],
     }
 
@@ -219,15 +225,20 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
 def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The images of the token all hold what was asked for; of those of the initial word one in four does."""
+    """The images of the token all hold what was asked for and copy one; of those of the initial word one in four does."""
+    save_image(tmp_path / "images" / "0.png", torch.full((3, 8, 8), 250, dtype=torch.uint8))
 
     def sample(requests: Any) -> torch.Tensor:
-        return torch.tensor(
-            [1 if "<new>" in request.prompt else index % 4 == 0 for index, request in enumerate(requests)]
-        )
+        right = [1 if "<new>" in request.prompt else index % 4 == 0 for index, request in enumerate(requests)]
+        return (torch.tensor(right, dtype=torch.uint8) * 255)[:, None, None, None].expand(-1, 3, 8, 8)
+
+    def verdicts(images: torch.Tensor, answers: Any) -> dict[str, torch.Tensor]:
+        assert all(each["kind"] == "fish" for each in answers)
+        assert len(answers) == len(images) == 8
+        return {"strict": images[:, 0, 0, 0] > 0, "scene classifier": torch.ones(8, dtype=torch.bool)}
 
     learnt: dict[str, Any] = {}
-    monkeypatch.setattr(inversion, "write_images", lambda *_: Path("images"))
+    monkeypatch.setattr(inversion, "write_images", lambda *_: tmp_path / "images")
     monkeypatch.setattr(
         inversion,
         "learn",
@@ -236,10 +247,11 @@ def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the
     for name in ("load_pipeline", "install", "read_vectors"):
         monkeypatch.setattr(inversion, name, lambda *_: None)
     monkeypatch.setattr(inversion, "StableDiffusionSampler", lambda *_: SimpleNamespace(sample_images=sample))
-    classifier: Any = SimpleNamespace(device="cpu", agrees=lambda images, **answers: images.bool())
+    measure: Any = SimpleNamespace(classifier=SimpleNamespace(device="cpu"), verdicts=verdicts)
     facts = {"name": "fish", "vectors": 2, "seed": 3, "steps": 7, "batch": 5, "count": 8, "initial": True}
+    facts |= {"method": "ours", "captions": True, "limit": 0}
     settings = inversion.Concepts(folder=tmp_path, model="model", device="cpu")
-    result = inversion.outcome(facts, settings, classifier)
+    result = inversion.outcome(facts, settings, measure)
     assert learnt == {"model": "model", "device": "cpu", "steps": 7, "batch": 5, "seed": 3}
     assert result["seconds"] == 70.0
     assert set(result["shares"]) == {
@@ -248,8 +260,47 @@ def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the
         "object and background",
         "object, colour and background",
     }
-    assert all(shares == {"learned": 1.0, "initial": 0.25} for shares in result["shares"].values())
+    learned, initial = ({"strict": x, "scene classifier": 1.0, "copies": x} for x in (1.0, 0.25))
+    assert all(shares == {"learned": learned, "initial": initial} for shares in result["shares"].values())
+    assert (tmp_path / "fish-2-3" / "images.png").is_file()
     assert json.loads((tmp_path / "fish-2-3" / "outcome.json").read_text()) == result
+
+
+def test_a_copy_is_nearer_to_a_given_image_than_twenty_decibels() -> None:
+    """An error of 25 grey levels everywhere is 20.2 dB, one of 26 is 19.8."""
+    originals = torch.stack([torch.full((3, 4, 4), level, dtype=torch.uint8) for level in (0, 100)])
+    images = torch.stack([torch.full((3, 4, 4), level, dtype=torch.uint8) for level in (25, 26, 125, 126)])
+    assert inversion.is_copy(images, originals).tolist() == [True, False, True, False]
+
+
+def test_the_plain_method_stops_after_its_steps_or_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the batches of the first steps, in order, and keeps the vector that the last one left."""
+    from safetensors.torch import load_file
+
+    taken: list[int] = []
+
+    class Plain:
+        table = torch.zeros(5, 2)
+
+        def __init__(self, *_: Any) -> None:
+            taken.clear()
+
+        def step(self, batch: int) -> None:
+            taken.append(batch)
+            self.table = torch.full((5, 2), float(len(taken)))
+
+    monkeypatch.setattr(inversion, "Plain", Plain)
+    for name in ("load_pipeline", "TextualInversion"):
+        monkeypatch.setattr(inversion, name, lambda *_: None)
+    monkeypatch.setattr(inversion, "ConceptData", lambda *_: SimpleNamespace(batch=lambda step, *_: step))
+    ticks = iter(range(100))
+    monkeypatch.setattr(inversion, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    facts = {"seed": 0, "batch": 2, "flip": True, "steps": 3}
+    concept = inversion.ConceptSet("<new>", tmp_path, "star")
+    for limit, steps in ((0, 3), (5, 5)):
+        inversion.learn_plainly("m", concept, tmp_path, facts | {"limit": limit}, torch.device("cpu"))
+        assert taken == list(range(steps))
+        assert load_file(tmp_path / "learned_new.safetensors")["<new>"].tolist() == [[float(steps)] * 2]
 
 
 @pytest.mark.parametrize("name", ["fish", "ripple"])
