@@ -373,15 +373,14 @@ def learn_plainly(model: str, concept: ConceptSet, folder: Path, facts: dict[str
     data = ConceptData(pipe, concept, facts["seed"], Augmentation(flip=facts["flip"]))
     method, batch, start = Plain(model, concept, device, LR), facts["batch"], time.perf_counter()
     for step in count():
-        if step == facts["steps"] and not facts["limit"]:
+        taken = time.perf_counter() - start
+        if taken >= facts["limit"] if facts["limit"] else step == facts["steps"]:
             break
         method.step(data.batch(step, slice(batch), batch))
-        if facts["limit"] and time.perf_counter() - start >= facts["limit"]:
-            break
     save_vectors(
         file_of(folder, TOKEN), TOKEN, method.table[-1:].detach().cpu(), f"{model}, plain method, {step} steps"
     )
-    return time.perf_counter() - start
+    return taken
 
 
 def is_copy(images: Tensor, originals: Tensor) -> Tensor:
