@@ -255,7 +255,7 @@ def best_figure(path: Path, grades: list[PromptGrade], title: str) -> None:
     inch = min(2.4, 400 / len(grades))  # a figure can't be higher than 65,000 pixels
     height = inch * len(grades) + 0.5
     figure = Figure(figsize=(9, height))
-    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height)
     axes = figure.subplots(len(grades), BEST, squeeze=False)
     for row, grade in zip(axes, grades, strict=True):
         draw_row(row, grade)

@@ -167,7 +167,7 @@ def labelled_grid(
             axis.set_ylabel(rows[row], rotation=0, ha="right", va="center")
         if row == 0:
             axis.set_title(columns[column], fontsize=9)
-    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top")
+    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height)
     figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.06, 0.06)
     save_figure(path, figure)
 

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small_digits import TINY, write_images
+from tqdm import tqdm
 
 from benchmarks.plain_p2 import well_conditioned_weights
 from diffusion.schedule import cosine
@@ -46,6 +48,20 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     if (state := sys.modules.get("accelerate.state")) and state.AcceleratorState._shared_state:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def bars_end_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a progress bar that is not interrupted end at its total, in every test."""
+
+    end: Any = tqdm.__exit__
+
+    def ended(bar: Any, kind: type[BaseException] | None, *rest: Any) -> None:
+        shown = not bar.disable
+        end(bar, kind, *rest)
+        assert kind or not shown or bar.n == bar.total, f"{bar.desc}: {bar.n} of {bar.total}"
+
+    monkeypatch.setattr(tqdm, "__exit__", ended)
 
 
 @pytest.fixture

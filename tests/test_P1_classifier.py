@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from digits.classifier import (
     load_classifier,
     make_lenet,
     make_resnet,
+    make_resnet34,
     quality,
     read_graded,
     round_weights,
@@ -213,6 +215,21 @@ def test_a_hub_out_of_reach_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
         hub_classifier(CPU)
 
 
+def test_the_hubs_weights_are_read_without_code_as_the_svhn_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("timm.models")
+    state, requests = make_resnet34().state_dict(), []
+
+    def from_hub(name: str, **options: Any) -> dict[str, Tensor]:
+        requests.append((name, options))
+        return state
+
+    monkeypatch.setattr(models, "load_state_dict_from_hf", from_hub)
+    classifier = hub_classifier(CPU)
+    assert requests == [("edadaltocg/resnet34_svhn", {"weights_only": True})]
+    assert classifier.domain == 1
+    assert all(torch.equal(value, state[name]) for name, value in classifier.network.state_dict().items())
+
+
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
     state = make_lenet().state_dict()
     state["fc1.weight"] = state["fc1.weight"][:, :200].clone()
@@ -327,28 +344,58 @@ def test_augmented_images_stay_in_range_and_differ() -> None:
 
 
 class Fixed:
-    """Draws whose uniform numbers are given, in the order in which they are taken."""
+    """Draws for two images, which take these uniform numbers, and what they lack to one. Normal numbers are those of NORMAL."""
 
     def __init__(self, *values: float):
         self.values = list(values)
 
     def uniform(self) -> Tensor:
-        return torch.tensor([self.values.pop(0)])
+        value = self.values.pop(0)
+        return torch.tensor([value, 1 - value])
+
+    def normal(self, *shape: int) -> Tensor:
+        return NORMAL[: shape[0]].expand(2, *shape)
 
 
-def test_a_warp_shifts_by_up_to_three_pixels_and_turns_by_up_to_twelve_degrees() -> None:
-    x = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    shifted = warp(x, cast(Draws, Fixed(0.5, 0.5, 0.5, 1.0, 0.0)))  # angle, width, height, right, down
-    assert torch.allclose(shifted[..., 3:, :-3], x[..., :-3, 3:], atol=1e-4)
-    dot = torch.zeros(1, 1, 280, 280)
-    dot[0, 0, 138:142, 238:242] = 1
-    turned = warp(dot, cast(Draws, Fixed(1.0, 0.5, 0.5, 0.5, 0.5)))[0, 0]
-    down, right = (float((turned.sum(axis) * torch.arange(280)).sum() / turned.sum()) - 139.5 for axis in (1, 0))
-    assert abs(math.degrees(math.atan2(down, right))) == pytest.approx(12, abs=0.2)
-    wide = warp(dot, cast(Draws, Fixed(0.5, 1.0, 0.5, 0.5, 0.5)))[0, 0]
-    assert float((wide.sum(0) * torch.arange(280)).sum() / wide.sum()) - 139.5 == pytest.approx(
-        100 / math.exp(0.15), abs=1
-    )
+NORMAL = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1)
+UNMOVED = (0.5,) * 5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("draws", [UNMOVED, (0.9, 0.8, 0.3, 0.7, 0.2), (1, 0, 1, 0, 1), (0, 0.9, 0.4, 1, 0.3)])
+def test_a_warp_reads_turned_scaled_and_shifted_points(draws: tuple[float, ...]) -> None:
+    """By up to 12 degrees, 15 % and 3 of 28 pixels; the images hold their coordinates -1..1, so that values are the points."""
+    y, x = torch.meshgrid(*[(torch.arange(28) + 0.5) / 14 - 1] * 2, indexing="ij")
+    warped = warp(torch.stack([x, y]).expand(2, -1, -1, -1), cast(Draws, Fixed(*draws)))
+    for image, sign in zip(warped, (1, -1), strict=True):
+        angle, wide, high, right, down = (sign * (2 * draw - 1) for draw in draws)
+        turn, x_scale, y_scale = math.radians(12 * angle), math.exp(0.15 * wide), math.exp(0.15 * high)
+        x_point = math.cos(turn) * x_scale * x - math.sin(turn) * y_scale * y + right * 3 / 14
+        y_point = math.sin(turn) * x_scale * x + math.cos(turn) * y_scale * y + down * 3 / 14
+        points = torch.stack([x_point, y_point])
+        inside = points.abs().amax(0) < 0.96
+        torch.testing.assert_close(image[:, inside], points[:, inside], rtol=0, atol=1e-5)
+        assert inside.float().mean() > 0.5
+    white = torch.ones(2, 3, 28, 28)
+    torch.testing.assert_close(warp(white, cast(Draws, Fixed(*draws))), white)  # nothing dark comes in from outside
+
+
+@pytest.mark.parametrize("recolour", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("draws", [(0.0, 0, 0, 0, 0), (0.49, 1, 0, 1, 0.5), (0.5, 0, 1, 0, 0.25)])
+def test_colours_are_inverted_or_not_then_strengthened_shifted_and_noised(
+    recolour: float, draws: tuple[float, ...]
+) -> None:
+    """Each within a range that `recolour` scales; the noise has a standard deviation of up to 0.12."""
+    x = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    augmented = P1_classifier.augment(x, cast(Draws, Fixed(*UNMOVED, *draws)), recolour)
+    for image, before, values in zip(augmented, x, (draws, [1 - draw for draw in draws]), strict=True):
+        inverted, saturation, contrast, shift, noise = values
+        expected = -before if inverted < 0.5 else before
+        grey = sum(expected) / 3
+        expected = grey + (1 + recolour * (1.2 * saturation - 1)) * (expected - grey)
+        expected = (1 + recolour * (0.9 * contrast - 0.5)) * expected
+        expected = expected + recolour * (0.6 * shift - 0.3 + 0.1 * NORMAL) + 0.12 * noise * NORMAL
+        torch.testing.assert_close(image, expected.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
 def plain_classifier(**flags: Any) -> dict[str, Tensor]:
@@ -482,6 +529,17 @@ def test_the_validation_accuracy_is_that_of_the_file_on_val_csv(
 def test_the_frechet_distance_of_equal_sets_is_zero() -> None:
     mean, covariance = metrics.moments(torch.randn(300, 16))
     assert frechet(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_are_numpys_also_of_weighted_features(weighted: bool) -> None:
+    features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    weights = torch.arange(1.0, 31) if weighted else None
+    mean, covariance = metrics.moments(features, weights)
+    numbers = None if weights is None else weights.numpy()
+    expected = np.average(features.double().numpy(), 0, numbers), np.cov(features.double().numpy().T, aweights=numbers)
+    np.testing.assert_allclose(mean, expected[0])
+    np.testing.assert_allclose(covariance, expected[1])
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form() -> None:
@@ -624,7 +682,9 @@ def test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_u
     before, record = sorted(graded.rglob("*")), tmp_path / "record.json"
     course = course_file(tmp_path / "Classifier.pth")
     assert grade_command(monkeypatch, graded, "--mnistm-classifier", course, "--record", record, "--device", "cpu") == 0
-    lines = capsys.readouterr().out.splitlines()
+    output, logged = capsys.readouterr()
+    lines = output.splitlines()
+    assert logged.splitlines()[-1] == f"record: {record}"
     metrics = json.loads(record.read_text())["metrics"]
     assert lines[-3:] == [
         f"mnistm accuracy: {metrics['mnistm']['accuracy']:.4f}",
@@ -633,6 +693,16 @@ def test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_u
     ]
     assert set(metrics["mnistm"]["quality"]) == {"frechet", "precision", "recall", "memorised"}
     assert sorted(graded.rglob("*")) == before
+
+
+@pytest.mark.parametrize("named", [(), ("mnistm",), ("svhn",), DOMAINS])
+def test_shipped_classifiers_are_not_independent_of_redrawn_digits_which_a_line_says(
+    named: tuple[str, ...], graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = [word for name in named for word in (f"--{name}-classifier", SHIPPED / f"judge_{name}.safetensors")]
+    assert grade_command(monkeypatch, graded, *flags, "--record", tmp_path / "r.json", "--device", "cpu") == 0
+    assert ("selected by the shipped classifiers" in capsys.readouterr().err) == (len(named) < 2)
 
 
 def break_png(folder: Path) -> None:

@@ -297,6 +297,26 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch"), [({}, 100), ({"batch": 7}, 7), ({"digits": (3,), "domains": ("svhn",)}, 50), ({"count": 1}, 20)]
+)
+def test_a_dry_run_times_the_batches_of_the_run_and_counts_4_kib_a_file(
+    flags: dict[str, Any], batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU 100 images at once, fewer if there are fewer."""
+    timed: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        DigitSampler, "expected_seconds", lambda sampler, count: timed.append((sampler.batch, count)) or 1.0
+    )
+    needed: list[int] = []
+    monkeypatch.setattr("P1_inference.check_disk_space", lambda folder, size: needed.append(size) or 1)
+    settings = Settings(output=tmp_path / "out", dry_run=True, device="cpu", **flags)
+    main(settings)
+    images = settings.count * len(settings.digits) * len(settings.domains)
+    assert timed == [(batch, images)]
+    assert needed == [4096 * images]
+
+
 def test_the_grid_takes_the_place_of_no_picture(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--grid .* is the name of one of the pictures"):
         draw(tmp_path / "out", digits=(3,), domains=("svhn",), grid=tmp_path / "out" / "svhn" / "3_001.png")

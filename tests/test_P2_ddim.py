@@ -313,6 +313,13 @@ def test_seeds_are_numbers_and_ranges(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
+def test_at_most_100_000_seeds_are_taken_over_all_ranges() -> None:
+    assert len(parse_seeds("5,10-100008")) == 100_000
+    for text in ("5,10-100009", "0-100000"):
+        with pytest.raises(BadInput, match="at most 100,000 at once"):
+            parse_seeds(text)
+
+
 @pytest.mark.parametrize(
     "text", ["", "a", "3-1", "1-", "-1", "1,,2", "1.5", "4,4", "0-99999999999", "1" * 22, "9" * 5000]
 )

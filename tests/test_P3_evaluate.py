@@ -11,18 +11,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from figure_layout import assert_readable
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 import P3_evaluate
 from concepts import clip_scores
-from concepts.clip_scores import Scorer, open_images, rank
+from concepts.clip_scores import Scorer, open_images, pool_at_the_end, rank
 from miniature.clip_model import PREPROCESSING, ClipSize, SmallClip, make_processor, model_config, to_transformers
 from miniature.scenery.vocabulary import make_tokenizer
 from P3_evaluate import Settings, main
@@ -372,6 +375,31 @@ def test_pillow_resizes_as_transformers_did(graded: Path, clip: Path) -> None:
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("cached", "answers"), [(True, False), (False, False), (False, True)])
+def test_a_clip_comes_from_the_hubs_cache_else_from_the_hub_if_it_answers(
+    cached: bool, answers: bool, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[bool] = []
+    read_clip = clip_scores.read_clip
+
+    def read(name: str) -> Any:
+        assert name == "openai/clip"
+        tries.append(constants.HF_HUB_OFFLINE)
+        if cached or not constants.HF_HUB_OFFLINE:
+            return read_clip(str(clip))
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(clip_scores, "hub_answers", lambda: answers)
+    monkeypatch.setattr(clip_scores, "read_clip", read)
+    if not cached and not answers:
+        with pytest.raises(BadInput, match="it is not whole on this machine and the hub doesn't answer"):
+            Scorer.load("openai/clip", CPU)
+    else:
+        assert Scorer.load("openai/clip", CPU).model.config.model_type == "clip"
+    assert tries == ([True, False] if answers else [True])
+
+
 def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scorer = Scorer.load(str(clip), CPU)
     long = scorer.encode_text("a star " * 60)
@@ -392,6 +420,17 @@ def test_tokens_added_to_an_old_configuration_leave_the_pooling_at_the_end(clip:
     modern.model.text_model.set_input_embeddings(model.text_model.get_input_embeddings())
     text = "a photo of a <new1> on a red background"
     torch.testing.assert_close(Scorer.load(str(tmp_path), CPU).encode_text(text), modern.encode_text(text).detach())
+
+
+@pytest.mark.parametrize(
+    ("added", "old_end", "end"), [({}, 2, 2), ({"<a>": 9}, 2, 7), ({"<a>": 7}, 2, 2), ({"<a>": 9}, 5, 5)]
+)
+def test_only_an_old_end_token_that_added_tokens_exceed_is_replaced(
+    added: dict[str, int], old_end: int, end: int
+) -> None:
+    model = SimpleNamespace(text_model=SimpleNamespace(eos_token_id=old_end))
+    pool_at_the_end(model, SimpleNamespace(get_added_vocab=lambda: added, eos_token_id=7))
+    assert model.text_model.eos_token_id == end
 
 
 # --------------------------------------------------------------- results
@@ -424,6 +463,7 @@ def test_the_figure_shows_each_prompts_five_best_with_their_scores(
     monkeypatch.setattr(P3_evaluate, "save_figure", lambda _path, figure, _dpi: figures.append(figure))
     cases = run(graded, clip, output=tmp_path)["cases"]
     (figure,) = figures
+    assert_readable(figure, used=0.85)
     assert figure.get_suptitle() == f"{clip}: 1 of 3 cases passed; image / text score"
     rows = [figure.axes[start : start + 5] for start in (0, 5, 10)]
     for case, row, verdict in zip(cases, rows, ("PASS", "FAIL", "FAIL"), strict=True):

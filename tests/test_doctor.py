@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import doctor
 from digits.recipes import RECIPES
 from digits.sampling import DigitSampler
-from runtime.device import detect
+from runtime.device import Machine, detect
 from runtime.files import ROOT
+
+ELSEWHERE = Machine(torch.device("meta"), "a device that computes nothing", False, False)
 
 
 def test_files_are_found_or_absent_and_times_are_in_minutes(
@@ -18,7 +24,10 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
 ) -> None:
     (tmp_path / "face" / "noise").mkdir(parents=True)
     (tmp_path / "digits" / "svhn").mkdir(parents=True)
-    monkeypatch.setattr(DigitSampler, "expected_seconds", lambda sampler, count: 0.27 * count)
+    drawn: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        DigitSampler, "expected_seconds", lambda sampler, count: drawn.append((sampler.batch, count)) or 270.0
+    )
     monkeypatch.setattr(doctor, "face_minutes", lambda _: 33.0)
     monkeypatch.setattr(doctor, "training_minutes", lambda machine, preset: {"cpu": 240.0}[preset])
     doctor.main(doctor.Settings(data=tmp_path, device="cpu"))
@@ -32,6 +41,7 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
         assert f"weights  {name:24s}{size:.1f} MB" in lines
     times = {" ".join(line.split()[:-2]): line.split("minutes")[0].split()[-1] for line in lines if "hw2_1.sh" in line}
     assert times == {"bash hw2_1.sh out": "4.5"}
+    assert drawn == [(100, 1000)]  # the script's batch on a CPU, and the grader's images
     assert [line.split("minutes")[0].split()[-1] for line in lines if "hw2_2.sh" in line] == ["33"]
     assert [line.split("minutes")[0].split()[-1] for line in lines if "P1_training.py" in line] == ["240"]
 
@@ -44,6 +54,47 @@ def test_minutes_are_scaled_up_from_measured_steps(monkeypatch: pytest.MonkeyPat
     assert doctor.training_minutes(machine, "tiny") == pytest.approx(0.5 * share * recipe.steps / 60)
     layer = 2 * 9 * 128**2 * 256**2 / 1e9
     assert doctor.face_minutes(machine) == pytest.approx(0.5 * (496 / layer) * 50 * 10 / 60)
+
+
+class Recorder(torch.nn.Module):
+    """A network that records the shapes that it is called with."""
+
+    calls: ClassVar[list[list[tuple[int, ...]]]] = []
+
+    def __init__(self, config: object):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
+        assert {tensor.device.type for tensor in (x, *labels)} == {"meta"}
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert {label.dtype for label in labels} == {torch.long}
+        self.calls.append([tuple(tensor.shape) for tensor in (x, *labels)])
+        return x * self.weight
+
+
+@pytest.mark.parametrize(("preset", "batch"), [("gpu", 16), ("tiny", min(16, RECIPES["tiny"].batch))])
+def test_a_training_step_is_measured_on_the_device_and_a_cpu_gets_16_images_at_most(
+    preset: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "UNet", Recorder)
+    monkeypatch.setattr(doctor, "seconds", lambda work, device: work() or 0.5)
+    monkeypatch.setattr(Recorder, "calls", [])
+    doctor.training_minutes(ELSEWHERE, preset)
+    assert Recorder.calls == [[(batch, 3, 28, 28), *[(batch,)] * 3]]
+
+
+def test_a_face_network_is_measured_by_a_layer_of_128_channels_on_256x256(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[Tensor] = []
+    monkeypatch.setattr(doctor, "seconds", lambda work, device: layers.append(work()) or 0.5)
+    inputs: list[Any] = []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *x, **more: inputs.append((x, more)) or convolve(*x, **more))
+    doctor.face_minutes(ELSEWHERE)
+    ((x, kernel), more) = inputs[0]
+    assert (tuple(x.shape), tuple(kernel.shape), more) == ((1, 128, 256, 256), (128, 128, 3, 3), {"padding": 1})
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert {layers[0].device.type, x.device.type, kernel.device.type} == {"meta"}
 
 
 def test_the_mean_time_of_three_calls_leaves_out_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,8 @@ class TrainingRun:
             raise BadInput(
                 f"{self.checkpoint} was written by an earlier version or is damaged: move it away, or give {self.config.elsewhere}"
             )
-        now, before = self.facts, state["facts"]
-        if self.config.steps < state["steps"]:  # more are fine
-            now, before = now | {"steps": self.config.steps}, before | {"steps": state["steps"]}
+        now = self.facts | {"steps": min(self.config.steps, state["steps"])}  # more are fine
+        before = state["facts"] | {"steps": state["steps"]}
         for name, value in now.items():
             if before.get(name) != value:
                 raise BadInput(
@@ -229,7 +228,8 @@ class TrainingRun:
             raise BadInput(
                 f"the loss is {loss} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32"
             )
-        if self.log.shown and "loss" not in self.record.metrics and not self.done:  # the first reading of this process
+        first = not self.record.metrics.get("images_per_s")  # of this process, once a step is not left out of the speed
+        if self.log.shown and first and speed and not self.done:
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
         self.record.metrics |= {"loss": loss, "images_per_s": speed}

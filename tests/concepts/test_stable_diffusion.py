@@ -440,6 +440,38 @@ def test_a_hub_repository_of_fp16_variants_only_is_read(
     assert requested == ([None] if None in variants else [None, "fp16"])
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_files_come_from_the_hub_if_it_answers_else_from_its_cache(
+    answers: bool, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Index and weights; a hub that does not answer would be tried for most of a minute."""
+    local: list[bool] = []
+
+    def get(*_: Any, local_files_only: bool, **__: Any) -> Path:
+        local.append(local_files_only)
+        return small if len(local) > 1 else small / "model_index.json"
+
+    monkeypatch.setattr("concepts.stable_diffusion.hub_answers", lambda: answers)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", get)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", get)
+    load("someone/small")
+    assert local == [not answers] * 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"), [(True, r"\(404\)"), (False, r"\(it is not in the cache, and the hub does not answer\)")]
+)
+def test_what_the_hub_does_not_give_is_named_with_its_reason(
+    answers: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(*_: Any, **__: Any) -> Path:
+        raise OSError("404\nmore")
+
+    monkeypatch.setattr("concepts.stable_diffusion.hub_answers", lambda: answers)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", get)
+    refused("someone/small", f"the hub did not give it {reason}")
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 

@@ -95,9 +95,11 @@ class Drawing(DigitSampler):
 
     outcomes: dict[int, int]  # an attempt's seed -> what is read
     drawn: list[list[DigitRequest]] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
 
     def images(self, requests: Sequence[DigitRequest], title: str) -> Tensor:
         self.drawn.append(list(requests))
+        self.batches.append(self.batch)
         digits = torch.tensor([self.outcomes[request.seed] + 20 * request.domain for request in requests])
         return (digits / 127.5 - 1)[:, None, None, None].expand(-1, *IMAGE_SHAPE)
 
@@ -128,7 +130,7 @@ def drawing(requests: Sequence[DigitRequest], right_at: Sequence[int], batch: in
 def first_try(sampler: Drawing, requests: Sequence[DigitRequest]) -> dict[int, Tensor]:
     """Return the images of all requests, {row: uint8}."""
     images = dict(enumerate(to_uint8(sampler.images(requests, ""))))
-    sampler.drawn.clear()
+    sampler.drawn.clear(), sampler.batches.clear()
     return images
 
 
@@ -148,6 +150,7 @@ def test_exactly_the_misread_images_are_drawn_again_each_time_from_another_seed(
         for attempt, rows in enumerate(again, start=1)
     ]
     assert sampler.drawn == expected
+    assert sampler.batches == [min(batch, 32)] * 3  # the last batch is padded: few images don't fill a large one
     shown = {row: int(image[0, 0, 0]) for row, image in images.items()}
     assert shown == {row: request.digit + (row == 3) + 20 * request.domain for row, request in enumerate(requests)}
 

@@ -229,6 +229,19 @@ def test_a_folder_of_another_form_of_weights_is_read_without_a_line(
     assert lines == []
 
 
+def test_a_face_network_computes_in_its_precision_and_gives_float32(tmp_path: Path) -> None:
+    small_unet().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), CPU, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.bfloat16}
+    kernels = [parameter for parameter in model.network.parameters() if parameter.dim() == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        output = model.denoiser(1)(x, 7)
+        torch.testing.assert_close(output, load(tmp_path).denoiser(1)(x, 7), rtol=0.05, atol=0.05)
+    assert output.dtype == torch.float32
+
+
 def test_a_folder_of_another_class_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(BadInput, match="AutoencoderKL"):
@@ -295,6 +308,47 @@ def test_a_prediction_of_another_kind_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((3, 16, 32), True),
+        ((3, 2, 2), True),
+        ((3, 15, 32), False),
+        ((3, 16, 33), False),
+        ((3, 0, 16), False),
+        ((3, 16, 0), False),
+        ((1, 16, 16), False),
+        ((3, 16), False),
+        ((1, 3, 16, 16), False),
+    ],
+)
+def test_a_face_networks_sides_are_multiples_of_its_downsampling(
+    shape: tuple[int, ...], fits: bool, tmp_path: Path
+) -> None:
+    small_unet().save_pretrained(tmp_path)
+    assert (load(tmp_path).shape_error(shape) == "") == fits
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_hub_repository_is_fetched_with_other_weights_only_if_it_has_no_safetensors(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for the hub fetches the files of the patterns that are named."""
+    patterns: list[list[str]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "someone/faces"
+        patterns.append(allow_patterns)
+        if f"*.{suffix}" in allow_patterns:
+            small_unet().save_pretrained(tmp_path, safe_serialization=suffix == "safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert load("someone/faces").shape == (3, 16, 16)
+    tried = [["*.json", "*.safetensors"], ["*.json", "*.bin"]]
+    assert patterns == tried[: 1 if suffix == "safetensors" else 2]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/UNet.pt", "/nowhere/face", "a/b/c", "x/model.safetensors"])
 def test_a_missing_file_is_never_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -324,6 +378,7 @@ def test_a_p1_checkpoint_is_known_by_content_and_brings_its_schedule(digits: Pat
     model = load(digits)
     assert torch.equal(model.schedule.alpha_bar, tiny_network.schedule.alpha_bar)
     assert model.shape == (3, 28, 28)
+    assert [model.shape_error(shape) == "" for shape in ((3, 28, 28), (3, 56, 56), (28, 28))] == [True, False, False]
 
 
 def test_digit_domain_and_guidance_reach_the_network(digits: Path, tiny_network: Network) -> None:

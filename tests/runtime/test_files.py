@@ -375,3 +375,8 @@ def test_files_that_are_no_torch_files_are_refused(tmp_path: Path, content: byte
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(BadInput, match=r"a\.pt"):
         load_tensors(tmp_path / "a.pt")
+
+
+def test_json_is_indented_and_ends_with_a_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1], "path": Path("x")})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": [\n    1\n  ],\n  "path": "x"\n}\n'

@@ -7,10 +7,12 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from figure_layout import assert_readable
 from PIL import Image
 
 from faces.sampling import to_image
@@ -24,6 +26,7 @@ from runtime.images import (
     read_as_graded,
     read_image,
     save_image,
+    shorten,
     to_uint8,
 )
 
@@ -122,6 +125,13 @@ def test_an_image_of_any_kind_is_upright_opaque_and_of_8_bits(
     assert (image.mode, image.size) == ("RGB", (20, 40))
     assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
     assert tuple(open_image(tmp_path / name).shape) == (3, 40, 20)
+
+
+def test_16_bits_become_the_nearest_of_256_levels(tmp_path: Path) -> None:
+    deep = np.array([[0, 128, 129, 256, 128 * 257 + 128, 128 * 257 + 129, 65535 - 128, 65535 - 129, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    expected = [0, 0, 1, 1, 128, 129, 255, 254, 255]
+    assert np.asarray(read_image(tmp_path / "a.png"))[0].tolist() == [[level] * 3 for level in expected]
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -239,9 +249,73 @@ def test_broken_numbers_never_become_an_image(value: float) -> None:
             convert(images)
 
 
-def test_a_labelled_grids_images_have_the_asked_side_and_room_for_labels(tmp_path: Path) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the figures that would be written."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("runtime.images.save_figure", lambda path, figure: drawn.append(figure))
+    return drawn
+
+
+DIGITS = [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inch"),
+    [
+        (DIGITS, [f"noise {digit}" for digit in DIGITS], None),
+        (["MNIST-M", "SVHN"], [f"t = {t}" for t in range(6)], 1.1),
+        (["picture 0"], ["layout", "joint", "regional", "conductor"], 1.8),
+    ],
+)
+def test_a_labelled_grids_images_have_the_asked_side_and_room_for_labels(
+    rows: list[str], columns: list[str], inch: float | None, figures: list[Any]
+) -> None:
+    images = some_pictures(len(rows) * len(columns))
+    labelled_grid(Path("a.png"), images, rows, columns, "A title", **({"inch": inch} if inch else {}))
+    (figure,), side = figures, inch or 0.6
+    assert_readable(figure, used=0.85)
+    assert figure.get_size_inches() == pytest.approx((side * len(columns) + 1, side * len(rows) + 0.7))
+    assert figure.get_suptitle() == "A title"
+    assert [axis.get_title() for axis in figure.axes] == [*columns, *[""] * (len(images) - len(columns))]
+    assert [axis.get_ylabel() for axis in figure.axes[:: len(columns)]] == list(rows)
+    for axis, image in zip(figure.axes, images, strict=True):
+        assert (axis.images[0].get_array() == image.permute(1, 2, 0).numpy()).all()
+        assert axis.get_position().width * figure.get_figwidth() == pytest.approx(side, rel=0.12)
+        assert not {*axis.get_xticks(), *axis.get_yticks()}
+        assert not axis.get_ylabel() or axis.yaxis.label.get_rotation() == 0
+        assert not any(line.get_visible() for line in axis.spines.values())
+        assert axis.images[0].get_interpolation() == "nearest"
+
+
+def test_a_line_figure_has_a_panel_per_measure_and_a_line_per_label(figures: list[Any]) -> None:
+    panels = {
+        name: {"MNIST-M": [0.1, 0.2, value], "SVHN": [0.3, 0.1, 0.2]} for name, value in (("recall", 1), ("b", 2))
+    }
+    line_figure(Path("a.png"), [1.0, 3.0, 5.0], panels, "guidance scale", "A title")
+    (figure,) = figures
+    assert_readable(figure, used=0.9)
+    assert figure.get_size_inches() == pytest.approx((8, 3.2))
+    assert figure.get_suptitle() == "A title"
+    for axis, (name, lines) in zip(figure.axes, panels.items(), strict=True):
+        assert (axis.get_title(), axis.get_xlabel()) == (name, "guidance scale")
+        drawn = {line.get_label(): [line.get_xdata().tolist(), line.get_ydata().tolist()] for line in axis.lines}
+        assert drawn == {label: [[1, 3, 5], values] for label, values in lines.items()}
+        assert {line.get_marker() for line in axis.lines} == {"o"}  # a single value shows, too
+    legends = [axis.get_legend() for axis in figure.axes]
+    assert [text.get_text() for text in legends[0].get_texts()] == ["MNIST-M", "SVHN"]
+    assert legends[1] is None
+
+
+def test_a_figure_has_160_dots_per_inch(tmp_path: Path) -> None:
     labelled_grid(tmp_path / "a.png", some_pictures(6), ["a", "b", "c"], ["d", "e"], "title", inch=0.5)
     assert Image.open(tmp_path / "a.png").size == (round(160 * (2 * 0.5 + 1)), round(160 * (3 * 0.5 + 0.7)))
+
+
+@pytest.mark.parametrize(("length", "shown"), [(60, "x" * 60), (61, "x" * 58 + "..")])
+def test_a_text_over_60_characters_is_cut(length: int, shown: str) -> None:
+    assert shorten("x" * length) == shown
+    assert shorten(" a \n b ") == "a b"
 
 
 def test_images_of_a_grid_lie_two_pixels_apart() -> None:

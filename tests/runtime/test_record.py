@@ -56,6 +56,8 @@ def test_record_names_the_versions(saved: Any) -> None:
 
 
 def test_the_place_of_a_record_that_is_written_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Record(Settings(), MACHINE).save(tmp_path / "a.json")
+    assert not capsys.readouterr().err
     Record(Settings(), MACHINE).save(tmp_path / "a.json", name_it=True)
     assert capsys.readouterr().err == f"record: {tmp_path / 'a.json'}\n"
 

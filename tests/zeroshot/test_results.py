@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from figure_layout import assert_readable
 from PIL import Image
 
 from zeroshot.dataset import LabelledImages
@@ -79,6 +80,7 @@ def test_the_confusion_figure_has_truth_in_rows_as_shares_of_the_row(figures: li
 
     result = result_of([sure(0), sure(1), sure(1), sure(1), sure(2)], [0, 0, 0, 0, 2])
     confusion_figure(Path("x"), result, "title")
+    assert_readable(figures[0], used=0.75)
     axis = figures[0].axes[0]
     shares = torch.zeros(7, 7)
     shares[0, 0], shares[0, 1], shares[2, 2] = 0.25, 0.75, 1
@@ -86,6 +88,20 @@ def test_the_confusion_figure_has_truth_in_rows_as_shares_of_the_row(figures: li
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("predicted", "truth", "title")
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         assert [label.get_text() for label in labels] == result.images.names
+
+
+@pytest.mark.parametrize(("classes", "size", "side"), [(50, 8, 13.02), (60, 8, 14.82), (61, 5, 10.5), (300, 5, 24)])
+def test_the_confusion_figure_grows_with_its_classes_up_to_two_feet(
+    classes: int, size: int, side: float, figures: list[Any]
+) -> None:
+    names = {number: f"class number {number % 10}{number // 10 % 10}" for number in range(classes)} | {1: "ant"}
+    images = LabelledImages([Path("0_0.png")], torch.tensor([0]), names)
+    confusion_figure(Path("x"), Result(images, torch.eye(classes)[:1]), "title")
+    (figure,) = figures
+    assert figure.get_size_inches() == pytest.approx((side, side), abs=0.01)
+    assert {label.get_fontsize() for label in figure.axes[0].get_xticklabels()} == {size}
+    if classes <= 60:
+        assert_readable(figure, used=0.85)
 
 
 def test_the_cases_figure_shows_right_ones_above_with_their_three_likeliest_classes(
@@ -96,6 +112,7 @@ def test_the_cases_figure_shows_right_ones_above_with_their_three_likeliest_clas
         result.images.paths[index] = tmp_path / path
         Image.new("RGB", (2, 2), (index, 0, 0)).save(tmp_path / path)
     cases_figure(Path("x"), result, [0], [1], "title")
+    assert_readable(figures[0], used=0.8)
     axes = figures[0].axes
     seen = []
     for photo, bars in ((axes[0], axes[5]), (axes[10], axes[15])):

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -105,6 +106,26 @@ def test_an_absent_hub_model_is_one_line(download: bool, nothing_here: Path) -> 
     assert "local-dir:PATH" in str(error.value)
 
 
+@pytest.mark.parametrize(("download", "answers"), [(False, True), (True, False), (True, True)])
+def test_a_hub_model_is_fetched_only_if_wanted_and_the_hub_answers(
+    download: bool, answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network the cache still serves; a tokenizer may be fetched where the model was."""
+    requests: list[tuple[tuple[str, ...], bool]] = []
+
+    def fetch(*names: str) -> str:
+        requests.append((names, huggingface_hub.constants.HF_HUB_OFFLINE))
+        return str(tmp_path / (names[1] if len(names) > 1 else "weights.safetensors"))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights, "hub_answers", lambda: answers)
+    monkeypatch.setattr(weights, "download_pretrained_from_hf", fetch)
+    source, online = resolve("hf-hub:some/model", None, download=download), download and answers
+    config, file = tmp_path / "open_clip_config.json", tmp_path / "weights.safetensors"
+    assert requests == [(("some/model", "open_clip_config.json"), not online), (("some/model",), not online)]
+    assert source == Source("hf-hub:some/model", None, file, (config, file), online=online)
+
+
 def test_a_bare_command_and_a_local_model_use_no_network(
     nothing_here: Path, tiny_clip: str, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +157,45 @@ def test_the_activation_follows_the_weights_and_a_mismatch_is_named(
     assert needs_quick_gelu(model, tag, tmp_path / "w.pt") == forced
     output = capsys.readouterr().err
     assert (message in output) if message else not output
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"), [("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
+def test_open_clip_is_handed_the_precision_and_loads_no_text_tower_of_its_own(
+    precision: str, inside: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text tower from the hub would be downloaded, and then replaced by the weights."""
+    calls: list[dict[str, Any]] = []
+    create = open_clip.create_model_and_transforms
+
+    def recorded(*names: Any, **options: Any) -> Any:
+        calls.append(options)
+        return create(*names, **options)
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", recorded)
+    clip = load(resolve("tiny-clip", str(tiny_weights)), CPU, precision)
+    options = {"precision": inside, "device": CPU, "force_quick_gelu": False, "pretrained_text": False}
+    assert calls == [options]
+    assert (clip.device, clip.mean.shape, clip.std.shape) == (CPU, (3, 1, 1), (3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("https://huggingface.co/x \n can't be reached", "its tokenizer or text tower is not on this machine: "),
+        ("no  such\ntensor" + "x" * 300, "no such tensor" + "x" * 226 + "$"),
+    ],
+)
+def test_a_model_that_open_clip_cannot_load_is_one_line_with_the_reason(
+    message: str, reason: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", fail)
+    with pytest.raises(BadInput, match=rf"--model tiny-clip can't be loaded from .*: {reason}"):
+        load(resolve("tiny-clip", str(tiny_weights)), CPU)
 
 
 def test_presets_are_tags_that_open_clip_knows() -> None:

@@ -140,14 +140,60 @@ def test_a_mask_of_any_kind_is_white_where_its_concept_belongs(tmp_path: Path, i
         (Image.merge("LA", [CLEAR, Image.fromarray(half(255))]), "mask.png is transparent and not white elsewhere"),
         (Image.merge("LA", [Image.fromarray(half(255)), CLEAR]), "no part of .*mask.png is white"),
         (Image.fromarray(half(100)), r"no part of .*mask.png is white \(the brightest is 100 of 255\)"),
+        (Image.fromarray(half(256, np.uint16)), r"no part of .*mask.png is white \(the brightest is 1 of 255\)"),
         (Image.fromarray(half(1).astype(np.float32)), "mask.png is not a readable picture"),
     ],
-    ids=["black, cut out", "all clear", "dark", "floating point"],
+    ids=["black, cut out", "all clear", "dark", "16 bit dark", "floating point"],
 )
 def test_a_mask_that_can_be_meant_in_two_ways_is_named(tmp_path: Path, image: Image.Image, message: str) -> None:
     image.save(tmp_path / "mask.png", "TIFF" if image.mode == "F" else "PNG")
     with pytest.raises(BadInput, match=message):
         read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
+
+
+def clear_right(left: int | np.ndarray, right: int = 0) -> Image.Image:
+    """Return 32x32 pixels: opaque `left` of 16 columns, eight black ones of opacity `right`, eight clear ones."""
+    grey, alpha = half(0), half(255)
+    grey[:, :16], alpha[:, 16:24] = left, right
+    return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+
+
+def dark(count: int) -> np.ndarray:
+    """Return [32,16] white but for `count` of its 512 pixels."""
+    pixels = np.full(512, 255, np.uint8)
+    pixels[:count] = 0
+    return pixels.reshape(32, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "white"),
+    [
+        (clear_right(128), True),
+        (clear_right(127), False),
+        (clear_right(255, right=127), True),
+        (clear_right(255, right=128), False),
+        (clear_right(dark(25)), True),
+        (clear_right(dark(26)), False),
+    ],
+    ids=["grey", "darker", "clear enough", "opaque", "20th part black", "more black"],
+)
+def test_a_partly_clear_mask_is_taken_if_19_of_20_opaque_pixels_are_brighter_than_grey(
+    tmp_path: Path, image: Image.Image, white: bool
+) -> None:
+    image.save(tmp_path / "mask.png")
+    if not white:
+        with pytest.raises(BadInput, match=r"mask\.png is transparent and not white elsewhere"):
+            read(tmp_path, [{"token": "<a>", "mask": "mask.png"}])
+        return
+    mask = read(tmp_path, [{"token": "<a>", "mask": "mask.png"}]).regions[0].mask
+    assert (mask != LEFT).float().mean() <= 25 / 1024
+
+
+def test_a_position_half_white_belongs_to_nobody(tmp_path: Path) -> None:
+    stripes = np.full((1024, 1024), 255, np.uint8)
+    stripes[:, 1:512:2] = 0
+    Image.fromarray(stripes).save(tmp_path / "mask.png")
+    assert torch.equal(read(tmp_path, [{"token": "<a>", "mask": "mask.png"}]).regions[0].mask, RIGHT)
 
 
 def test_a_reference_is_read_with_its_prompt(tmp_path: Path) -> None:

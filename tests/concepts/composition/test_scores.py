@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 
 from concepts.clip_scores import Scorer
@@ -148,6 +148,26 @@ def test_the_plan_shows_each_region_in_its_colour() -> None:
     assert shown[:, 60, 4].tolist() == list(COLOURS[0])
     assert shown[:, 60, 60].tolist() == list(COLOURS[1])
     assert shown[:, 4, 4].tolist() == [210] * 3
+
+
+def test_the_plan_names_each_region_in_its_upper_left_corner() -> None:
+    """White with a black rim; a region too small to be seen has no name."""
+    speck = torch.zeros(512, 512)
+    speck[0, 0] = 1
+    plan = make_layout("a star", [*PLAN.regions, Region("<new3>", "a <new3>", speck)])
+    shown, expected = draw_layout(plan, 256), torch.full((3, 256, 256), 210, dtype=torch.uint8)
+    expected[:, 64:, :128], expected[:, :, 128:] = (
+        torch.tensor(c, dtype=torch.uint8)[:, None, None] for c in COLOURS[:2]
+    )
+    font = ImageFont.load_default(size=16)
+    for region, (x, y) in zip(PLAN.regions, ((3, 65), (131, 1)), strict=True):
+        left, top, right, bottom = map(int, font.getbbox(region.token, stroke_width=1))
+        inside = slice(y + top, y + bottom), slice(x + left, x + right)
+        label = (shown != expected).any(0)[inside]
+        assert all(label.any(axis)[end] for axis in (0, 1) for end in (0, -1))  # it fills its box
+        assert {0, 255} <= set(shown[0][inside].flatten().tolist())
+        expected[:, inside[0], inside[1]] = shown[:, inside[0], inside[1]]
+    assert torch.equal(shown, expected)
 
 
 def test_outlines_leave_the_rest_of_a_picture() -> None:
