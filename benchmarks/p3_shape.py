@@ -5,7 +5,7 @@
   python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
 
 An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
-of that kind. Strict success asks for kind, colour and background by the scene classifier as well.
+of that kind. Strict success asks for kind, colour, background and style by the scene classifier as well.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 RENDERS, MALFORMED_RENDERS, PROMPTS = range(3)  # domains of seeds
 SHOWN = 10  # images per kind on the sheet
+STYLE = "flat"
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,15 @@ def calibrate(settings: Calibrate, record: Record) -> None:
 
 
 def coloured_prompts(kind: str, count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Return (prompt, colour, background): "a photo of a red heart on a white background"."""
+    """Return (prompt, colour, background): "a photo of a red heart on a white background in the style of flat".
+
+    Outlines are compared, and other styles bend them.
+    """
     random = Random(seed)
     pairs = [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b) and allowed(c, kind, "trained")]
     chosen = random.choices(pairs, k=count)
-    return [(f"a photo of {with_article(f'{c} {kind}')} on {with_article(b)} background", c, b) for c, b in chosen]
+    texts = [f"a photo of {with_article(f'{c} {kind}')} on {with_article(b)} background" for c, b in chosen]
+    return [(f"{text} in the style of {STYLE}", c, b) for text, (c, b) in zip(texts, chosen, strict=True)]
 
 
 def named(settings: Named, record: Record) -> None:
@@ -176,7 +181,8 @@ def named(settings: Named, record: Record) -> None:
         decoded = through_autoencoder(vae, renders(kind, settings.count, derived_seed(settings.seed, RENDERS)))
         least = PASSING * float(shape_fidelity(decoded, [kind] * settings.count).mean())
         fidelity = shape_fidelity(images, [kind] * len(images))
-        agrees = classifier.agrees(images, kind=[kind] * len(images), colour=colours, background=grounds).cpu()
+        same = {"kind": [kind] * len(images), "style": [STYLE] * len(images)}
+        agrees = classifier.agrees(images, **same, colour=colours, background=grounds).cpu()
         passing = fidelity >= least
         shares = {"fidelity": fidelity, "shape": passing, "scene classifier": agrees, "strict": passing & agrees}
         for name, values in shares.items():

@@ -45,6 +45,7 @@ from benchmarks.p3_learning import (
     learn,
     write_images,
 )
+from benchmarks.p3_shape import STYLE
 from benchmarks.p3_strict import PartMeasure, open_autoencoder
 from benchmarks.plain_p3 import Plain, save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
@@ -408,6 +409,10 @@ def questions_of(name: str, count: int, seed: int) -> dict[str, tuple[list[str],
         "object and colour": ([f"a photo of {text}" for text in coloured], kind | {"colour": colours}),
         "object and background": ([f"a {{}}{behind[ground]}" for ground in grounds], kind | {"background": grounds}),
         "object, colour and background": (both, kind | {"colour": colours, "background": fitting}),
+        "object, colour, background and style": (
+            [f"{text} in the style of {STYLE}" for text in both],
+            kind | {"colour": colours, "background": fitting, "style": [STYLE] * count},
+        ),
     }
 
 

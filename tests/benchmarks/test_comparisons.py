@@ -260,6 +260,7 @@ def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the
         "object and colour",
         "object and background",
         "object, colour and background",
+        "object, colour, background and style",
     }
     learned, initial = ({"strict": x, "scene classifier": 1.0, "copies": x} for x in (1.0, 0.25))
     assert all(shares == {"learned": learned, "initial": initial} for shares in result["shares"].values())

@@ -1,0 +1,116 @@
+"""The README's figure of learned words: five given images, and what six prompts draw with the word. None is chosen by hand.
+
+  python benchmarks/p3_words.py --embeddings DIR        docs/p3_words.png and docs/p3_failures.png
+
+Every prompt has one seed, the same for all words. Failures are the first of `--count` images that are not right, strictly
+(benchmarks/p3_strict.py), of "a photo of a {colour} <word> on a {colour} background in the style of flat". An empty place means that
+there are no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import repository_root  # noqa: F401  # isort: split
+import torch
+
+from benchmarks.p3_learning import MODEL, check_model
+from benchmarks.p3_shape import STYLE, coloured_prompts
+from benchmarks.p3_strict import PartMeasure, open_autoencoder
+from concepts.embeddings import find_vectors, install
+from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.stable_diffusion import load_pipeline
+from diffusion.guidance import Guidance
+from miniature.diffusion_parts import PARTS
+from miniature.judge_model import load_scene_classifier
+from miniature.scenery.concepts import concept_scenes
+from miniature.scenery.render import as_tensor, render
+from miniature.scenery.scenes import HELD_OUT_KINDS
+from runtime.batches import in_batches
+from runtime.cli import BadInput, check_positive, log, run_script
+from runtime.device import Device, detect, set_up
+from runtime.files import ROOT, check_writable_file
+from runtime.images import labelled_grid
+from runtime.seeds import derived_seed
+
+PROMPTS = {
+    "a photo of a {}": "alone",
+    "a photo of a red {} on a white background": "red,\non white",
+    "a blue {} on a textured yellow background": "blue, on\ntextured yellow",
+    "a green {} on the left": "green,\non the left",
+    "a pink {} in the style of mosaic": "pink,\nmosaic",
+    "a white {} next to an orange star": "white, next\nto a star",
+}
+GIVEN = 5
+BATCH = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the figures."""
+
+    embeddings: Path
+    """Folder of the learned tokens <key>, <fish>, <mushroom>, <cup>; benchmarks/p3_composition.py learns them."""
+    model: str = MODEL
+    parts: Path = PARTS
+    """Folder that holds vae/, for the fidelity that an object can have."""
+    count: int = 40
+    """Images per word among which failures are sought."""
+    seed: int = 0
+    device: Device = "auto"
+    output: Path = ROOT / "docs" / "p3_words.png"
+    failures: Path = ROOT / "docs" / "p3_failures.png"
+
+
+def main(settings: Settings) -> None:
+    """Draw both figures."""
+    check_positive(settings, "count")
+    check_model(settings.model)
+    for flag, path in (("--output", settings.output), ("--failures", settings.failures)):
+        check_writable_file(path, flag, [".png"])
+    tokens = {kind: f"<{kind}>" for kind in HELD_OUT_KINDS}
+    vectors = find_vectors(tokens.values(), [settings.embeddings]).vectors
+    if missing := [token for token in tokens.values() if token not in vectors]:
+        raise BadInput(f"--embeddings {settings.embeddings}: holds no {', '.join(missing)}")
+    machine = detect(settings.device)
+    set_up("fp32", machine)
+    pipe = load_pipeline(settings.model, machine.device, torch.float32)
+    install(pipe, vectors)
+    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+    measure = PartMeasure(load_scene_classifier(machine.device), open_autoencoder(settings.parts, machine.device))
+
+    def draw(prompts: list[str], domain: int) -> torch.Tensor:
+        requests = [Request(text, derived_seed(settings.seed, domain, k)) for k, text in enumerate(prompts)]
+        batches = in_batches(sampler.sample_images, requests, min(BATCH, len(requests)))
+        return torch.cat([images[: len(chunk)] for chunk, images in batches])
+
+    rows, failures, rates = [], [], []
+    for kind, token in tokens.items():
+        given = as_tensor(np.stack([render(scene) for scene in concept_scenes(kind, GIVEN, 0)]))
+        rows.append(torch.cat([given, draw([text.format(token) for text in PROMPTS], 0)]))
+
+        asked = coloured_prompts(kind, settings.count, derived_seed(settings.seed, 1))
+        images = draw([text.replace(kind, token) for text, _, _ in asked], 1)
+        answers = [
+            {"kind": kind, "colour": colour, "background": ground, "style": STYLE} for _, colour, ground in asked
+        ]
+        right = measure.verdicts(images, answers)["strict"]
+        rates.append(f"{kind}:\n{int(right.sum())} of {len(right)} right")
+        wrong = images[~right][:BATCH]
+        blank = torch.full((BATCH - len(wrong), *images.shape[1:]), 255, dtype=torch.uint8)
+        failures.append(torch.cat([wrong, blank]))
+        log(rates[-1].replace("\n", " "))
+
+    columns = [f"given {k + 1}" for k in range(GIVEN)] + list(PROMPTS.values())
+    labelled_grid(
+        settings.output, torch.cat(rows), list(tokens), columns, "Five given images, and the learned word", 1.0
+    )
+    title = f"The first images that fail, of {settings.count} with each word"
+    labelled_grid(settings.failures, torch.cat(failures), rates, [""] * BATCH, title, 0.9)
+    log(f"figures: {settings.output}, {settings.failures}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, __doc__)
