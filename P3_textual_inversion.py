@@ -68,16 +68,16 @@ class Settings:
     """A single ordinary word for the concept, such as dog or painting. The vectors start from its embedding."""
     kind: Kind = "object"
     """Selects the sentences to learn from."""
-    recipe: RecipeName = "auto"
-    """What the flags that are not given are set to. auto = v1 for Stable Diffusion v1 and hub names, small for narrower text encoders."""
     vectors: Annotated[int | None, default_hint(recipe_values("vectors"))] = None
     """Vectors of the token. More represent the images better and leave the prompt's other words less influence."""
     concepts: Path | None = None
-    """JSON list of objects with these five names, to learn several concepts in one run."""
+    """JSON list of objects with images, token, init, kind and vectors, to learn several concepts in one run."""
     output: Path = FOLDER
     """Folder for learned_NAME.safetensors, one per token; other files there stay."""
     run: Path | None = None
     """Run folder: checkpoint, TensorBoard, validation images, record.json. None = runs/p3_textual_inversion/TOKENS."""
+    recipe: RecipeName = "auto"
+    """What the flags that are not given are set to. auto = v1 for Stable Diffusion v1 and hub names, small for narrower text encoders."""
     steps: Annotated[int | None, default_hint(recipe_values("steps"))] = None
     """Optimizer steps in all; a run may continue with more."""
     batch: Annotated[int | None, default_hint(recipe_values("batch"))] = None
