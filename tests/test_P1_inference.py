@@ -305,11 +305,18 @@ def test_a_dry_run_times_the_batches_of_the_run_and_counts_4_kib_a_file(
 ) -> None:
     """On a CPU 100 images at once, fewer if there are fewer."""
     timed: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        DigitSampler, "expected_seconds", lambda sampler, count: timed.append((sampler.batch, count)) or 1.0
-    )
     needed: list[int] = []
-    monkeypatch.setattr("P1_inference.check_disk_space", lambda folder, size: needed.append(size) or 1)
+
+    def expected(sampler: DigitSampler, count: int) -> float:
+        timed.append((sampler.batch, count))
+        return 1.0
+
+    def free_space(folder: Path, size: int) -> int:
+        needed.append(size)
+        return 1
+
+    monkeypatch.setattr(DigitSampler, "expected_seconds", expected)
+    monkeypatch.setattr("P1_inference.check_disk_space", free_space)
     settings = Settings(output=tmp_path / "out", dry_run=True, device="cpu", **flags)
     main(settings)
     images = settings.count * len(settings.digits) * len(settings.domains)

@@ -25,9 +25,12 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
     (tmp_path / "face" / "noise").mkdir(parents=True)
     (tmp_path / "digits" / "svhn").mkdir(parents=True)
     drawn: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        DigitSampler, "expected_seconds", lambda sampler, count: drawn.append((sampler.batch, count)) or 270.0
-    )
+
+    def expected(sampler: DigitSampler, count: int) -> float:
+        drawn.append((sampler.batch, count))
+        return 270.0
+
+    monkeypatch.setattr(DigitSampler, "expected_seconds", expected)
     monkeypatch.setattr(doctor, "face_minutes", lambda _: 33.0)
     monkeypatch.setattr(doctor, "training_minutes", lambda machine, preset: {"cpu": 240.0}[preset])
     doctor.main(doctor.Settings(data=tmp_path, device="cpu"))
@@ -86,10 +89,19 @@ def test_a_training_step_is_measured_on_the_device_and_a_cpu_gets_16_images_at_m
 
 def test_a_face_network_is_measured_by_a_layer_of_128_channels_on_256x256(monkeypatch: pytest.MonkeyPatch) -> None:
     layers: list[Tensor] = []
-    monkeypatch.setattr(doctor, "seconds", lambda work, device: layers.append(work()) or 0.5)
     inputs: list[Any] = []
     convolve = F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *x, **more: inputs.append((x, more)) or convolve(*x, **more))
+
+    def timed(work: Any, device: Any) -> float:
+        layers.append(work())
+        return 0.5
+
+    def recorded(*x: Any, **more: Any) -> Tensor:
+        inputs.append((x, more))
+        return convolve(*x, **more)
+
+    monkeypatch.setattr(doctor, "seconds", timed)
+    monkeypatch.setattr(F, "conv2d", recorded)
     doctor.face_minutes(ELSEWHERE)
     ((x, kernel), more) = inputs[0]
     assert (tuple(x.shape), tuple(kernel.shape), more) == ((1, 128, 256, 256), (128, 128, 3, 3), {"padding": 1})

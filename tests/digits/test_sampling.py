@@ -130,7 +130,8 @@ def drawing(requests: Sequence[DigitRequest], right_at: Sequence[int], batch: in
 def first_try(sampler: Drawing, requests: Sequence[DigitRequest]) -> dict[int, Tensor]:
     """Return the images of all requests, {row: uint8}."""
     images = dict(enumerate(to_uint8(sampler.images(requests, ""))))
-    sampler.drawn.clear(), sampler.batches.clear()
+    sampler.drawn.clear()
+    sampler.batches.clear()
     return images
 
 
