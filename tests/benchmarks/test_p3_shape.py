@@ -29,7 +29,7 @@ def test_prompts_name_colours_that_stand_out() -> None:
     for prompt, colour, background in coloured_prompts("heart", 20, 0):
         assert fits(colour, background)
         assert f"{colour} heart on" in prompt
-        assert prompt.endswith(f" {background} background")
+        assert prompt.endswith(f" {background} background in the style of flat")
 
 
 def test_what_is_seen_between_two_words_is_counted_by_kind_and_fraction(
