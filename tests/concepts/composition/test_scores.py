@@ -162,7 +162,10 @@ def test_the_plan_names_each_region_in_its_upper_left_corner() -> None:
     font = ImageFont.load_default(size=16)
     for region, (x, y) in zip(PLAN.regions, ((3, 65), (131, 1)), strict=True):
         left, top, right, bottom = map(int, font.getbbox(region.token, stroke_width=1))
-        inside = slice(y + top - 1, y + bottom + 1), slice(x + left - 1, x + right + 1)  # boxes of fonts are wider than their ink
+        inside = (
+            slice(y + top - 1, y + bottom + 1),
+            slice(x + left - 1, x + right + 1),
+        )  # boxes of fonts are wider than their ink
         label = (shown != expected).any(0)[inside]
         assert all(label.any(axis)[end].any() for axis in (0, 1) for end in (slice(5), slice(-5, None)))
         assert {0, 255} <= set(shown[0][inside].flatten().tolist())
