@@ -679,7 +679,7 @@ def test_a_stopped_and_a_killed_run_go_on_to_the_same_bits(tmp_path: Path, model
 
     other = subprocess.run([sys.executable, *command(whole, "--lr", "1")], capture_output=True, text=True, timeout=900)
     assert other.returncode == 2
-    assert "was trained with lr 0.005, not 1.0" in other.stderr
+    assert "was trained with lr 0.01, not 1.0" in other.stderr
     assert "Traceback" not in other.stderr
 
 
