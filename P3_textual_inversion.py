@@ -126,7 +126,9 @@ def main(settings: Settings) -> None:
     """Learn the tokens and save their vectors; after a signal, leave only the checkpoint. Raises BadInput."""
     check(settings)
     output_folder(settings.output)
-    dims = check_model(settings.model)  # None for a hub name
+    dims = (
+        check_model(settings.model) if Path(settings.model).exists() else None
+    )  # a hub is asked once, when it is loaded
     name = recipe_name(settings.recipe, dims.text_width if dims else V1_WIDTH)
     concepts = concepts_of(settings, name)
     recipe = recipe_of(settings, name, concepts)

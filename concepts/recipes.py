@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from concepts.dataset import Kind
+from concepts.single_file import TEXT
 
 RecipeName = Literal["auto", "small", "v1"]
-V1_WIDTH = 768  # of Stable Diffusion v1's text encoder
+V1_WIDTH: int = TEXT["hidden_size"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,6 @@ def recipe_values(field: str) -> str:
         by_kind = {kind: getattr(recipe, field) for kind, recipe in recipes.items()}
         same = len(set(by_kind.values())) == 1
         values |= {name: by_kind["object"]} if same else {f"{name} {kind}": value for kind, value in by_kind.items()}
-    return (
-        ", ".join(f"{who} {value}" for who, value in values.items())
-        if len(set(values.values())) > 1
-        else str(values["v1"])
-    )
+    if len(set(values.values())) == 1:
+        return str(values["v1"])
+    return ", ".join(f"{who} {value}" for who, value in values.items())
