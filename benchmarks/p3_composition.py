@@ -38,7 +38,8 @@ from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
 from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
-from benchmarks.p3_strict import PartMeasure, StrictMeasure, open_autoencoder, shares_of
+from benchmarks.p3_shape import open_autoencoder
+from benchmarks.p3_strict import PartMeasure, StrictMeasure, shares_of
 from benchmarks.plain_p3 import save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.composition.layout import Layout, Region, make_layout
@@ -62,7 +63,7 @@ from runtime.seeds import derived_seed
 FOLDER = BENCH / "p3_composition"
 IMAGES = FOLDER / "pictures"  # of every concept
 BATCH = 10
-# and one vector: a style learned more closely suppresses objects
+# styles with one vector, too: one that is learned more closely suppresses objects
 LEARNING_STEPS: dict[Kind, int] = {"object": RECIPE["object"].steps, "style": 400}
 VARIANTS: dict[str, ConductorConfig] = {
     "all": ConductorConfig(),

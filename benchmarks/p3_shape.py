@@ -10,13 +10,13 @@ of that kind. Strict success asks for kind, colour, background and style by the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from miniature.diffusion_parts import PARTS, load_vae
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.captions import with_article
 from miniature.scenery.malformed import MALFORMED, drawn_as
-from miniature.scenery.render import as_tensor, render
+from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import (
     ALL_KINDS,
     BACKGROUNDS,
@@ -52,12 +52,11 @@ from runtime.images import labelled_grid, to_float
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
 RENDERS, MALFORMED_RENDERS, PROMPTS = range(3)  # domains of seeds
 SHOWN = 10  # images per kind on the sheet
 STYLE = "flat"
+CHUNK = 50  # images through the autoencoder at a time
+Through = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,28 +113,39 @@ def renders(kind: str, count: int, seed: int) -> Tensor:
         SceneSpec(kinds=(kind,), colours=(c,), background=b, style="flat") for c, b in random.choices(pairs, k=count)
     ]
     scenes = [sample_scene(derived_seed(seed, index), spec) for index, spec in enumerate(specs)]
-    return as_tensor(np.stack([render(scene) for scene in scenes]))
+    return render_scenes(scenes)
 
 
-def through_autoencoder(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode and decode [N,3,64,64] uint8; return the same on the CPU."""
-    return reconstruct(vae, to_float(images.to(vae.device))).cpu()
+def open_autoencoder(parts: Path, device: torch.device) -> Through:
+    """Return a function that passes [N,3,64,64] uint8 through the autoencoder and back, to the CPU."""
+    vae = to_training_device(load_vae(parts / "vae"), device)
+
+    def through(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([reconstruct(vae, to_float(x.to(device))).cpu() for x in images.split(CHUNK)]).clone()
+
+    return through
+
+
+def passing_fidelity(images: Tensor, kind: str) -> float:
+    """Return the least fidelity that passes, from renders [N,3,64,64] uint8 of a kind that the autoencoder has passed."""
+    return PASSING * float(shape_fidelity(images, [kind] * len(images)).mean())
 
 
 def calibrate(settings: Calibrate, record: Record) -> None:
     """Add a row per kind and group: mean fidelity and share that passes."""
-    vae = to_training_device(load_vae(settings.parts / "vae"), record.machine.device)
+    through = open_autoencoder(settings.parts, record.machine.device)
 
     rows: list[dict[str, Any]] = []
     for kind in HELD_OUT_KINDS:
         clean = renders(kind, settings.count, derived_seed(settings.seed, RENDERS))
-        groups = {"rendered": clean, "through the autoencoder": through_autoencoder(vae, clean)}
+        groups = {"rendered": clean, "through the autoencoder": through(clean)}
         for outline in MALFORMED[kind]:
             with drawn_as(kind, outline):
                 images = renders(kind, settings.count, derived_seed(settings.seed, MALFORMED_RENDERS))
-            groups[outline.__name__.replace("_", " ")] = through_autoencoder(vae, images)
+            groups[outline.__name__.replace("_", " ")] = through(images)
         others = [renders(other, 4, derived_seed(settings.seed, RENDERS)) for other in ALL_KINDS if other != kind]
-        groups["the other kinds"] = through_autoencoder(vae, torch.cat(others))
+        groups["the other kinds"] = through(torch.cat(others))
         fidelity = {name: shape_fidelity(images, [kind] * len(images)) for name, images in groups.items()}
         least = PASSING * float(fidelity["through the autoencoder"].mean())
         for name, values in fidelity.items():
@@ -168,7 +178,7 @@ def named(settings: Named, record: Record) -> None:
     device = record.machine.device
     set_up("fp32", record.machine)
     pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
-    vae = to_training_device(load_vae(settings.parts / "vae"), device)
+    through = open_autoencoder(settings.parts, device)
     sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
     shown: list[Tensor] = []
     results: dict[str, list[float]] = {}
@@ -178,8 +188,8 @@ def named(settings: Named, record: Record) -> None:
         )
         requests = [Request(prompt, derived_seed(settings.seed, PROMPTS, index, k)) for k, prompt in enumerate(prompts)]
         images = sampler.sample_images(requests)
-        decoded = through_autoencoder(vae, renders(kind, settings.count, derived_seed(settings.seed, RENDERS)))
-        least = PASSING * float(shape_fidelity(decoded, [kind] * settings.count).mean())
+        decoded = through(renders(kind, settings.count, derived_seed(settings.seed, RENDERS)))
+        least = passing_fidelity(decoded, kind)
         fidelity = shape_fidelity(images, [kind] * len(images))
         same = {"kind": [kind] * len(images), "style": [STYLE] * len(images)}
         agrees = classifier.agrees(images, **same, colour=colours, background=grounds).cpu()

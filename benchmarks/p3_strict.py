@@ -25,16 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, scene_of
-from benchmarks.p3_shape import renders, through_autoencoder
+from benchmarks.p3_shape import Through, open_autoencoder, passing_fidelity, renders
 from benchmarks.timing import BENCH
-from miniature.diffusion_parts import PARTS, load_vae
+from miniature.diffusion_parts import PARTS
 from miniature.judge_model import SceneClassifier, erase, load_scene_classifier
 from miniature.scenery.malformed import MALFORMED, drawn_as
+from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, GROUNDS, SIDE, Scene, Thing
 from miniature.silhouettes import PASSING, shape_fidelity
-from miniature.style_fidelity import StyleMeasure, blend, render_all, sample_scenes
+from miniature.style_fidelity import StyleMeasure, blend, sample_scenes
 from runtime.cli import check_positive, log, run_script
-from runtime.device import Device, detect, to_training_device
+from runtime.device import Device, detect
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
@@ -42,9 +43,7 @@ MARGIN = 5  # pixels of the ground around a box in which a silhouette is sought
 BUCKET = 8  # pixels; sizes that share a bar
 RENDERS = 400  # images of a case's scenes from which its bars come, at least
 STYLE_RENDERS = 150  # per style and ground
-CHUNK = 50  # images through the autoencoder at a time
 BARS, STYLE_IMAGES, CASE, GRADED = range(4)  # domains of seeds
-Through = Callable[[Tensor], Tensor]
 Key = tuple[str, int, str]  # kind, bucket of sizes, style
 
 
@@ -74,7 +73,7 @@ class StrictMeasure:
         styled = any("style" in case.whole for case in cases)
         self.styles = StyleMeasure(through, style_renders, objects=len(cases[0].kinds)) if styled else None
         repeated = list(cases) * math.ceil(renders / len(cases))
-        images = through(render_all([scene_of(case, derived_seed(BARS, k)) for k, case in enumerate(repeated)]))
+        images = through(render_scenes([scene_of(case, derived_seed(BARS, k)) for k, case in enumerate(repeated)]))
         values: dict[Key, list[float]] = defaultdict(list)
         for case, image in zip(repeated, images, strict=True):
             for key, value in zip(keys_of(case), box_fidelity(image, case), strict=True):
@@ -84,7 +83,7 @@ class StrictMeasure:
     def ceiling(self) -> dict[str, float]:
         """Return the shares of verdicts of fresh renders of the cases, through the autoencoder."""
         images = self.through(
-            render_all([scene_of(case, derived_seed(GRADED, k)) for k, case in enumerate(self.cases)])
+            render_scenes([scene_of(case, derived_seed(GRADED, k)) for k, case in enumerate(self.cases)])
         )
         return shares_of([self.verdict(case, image) for case, image in zip(self.cases, images.split(1), strict=True)])
 
@@ -125,7 +124,7 @@ class PartMeasure:
     def _bar(self, kind: str) -> float:
         if kind not in self.bars:
             images = self.through(renders(kind, self.renders, derived_seed(BARS)))
-            self.bars[kind] = PASSING * float(shape_fidelity(images, [kind] * len(images)).mean())
+            self.bars[kind] = passing_fidelity(images, kind)
         return self.bars[kind]
 
 
@@ -215,17 +214,6 @@ class Composition:
     record: Path = BENCH / "p3_strict_composition.json"
 
 
-def open_autoencoder(parts: Path, device: torch.device) -> Through:
-    """Return a function that passes [N,3,64,64] uint8 through the autoencoder and back."""
-    vae = to_training_device(load_vae(parts / "vae"), device)
-
-    def through(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return torch.cat([through_autoencoder(vae, chunk) for chunk in images.split(CHUNK)]).clone()
-
-    return through
-
-
 def calibrate_styles(settings: Styles, record: Record) -> None:
     """Add a row per style: the share of images that pass for it."""
     through = open_autoencoder(settings.parts, record.machine.device)
@@ -236,7 +224,7 @@ def calibrate_styles(settings: Styles, record: Record) -> None:
         for place, ground in enumerate(GROUNDS):
             seed = derived_seed(settings.seed, STYLE_IMAGES, index, place)
             scenes += sample_scenes(style, ground, settings.count, seed, settings.objects)
-        clean, flat = render_all(scenes), render_all([replace(scene, style="flat") for scene in scenes])
+        clean, flat = render_scenes(scenes), render_scenes([replace(scene, style="flat") for scene in scenes])
         centre = F.interpolate(clean[:, :, 10:54, 10:54].float(), size=SIDE, mode="bicubic", antialias=True)
         for name, images in {
             "its renders": clean,
@@ -284,7 +272,7 @@ def calibrate_composition(settings: Composition, record: Record) -> None:
 
 def rendered(case: LayoutCase, seed: int) -> Tensor:
     """Render [1,3,64,64] uint8 as the case requires."""
-    return render_all([scene_of(case, seed)])
+    return render_scenes([scene_of(case, seed)])
 
 
 def malformed(case: LayoutCase, seed: int) -> Tensor:
@@ -312,7 +300,7 @@ def leaking(case: LayoutCase, seed: int) -> Tensor | None:
     if not free:
         return None
     extra = Thing(case.kinds[0], scene.things[0].colour, Random(seed).choice(free))
-    return render_all([replace(scene, things=(*scene.things, extra))])
+    return render_scenes([replace(scene, things=(*scene.things, extra))])
 
 
 def half_styled(case: LayoutCase, seed: int) -> Tensor | None:
@@ -320,7 +308,7 @@ def half_styled(case: LayoutCase, seed: int) -> Tensor | None:
     scene = scene_of(case, seed)
     if scene.style == "flat":
         return None
-    return blend(render_all([replace(scene, style="flat")]), render_all([scene]), 0.5)
+    return blend(render_scenes([replace(scene, style="flat")]), render_scenes([scene]), 0.5)
 
 
 GROUPS: dict[str, Callable[[LayoutCase, int], Tensor | None]] = {

@@ -45,8 +45,8 @@ from benchmarks.p3_learning import (
     learn,
     write_images,
 )
-from benchmarks.p3_shape import STYLE
-from benchmarks.p3_strict import PartMeasure, open_autoencoder
+from benchmarks.p3_shape import STYLE, open_autoencoder
+from benchmarks.p3_strict import PartMeasure
 from benchmarks.plain_p3 import Plain, save_random_v1
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind, image_files

@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import repository_root  # noqa: F401  # isort: split
 import torch
 
 from benchmarks.p3_learning import MODEL, check_model
-from benchmarks.p3_shape import STYLE, coloured_prompts
-from benchmarks.p3_strict import PartMeasure, open_autoencoder
+from benchmarks.p3_shape import STYLE, coloured_prompts, open_autoencoder
+from benchmarks.p3_strict import PartMeasure
 from concepts.embeddings import find_vectors, install
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
@@ -26,7 +25,7 @@ from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.concepts import concept_scenes
-from miniature.scenery.render import as_tensor, render
+from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import HELD_OUT_KINDS
 from runtime.batches import in_batches
 from runtime.cli import BadInput, check_positive, log, run_script
@@ -88,11 +87,11 @@ def main(settings: Settings) -> None:
 
     rows, failures, rates = [], [], []
     for kind, token in tokens.items():
-        given = as_tensor(np.stack([render(scene) for scene in concept_scenes(kind, GIVEN, 0)]))
+        given = render_scenes(concept_scenes(kind, GIVEN, 0))
         rows.append(torch.cat([given, draw([text.format(token) for text in PROMPTS], 0)]))
 
-        asked = coloured_prompts(kind, settings.count, derived_seed(settings.seed, 1))
-        images = draw([text.replace(kind, token) for text, _, _ in asked], 1)
+        asked = coloured_prompts(token, settings.count, derived_seed(settings.seed, 1))
+        images = draw([text for text, _, _ in asked], 1)
         answers = [
             {"kind": kind, "colour": colour, "background": ground, "style": STYLE} for _, colour, ground in asked
         ]

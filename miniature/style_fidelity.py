@@ -15,12 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniature.scenery.render import as_tensor, render
+from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import ALL_STYLES, GROUNDS, Scene, SceneSpec, sample_scene
 from miniature.silhouettes import background_plane, segment
 from runtime.seeds import derived_seed
@@ -38,11 +37,6 @@ def sample_scenes(style: str, ground: str, count: int, seed: int, objects: int =
     """Draw scenes of this style on this ground."""
     spec = SceneSpec(count=objects, style=style, ground=ground, pairs="any")
     return [sample_scene(derived_seed(seed, index), spec) for index in range(count)]
-
-
-def render_all(scenes: Sequence[Scene]) -> Tensor:
-    """Render [N,3,64,64] uint8."""
-    return as_tensor(np.stack([render(scene) for scene in scenes]))
 
 
 def blend(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -147,7 +141,7 @@ class StyleMeasure:
         for index, style in enumerate(ALL_STYLES):
             seeds = [derived_seed(seed, index, ground) for ground in range(len(GROUNDS))]
             scenes = [sample_scenes(style, g, count, s, objects) for g, s in zip(GROUNDS, seeds, strict=True)]
-            features[style] = torch.stack([describe(through(render_all(each))) for each in scenes])
+            features[style] = torch.stack([describe(through(render_scenes(each))) for each in scenes])
         means = {style: each[:, :used].mean(1) for style, each in features.items()}
         offsets = {style: (each[:, :used] - means[style][:, None]).flatten(0, 1) for style, each in features.items()}
         pooled = torch.cat(list(offsets.values())).T.cov()

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import repository_root  # noqa: F401  # isort: split
 import tyro
 
 from miniature.scenery.concepts import write_concept_pictures, write_images
-from miniature.scenery.render import as_tensor, render
+from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import (
     ALL_KINDS,
     ALL_STYLES,
@@ -112,7 +111,7 @@ def render_sheet(command: RenderSheet) -> None:
     check_writable_file(command.output, "--output", [".png"])
     cells = [SceneSpec(kinds=(kind,), style=style) for style in ALL_STYLES for kind in ALL_KINDS]
     scenes = [sample_scene(derived_seed(command.seed, index), spec) for index, spec in enumerate(cells)]
-    images = as_tensor(np.stack([render(scene) for scene in scenes]))
+    images = render_scenes(scenes)
     labelled_grid(command.output, images, ALL_STYLES, ALL_KINDS, "The miniature world", inch=0.75)
     log(f"sheet: {command.output}")
 

@@ -81,6 +81,11 @@ def world_fingerprint(spec: SceneSpec) -> str:
     return digest.hexdigest()
 
 
+def render_scenes(scenes: Sequence[Scene]) -> Tensor:
+    """Render [N,3,64,64] uint8, an image per scene."""
+    return as_tensor(np.stack([render(scene) for scene in scenes]))
+
+
 def as_tensor(images: Images) -> Tensor:
     """Return [N,64,64,3] as a tensor [N,3,64,64] uint8."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
