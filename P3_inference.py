@@ -84,7 +84,7 @@ class Settings:
     embeddings: tuple[Path, ...] = ()
     """Files and folders with learned tokens, searched before checkpoints/p3."""
     sampler: Solver = "dpm"
-    """dpm = DPM-Solver++ (2M), ddim = DDIM at eta 0."""
+    """dpm = DPM-Solver++ (2M). sde = its stochastic form, which mends errors of small models. ddim = DDIM at eta 0."""
     steps: int = 25
     """Sampling steps."""
     guidance: float = 7.5

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, SAMPLER, check_model, learn, write_images
 from benchmarks.p3_shape import open_autoencoder
 from benchmarks.p3_strict import PartMeasure, StrictMeasure, shares_of
 from benchmarks.plain_p3 import save_random_v1
@@ -48,7 +48,7 @@ from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level
 from concepts.dataset import ConceptSet, Kind
 from concepts.embeddings import Vectors, file_of, find_vectors, install
 from concepts.inversion import weights_fingerprint
-from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS
@@ -114,6 +114,7 @@ class Settings:
     config: ConductorConfig = ConductorConfig()
     learn: int = 0
     """Steps of textual inversion. 0 = 200 for the objects, 400 for the styles."""
+    solver: Solver = SAMPLER.solver
     steps: int = 25
     """Sampling steps."""
     guidance: float = 7.0
@@ -179,7 +180,7 @@ def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler
         pipe = load_pipeline(model, machine.device, torch.bfloat16 if half else torch.float32)
     install(pipe, vectors)
     pipe.unet.to(memory_format=torch.channels_last)
-    return StableDiffusionSampler(pipe, SamplerConfig("dpm", settings.steps, Guidance(settings.guidance)))
+    return StableDiffusionSampler(pipe, SamplerConfig(settings.solver, settings.steps, Guidance(settings.guidance)))
 
 
 def learned_vectors(settings: Settings, model: str) -> Vectors:

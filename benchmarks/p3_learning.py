@@ -12,6 +12,8 @@ from typing import Any
 
 from concepts.dataset import ConceptSet, Kind
 from concepts.recipes import RECIPES
+from concepts.sampling import SamplerConfig
+from diffusion.guidance import Guidance
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
 from runtime.cli import BadInput
@@ -21,6 +23,7 @@ MODEL = "runs/miniature/stable_diffusion"
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 INITIAL: dict[Kind, str] = {"object": "object", "style": "unusual"}  # what the miniature's captions call them
 RECIPE = RECIPES["small"]
+SAMPLER = SamplerConfig("sde", 25, Guidance(3.0))  # by p3_shape.py named, which compares samplers
 
 
 def check_model(model: str) -> None:

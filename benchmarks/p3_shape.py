@@ -21,11 +21,11 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.p3_learning import MODEL
+from benchmarks.p3_learning import MODEL, SAMPLER
 from benchmarks.timing import BENCH
 from concepts.embeddings import find_vectors, install
 from concepts.jobs import between_tokens, between_vectors
-from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS, load_vae
@@ -81,6 +81,10 @@ class Named:
     """Folder that holds vae/, for the fidelity that a kind can have."""
     count: int = 20
     """Images per kind."""
+    solver: Solver = SAMPLER.solver
+    steps: int = SAMPLER.steps
+    """Sampling steps."""
+    guidance: float = SAMPLER.guidance.scale
     seed: int = 0
     device: Device = "auto"
     sheet: Path = BENCH / "p3_shape_named.png"
@@ -179,7 +183,8 @@ def named(settings: Named, record: Record) -> None:
     set_up("fp32", record.machine)
     pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
     through = open_autoencoder(settings.parts, device)
-    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+    config = SamplerConfig(settings.solver, settings.steps, Guidance(settings.guidance))
+    sampler = StableDiffusionSampler(pipe, config)
     shown: list[Tensor] = []
     results: dict[str, list[float]] = {}
     for index, kind in enumerate(KINDS):
@@ -218,7 +223,7 @@ def between(settings: Between, record: Record) -> None:
     set_up("fp32", record.machine)
     pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
     install(pipe, vectors)
-    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+    sampler = StableDiffusionSampler(pipe, SAMPLER)
 
     fractions = [f"{step / (steps - 1):.2f}" for step in range(steps)]
     shown: list[Tensor] = []

@@ -40,6 +40,7 @@ from benchmarks.p3_learning import (
     MODEL,
     NAMES,
     RECIPE,
+    SAMPLER,
     check_model,
     kind_of,
     learn,
@@ -52,9 +53,8 @@ from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind, image_files
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
-from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.sampling import Request, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.captions import STYLE_TRAITS, TRAITS, with_article
@@ -71,7 +71,6 @@ from training.schedule import LearningRate
 CONCEPTS = NAMES["object"] + NAMES["style"]
 TOKEN = "<new>"
 LR = 5e-3  # of both methods in `speed`: the default of P3_textual_inversion.py
-SAMPLER = SamplerConfig("dpm", 25, Guidance(5.0))
 SAMPLES = 20  # images at once
 SHOWN = 10  # images of a question on the sheet
 COPY = 20  # dB; an image nearer to a given one is a copy
@@ -460,8 +459,19 @@ def grade(settings: Graded, vectors: str, seed: int) -> list[dict[str, Any]]:
     folder = settings.folder
     images, grades = folder / "images" / f"{vectors}-{seed}", folder / "grades" / f"{vectors}-{seed}"
     common = ["--input", folder / "input.json", "--device", settings.device]
-    sample = ["P3_inference.py", "--model", settings.model, "--embeddings", folder / vectors, "--guidance", 5]
-    sample += ["--output", images, "--seed", seed, "--record", grades / "inference.json"]
+    sample = ["P3_inference.py", "--model", settings.model, "--embeddings", folder / vectors]
+    sample += [
+        "--sampler",
+        SAMPLER.solver,
+        "--guidance",
+        SAMPLER.guidance.scale,
+        "--output",
+        images,
+        "--seed",
+        seed,
+        "--record",
+        grades / "inference.json",
+    ]
     score = ["P3_evaluate.py", "--images", images, "--references", folder / "references"]
     score += ["--clip", settings.clip, "--output", grades]
     for script, *flags in (sample, score):

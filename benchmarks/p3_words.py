@@ -15,13 +15,12 @@ from pathlib import Path
 import repository_root  # noqa: F401  # isort: split
 import torch
 
-from benchmarks.p3_learning import MODEL, check_model
+from benchmarks.p3_learning import MODEL, SAMPLER, check_model
 from benchmarks.p3_shape import STYLE, coloured_prompts, open_autoencoder
 from benchmarks.p3_strict import PartMeasure
 from concepts.embeddings import find_vectors, install
-from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
+from concepts.sampling import Request, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.concepts import concept_scenes
@@ -77,7 +76,7 @@ def main(settings: Settings) -> None:
     set_up("fp32", machine)
     pipe = load_pipeline(settings.model, machine.device, torch.float32)
     install(pipe, vectors)
-    sampler = StableDiffusionSampler(pipe, SamplerConfig("dpm", 25, Guidance(5.0)))
+    sampler = StableDiffusionSampler(pipe, SAMPLER)
     measure = PartMeasure(load_scene_classifier(machine.device), open_autoencoder(settings.parts, machine.device))
 
     def draw(prompts: list[str], domain: int) -> torch.Tensor:

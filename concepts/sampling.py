@@ -14,7 +14,7 @@ from concepts.embeddings import encode
 from concepts.stable_diffusion import ModelDims
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
-from diffusion.samplers import ALL, Nudge, ddim, dpm_solver, unchanged
+from diffusion.samplers import ALL, Generators, Nudge, ddim, dpm_solver, unchanged
 from diffusion.schedule import Schedule
 from diffusion.step_rules import Steps, step_rule
 from runtime.batches import even_batch, in_batches
@@ -25,7 +25,7 @@ from runtime.images import to_uint8
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-Solver = Literal["dpm", "ddim"]
+Solver = Literal["dpm", "sde", "ddim"]
 LATENT, IMAGE = 10_000, 500_000  # values in one, above which the autoencoder takes one at a time
 CPU_BATCH, GPU_BATCH = 8, 64  # images at once; a GPU's is halved until it fits
 
@@ -42,7 +42,7 @@ class Request:
 class SamplerConfig:
     """How images are sampled.
 
-    ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k; dpm is DPM-Solver++ (2M).
+    ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k; dpm is DPM-Solver++ (2M), and sde its stochastic form.
     """
 
     solver: Solver = "dpm"
@@ -88,7 +88,7 @@ class StableDiffusionSampler:
     @property
     def grid(self) -> Steps:
         """The solver's timesteps, from noise to image."""
-        rule: Literal["trailing", "homework"] = "trailing" if self.config.solver == "dpm" else "homework"
+        rule: Literal["trailing", "homework"] = "homework" if self.config.solver == "ddim" else "trailing"
         return replace(step_rule(rule, len(self.schedule), self.config.steps), clamp=False)
 
     def step_of(self, t: int) -> int:
@@ -118,17 +118,25 @@ class StableDiffusionSampler:
         both = torch.cat([cond, self.text([self.config.negative]).expand_as(cond)])
         return guided(self.network, cond, both, self.config.guidance, len(self.schedule))
 
-    def solve(self, denoise: Denoise, x: Tensor, nudge: Nudge = unchanged, span: slice = ALL) -> Tensor:
-        """Return the latents that the solver reaches from x [N,4,h,w], over all its steps or those of `span`."""
-        if self.config.solver == "dpm":
-            return dpm_solver(denoise, x, self.schedule, self.config.steps, clamp=False, nudge=nudge, span=span)
-        return ddim(denoise, x, self.schedule, replace(self.grid, pairs=self.grid.pairs[span]), nudge=nudge)
+    def solve(
+        self, denoise: Denoise, x: Tensor, noise: Generators, nudge: Nudge = unchanged, span: slice = ALL
+    ) -> Tensor:
+        """Return the latents that the solver reaches from x [N,4,h,w], over all its steps or those of `span`.
+
+        `noise` has a generator per image, for the noise that sde adds at each step.
+        """
+        if self.config.solver == "ddim":
+            return ddim(denoise, x, self.schedule, replace(self.grid, pairs=self.grid.pairs[span]), nudge=nudge)
+        noise = noise if self.config.solver == "sde" else ()
+        steps = self.config.steps
+        return dpm_solver(denoise, x, self.schedule, steps, clamp=False, nudge=nudge, span=span, generators=noise)
 
     @torch.inference_mode()
     def latents(self, requests: Sequence[Request]) -> Tensor:
         """Return the sampled latents [N,4,h,w] float32."""
-        x = draw(generators([request.seed for request in requests]), self.shape, self.device)
-        return self.solve(self.denoiser([request.prompt for request in requests]), x)
+        noise = generators([request.seed for request in requests])
+        x = draw(noise, self.shape, self.device)
+        return self.solve(self.denoiser([request.prompt for request in requests]), x, noise)
 
     def sample_images(self, requests: Sequence[Request]) -> Tensor:
         """Return the images [N,3,H,W] uint8 on the CPU."""

@@ -104,9 +104,11 @@ def dpm_solver(
     clamp: bool = True,
     nudge: Nudge = unchanged,
     span: slice = ALL,
+    generators: Generators = (),
 ) -> Tensor:
-    """Sample by DPM-Solver++ (2M) in few deterministic steps (Lu et al. 2022), on diffusers' trailing grid.
+    """Sample by DPM-Solver++ (2M) in few steps (Lu et al. 2022), on diffusers' trailing grid: deterministic without generators.
 
+    With generators it solves the reverse SDE (section 3.4 there): each step adds noise, so later steps can mend errors of earlier ones.
     The result is clamped to [-1, 1] unless `clamp` is off (latents). `span` runs only these steps, the first of them at first order.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
@@ -120,11 +122,13 @@ def dpm_solver(
         timestep_spacing="trailing",
         final_sigmas_type="zero",
         solver_order=2,
+        algorithm_type="sde-dpmsolver++" if generators else "dpmsolver++",
     )
     solver.set_timesteps(steps)
     timesteps = solver.timesteps.tolist()  # on the CPU: no device sync
     for t, t_prev in list(zip(timesteps, [*timesteps[1:], 0], strict=True))[span]:
         x = nudge(x, t)
-        x = solver.step(denoise(x, t), t, x, return_dict=False)[0]
+        noise = draw(generators, x.shape[1:], x.device) if generators else None
+        x = solver.step(denoise(x, t), t, x, variance_noise=noise, return_dict=False)[0]
         callback(t_prev, x)
     return x.clamp(-1, 1) if clamp else x

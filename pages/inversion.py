@@ -68,7 +68,8 @@ class Personalization:
     """Prompts with several tokens; the last one gets the layout, with `layout_words` for its tokens."""
     layout_words: tuple[str, ...]
     learn_flags: tuple[str, ...]
-    guidance: str
+    sampling: tuple[str, ...]
+    """Flags of P3_inference.py."""
     files: tuple[Path, ...] = ()
     """Files whose change runs every step again."""
     setup: tuple[Step, ...] = ()
@@ -89,7 +90,7 @@ def sections(inputs: Inputs) -> list[Section]:
 
     def sample(step: str, embeddings: Path, *flags: str | Path) -> Command:
         place = ("--output", inputs.steps / step / "images", "--record", inputs.steps / step / "record.json")
-        model = ("--model", case.model, "--embeddings", embeddings, "--guidance", case.guidance)
+        model = ("--model", case.model, "--embeddings", embeddings, *case.sampling)
         return ("P3_inference.py", *flags, *model, *place, *device)
 
     def learn(folder: Path, run: Path, *flags: str) -> Command:
@@ -214,7 +215,7 @@ def course_concepts(inputs: Inputs) -> Personalization:
         prompts=(f"a photo of a {first}{styled}", bench, together),
         layout_words=tuple(dict.fromkeys((objects[0]["init"], objects[-1]["init"]))),
         learn_flags=("--steps", "500", "--validate-every", "125"),
-        guidance="7.5",
+        sampling=("--guidance", "7.5"),
         files=(folder, Path(model)),
     )
 
@@ -263,7 +264,7 @@ def miniature_concepts(inputs: Inputs) -> Personalization:
         ),
         layout_words=("object", "object"),
         learn_flags=("--steps", "400", "--batch", "8", "--validate-every", "100"),
-        guidance="5",
+        sampling=("--sampler", "sde", "--guidance", "3"),
         setup=(
             Step("miniature_concepts", "P3: rendering images of the concepts", render),
             Step("miniature_model", "P3: assembling the miniature's parts", assemble, (CLIP, DIFFUSION)),

@@ -119,8 +119,9 @@ def test_a_file_that_does_not_belong_is_named_and_kept(folder: Path, model: str)
     assert files_in(folder / "out") == ["0/0/mine.png"]
 
 
-def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str) -> None:
-    sampler = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig("dpm", 3, Guidance(3.0)))
+@pytest.mark.parametrize("solver", ["dpm", "sde"])
+def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str, solver: Any) -> None:
+    sampler = StableDiffusionSampler(load_pipeline(model, CPU, torch.float32), SamplerConfig(solver, 3, Guidance(3.0)))
     requests = [Request(f"a {colour} star", seed) for seed, colour in enumerate(("red", "blue", "green"))]
     together = sampler.sample_images(requests).int()
     for request, image in zip(requests, together, strict=True):
@@ -131,18 +132,22 @@ def test_a_picture_is_the_same_in_any_batch_and_company(folder: Path, model: str
 # ---------------------------------------------------------------- solvers
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm", "sde"])
 def test_latents_are_those_of_diffusers(model: str, solver: Any) -> None:
-    """The pipeline's own call, on the same noise."""
+    """The pipeline's own call, on the same noise and with the same generator for the noise of the steps."""
     pipe = load_pipeline(model, CPU, torch.float32)
     ours = StableDiffusionSampler(pipe, SamplerConfig(solver, 5, Guidance(3.0))).latents([Request("a red star", 4)])
     if solver == "ddim":
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
     else:
-        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        form = {"dpm": "dpmsolver++", "sde": "sde-dpmsolver++"}[solver]
+        scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", algorithm_type=form
+        )
     pipe.scheduler = scheduler
-    noise = draw(generators([4]), (4, 16, 16), CPU)
-    theirs = pipe("a red star", latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
+    stream = generators([4])
+    start = {"latents": draw(stream, (4, 16, 16), CPU), "generator": stream}
+    theirs = pipe("a red star", **start, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -110,8 +110,8 @@ def compose(
         return sampler.sample_images([Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
 
     if level == "regional":
-        latents = sampler.solve(MultipathDenoiser.of(sampler, layouts), first_noise(sampler, requests))
-        return sampler.decode(latents)
+        denoise, noise = MultipathDenoiser.of(sampler, layouts), first_noise(sampler, requests)
+        return sampler.decode(sampler.solve(denoise, noise, step_generators(requests)))
 
     sampler.text(prompts_by_region(layouts))  # one call of the text encoder for all stages
     start = collage_step(layouts, sampler.config.steps, config)
@@ -120,7 +120,7 @@ def compose(
         x = collage(sampler, requests, config, x, x0, start)
     else:
         x = sketched_noise(sampler, requests, config, soft_masks_of(sampler, layouts))
-    return sampler.decode(conduct(sampler, layouts, config, x, start))
+    return sampler.decode(conduct(sampler, requests, config, x, start))
 
 
 def collage_step(layouts: Sequence[Layout], steps: int, config: ConductorConfig) -> int:
@@ -142,7 +142,8 @@ def base(
     keep_inside = soft_masks_of(sampler, [request.layout.only(things=True) for request in requests])
     scenes = [request.layout.only(things=False) for request in requests]
     denoise = stage_denoiser(sampler, scenes, config, range(stop), keep_inside)
-    x = sampler.solve(denoise, sketched_noise(sampler, requests, config, keep_inside), span=slice(stop))
+    noise = sketched_noise(sampler, requests, config, keep_inside)
+    x = sampler.solve(denoise, noise, step_generators(requests), span=slice(stop))
     t = sampler.grid.pairs[stop][0]
     x0, _ = sampler.schedule.x0_and_eps(denoise(x, t), x, t)
     return x, x0
@@ -184,22 +185,24 @@ def sample_alone(
     sampler = replace(sampler, config=replace(sampler.config, steps=steps))
     prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     middle = soft_masks_of(sampler, [Layout(prompt, (Region("", prompt, MIDDLE),)) for prompt in prompts])
-    noise = draw(generators(seeds), sampler.shape, sampler.device)
-    x = with_sketch(noise, sampler, middle, seeds, background_latent, config.sketch)
+    noise = generators(seeds)
+    x = draw(noise, sampler.shape, sampler.device)
+    x = with_sketch(x, sampler, middle, seeds, background_latent, config.sketch)
     scenes = [Layout(prompt, ()) for prompt in prompts]
     denoise = stage_denoiser(sampler, scenes, config, range(steps), middle, background_latent)
-    return sampler.decode(sampler.solve(denoise, x)) / 127.5 - 1
+    return sampler.decode(sampler.solve(denoise, x, noise)) / 127.5 - 1
 
 
 def conduct(
-    sampler: StableDiffusionSampler, layouts: Sequence[Layout], config: ConductorConfig, x: Tensor, start: int
+    sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest], config: ConductorConfig, x: Tensor, start: int
 ) -> Tensor:
     """Return the latents [B,4,h,w] that all branches reach together from x at step `start`."""
+    layouts = [request.layout for request in requests]
     steps = range(start, sampler.config.steps)
     denoise = stage_denoiser(sampler, layouts, config, steps, soft_masks_of(sampler, layouts))
     align_steps = range(round(config.ALIGN * sampler.config.steps) if start == 0 else 0)
     nudge = align_to_references(sampler, layouts, config.align, align_steps)
-    return sampler.solve(denoise, x, nudge, slice(start, None))
+    return sampler.solve(denoise, x, step_generators(requests, start), nudge, slice(start, None))
 
 
 # ---------------------------------------------------------------- what the stages share
@@ -208,6 +211,11 @@ def conduct(
 def first_noise(sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest]) -> Tensor:
     """Draw the noise [B,4,h,w] of these seeds: the same in every stage."""
     return draw(generators([request.seed for request in requests]), sampler.shape, sampler.device)
+
+
+def step_generators(requests: Sequence[LayoutRequest], start: int = 0) -> list[torch.Generator]:
+    """Return the generators of the noise that a stochastic solver adds from step `start` on, apart from the first noise's."""
+    return generators([derived_seed(request.seed, start) for request in requests])
 
 
 def sketched_noise(

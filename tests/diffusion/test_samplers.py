@@ -121,8 +121,10 @@ def test_ddpm_equals_diffusers(prediction: Prediction) -> None:
     torch.testing.assert_close(images, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("streams", [None, [1, 2]])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_dpm_solver_equals_diffusers_driven_by_hand(prediction: Prediction) -> None:
+def test_dpm_solver_equals_diffusers_driven_by_hand(prediction: Prediction, streams: list[int] | None) -> None:
+    """With streams of noise the stochastic form, without them the deterministic one."""
     reference: Any = DPMSolverMultistepScheduler(
         1000,
         1e-4,
@@ -130,12 +132,14 @@ def test_dpm_solver_equals_diffusers_driven_by_hand(prediction: Prediction) -> N
         prediction_type=PREDICTIONS[prediction],
         timestep_spacing="trailing",
         final_sigmas_type="zero",
+        algorithm_type="sde-dpmsolver++" if streams else "dpmsolver++",
     )
     reference.set_timesteps(8)
     x = start = gaussian(3).float()
+    theirs = generators(streams or [])
     for t in reference.timesteps:
-        x = reference.step(smooth(x, int(t)), t, x).prev_sample
-    images = dpm_solver(smooth, start, linear(1000, prediction=prediction), 8)
+        x = reference.step(smooth(x, int(t)), t, x, generator=theirs or None).prev_sample
+    images = dpm_solver(smooth, start, linear(1000, prediction=prediction), 8, generators=generators(streams or []))
     torch.testing.assert_close(images, x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 

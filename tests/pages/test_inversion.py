@@ -124,7 +124,7 @@ def test_ordinary_words_are_drawn_and_graded_by_themselves_and_learned_tokens_by
     assert flag(learn, "--output") == str(tmp_path / "miniature_words" / "vectors")
     assert (flag(learn, "--steps"), flag(learn, "--batch")) == ("400", "8")
     assert not {"--recipe", "--lr"} & set(map(str, learn))  # the script's own recipe
-    assert (flag(draw, "--guidance"), flag(learned, "--guidance")) == ("5", "5")
+    assert [(flag(x, "--sampler"), flag(x, "--guidance")) for x in (draw, learned)] == [("sde", "3")] * 2
 
 
 def test_each_concepts_images_and_progress_stand_under_its_token(tmp_path: Path) -> None:

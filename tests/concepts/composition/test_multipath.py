@@ -42,6 +42,7 @@ from concepts.embeddings import install
 from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
+from diffusion.noise import generators
 from diffusion.schedule import Schedule
 from runtime.seeds import derived_seed
 
@@ -359,7 +360,7 @@ def test_no_image_is_aligned_where_a_layout_has_no_reference(sampler: StableDiff
     assert torch.equal(align_to_references(sampler, plans, 10.0, range(3))(x, times(sampler)[0]), x)
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("dpm", 7), ("ddim", 7), ("dpm", 48)])
+@pytest.mark.parametrize(("solver", "steps"), [("dpm", 7), ("sde", 7), ("ddim", 7), ("dpm", 48)])
 def test_every_timestep_of_the_solver_has_its_step(sampler: StableDiffusionSampler, solver: Any, steps: int) -> None:
     other, called = configured(sampler, solver=solver, steps=steps), []
 
@@ -367,7 +368,7 @@ def test_every_timestep_of_the_solver_has_its_step(sampler: StableDiffusionSampl
         called.append(other.step_of(t))
         return x
 
-    other.solve(denoise, torch.randn(1, 4, 16, 16))
+    other.solve(denoise, torch.randn(1, 4, 16, 16), generators([0]))
     assert called == list(range(steps))
 
 
@@ -384,7 +385,7 @@ def test_an_inverted_image_comes_back(sampler: StableDiffusionSampler, monkeypat
     noise = invert_references(fine, x0, no_text)[0]
     assert abs(noise.std() - 1) < 0.1
     assert abs(noise.mean()) < 0.2
-    back = fine.solve(lambda x, t: exact(x, t, no_text), noise)
+    back = fine.solve(lambda x, t: exact(x, t, no_text), noise, ())
     assert (back - x0).abs().max() < 0.05
 
 
@@ -522,7 +523,7 @@ def test_a_span_of_the_solver_is_that_part_of_all_its_steps(sampler: StableDiffu
             called.append(t)
             return x.tanh()
 
-        result = other.solve(denoise, x, lambda x, t: x + t / 1000, span)
+        result = other.solve(denoise, x, (), lambda x, t: x + t / 1000, span)
         assert called == scheduler.timesteps[span].tolist()
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 

@@ -37,6 +37,7 @@ from concepts.embeddings import encode, install
 from concepts.sampling import SamplerConfig, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
+from diffusion.noise import draw, generators
 from runtime.seeds import derived_seed
 
 CPU = torch.device("cpu")
@@ -88,11 +89,12 @@ class ByHand:
         return self.sampler.config.steps
 
     def scheduler(self, steps: int) -> Any:
-        config, dpm = self.sampler.pipe.scheduler.config, self.sampler.config.solver == "dpm"
+        config, solver = self.sampler.pipe.scheduler.config, self.sampler.config.solver
+        form = "sde-dpmsolver++" if solver == "sde" else "dpmsolver++"
         scheduler: Any = (
-            DPMSolverMultistepScheduler.from_config(config, timestep_spacing="trailing")
-            if dpm
-            else DDIMScheduler.from_config(config, timestep_spacing="leading", clip_sample=False)
+            DDIMScheduler.from_config(config, timestep_spacing="leading", clip_sample=False)
+            if solver == "ddim"
+            else DPMSolverMultistepScheduler.from_config(config, timestep_spacing="trailing", algorithm_type=form)
         )
         scheduler.set_timesteps(steps)
         return scheduler
@@ -153,13 +155,13 @@ class ByHand:
                 return MultipathDenoiser.of(self.sampler, [styles], config)(x, t)
             return self.guided(x, t, plan.prompt)
 
-        x = self.first(plan, seed, masks, config.sketch)
+        x, stream = self.first(plan, seed, masks, config.sketch), generators([derived_seed(seed, 0)])
         times = scheduler.timesteps.tolist()
         for step, t in enumerate(times[:start]):
             eps = predict(x, t)
             if step < round(config.background_steps * self.steps):
                 eps = contain(x, eps, t, self.sampler.schedule, masks)
-            x = scheduler.step(eps, t, x).prev_sample
+            x = scheduler.step(eps, t, x, generator=stream).prev_sample
         t, eps = times[start], predict(x, times[start])
         if start < round(config.background_steps * self.steps):
             eps = contain(x, eps, t, self.sampler.schedule, masks)
@@ -170,12 +172,14 @@ class ByHand:
         steps = min(10, self.steps)
         scheduler, middle = self.scheduler(steps), box_mask((7 / 32, 7 / 32, 25 / 32, 25 / 32))
         masks = F.interpolate(middle[None, None], (16, 16), mode="area")
-        x = with_sketch(self.noise(seed), self.sampler, masks, [seed], background, config.sketch)
+        stream = generators([seed])
+        noise = draw(stream, SHAPE, CPU)
+        x = with_sketch(noise, self.sampler, masks, [seed], background, config.sketch)
         for step, t in enumerate(scheduler.timesteps.tolist()):
             eps = self.guided(x, t, prompt)
             if step < round(config.background_steps * steps):
                 eps = contain(x, eps, t, self.sampler.schedule, masks, background)
-            x = scheduler.step(eps, t, x).prev_sample
+            x = scheduler.step(eps, t, x, generator=stream).prev_sample
         return self.images(x)
 
     def collage(self, plan: Layout, seed: int, config: ConductorConfig, start: int) -> Tensor:
@@ -199,7 +203,7 @@ class ByHand:
         masks, scheduler = plan.soft_masks(16, 16)[:, None], self.scheduler(self.steps)
         led = plan.reference is not None and config.align > 0
         x = self.collage(plan, seed, config, start) if start else self.first(plan, seed, masks, config.sketch)
-        stage = self.steps - start
+        stage, stream = self.steps - start, generators([derived_seed(seed, start)])
         refined = range(start + round(0.25 * stage), start + round(0.4 * stage)) if config.refine else range(0)
         denoise = MultipathDenoiser.of(self.sampler, [plan], config, refined)
         for step, t in list(enumerate(scheduler.timesteps.tolist()))[start:]:
@@ -208,7 +212,7 @@ class ByHand:
             eps = denoise(x, t)
             if step < round(config.background_steps * self.steps):
                 eps = contain(x, eps, t, self.sampler.schedule, masks)
-            x = scheduler.step(eps, t, x).prev_sample
+            x = scheduler.step(eps, t, x, generator=stream).prev_sample
         return x
 
     def aligned(self, x: Tensor, t: int, plan: Layout, weight: float) -> Tensor:
@@ -254,6 +258,8 @@ CONDUCTED: dict[
 ] = {  # .., the sampler, the step of the collage
     "default": (THINGS, DEFAULT, {}, 3),
     "ddim": (THINGS, DEFAULT, {"solver": "ddim"}, 3),
+    "stochastic": (THINGS, DEFAULT, {"solver": "sde"}, 3),
+    "stochastic without a collage": (THINGS, replace(DEFAULT, collage=0), {"solver": "sde"}, 0),
     "more steps than things alone take": (THINGS, DEFAULT, {"steps": 12}, 7),
     "without guidance": (THINGS, DEFAULT, {"guidance": Guidance(1.0)}, 3),
     "interval and rescale": (THINGS, DEFAULT, {"guidance": Guidance(4.0, (0.2, 0.7), 0.6)}, 3),
