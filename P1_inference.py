@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from diffusion.step_rules import Rule, step_rule
+from diffusion.step_rules import OneStateRule, step_rule
 from digits.classifier import shipped_classifiers
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
@@ -65,7 +65,7 @@ class Settings:
     """0..1, pulls the guided contrast back to the unguided one's."""
     eta: Annotated[float | None, shipped_default("eta")] = None
     """Randomness of ddim: 0 = none, 1 = as much as ddpm."""
-    rule: Annotated[Rule | None, shipped_default("rule")] = None
+    rule: Annotated[OneStateRule | None, shipped_default("rule")] = None
     """Step rule of ddim."""
     retries: int = 3
     """An image that the shipped classifier misreads is redrawn from another seed, at most so many times. 0 = off."""

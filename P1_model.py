@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
 from diffusion.schedule import Prediction, Schedule, make_schedule
-from diffusion.step_rules import Rule
+from diffusion.step_rules import OneStateRule
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import load_safetensors, load_tensors, safetensors_metadata, save_safetensors
@@ -277,7 +277,7 @@ class DigitSamplerConfig:
     interval: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)  # of t/T in which guidance is applied
     rescale: FiniteFloat = 0.0  # guidance rescale
     eta: FiniteFloat = 0.0
-    rule: Rule = "trailing"
+    rule: OneStateRule = "trailing"
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:

@@ -1,4 +1,4 @@
-"""Turn given noises into images by DDIM: the course's faces, any eta, any step rule, any compatible model.
+"""Turn given noises into images by DDIM, and pictures into noises: the course's faces, any eta, step rule and compatible model.
 
   python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
   python P2_ddim.py --seeds 0-9 --eta 0.5 --to-uint8 clamp              the shipped face model: no download needed
@@ -6,12 +6,23 @@
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
   python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
   torchrun --nproc_per_node 2 P2_ddim.py --noise face/noise --model face/UNet.pt       two GPUs share the noises
+  python P2_ddim.py --invert photos --output out/noise                  pictures into noises, which the next line draws again
+  python P2_ddim.py --noise out/noise --rule bdia --to-uint8 clamp
+  python P2_ddim.py --mix 0=0.5,1=0.3,2=0.2 --to-uint8 clamp            the face of a weighted mean of three noises
 
 Step rules, for 50 of 1,000 steps:
   homework    visits 981, 961 .. 1 and ends at alpha_bar[0], x0 clamped
   ddim        visits 980, 960 .. 0 and ends at alpha_bar = 1, no clamp
   diffusers   as ddim, x0 clamped
   trailing    visits 999, 979 .. 19 and so starts at pure noise, x0 clamped
+  bdia        as homework, no clamp: each step starts from the last two states, and can be undone
+
+--invert walks the same way back, at guidance 1. A picture, -1..1, is the state at alpha_bar[0].
+  bdia, or no --rule   exact: leaves x_T as NN.pt and both first states as NN.pair.safetensors, which --noise --rule bdia reads.
+                       Without its pair this x_T is no good start.
+  ddim                 approximate: leaves a NN.pt that is complete by itself, for --noise --rule ddim
+
+Draw these with the --steps of the inversion and --to-uint8 clamp.
 
 With eta > 0 each image has its own noise stream, from --seed and its name. The batch does not change an image.
 """
@@ -21,14 +32,16 @@ from __future__ import annotations
 import runtime.interrupts  # noqa: F401
 
 # isort: split
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from faces.models import export
-from faces.noises import Noise, open_noises, save_noises
+from faces.inversion import at_guidance_1, invert_all, read_pictures
+from faces.models import Model, export
+from faces.noises import SEEDS, Noise, mix, open_noises, save_noises, with_pairs
 from faces.sampling import PASS_BELOW, SamplingArgs, compare, make_config, open_model, sample_all, to_image
 from runtime.cli import BadInput, check_not_negative, is_main_process, run_script
 from runtime.device import detect
@@ -43,13 +56,17 @@ class Settings(SamplingArgs):
     """Sampling, and what is done with the images."""
 
     output: Path = Path("runs/p2_ddim/pictures")
-    """Folder for one PNG per noise. Files of the same names are replaced, others stay."""
+    """Folder for one PNG per noise, or with --invert for the noises. Files of the same names are replaced, others stay."""
     eta: float = 0.0
     """Fresh noise per step: 0 = none, the start decides the image; 1 = as random as DDPM."""
     reference: Path | None = None
     """Folder of images of the same stems to compare with: MSE on 0..255, largest difference, PASS below 20. None = no comparison."""
     save_noise: Path | None = None
     """Folder for the noises as NN.pt, as --noise reads them. None = not saved."""
+    invert: Path | None = None
+    """Folder of pictures to turn into noises in --output, without drawing. Other sizes are resized. None = draw."""
+    mix: str | None = None
+    """Draw one image, mix.png, from the mean of noises by weights of any scale, such as 0=0.5,1=0.3,2=0.2. None = each noise."""
     export: Path | None = None
     """Only save the face model there as a diffusers folder (safetensors), without sampling. None = sample."""
     record: Path = ROOT / "runs" / "p2_ddim" / "record.json"
@@ -60,10 +77,13 @@ def main(settings: Settings) -> None:
     """Sample an image for each noise, write it as its batch finishes, compare it with its reference, record the run."""
     # Outputs must not mix with what they come from or are compared with
     check_not_negative(settings, "batch")
-    for source, folder in (("--noise", settings.noise), ("--reference", settings.reference)):
+    sources = {"--noise": settings.noise, "--reference": settings.reference, "--invert": settings.invert}
+    for source, folder in sources.items():
         for flag, path in (("--output", settings.output), ("--save-noise", settings.save_noise)):
             if folder and path and folder.resolve() == path.resolve():
                 raise BadInput(f"{flag} {path}: the same folder as {source}, name another")
+    if settings.invert:
+        settings = settings_of_inversion(settings)
 
     # The model, which --export saves under other names
     machine = detect(settings.device)
@@ -74,16 +94,23 @@ def main(settings: Settings) -> None:
             export(model, settings.export)
             print(f"{settings.export}: a diffusers folder; use it as --model")
         return
+    if settings.invert:
+        invert(settings, settings.invert, model, record)
+        return
 
     # All input is read before the first file is written
     config = make_config(model, settings.rule, settings.steps, settings.eta, settings.seed)
     noises = open_noises(model, settings.noise, settings.seeds, settings.size)
+    if settings.noise and config.steps.two_states:
+        noises = with_pairs(noises, settings.noise, config.steps)
+    if settings.mix is not None:
+        noises = [mix(noises, settings.mix)]
     references = read_references(settings.reference, noises) if settings.reference else {}
     if settings.save_noise:
         check_writable_folder(settings.save_noise, "--save-noise")
     output_folder(settings.output)
     if settings.save_noise and is_main_process():
-        save_noises(settings.save_noise, noises)
+        save_noises(settings.save_noise, noises, config.steps)
 
     # Every process samples its share of the noises; the first one reports for all
     rows: dict[str, dict[str, float | bool]] = {}
@@ -105,6 +132,45 @@ def main(settings: Settings) -> None:
             if rows:
                 print_table(rows)
             print(f"{len(noises)} pictures in {settings.output} ({record.timings['drawing']:.1f} s)")
+
+
+def settings_of_inversion(settings: Settings) -> Settings:
+    """Return the settings that --invert runs with; raise BadInput for flags that it has no use for, and for eta above 0."""
+    if settings.eta:
+        raise BadInput(
+            f"--eta {settings.eta} and --invert: fresh noise in every step leaves no way back, leave --eta out"
+        )
+    for name in ("noise", "mix", "reference", "save_noise", "export"):
+        if getattr(settings, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')} and --invert, which draws nothing: give one of them")
+    if settings.seeds != SEEDS:
+        raise BadInput(f"--seeds {settings.seeds} and --invert {settings.invert}: give one of them")
+    if settings.rule in ("diffusers", "trailing"):
+        raise BadInput(f"--rule {settings.rule} clamps x0, which can't be undone: --invert takes bdia or ddim")
+    return at_guidance_1(replace(settings, rule="ddim" if settings.rule == "ddim" else "bdia"))
+
+
+def invert(settings: Settings, folder: Path, model: Model, record: Record) -> None:
+    """Write the noise of each picture as its batch finishes, record the run, and print the command that draws them again."""
+    config = make_config(model, settings.rule, settings.steps, 0.0, settings.seed)
+    pictures = read_pictures(folder, model, settings.size)
+    output_folder(settings.output)
+    lengths: dict[str, float] = {}
+    with sharing() as shard:
+        with record.timed("inverting"):
+            for noise in invert_all(model, pictures, config, settings.batch, "inverting", shard):
+                save_noises(settings.output, [noise], config.steps)
+                lengths[noise.stem] = float(noise.x.square().mean().sqrt())
+            lengths = dict(sorted(shard.gather(list(lengths.items()))))
+        record.metrics = {"noises": len(lengths), "length": lengths, "processes": shard.world}
+        if shard.main:
+            record.save(settings.record)
+            flags = ["--noise", str(settings.output), "--rule", settings.rule, "--to-uint8", "clamp"]
+            for name in ("model", "steps", "digit", "domain", "guidance", "precision"):
+                if (value := getattr(settings, name)) != getattr(Settings, name):
+                    flags += [f"--{name}", str(value)]
+            print(f"{len(lengths)} noises in {settings.output} ({record.timings['inverting']:.1f} s)")
+            print(f"to draw them: python P2_ddim.py {shlex.join(flags)}")
 
 
 def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:

@@ -1,12 +1,20 @@
-"""Draw the figures of P2 from any model of P2_ddim.py: the effect of eta, and slerp against linear interpolation.
+"""Draw the figures of P2 from any model of P2_ddim.py: eta, slerp against linear interpolation, pictures and their noises.
 
   python P2_report.py --to-uint8 clamp                              the shipped face model: no download needed
   python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
+  python P2_report.py --figures interpolation --ends a.png b.png    from one picture to another
+  python P2_report.py --figures inversion --invert photos           pictures into noises and back
+  python P2_report.py --figures interpolation --mix 0=0.5,1=0.3,2=0.2 --to-uint8 clamp      and the mean of three noises
 
 eta.png         one row per eta, one column for each of the first four noises
 eta_mse.png     distance of the images to those of the first eta
-slerp.png, linear.png     from the first noise to the second, in equal steps
+slerp.png, linear.png     from the first noise to the second, in equal steps; interpolation.png shows both
 noise_norm.png  norm of the interpolated noises: why linear interpolation fails
+inversion.png   pictures, their noises, and what rules bdia (exact) and ddim (approximate) of P2_ddim.py draw from these
+mix.png         the noises of --mix and their mean, with the noise's length renormalised, and without
+
+Pictures are inverted at guidance 1, and leave by clamping. --ends inverts by rule ddim, whose x_T is complete by itself.
+Slerp then takes the direction, and the length goes linearly from one end's to the other's, so that both ends stay as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ import runtime.interrupts  # noqa: F401
 
 # isort: split
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +32,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.noise import linear, slerp
+from diffusion.noise import linear, mean, slerp
+from faces.inversion import at_guidance_1, invert_all, read_picture, read_pictures
 from faces.models import Model
-from faces.noises import Noise, open_noises
-from faces.sampling import DdimConfig, SamplingArgs, ToUint8, compare, make_config, open_model, sample_all, to_image
+from faces.noises import Noise, open_noises, parse_weights
+from faces.sampling import (
+    DdimConfig,
+    SamplingArgs,
+    ToUint8,
+    compare,
+    make_config,
+    open_model,
+    psnr,
+    sample_all,
+    to_image,
+)
 from runtime.cli import BadInput, check_not_negative, run_script
 from runtime.device import detect
 from runtime.files import output_folder
-from runtime.images import labelled_grid, line_figure
+from runtime.images import line_figure, pixel_grid
 from runtime.record import Record
+
+Interpolate = Callable[[Tensor, Tensor, float], Tensor]
+Draw = Callable[[list[Noise], str], Tensor]  # noises and a title for the progress bar -> images [N,C,H,W] uint8
 
 
 @dataclass(frozen=True)
@@ -40,14 +63,20 @@ class Settings(SamplingArgs):
 
     output: Path = Path("runs/p2_report")
     """Folder for the PNG files and record.json."""
-    figures: tuple[Literal["eta", "interpolation"], ...] = ("eta", "interpolation")
+    figures: tuple[Literal["eta", "interpolation", "inversion"], ...] = ("eta", "interpolation")
     """Which figures to draw."""
     etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Rows of the eta grid, each 0 .. 1."""
     columns: int = 4
-    """Noises in the eta grid."""
+    """Noises in the eta grid, pictures in that of inversion."""
     frames: int = 11
     """Images from the first noise to the second, both ends included."""
+    ends: tuple[Path, Path] | None = None
+    """Two pictures to interpolate between, in the place of two noises. None = the first two noises."""
+    invert: Path | None = None
+    """Folder of the pictures of --figures inversion; the first --columns of them are shown."""
+    mix: str | None = None
+    """Draw mix.png too: the mean of noises by weights of any scale, such as 0=0.5,1=0.3,2=0.2. None = not drawn."""
 
 
 def main(settings: Settings) -> None:
@@ -62,14 +91,34 @@ def main(settings: Settings) -> None:
         if not 0 <= eta <= 1:
             raise BadInput(f"--etas {eta}: must lie in 0 .. 1")
 
+    for name, figure in (("ends", "interpolation"), ("invert", "inversion")):
+        if getattr(settings, name) and figure not in settings.figures:
+            raise BadInput(f"--{name} has no effect without --figures {figure}")
+    if "inversion" in settings.figures and not settings.invert:
+        raise BadInput("--figures inversion: name a folder of pictures with --invert")
+
     # Model and noises
     machine = detect(settings.device)
     model = open_model(settings, machine)
-    configs = [make_config(model, settings.rule, settings.steps, eta, settings.seed) for eta in settings.etas]
-    deterministic = make_config(model, settings.rule, settings.steps, 0.0, settings.seed)
+    config = partial(make_config, model, steps=settings.steps, seed=settings.seed)
+    configs = [config(settings.rule, eta=eta) for eta in settings.etas if "eta" in settings.figures]
+    deterministic = config(settings.rule, eta=0.0)
     noises = open_noises(model, settings.noise, settings.seeds, settings.size)
-    if "interpolation" in settings.figures and len(noises) < 2:
+    if "interpolation" in settings.figures and len(noises) < 2 and not settings.ends:
         raise BadInput(f"--figures interpolation: needs two noises, {len(noises)} given")
+    weights = None if settings.mix is None else parse_weights(settings.mix, [noise.stem for noise in noises])
+
+    # Pictures, and the model that inverts them
+    inverter, rules, ends, pictures = model, [], {}, {}
+    if settings.ends or settings.invert:
+        if (from_pictures := at_guidance_1(settings)).guidance != settings.guidance:
+            inverter = open_model(from_pictures, machine)
+        rules = [config(rule, eta=0.0) for rule in ("bdia", "ddim")]
+        ends = {path.stem: read_picture(path, model, settings.size) for path in settings.ends or ()}
+        if settings.ends and len(ends) < 2:
+            raise BadInput(f"--ends {settings.ends[0]} {settings.ends[1]}: both have one name, rename one")
+    if settings.invert:
+        pictures = read_pictures(settings.invert, model, settings.size, settings.columns)
 
     folder = output_folder(settings.output)
     record = Record(settings, machine)
@@ -78,7 +127,7 @@ def main(settings: Settings) -> None:
     if "eta" in settings.figures:
         with record.timed("eta"):
             columns = noises[: settings.columns]
-            rows = [draw(columns, config, f"eta {config.eta:g}") for config in configs]
+            rows = [draw(config, columns, f"eta {config.eta:g}") for config in configs]
             record.metrics["eta"] = distances = eta_distances(columns, rows)
             record.save(folder / "record.json")
             eta_figures(folder, settings.etas, rows, distances)
@@ -86,30 +135,95 @@ def main(settings: Settings) -> None:
 
     if "interpolation" in settings.figures:
         with record.timed("interpolation"):
-            alphas = [index / (settings.frames - 1) for index in range(settings.frames)]
-            norms = record.metrics["interpolation"] = {}
-            for name, interpolate in (("slerp", slerp), ("linear", linear)):
-                frames = [
-                    Noise(f"{name}_{alpha:.3f}", interpolate(noises[0].x, noises[1].x, alpha)) for alpha in alphas
-                ]
-                images = draw(frames, deterministic, name)
-                title = f"{name} from noise {noises[0].stem} (0) to noise {noises[1].stem} (1)"
-                labels = [f"{alpha:g}" for alpha in alphas]
-                labelled_grid(folder / f"{name}.png", images, [name], labels, title, side_in_inches(images))
-                norms[name] = [float(frame.x.norm()) / math.sqrt(frame.x.numel()) for frame in frames]
-            title = "Length of the noise (the model knows 1)"
-            line_figure(folder / "noise_norm.png", alphas, {"norm / sqrt(dimensions)": norms}, "alpha", title)
-        print(*(folder / f"{name}.png" for name in ("slerp", "linear", "noise_norm")), sep="\n")
+            between, draw_frames, interpolate = noises[:2], partial(draw, deterministic), slerp
+            if ends:
+                between = list(invert_all(inverter, ends, rules[1], settings.batch, "inverting"))
+                draw_frames = partial(sample_images, inverter, settings.batch, "clamp", rules[1])
+                interpolate = slerp_between_lengths
+            images, norms = draw_interpolations(folder, between, interpolate, settings.frames, draw_frames)
+            record.metrics["interpolation"] = norms
+            if ends:
+                graded = zip(ends.items(), (images[0], images[-1]), strict=True)
+                record.metrics["ends"] = {stem: compare(image, picture)["mse"] for (stem, picture), image in graded}
+        print(*(folder / f"{name}.png" for name in ("slerp", "linear", "interpolation", "noise_norm")), sep="\n")
+
+    if pictures:
+        with record.timed("inversion"):
+            record.metrics["inversion"] = draw_inversion(folder, inverter, pictures, rules, settings.batch)
+        print(folder / "inversion.png")
+
+    if weights:
+        with record.timed("mix"):
+            record.metrics["mix"] = draw_mix(folder, noises, weights, partial(draw, deterministic))
+        print(folder / "mix.png")
 
     record.save(folder / "record.json")
 
 
 def sample_images(
-    model: Model, batch: int, to_uint8: ToUint8, noises: list[Noise], config: DdimConfig, title: str
+    model: Model, batch: int, to_uint8: ToUint8, config: DdimConfig, noises: list[Noise], title: str
 ) -> Tensor:
     """Sample one image per noise: [N,C,H,W] uint8."""
     images = [image for _, image in sample_all(model, noises, config, batch, title)]
     return torch.stack([to_image(image, to_uint8) for image in images])
+
+
+def draw_interpolations(
+    folder: Path, ends: Sequence[Noise], interpolate: Interpolate, count: int, draw: Draw
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """Draw slerp.png, linear.png, both in one, and the noises' lengths; return slerp's images and {way: norm / sqrt(dimensions)}."""
+    alphas = [index / (count - 1) for index in range(count)]
+    labels, rows, norms = [f"{alpha:g}" for alpha in alphas], {}, {}
+    title = f"from {ends[0].stem} (0) to {ends[1].stem} (1)"
+    for name, way in (("slerp", interpolate), ("linear", linear)):
+        frames = [Noise(f"{name}_{alpha:.3f}", way(ends[0].x, ends[1].x, alpha)) for alpha in alphas]
+        rows[name] = draw(frames, name)
+        norms[name] = [float(frame.x.norm()) / math.sqrt(frame.x.numel()) for frame in frames]
+        pixel_grid(folder / f"{name}.png", rows[name], [name], labels, f"{name} {title}")
+    pixel_grid(folder / "interpolation.png", torch.cat([*rows.values()]), [*rows], labels, title.capitalize())
+    panel = {"norm / sqrt(dimensions)": norms}
+    line_figure(folder / "noise_norm.png", alphas, panel, "alpha", "Length of the noise (the model knows 1)")
+    return rows["slerp"], norms
+
+
+def slerp_between_lengths(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Return slerp's direction, with a length that goes linearly from that of a to that of b."""
+    direction, length = slerp(a, b, alpha), linear(a.norm(), b.norm(), alpha)
+    return direction.mul(length / direction.norm())
+
+
+def draw_inversion(
+    folder: Path, model: Model, pictures: dict[str, Tensor], rules: list[DdimConfig], batch: int
+) -> dict[str, dict[str, float]]:
+    """Draw inversion.png of pictures {stem: [3,H,W] uint8}; return {rule: {stem: MSE on 0..255 of the way there and back}}."""
+    originals = torch.stack([*pictures.values()])
+    rows, labels, errors = [originals], ["picture"], {}
+    for name, config in zip(("bdia", "ddim"), rules, strict=True):
+        noises = list(invert_all(model, pictures, config, batch, f"inverting by {name}"))
+        images = sample_images(model, batch, "clamp", config, noises, name)
+        shown = torch.stack([to_image(noise.x / 3, "clamp") for noise in noises])  # within three standard deviations
+        difference = (8 * (images.int() - originals.int()).abs()).clamp(max=255).to(torch.uint8)
+        rows += [shown, images, difference]
+        labels += [f"{name}: noise", "drawn", "error x 8"]
+        graded = zip(pictures.items(), images, strict=True)
+        errors[name] = {stem: float(compare(image, picture)["mse"]) for (stem, picture), image in graded}
+    decibel = [f"{name} {psnr(sum(mse.values()) / len(mse)):.1f} dB" for name, mse in errors.items()]
+    title = f"Picture, noise and back: {', '.join(decibel)}".replace("inf dB", "the same to the bit")
+    pixel_grid(folder / "inversion.png", torch.cat(rows), labels, [*pictures], title)
+    return errors
+
+
+def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], draw: Draw) -> dict[str, float]:
+    """Draw mix.png of the weighted noises and of their means, renormalised and plain; return the lengths of both means."""
+    parts = [noise for noise in noises if noise.stem in weights]
+    shares = torch.tensor([weights[noise.stem] for noise in parts])
+    x = torch.stack([noise.x for noise in parts])
+    means = {"mean": mean([*x], shares.tolist()), "plain": torch.tensordot(shares / shares.sum(), x, 1)}
+    images = draw([*parts, *(Noise(name, x) for name, x in means.items())], "mix")
+    labels = [f"{stem}: {weights[stem]:g}" for stem in (noise.stem for noise in parts)]
+    title = "Noises and weights; their mean, renormalised to unit variance; their plain mean"
+    pixel_grid(folder / "mix.png", images, [""], [*labels, *means], title)
+    return {name: float(x.square().mean().sqrt()) for name, x in means.items()}
 
 
 def eta_distances(noises: list[Noise], rows: list[Tensor]) -> dict[str, list[float]]:
@@ -123,14 +237,9 @@ def eta_distances(noises: list[Noise], rows: list[Tensor]) -> dict[str, list[flo
 def eta_figures(folder: Path, etas: tuple[float, ...], rows: list[Tensor], distances: dict[str, list[float]]) -> None:
     """Draw the grid of the images [N,C,H,W] uint8 per eta, and their distances."""
     labels, title = [f"eta {eta:g}" for eta in etas], "Same noise down each column, more randomness per row"
-    labelled_grid(folder / "eta.png", torch.cat(rows), labels, [*distances], title, side_in_inches(rows[0]))
+    pixel_grid(folder / "eta.png", torch.cat(rows), labels, [*distances], title)
     panel = {f"MSE (0..255) to eta {etas[0]:g}": distances}
     line_figure(folder / "eta_mse.png", etas, panel, "eta", "How far eta moves the pictures")
-
-
-def side_in_inches(images: Tensor) -> float:
-    """Return an image's side in a figure of 160 dots per inch: large enough for 28 pixels, lossless up to 256."""
-    return max(0.9, min(1.6, images.shape[-1] / 160))
 
 
 if __name__ == "__main__":

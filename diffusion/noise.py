@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,13 @@ def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: to
 def linear(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Return (1 - alpha) a + alpha b; half way between two independent noises its norm is only 0.71 of theirs."""
     return (1 - alpha) * a + alpha * b
+
+
+def mean(noises: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return sum w_k x_k / sqrt(sum w_k^2): of independent standard normal noises a standard normal one (LOL, arXiv 2408.08558)."""
+    norm = math.sqrt(sum(weight**2 for weight in weights))
+    total = sum(weight / norm * x.double() for weight, x in zip(weights, noises, strict=True))
+    return torch.as_tensor(total).to(noises[0].dtype)
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:

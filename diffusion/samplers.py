@@ -79,6 +79,42 @@ def ddim(
     return x
 
 
+def bdia(
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    steps: Steps,
+    x_next: Tensor | None = None,
+    callback: Callback = ignore,
+) -> tuple[Tensor, Tensor]:
+    """Walk along the grid by `bdia_step`; return the last state and the one before it.
+
+    x and x_next are the states at the first two timesteps. None = a step of DDIM leads to x_next.
+    Along `steps.backwards()` the last two states lead to the first two, exactly but for rounding.
+    """
+    times = [steps.pairs[0][0], *(t for _, t in steps.pairs)]
+    if x_next is None:
+        x_next = ddim(denoise, x, schedule, Steps(steps.pairs[:1], clamp=False))
+    callback(times[1], x_next)
+    for around in zip(times, times[1:], times[2:], strict=False):
+        x, x_next = x_next, bdia_step(x, x_next, denoise(x_next, around[1]), schedule, around)
+        callback(around[2], x_next)
+    return x_next, x
+
+
+def bdia_step(x_prev: Tensor, x: Tensor, output: Tensor, schedule: Schedule, times: tuple[int, int, int]) -> Tensor:
+    """Return the state at the last of three `times`: x_prev - DDIM(x to the first) + DDIM(x to the last).
+
+    x_prev is the state at the first one, x and the network's output belong to the second one.
+    This is BDIA with gamma 1 (Zhang et al. 2023, arXiv 2307.10829). With both ends exchanged it is its own inverse.
+    """
+    alpha_bar_prev, _, alpha_bar_next = map(schedule.alpha_bar_at, times)
+    x0, eps = schedule.x0_and_eps(output, x, times[1])
+    signal = math.sqrt(alpha_bar_next) - math.sqrt(alpha_bar_prev)
+    noise = math.sqrt(1 - alpha_bar_next) - math.sqrt(1 - alpha_bar_prev)
+    return x_prev + (signal * x0 + noise * eps)
+
+
 def ddim_invert(denoise: Denoise, x: Tensor, schedule: Schedule, steps: Steps) -> dict[int, Tensor]:
     """Return {t: x_t}, the noise that `ddim` at eta 0 would turn back into the clean x, by its update in reverse order.
 

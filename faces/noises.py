@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion.noise import draw, generators
+from diffusion.noise import draw, generators, mean
+from diffusion.step_rules import Steps
 from faces.models import Model
 from runtime.cli import BadInput, check_seed
-from runtime.files import atomic, list_files, load_tensors, output_folder
+from runtime.files import (
+    atomic,
+    list_files,
+    load_safetensors,
+    load_tensors,
+    output_folder,
+    require_file,
+    save_safetensors,
+)
 from runtime.weights import describe
 
 SEEDS = "0-9"  # without --noise and --seeds
+PAIR = ".pair.safetensors"  # next to NN.pt: the first two states of rule bdia
 MOST_SEEDS = 100_000  # their noises are held in memory at once
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The start of one image: x_T [C,H,W] float32, and the stem of its file, which also seeds its noise stream."""
+    """The start of one image: x_T [C,H,W] float32, and the stem of its file, which also seeds its noise stream.
+
+    x_next [C,H,W] is the state after x_T, which an inversion by rule bdia leaves.
+    """
 
     stem: str
     x: Tensor
+    x_next: Tensor | None = None
 
 
 def open_noises(model: Model, folder: Path | None, seeds: str, size: int | None) -> list[Noise]:
@@ -91,9 +106,75 @@ def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[
     return [Noise(f"{seed:02d}", one) for seed, one in zip(seeds, x, strict=True)]
 
 
-def save_noises(folder: Path, noises: Sequence[Noise]) -> None:
-    """Write each noise to NN.pt as [1,C,H,W], atomically."""
+def with_pairs(noises: Sequence[Noise], folder: Path, steps: Steps) -> list[Noise]:
+    """Return the noises with the second states in the folder's NN.pair.safetensors: of all noises, or of none.
+
+    Raise BadInput for a pair of other timesteps than `steps`, for one of another x_T than NN.pt, and for a missing one.
+    """
+    paths = [folder / f"{noise.stem}{PAIR}" for noise in noises]
+    if not any(path.is_file() for path in paths):
+        return list(noises)
+    return [replace(noise, x_next=read_pair(path, noise, steps)) for noise, path in zip(noises, paths, strict=True)]
+
+
+def read_pair(path: Path, noise: Noise, steps: Steps) -> Tensor:
+    """Return the second state [C,H,W] float32 of one pair; raise BadInput as `with_pairs` does."""
+    states, facts = load_safetensors(require_file(path, "other noises have their pair, invert its picture again"))
+    if {name: tensor.shape for name, tensor in states.items()} != dict.fromkeys(("x_T", "x_next"), noise.x.shape):
+        raise BadInput(f"{path}: holds no x_T and x_next of shape {list(noise.x.shape)}")
+    if facts != (expected := pair_facts(steps)):
+        raise BadInput(f"{path}: has {facts}, this run has {expected}: give the --steps of its inversion")
+    if not torch.equal(states["x_T"].float(), noise.x):
+        raise BadInput(f"{path}: its x_T is not that of {noise.stem}.pt; without this file the noise alone is used")
+    if not states["x_next"].isfinite().all():
+        raise BadInput(f"{path}: holds values that are NaN or infinite")
+    return states["x_next"].float()
+
+
+def pair_facts(steps: Steps) -> dict[str, str]:
+    """Return what a pair's header says of the grid that it belongs to."""
+    return {"steps": str(len(steps.pairs)), "timesteps": "{} {}".format(*steps.pairs[0])}
+
+
+def mix(noises: Sequence[Noise], text: str) -> Noise:
+    """Return the mean of noises by weights such as "0=0.5,1=0.3,2=0.2", renormalised to unit variance; raise BadInput."""
+    weights = parse_weights(text, [noise.stem for noise in noises])
+    by_stem = {noise.stem: noise.x for noise in noises}
+    return Noise("mix", mean([by_stem[stem] for stem in weights], list(weights.values())))
+
+
+def parse_weights(text: str, stems: Sequence[str]) -> dict[str, float]:
+    """Return {stem: weight}; 0 names the noise 00 as well. Raise BadInput for what is no weight or names no noise."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        try:
+            weight = float(value)
+        except ValueError:
+            raise BadInput(f"--mix {text}: {part!r} is no NOISE=WEIGHT, such as 0=0.5") from None
+        stem = next((stem for stem in (name, name.zfill(2)) if stem in stems), None)
+        if stem is None:
+            shown = ", ".join(stems[:10]) + (" .." if len(stems) > 10 else "")
+            raise BadInput(f"--mix {text}: there is no noise {name!r} among {shown} (--noise or --seeds gives them)")
+        if stem in weights:
+            raise BadInput(f"--mix {text}: names noise {name} twice")
+        if not 0 <= weight < math.inf:
+            raise BadInput(f"--mix {text}: the weight of noise {name} must be a number from zero on")
+        weights[stem] = weight
+    if not any(weights.values()):
+        raise BadInput(f"--mix {text}: all weights are zero")
+    return weights
+
+
+def save_noises(folder: Path, noises: Sequence[Noise], steps: Steps | None = None) -> None:
+    """Write each noise to NN.pt as [1,C,H,W], and its two states to NN.pair.safetensors if it has them; atomically.
+
+    `steps` is the grid of the second states.
+    """
     output_folder(folder, "--save-noise")
     for noise in noises:
+        if noise.x_next is not None and steps:
+            states = {"x_T": noise.x.contiguous(), "x_next": noise.x_next.contiguous()}
+            save_safetensors(folder / f"{noise.stem}{PAIR}", states, pair_facts(steps))
         with atomic(folder / f"{noise.stem}.pt") as temporary:
             torch.save(noise.x[None].clone(), temporary)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import generators
-from diffusion.samplers import Callback, ddim, ignore
+from diffusion.samplers import Callback, bdia, ddim, ignore
 from diffusion.step_rules import Rule, Steps, step_rule
 from faces.models import SHIPPED_FACES, Labels, Model, load_model
 from faces.noises import SEEDS, Noise
@@ -38,7 +38,7 @@ class SamplingArgs:
     seeds: str = SEEDS
     """Without --noise: the seeds of the noises, such as 0-9 or 3,5,8."""
     size: int | None = None
-    """Height and width in pixels with --seeds. None = the model's."""
+    """Height and width in pixels, of seeds and pictures. None = the model's."""
     steps: int = 50
     """Network calls per image."""
     rule: Rule = "homework"
@@ -75,6 +75,8 @@ def make_config(model: Model, rule: Rule, steps: int, eta: float, seed: int) -> 
     """Return the sampler's settings for the model's schedule; raise BadInput for an eta or number of steps that it lacks."""
     if not 0 <= eta <= 1:
         raise BadInput(f"--eta {eta}: must lie in 0 .. 1")
+    if eta and rule == "bdia":
+        raise BadInput(f"--eta {eta}: rule bdia takes no fresh noise, leave it out")
     try:
         return DdimConfig(step_rule(rule, len(model.schedule), steps), eta, seed)
     except ValueError as error:
@@ -96,34 +98,50 @@ def open_model(args: SamplingArgs, machine: Machine) -> Model:
 def sample_all(
     model: Model, noises: Sequence[Noise], config: DdimConfig, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
-    """Yield (noise, image [C,H,W] float32) one by one, as batches of one shape finish.
+    """Yield (noise, image [C,H,W] float32) one by one, as batches of one shape finish."""
+    for noise, states in walk_all(model, noises, config, batch, title, shard):
+        yield noise, states[0]
+
+
+def walk_all(
+    model: Model, starts: Sequence[Noise], config: DdimConfig, batch: int, title: str, shard: Shard = ALONE
+) -> Iterator[tuple[Noise, Tensor]]:
+    """Yield (start, last states [1 or 2,C,H,W] float32) of the walk along the grid, one by one, as batches of one shape finish.
 
     For eta > 0 each noise has a stream of its own, seeded by the run's seed and its stem.
     `batch` 0 fits the batch to the machine. Of several processes each samples its share of the batches.
     """
-    batch = even_batch(len(noises), batch or shard.largest(len(noises), largest_batch(model, noises[0].x)))
-    seeds = distinct_seeds([config.seed, *noise.stem.encode()] for noise in noises)
-    items = [(noises[row], seeds[row]) for row in shard.rows(len(noises), batch)]
+    batch = even_batch(len(starts), batch or shard.largest(len(starts), largest_batch(model, starts[0].x)))
+    seeds = distinct_seeds([config.seed, *start.stem.encode()] for start in starts)
+    items = [(starts[row], seeds[row]) for row in shard.rows(len(starts), batch)]
     batches = -(-len(items) // batch)
     with progress_bar(batches * len(config.steps.pairs), title, "step") as bar:
 
         def work(chunk: list[tuple[Noise, int]]) -> Tensor:
-            return sample(model, chunk, config, lambda t, x: bar.update() and None)
+            return walk(model, chunk, config, lambda t, x: bar.update() and None)
 
-        for chunk, images in in_batches(work, items, batch):
-            yield from zip([noise for noise, _ in chunk], images, strict=False)  # the last batch is padded
+        for chunk, states in in_batches(work, items, batch):
+            yield from zip([start for start, _ in chunk], states, strict=False)  # the last batch is padded
 
 
 @torch.inference_mode()
-def sample(
-    model: Model, noises: Sequence[tuple[Noise, int]], config: DdimConfig, callback: Callback = ignore
-) -> Tensor:
-    """Sample one batch of (noise, seed of its stream): [B,C,H,W] float32 on the CPU, in about -1..1."""
+def walk(model: Model, starts: Sequence[tuple[Noise, int]], config: DdimConfig, callback: Callback = ignore) -> Tensor:
+    """Walk along the grid from one batch of (start, seed of its stream): the last states [B,1,C,H,W] float32 on the CPU.
+
+    Rule bdia gives [B,2,C,H,W]: the last state and the one before it.
+    """
     device = next(model.network.parameters()).device
-    x = torch.stack([noise.x for noise, _ in noises]).to(device, memory_format=torch.channels_last)
-    streams = generators([seed for _, seed in noises])
-    denoise = model.denoiser(len(noises))
-    return ddim(denoise, x, model.schedule, config.steps, streams, config.eta, callback).cpu()
+
+    def to_device(states: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(states)).to(device, memory_format=torch.channels_last)
+
+    x, denoise = to_device([start.x for start, _ in starts]), model.denoiser(len(starts))
+    if config.steps.two_states:
+        seconds = [start.x_next for start, _ in starts if start.x_next is not None]
+        x_next = to_device(seconds) if seconds else None
+        return torch.stack(bdia(denoise, x, model.schedule, config.steps, x_next, callback), 1).cpu()
+    streams = generators([seed for _, seed in starts])
+    return ddim(denoise, x, model.schedule, config.steps, streams, config.eta, callback)[:, None].cpu()
 
 
 def largest_batch(model: Model, x: Tensor) -> int:
@@ -145,3 +163,8 @@ def compare(image: Tensor, reference: Tensor) -> dict[str, float | bool]:
     difference = image.double() - reference.double()
     mse = float(difference.square().mean())
     return {"mse": mse, "largest": float(difference.abs().max()), "pass": mse < PASS_BELOW}
+
+
+def psnr(mse: float) -> float:
+    """Return the peak signal-to-noise ratio in dB of a mean squared error on 0..255: infinite for equal images."""
+    return 10 * math.log10(255**2 / mse) if mse else math.inf

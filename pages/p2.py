@@ -14,8 +14,7 @@ HINT = "The course's faces: UNET=face/UNet.pt DATA=hw2_data with face/noise and 
 FIGURES = {
     "eta.png": "Rows: eta. Columns: the first four noises.",
     "eta_mse.png": "How far eta moves each image from that of eta 0, mean squared error on 0..255.",
-    "slerp.png": "Slerp between the first two noises, in steps of a tenth.",
-    "linear.png": "Linear interpolation between the same noises.",
+    "interpolation.png": "Slerp and linear interpolation between the first two noises, in steps of a tenth.",
     "noise_norm.png": "Length of the noise on both ways; in training it was always 1.",
 }
 
@@ -79,7 +78,7 @@ def face_elements(folder: Path) -> list[Element]:
 
 
 def figure_elements(folder: Path) -> list[Element]:
-    """Return the five figures and the two noise lengths behind them."""
+    """Return the four figures and the two noise lengths behind them."""
     norms = read_json(folder / "record.json")["metrics"]["interpolation"]
     scores = [Score(f"length of the noise half way, {way}", f"{n[len(n) // 2]:.2f}", "1") for way, n in norms.items()]
     return [*scores, *(Figure(text, (folder / name,)) for name, text in FIGURES.items())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import textwrap
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from runtime.cli import BadInput, log
@@ -170,6 +171,34 @@ def labelled_grid(
     figure.suptitle(title, fontsize=11, y=1 - 0.08 / height)
     figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.06, 0.06)
     save_figure(path, figure)
+
+
+def pixel_grid(path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
+    """Write images [rows * columns,3,H,W] uint8, row by row, pixel by pixel, with a title and a label per row and column.
+
+    Images below 128 pixels are enlarged by a whole number where the figure stays below 800 pixels.
+    Letters have a 26th of the figure's width, which a phone can show, or what a column leaves room for.
+    """
+    rows, columns = ([shorten(text, 14) for text in texts] for texts in (rows, columns))
+    scale = max(1, min(128, 800 // len(columns)) // images.shape[-1])
+    grid = Image.fromarray(image_grid(images, len(columns), scale).permute(1, 2, 0).cpu().numpy())
+    cell = (grid.width - 2) / len(columns), (grid.height - 2) / len(rows)
+    size = max(12, grid.width // 26)
+    font = ImageFont.load_default(size)
+    label = ImageFont.load_default(min(size, 1.5 * cell[0] / max(map(len, (*columns, "abc")))))
+    left = max(int(font.getlength(row)) for row in rows) + size // 2 if any(rows) else 0
+    lines = textwrap.wrap(title, max(1, int((left + grid.width) / (0.5 * size))))
+    top = int(1.3 * size * (len(lines) + 1.2))
+    figure = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    figure.paste(grid, (left, top))
+    draw = ImageDraw.Draw(figure)
+    draw.multiline_text((size // 4, size // 4), "\n".join(lines), "black", font, spacing=size // 4)
+    for index, text in enumerate(columns):
+        draw.text((left + (index + 0.5) * cell[0], top - size // 3), text, "black", label, anchor="ms")
+    for index, text in enumerate(rows):
+        draw.text((left - size // 4, top + (index + 0.5) * cell[1]), text, "black", font, anchor="rm")
+    with atomic(path) as temporary:
+        figure.save(temporary, "PNG")
 
 
 @plain_text()

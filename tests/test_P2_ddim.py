@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,18 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim
 from digits.sampling import CHECKPOINT as DIGITS
+from faces.models import SHIPPED_FACES
 from faces.noises import SEEDS, Noise, parse_seeds, save_noises
-from faces.sampling import compare, to_image
+from faces.sampling import compare, psnr, to_image
 from P1_model import Network, load_network, save_network
 from P2_ddim import Settings, main
 from runtime.cli import BadInput
-from runtime.files import ROOT
+from runtime.files import ROOT, load_safetensors, save_safetensors
 from runtime.images import save_image
 from runtime.seeds import derived_seed
 
@@ -421,6 +424,7 @@ def test_a_folder_without_noises_is_named(run: Any, tmp_path: Path, make: bool) 
     [
         ({"eta": 1.1}, "--eta 1.1"),
         ({"eta": math.nan}, "--eta nan"),
+        ({"eta": 0.5, "rule": "bdia"}, "--eta 0.5: rule bdia"),
         ({"steps": 0}, "--steps: 0"),
         ({"steps": 1000}, "--steps: 1000.*homework"),
         ({"batch": -1}, "--batch -1"),
@@ -510,6 +514,293 @@ def test_pictures_that_are_finished_stay_when_a_later_one_fails(
     assert list(pixels(tmp_path / "out")) == ["00", "01"]
 
 
+# ---------------------------------------------------------------- pictures into noises
+
+
+def write_pictures(folder: Path, names: str, width: int = 16, height: int = 16) -> Path:
+    """Write one picture of smooth colours per name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names.split():
+        seed = int.from_bytes(name.encode()[:4], "big")
+        coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+        pixels = (smooth * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def noises_of(folder: Path) -> dict[str, Tensor]:
+    return {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+
+
+@pytest.mark.parametrize("model", ["small", "p1"])
+def test_pictures_come_back_to_the_bit_from_the_pairs_of_the_exact_rule(
+    run: Any, small: Path, p1: str, tmp_path: Path, model: str
+) -> None:
+    source, digit = (str(small), None) if model == "small" else (p1, 3)
+    side = 16 if model == "small" else 28
+    photos = write_pictures(tmp_path / "photos", "anna.png 01.bmp", side, side)
+    assert not run("noise", model=source, digit=digit, invert=photos, steps=10)
+    written = sorted(path.name for path in (tmp_path / "noise").iterdir())
+    assert written == ["01.pair.safetensors", "01.pt", "anna.pair.safetensors", "anna.pt"]
+    guidance = None if digit is None else 1.0
+    flags: dict[str, Any] = {"model": source, "digit": digit, "guidance": guidance, "steps": 10, "to_uint8": "clamp"}
+    drawn = run("again", noise=tmp_path / "noise", rule="bdia", **flags)
+    for stem, suffix in (("anna", "png"), ("01", "bmp")):
+        picture = np.asarray(Image.open(photos / f"{stem}.{suffix}")).astype(int)
+        assert np.array_equal(drawn[stem], picture)
+
+
+def test_the_plain_rule_leaves_noises_without_pairs_that_lead_nearly_back(run: Any, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"model": str(SHIPPED_FACES), "rule": "ddim", "steps": 20}
+    faces = run("faces", seeds="0", to_uint8="clamp", **flags)
+    run("noise", invert=tmp_path / "faces", **flags)
+    assert [path.name for path in (tmp_path / "noise").iterdir()] == ["00.pt"]
+    again = run("again", noise=tmp_path / "noise", to_uint8="clamp", **flags)
+    assert 25 < psnr(np.square(again["00"] - faces["00"]).mean()) < math.inf
+
+
+@pytest.mark.parametrize("rule", ["ddim", "bdia"])
+def test_an_inverted_noise_is_that_of_a_plain_loop(run: Any, small: Path, tmp_path: Path, rule: str) -> None:
+    """The picture, as x / 127.5 - 1, is the state at alpha_bar[0]; no clamp."""
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    run("noise", invert=photos, rule=rule, steps=4)
+    unet = UNet2DModel.from_pretrained(small)
+    alpha_bars = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+    def move(x: Tensor, eps: Tensor, t: int, target: int) -> Tensor:
+        now, then = float(alpha_bars[t]), float(alpha_bars[target])
+        x0 = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+        return math.sqrt(then) * x0 + math.sqrt(1 - then) * eps
+
+    times = [0, 1, 251, 501, 751] if rule == "bdia" else [0, 250, 500, 750]
+    x = torch.from_numpy(np.array(Image.open(photos / "a.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    states = [x]
+    with torch.inference_mode():
+        for k, (t, after) in enumerate(zip(times, times[1:], strict=False)):
+            eps = unet(states[-1], t).sample
+            step = move(states[-1], eps, t, after)
+            if rule == "bdia" and k:
+                step = states[-2] + step - move(states[-1], eps, t, times[k - 1])
+            states.append(step)
+    torch.testing.assert_close(noises_of(tmp_path / "noise")["a"], states[-1], rtol=1e-4, atol=1e-4)
+    if rule == "bdia":
+        pair, facts = load_safetensors(tmp_path / "noise" / "a.pair.safetensors")
+        torch.testing.assert_close(pair["x_next"], states[-2][0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(pair["x_T"], noises_of(tmp_path / "noise")["a"][0])
+        assert facts == {"steps": "4", "timesteps": "751 501"}
+
+
+def test_another_batch_inverts_to_nearly_the_same_noise(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png b.png c.png d.png e.png")
+    run("one", invert=photos, batch=1)
+    run("two", invert=photos, batch=2)
+    one, two = noises_of(tmp_path / "one"), noises_of(tmp_path / "two")
+    assert len(one) == 5
+    for stem, x in one.items():
+        torch.testing.assert_close(two[stem], x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept", "flags"),
+    [(32, 16, (8, 0, 24, 16), {}), (16, 24, (0, 4, 16, 20), {}), (48, 32, (8, 0, 40, 32), {"size": 32})],
+)
+def test_the_middle_of_a_picture_of_another_size_is_resized_with_one_line(
+    run: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
+    height: int,
+    kept: tuple[int, int, int, int],
+    flags: dict[str, Any],
+) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png", width, height)
+    run("noise", invert=photos, steps=10, **flags)
+    side = flags.get("size", 16)
+    message = f"{photos / 'a.png'}: {width}x{height}, its middle is resized to {side}x{side}\n"
+    assert (message in capsys.readouterr().err) == ((width, height) != (side, side))
+    middle = np.asarray(Image.open(photos / "a.png").crop(kept)).astype(int)
+    drawn = run("again", noise=tmp_path / "noise", rule="bdia", steps=10, to_uint8="clamp")["a"]
+    assert np.abs(drawn - middle).max() <= 1
+
+
+def test_grey_pictures_are_read_as_colour(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    Image.open(photos / "a.png").convert("L").save(photos / "a.png")
+    run("noise", invert=photos)
+    assert noises_of(tmp_path / "noise")["a"].shape == (1, 3, 16, 16)
+
+
+def test_the_command_that_draws_the_pictures_again_is_printed_last(
+    run: Any, p1: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png", 28, 28)
+    run("my noise", model=p1, invert=photos, digit=3, domain="svhn")
+    script, *command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("python ")[2])
+    assert script == "P2_ddim.py"
+    settings = tyro.cli(Settings, args=command)
+    expected: dict[str, Any] = {"noise": tmp_path / "my noise", "rule": "bdia", "to_uint8": "clamp", "model": p1}
+    expected |= {"steps": 4, "digit": 3, "domain": "svhn", "guidance": 1.0}
+    assert settings == Settings(**expected)
+
+
+def test_a_pair_is_read_by_its_rule_alone(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    run("noise", invert=photos)
+    with_pair = run("with", noise=tmp_path / "noise", rule="homework")
+    (tmp_path / "noise" / "a.pair.safetensors").unlink()
+    assert np.array_equal(run("without", noise=tmp_path / "noise", rule="homework")["a"], with_pair["a"])
+    assert list(run("alone", noise=tmp_path / "noise", rule="bdia")) == ["a"]
+
+
+def test_pairs_are_saved_with_their_noises(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    run("noise", invert=photos)
+    run("again", noise=tmp_path / "noise", rule="bdia", save_noise=tmp_path / "copy")
+    assert torch.equal(noises_of(tmp_path / "copy")["a"], noises_of(tmp_path / "noise")["a"])
+    (states, facts), (copied, copied_facts) = (
+        load_safetensors(tmp_path / name / "a.pair.safetensors") for name in ("noise", "copy")
+    )
+    assert facts == copied_facts
+    assert all(torch.equal(copied[name], states[name]) for name in ("x_T", "x_next"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "message"),
+    [
+        ("none", {"steps": 5}, r"a.pair.safetensors: has .*'steps': '4'.* this run has .*'steps': '5'"),
+        ("missing", {}, "b.pair.safetensors does not exist"),
+        ("other noise", {}, "a.pair.safetensors: its x_T is not that of a.pt"),
+        ("other tensors", {}, r"a.pair.safetensors: holds no x_T and x_next of shape \[3, 16, 16\]"),
+        ("nan", {}, "a.pair.safetensors: holds values that are NaN"),
+        ("text", {}, "a.pair.safetensors is a text"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_named(
+    run: Any, tmp_path: Path, damage: str, flags: dict[str, Any], message: str
+) -> None:
+    run("noise", invert=write_pictures(tmp_path / "photos", "a.png b.png"))
+    pair = tmp_path / "noise" / "a.pair.safetensors"
+    states, facts = load_safetensors(pair)
+    if damage == "missing":
+        (tmp_path / "noise" / "b.pair.safetensors").unlink()
+    elif damage == "text":
+        pair.write_text("hello")
+    elif damage == "other noise":
+        save_noises(tmp_path / "noise", [Noise("a", noise_of(5))])
+    else:
+        states |= {
+            "nan": {"x_next": torch.full((3, 16, 16), math.nan)},
+            "other tensors": {"x_next": torch.zeros(3)},
+        }.get(damage, {})
+        save_safetensors(pair, states, facts)
+    with pytest.raises(BadInput, match=message):
+        run("again", noise=tmp_path / "noise", rule="bdia", **flags)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"eta": 0.5}, "--eta 0.5 and --invert: fresh noise"),
+        ({"eta": math.nan}, "--eta nan"),
+        ({"rule": "trailing"}, "--rule trailing clamps x0"),
+        ({"rule": "diffusers"}, "--rule diffusers clamps x0"),
+        ({"seeds": "3"}, "--seeds 3 and --invert"),
+        ({"noise": Path("folder")}, "--noise and --invert"),
+        ({"mix": "0=1"}, "--mix and --invert"),
+        ({"reference": Path("folder")}, "--reference and --invert"),
+        ({"save_noise": Path("folder")}, "--save-noise and --invert"),
+        ({"export": Path("folder")}, "--export and --invert"),
+        ({"guidance": 2.0}, "--guidance 2.0: inversion runs at guidance 1"),
+        ({"size": 17}, "--size 17: height and width must be multiples of 2"),
+        ({"steps": 0}, "--steps: 0"),
+        ({"invert": Path("none")}, "--invert none: no such folder"),
+    ],
+)
+def test_flags_that_inversion_has_no_use_for_are_named(
+    run: Any, tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    with pytest.raises(BadInput, match=message):
+        run(**{"invert": photos, **flags})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("", "--invert .*photos: no picture there"),
+        ("a.png a.webp", "a.webp and a.png would give one noise|a.png and a.webp would give one noise"),
+        ("text.png", "text.png is not a readable picture"),
+        ("b.pt", "no picture there"),
+    ],
+)
+def test_a_folder_without_usable_pictures_is_named(run: Any, tmp_path: Path, names: str, message: str) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in names.split():
+        if name.startswith("a."):
+            write_pictures(tmp_path / "photos", name)
+        else:
+            (tmp_path / "photos" / name).write_text("hello")
+    with pytest.raises(BadInput, match=message):
+        run(invert=tmp_path / "photos")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_of_pictures_is_named(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    with pytest.raises(BadInput, match="a.png: a file, name its folder"):
+        run(invert=photos / "a.png")
+
+
+def test_noises_are_not_written_among_the_pictures(run: Any, tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "out", "a.png")
+    with pytest.raises(BadInput, match="the same folder as --invert"):
+        run(invert=photos)
+
+
+def test_a_model_of_other_channels_takes_no_pictures(run: Any, tmp_path: Path) -> None:
+    grey = UNet2DModel(16, 1, 1, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
+    grey.save_pretrained(tmp_path / "grey")
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    with pytest.raises(BadInput, match=r"a.png: a picture has 3 channels, --model .*grey takes 1"):
+        run(model=str(tmp_path / "grey"), invert=photos)
+
+
+# ---------------------------------------------------------------- the mean of noises
+
+
+def test_a_mix_draws_one_image_from_the_renormalised_mean(run: Any, small: Path, tmp_path: Path) -> None:
+    drawn = run(seeds="0-3", mix="0=0.5, 01=0.3,3=0.2", save_noise=tmp_path / "noise")
+    expected = (0.5 * noise_of(0) + 0.3 * noise_of(1) + 0.2 * noise_of(3)) / math.sqrt(0.38)
+    torch.testing.assert_close(noises_of(tmp_path / "noise")["mix"][0], expected)
+    assert list(drawn) == ["mix"]
+    assert np.abs(drawn["mix"] - plain_picture(expected, "mix", model=str(small))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("", "is no NOISE=WEIGHT"),
+        ("0", "'0' is no NOISE=WEIGHT"),
+        ("0=0.5,", "'' is no NOISE=WEIGHT"),
+        ("0=a", "'0=a' is no NOISE=WEIGHT"),
+        ("0=0.5,7=0.5", "no noise '7' among 00, 01, 02"),
+        ("0=0.5,00=0.5", "names noise 00 twice"),
+        ("0=0.5,1=-0.5", "weight of noise 1 must be a number from zero on"),
+        ("0=nan,1=1", "weight of noise 0 must be"),
+        ("0=inf,1=1", "weight of noise 0 must be"),
+        ("0=0,1=0", "all weights are zero"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(run: Any, tmp_path: Path, mix: str, message: str) -> None:
+    with pytest.raises(BadInput, match=f"--mix {mix}.*{message}"):
+        run(seeds="0-2", mix=mix)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_exported_model_draws_the_same_pictures_and_exporting_draws_none(
     run: Any, small: Path, tmp_path: Path
 ) -> None:
@@ -528,6 +819,8 @@ HELD_BY = {
     "save_noise": test_saved_noises_give_the_same_pictures_as_their_seeds,
     "export": test_an_exported_model_draws_the_same_pictures_and_exporting_draws_none,
     "record": test_a_reference_gives_a_table_and_a_record,
+    "invert": test_an_inverted_noise_is_that_of_a_plain_loop,
+    "mix": test_a_mix_draws_one_image_from_the_renormalised_mean,
 }
 
 

@@ -16,6 +16,7 @@ from small_pipeline import save_clip, save_pipeline
 from P1_model import Network, save_network
 from runtime.distributed import Shard
 from runtime.files import ROOT, load_safetensors
+from runtime.images import save_image
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -75,6 +76,23 @@ def test_ddim_with_a_noise_stream_for_each_image(digits: Path, tmp_path: Path) -
     assert metrics(two / "record.json")["processes"] == 2
     assert metrics(two / "record.json")["shares"] == [3, 2]
     assert len(list((two / "noise").iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_inversion_of_pictures(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        save_image(tmp_path / "photos" / f"{number}.png", torch.full((3, 28, 28), 50 * number, dtype=torch.uint8))
+    flags = ("--model", str(digits), "--invert", str(tmp_path / "photos"), "--batch", "2", "--steps", "4")
+    one, two = both_ways(tmp_path, "P2_ddim.py", *flags, "--output", "noise", "--record", "record.json")
+    names = sorted(path.name for path in (one / "noise").iterdir())
+    assert len(names) == 10
+    for name in names:
+        alone, shared = (torch.load(folder / "noise" / name) if name.endswith(".pt") else
+                         load_safetensors(folder / "noise" / name)[0]["x_next"] for folder in (one, two))  # fmt: skip
+        assert torch.equal(alone, shared)
+    assert list(metrics(two / "record.json")["length"]) == [str(number) for number in range(5)]
+    assert metrics(two / "record.json")["processes"] == 2
 
 
 @pytest.mark.slow

@@ -13,15 +13,20 @@ import pytest
 import torch
 from small_clip import NAMES as CLASSES
 
-from benchmarks import p1_accuracy, p1_sampling, p1_training, p2_ddim, p3_clip, p3_composition, p3_strict
+from benchmarks import p1_accuracy, p1_sampling, p1_training, p2_ddim, p2_round_trip, p3_clip, p3_composition, p3_strict
 from benchmarks import p3_textual_inversion as inversion
 from concepts.dataset import ConceptSet
+from diffusion.samplers import bdia, ddim
+from diffusion.step_rules import Rule, step_rule
 from digits.recipes import RECIPES
-from P1_model import Network, save_network
+from faces.models import load_model
+from P1_model import Network, load_network, save_network
+from runtime.cli import BadInput
 from runtime.device import detect
 from runtime.images import save_image
 
 CPU = detect("cpu")
+WAYS: tuple[tuple[str, Rule], ...] = (("bdia from x_T alone", "bdia"), ("plain ddim", "ddim"))
 
 
 def scripted(*times: float) -> Callable[..., tuple[float, Any]]:
@@ -146,6 +151,44 @@ def test_p2_compares_times_memory_and_images_of_ours_with_the_baseline(monkeypat
         "MSE on 0..255": [0.5],
         "largest difference on 0..255": [1.0],
     }
+
+
+def test_p2_round_trip_takes_the_first_pictures_each_way_and_back(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    originals = {f"{number}.png": torch.full((3, 28, 28), 60 + 40 * number, dtype=torch.uint8) for number in range(3)}
+    (tmp_path / "pictures").mkdir()
+    for name, image in originals.items():
+        save_image(tmp_path / "pictures" / name, image)
+    record = tmp_path / "record.json"
+    options: dict[str, Any] = {"pictures": tmp_path / "pictures", "model": str(digits), "steps": 5, "device": "cpu"}
+    p2_round_trip.main(p2_round_trip.Settings(count=2, record=record, **options))
+    errors = json.loads(record.read_text())["metrics"]
+    assert list(errors) == ["bdia with its pair", "bdia from x_T alone", "plain ddim"]
+    assert errors["bdia with its pair"]["MSE, 8 bit"] == [0, 0]
+    assert 0 < max(errors["bdia with its pair"]["MSE, float"]) < 1e-4
+    for way, rule in WAYS:
+        expected, schedule = [], load_network(digits, torch.device("cpu")).schedule
+        for image in list(originals.values())[:2]:
+            denoise = load_model(str(digits), torch.device("cpu"), torch.float32).denoiser(1)
+            grid, x = step_rule(rule, len(schedule), 5), image[None] / 127.5 - 1
+            with torch.inference_mode():
+                for steps in (grid.backwards(), grid):
+                    x = bdia(denoise, x, schedule, steps)[0] if rule == "bdia" else ddim(denoise, x, schedule, steps)
+            back = (x.clamp(-1, 1) + 1) * 127.5
+            expected.append(float((back - image).square().mean()))
+        assert errors[way]["MSE, float"] == pytest.approx(expected, rel=1e-2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bdia with")]
+    assert lines[0].split()[4:7] == ["inf", "inf", "2"]
+
+
+def test_p2_round_trip_needs_as_many_pictures_as_it_counts(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    save_image(tmp_path / "pictures" / "a.png", torch.zeros(3, 28, 28, dtype=torch.uint8))
+    with pytest.raises(BadInput, match="holds 1, --count 2 needs more"):
+        p2_round_trip.main(
+            p2_round_trip.Settings(tmp_path / "pictures", str(digits), count=2, record=tmp_path / "r.json")
+        )
 
 
 def test_p3_clip_counts_the_classifiers_time_against_pairs_only(

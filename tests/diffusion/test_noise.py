@@ -10,7 +10,7 @@ import torch
 from gaussian import gaussian
 from torch import Tensor
 
-from diffusion.noise import draw, generators, linear, slerp
+from diffusion.noise import draw, generators, linear, mean, slerp
 
 CPU = torch.device("cpu")
 
@@ -87,3 +87,24 @@ def test_slerp_of_opposite_vectors_goes_around_and_keeps_the_norm(alpha: float) 
 def test_slerp_with_a_zero_vector_is_linear() -> None:
     a = gaussian(1)
     assert torch.equal(slerp(a, torch.zeros_like(a), 0.5), 0.5 * a)
+
+
+# ---------------------------------------------------------------- means
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_mean_of_noises_is_their_weighted_sum_over_the_length_of_the_weights(scale: float) -> None:
+    a, b, c = gaussian(1), gaussian(2), gaussian(3)
+    expected = (0.5 * a + 0.3 * b + 0.2 * c) / math.sqrt(0.38)
+    torch.testing.assert_close(mean([a, b, c], [0.5 * scale, 0.3 * scale, 0.2 * scale]), expected)
+
+
+def test_the_mean_of_noises_has_the_variance_of_one_where_a_plain_mean_has_less() -> None:
+    noises = [gaussian(seed, 3, 64, 64).float() for seed in range(5)]
+    assert mean(noises, [1, 1, 1, 1, 1]).dtype == torch.float32
+    assert float(mean(noises, [1, 1, 1, 1, 1]).std()) == pytest.approx(1, abs=0.02)
+    assert float(torch.stack(noises).mean(0).std()) == pytest.approx(math.sqrt(1 / 5), abs=0.02)
+
+
+def test_the_mean_of_one_noise_is_that_noise() -> None:
+    torch.testing.assert_close(mean([gaussian(1), gaussian(2)], [0.7, 0.0]), gaussian(1))

@@ -13,7 +13,7 @@ from gaussian import SHAPE, gaussian
 from torch import Tensor
 
 from diffusion.noise import draw, generators
-from diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver
+from diffusion.samplers import bdia, bdia_step, ddim, ddim_invert, ddpm, dpm_solver
 from diffusion.schedule import Prediction, Schedule, cosine, linear, make_schedule, target
 from diffusion.step_rules import Rule, Steps, step_rule
 
@@ -235,3 +235,90 @@ def test_inverted_steps_are_those_of_ddim_backwards() -> None:
         alpha_bar = schedule.alpha_bar_at(t)
         torch.testing.assert_close(x, math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps)
     torch.testing.assert_close(ddim(denoise, states[80], schedule, steps), x0)
+
+
+# ---------------------------------------------------------------- from images to noise
+
+
+def move(x: Tensor, output: Tensor, schedule: Schedule, t: int, target_t: int) -> Tensor:
+    """Return x moved from t to another timestep along the straight line of DDIM."""
+    now, then = (torch.tensor(schedule.alpha_bar_at(k), dtype=torch.float64) for k in (t, target_t))
+    if schedule.prediction == "v":
+        x0, eps = now.sqrt() * x - (1 - now).sqrt() * output, (1 - now).sqrt() * x + now.sqrt() * output
+    else:
+        x0, eps = (x - (1 - now).sqrt() * output) / now.sqrt(), output
+    return then.sqrt() * x0 + (1 - then).sqrt() * eps
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("rule", ["homework", "ddim"])
+def test_ddim_backwards_equals_a_loop_from_the_image_at_timestep_0(rule: Rule, prediction: Prediction) -> None:
+    schedule, x = linear(1000, prediction=prediction), clean_images()
+    times = range(1, 982, 20) if rule == "homework" else range(20, 981, 20)
+    expected, before = x, 0
+    for t in times:
+        expected, before = move(expected, smooth(expected, before), schedule, before, t), t
+    found = ddim(smooth, x, schedule, step_rule(rule, 1000, 50).backwards())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_bdia_equals_a_loop_written_from_its_description(backwards: bool, prediction: Prediction) -> None:
+    """x_{i-1} = x_{i+1} - (DDIM(x_i to i+1) - x_i) + (DDIM(x_i to i-1) - x_i), gamma 1; the first step is DDIM's."""
+    schedule, start = linear(1000, prediction=prediction), gaussian(3)
+    times = [*range(981, 0, -20), 0]
+    times = times[::-1] if backwards else times
+    states = [start, move(start, smooth(start, times[0]), schedule, times[0], times[1])]
+    for before, t, after in zip(times, times[1:], times[2:], strict=False):
+        x, output = states[-1], smooth(states[-1], t)
+        backward = move(x, output, schedule, t, before) - x
+        forward = move(x, output, schedule, t, after) - x
+        states.append(states[-2] - backward + forward)
+    steps = step_rule("bdia", 1000, 50)
+    arrivals: dict[int, Tensor] = {}
+    last, before_last = bdia(
+        smooth,
+        start,
+        schedule,
+        steps.backwards() if backwards else steps,
+        callback=lambda t, x: arrivals.update({t: x}),
+    )
+    for x, expected in ((last, states[-1]), (before_last, states[-2])):
+        assert float((x - expected).abs().max() / expected.abs().max()) < 1e-9
+    assert list(arrivals) == times[1:]
+    assert torch.equal(arrivals[times[-1]], last)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("times", [(981, 961, 941), (501, 481, 461), (21, 1, 0)])
+def test_a_bdia_step_is_undone_by_the_step_with_both_ends_exchanged(
+    times: tuple[int, int, int], dtype: torch.dtype, bound: float, prediction: Prediction
+) -> None:
+    schedule = linear(1000, prediction=prediction)
+    x_prev, x, output = (gaussian(seed).to(dtype) for seed in (1, 2, 3))
+    x_next = bdia_step(x_prev, x, output, schedule, times)
+    found = bdia_step(x_next, x, output, schedule, (times[2], times[1], times[0]))
+    assert float((x_next - x_prev).abs().max()) > 1e-3
+    assert float((found - x_prev).abs().max()) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_images_come_back_from_their_two_states_with_one_call_of_the_network_per_step(
+    dtype: torch.dtype, bound: float
+) -> None:
+    schedule, steps, x0 = linear(1000), step_rule("bdia", 1000, 50), clean_images().to(dtype)
+    called: list[int] = []
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        called.append(t)
+        return 0.5 * x + 0.1 * x.tanh() * math.cos(t)
+
+    x_T, x_next = bdia(denoise, x0, schedule, steps.backwards())
+    assert called == [0, *range(1, 962, 20)]
+    called.clear()
+    found, before = bdia(denoise, x_T, schedule, steps, x_next)
+    assert called == [*range(961, 0, -20)]
+    assert float((found - x0).abs().max()) < bound
+    assert float((before - x0).abs().max()) > bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from diffusers import DDIMScheduler
@@ -35,13 +35,34 @@ def test_trailing_rule_starts_at_the_last_step_and_ends_clean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "clamped"), [("homework", True), ("diffusers", True), ("trailing", True), ("ddim", False)]
+    ("rule", "clamped"),
+    [("homework", True), ("diffusers", True), ("trailing", True), ("ddim", False), ("bdia", False)],
 )
-def test_every_rule_but_plain_ddim_clamps_x0(rule: Rule, clamped: bool) -> None:
+def test_plain_ddim_and_bdia_alone_do_not_clamp_x0(rule: Rule, clamped: bool) -> None:
     assert step_rule(rule, 1000, 50).clamp is clamped
 
 
-@pytest.mark.parametrize("rule", ["homework", "ddim", "diffusers", "trailing"])
+def test_bdia_has_the_grid_of_the_homework_and_two_states() -> None:
+    assert step_rule("bdia", 1000, 50).pairs == step_rule("homework", 1000, 50).pairs
+    assert [rule for rule in get_args(Rule) if step_rule(rule, 1000, 50).two_states] == ["bdia"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"),
+    [
+        ("homework", [0, *range(1, 982, 20)]),
+        ("bdia", [0, *range(1, 982, 20)]),
+        ("ddim", [*range(0, 981, 20)]),
+        ("trailing", [0, *range(19, 1000, 20)]),
+    ],
+)
+def test_backwards_an_image_is_the_state_at_0_and_nothing_is_clamped(rule: Rule, times: list[int]) -> None:
+    steps = step_rule(rule, 1000, 50).backwards()
+    assert steps.pairs == tuple(zip(times, times[1:], strict=False))
+    assert (steps.clamp, steps.two_states) == (False, rule == "bdia")
+
+
+@pytest.mark.parametrize("rule", get_args(Rule))
 @pytest.mark.parametrize("steps", [-1, 0, 101])
 def test_steps_that_do_not_fit_are_refused(rule: Rule, steps: int) -> None:
     with pytest.raises(ValueError, match=f"{steps} steps"):

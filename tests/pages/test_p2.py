@@ -51,7 +51,7 @@ def test_without_a_reference_the_faces_are_counted_and_timed(tmp_path: Path) -> 
 def test_the_length_of_the_noise_half_way_on_both_ways(tmp_path: Path) -> None:
     norms = {"slerp": [1.0, 0.98, 0.97, 0.99, 1.01], "linear": [1.02, 0.84, 0.71, 0.85, 1.03]}
     write_record(tmp_path / "p2_figures", {"interpolation": norms})
-    names = ("eta", "eta_mse", "slerp", "linear", "noise_norm")
+    names = ("eta", "eta_mse", "interpolation", "noise_norm")
     for width, name in enumerate(names, 10):
         write_image(tmp_path / "p2_figures" / f"{name}.png", width)
     page = rendered(section_named(p2.sections(inputs_of(tmp_path)), "p2-figures"), tmp_path)
@@ -60,7 +60,7 @@ def test_the_length_of_the_noise_half_way_on_both_ways(tmp_path: Path) -> None:
         "length of the noise half way, linear": ("0.71", "1"),
     }
     starts = {caption.split()[0]: widths for caption, widths in page.figures.items()}
-    assert starts == {"Rows:": (10,), "How": (11,), "Slerp": (12,), "Linear": (13,), "Length": (14,)}
+    assert starts == {"Rows:": (10,), "How": (11,), "Slerp": (12,), "Length": (13,)}
 
 
 def test_the_courses_network_gets_the_courses_noises_and_the_shipped_one_seeds(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from runtime.images import (
     labelled_grid,
     line_figure,
     open_image,
+    pixel_grid,
     read_as_graded,
     read_image,
     save_image,
@@ -286,6 +287,36 @@ def test_a_labelled_grids_images_have_the_asked_side_and_room_for_labels(
         assert not axis.get_ylabel() or axis.yaxis.label.get_rotation() == 0
         assert not any(line.get_visible() for line in axis.spines.values())
         assert axis.images[0].get_interpolation() == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "side", "scale"),
+    [(2, 11, 64, 1), (5, 4, 64, 2), (1, 4, 28, 4), (2, 11, 28, 2), (2, 11, 256, 1), (7, 1, 16, 8)],
+)
+def test_a_pixel_grid_shows_every_pixel_under_letters_of_a_26th_of_its_width(
+    tmp_path: Path, rows: int, columns: int, side: int, scale: int
+) -> None:
+    images = torch.randint(0, 256, (rows * columns, 3, side, side), dtype=torch.uint8)
+    labels = [f"{k / 10:g}" for k in range(columns)]
+    pixel_grid(tmp_path / "a.png", images, ["slerp"] * rows, labels, "A title")
+    figure = open_image(tmp_path / "a.png")
+    grid = image_grid(images, columns, scale)
+    assert torch.equal(figure[:, -grid.shape[1] :, -grid.shape[2] :], grid)
+    above, left = figure[:, : -grid.shape[1]], figure[:, -grid.shape[1] :, : -grid.shape[2]]
+    inked = (above < 128).all(0).any(1).nonzero().flatten()
+    assert int(inked[-1]) < above.shape[1] - 2
+    assert int(inked[0]) > 0
+    assert (left < 128).any()
+    assert (left[:, :, :1] > 128).all()
+    letters = (above < 128).all(0).any(1)[: above.shape[1] // 2]
+    assert int(letters.sum()) >= 0.6 * grid.shape[2] / 26
+
+
+def test_a_pixel_grid_takes_any_text_and_no_labels(tmp_path: Path) -> None:
+    for text in ("$x_{$", "猫 и é", "very long " * 40, "", "two\nlines"):
+        pixel_grid(tmp_path / "a.png", some_pictures(2), [text], [text, "b"], text)
+    pixel_grid(tmp_path / "a.png", some_pictures(2), [""], ["", ""], "")
+    assert open_image(tmp_path / "a.png").shape[2] == image_grid(some_pictures(2), 2, 4).shape[2]
 
 
 def test_a_line_figure_has_a_panel_per_measure_and_a_line_per_label(figures: list[Any]) -> None:
