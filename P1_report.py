@@ -1,10 +1,11 @@
-"""Draw the figures of P1: digits on a grid, the reverse process, and the effect of the guidance scale.
+"""Draw the figures of P1: a grid, the reverse process and its animation, what the labels do, and what guidance does.
 
-  python P1_report.py --output runs/p1_report                all three
+  python P1_report.py --output runs/p1_report                all of them
   python P1_report.py --output runs/p1_report --figures grid reverse
+  python P1_report.py --model runs/p1/best.safetensors --figures diagnose animation      does one's own training obey its labels?
   python P1_report.py --model runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
 
-The sweep prints its numbers as well; record.json holds them.
+Diagnosis and sweep print their numbers as well; record.json holds them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import draw, generators
+from diffusion.schedule import add_noise
 from digits.classifier import DigitClassifier, accuracy, quality, shipped_classifiers
 from digits.sampling import (
     CHECKPOINT,
@@ -32,16 +34,19 @@ from digits.sampling import (
     labels_of,
     sample,
 )
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, Network, load_network
+from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
 from runtime.cli import BadInput, Seed, check_positive, log, run_script
 from runtime.device import Device, detect
 from runtime.files import output_folder
-from runtime.images import labelled_grid, line_figure, to_uint8
+from runtime.images import image_grid, labelled_grid, line_figure, save_animation, to_uint8
 from runtime.record import Record
 from runtime.seeds import distinct_seeds
 
 TITLES = ("MNIST-M", "SVHN")
 TIMESTEPS = (500, 300, 200, 100, 50, 1)  # of T = 500, noise first
+ANIMATION_STEPS = 30
+DIAGNOSED = 2  # images per digit and domain
+DIAGNOSED_AT = range(5, 100, 10)  # percent of T
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ class Settings:
     """Folder for the PNG files and record.json."""
     model: Path = CHECKPOINT
     """safetensors file written by P1_training.py, or the shipped one."""
-    figures: tuple[Literal["grid", "reverse", "sweep"], ...] = ("grid", "reverse", "sweep")
+    figures: tuple[Literal["grid", "reverse", "animation", "diagnose", "sweep"], ...] = (
+        "grid", "reverse", "animation", "diagnose", "sweep",
+    )  # fmt: skip
+    """grid = digits by noise; reverse = six moments of DDPM; animation = every digit from noise to image, a WebP;
+    diagnose = how far other labels move the prediction, at ten timesteps; sweep = accuracy and variety by guidance scale."""
     scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
     """Guidance scales of the sweep."""
     sweep_count: int = 20
@@ -83,6 +92,13 @@ def main(settings: Settings) -> None:
         if "reverse" in settings.figures:
             with record.timed("reverse"):
                 paths.append(reverse_figure(network, settings.seed, folder))
+        if "animation" in settings.figures:
+            with record.timed("animation"):
+                paths.append(animation(network, settings.seed, folder))
+        if "diagnose" in settings.figures:
+            with record.timed("diagnose"):
+                record.metrics["diagnose"] = effects = diagnose(sampler, settings.seed)
+            paths.append(effects_figure(effects, folder))
         if "sweep" in settings.figures:
             requests = graded_requests(settings.seed, settings.sweep_count)
             with record.timed("sweep"):
@@ -128,6 +144,78 @@ def reverse_figure(network: Network, seed: int, folder: Path) -> Path:
     path, columns = folder / "reverse_process.png", [f"t = {t}" for t in states]
     title = f'The first "0" of both domains, T = {len(network.schedule)}'
     labelled_grid(path, to_uint8(images), TITLES, columns, title, inch=1.1)
+    return path
+
+
+def animation(network: Network, seed: int, folder: Path) -> Path:
+    """Write every digit of both domains on its way from noise to image, by DDIM: a row per domain."""
+    requests = graded_requests(seed, 1)
+    states = [draw(generators([request.seed for request in requests]), IMAGE_SHAPE, torch.device("cpu"))]
+    steps = min(ANIMATION_STEPS, len(network.schedule))
+    config = replace(DigitSamplerConfig.from_dict(network.sampler), name="ddim", steps=steps, eta=0.0)
+    log(f"animation: {steps} steps of DDIM")
+    sample(network, requests, config, lambda t, x: states.append(x.cpu()))
+    path = folder / "denoising.webp"
+    save_animation(path, torch.stack([image_grid(to_uint8(x), DIGITS, scale=3) for x in states]))
+    return path
+
+
+Effects = dict[str, dict[str, list[float]]]  # {domain: {"t": timesteps, change of the labels: distances}}
+
+
+@torch.inference_mode()
+def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequest]) -> Effects:
+    """Return how far another label, and none, moves the x0 that the network predicts for the noised images [N,3,28,28].
+
+    Distances are root mean squares over pixels in -1..1. "error" is the distance of the prediction to the image itself.
+    """
+    digit, domain = labels_of(requests, images.device)
+    shift = 1 + torch.arange(len(digit), device=images.device) % (DIGITS - 1)
+    changes = {
+        "another digit": ((digit + shift) % DIGITS, domain),
+        "another domain": (digit, (domain + 1) % len(DOMAINS)),
+        "no digit": (torch.full_like(digit, NO_DIGIT), domain),
+        "no domain": (digit, torch.full_like(domain, NO_DOMAIN)),
+    }
+    # other noise than that which the images came from
+    seeds = distinct_seeds([(request.seed, 1) for request in requests], [request.seed for request in requests])
+    eps, schedule = draw(generators(seeds), IMAGE_SHAPE, images.device), network.schedule
+    effects: Effects = {name: {"t": []} for name in DOMAINS}
+    for t in [percent * len(schedule) // 100 for percent in DIAGNOSED_AT]:
+        x = add_noise(images, eps, torch.tensor(schedule.alpha_bar_at(t)))
+        own, *others = [
+            schedule.x0_and_eps(network(x, t, labels), x, t)[0].clamp(-1, 1)
+            for labels in ((digit, domain), *changes.values())
+        ]
+        moves = {name: other - own for name, other in zip(changes, others, strict=True)} | {"error": own - images}
+        for index, columns in enumerate(effects.values()):
+            columns["t"].append(t)
+            for name, move in moves.items():
+                columns.setdefault(name, []).append(float(move[domain == index].square().mean().sqrt()))
+    return effects
+
+
+def diagnose(sampler: DigitSampler, seed: int) -> Effects:
+    """Sample a few digits; print and return the effects of their labels."""
+    requests = graded_requests(seed, DIAGNOSED)
+    images = sampler.images(requests, "digits to diagnose")
+    effects = label_effects(sampler.network, images.to(next(sampler.network.unet.parameters()).device), requests)
+    for title, columns in zip(TITLES, effects.values(), strict=True):
+        print(f"{title}: how far other labels move the predicted image (0 = the label is ignored)")
+        print("".join(f"{name:>16}" for name in columns))
+        for t, *distances in zip(*columns.values(), strict=True):
+            print(f"{t:16d}" + "".join(f"{distance:16.3f}" for distance in distances))
+    return effects
+
+
+def effects_figure(effects: Effects, folder: Path) -> Path:
+    """Draw the distances over t, a panel per domain."""
+    path, timesteps = folder / "label_effects.png", next(iter(effects.values()))["t"]
+    panels = {
+        title: {name: values for name, values in columns.items() if name != "t"}
+        for title, columns in zip(TITLES, effects.values(), strict=True)
+    }
+    line_figure(path, timesteps, panels, "t", "How far other labels move the predicted image (RMS, pixels in -1 .. 1)")
     return path
 
 

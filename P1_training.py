@@ -12,6 +12,7 @@ from __future__ import annotations
 import runtime.interrupts  # noqa: F401
 
 # isort: split
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -205,6 +206,7 @@ def main(settings: Settings) -> None:
         with run.last_work(), record.timed("final_grading"):
             record.metrics |= grading.choose_best()
     run.finish(history=grading.history)
+    log(f"next: {shlex.join(['bash', 'hw2_1.sh', 'out', str(settings.output / 'best.safetensors')])}")
 
 
 def initial_weights(path: Path, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
@@ -282,8 +284,9 @@ class Grading:
         network = self.averaged(step)
         scores, images = self.score(network, self.settings.eval_count, self.settings.seed)
         self.history.append({"step": step, "seconds": round(seconds, 1), **scores})
-        with decoration(sheet := self.settings.output / f"step-{step:06d}.png"):
-            save_image(sheet, digit_sheet(images))
+        with decoration(path := self.settings.output / f"step-{step:06d}.png"):
+            save_image(path, sheet := digit_sheet(images))
+            self.run.log.image(step, "sheet", sheet)
         self.run.log.show(step, **scores)
         if self.candidates.offer(step, scores["accuracy"], partial(save_network, network=network)):
             save_network(self.settings.output / "best.safetensors", network, torch.float16)

@@ -2,23 +2,25 @@
 
   python benchmarks/p1_accuracy.py                                        5 seeds, graded by the shipped classifiers
   python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's classifier too
+  python benchmarks/p1_accuracy.py --data hw2_data/digits                 an outside view too: in features of EfficientNet-Lite0
 
 The images of each seed are those of hw2_1.sh. They are graded without retries, then with them.
+benchmarks/p1_views.py compares both views.
 """
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import repository_root  # noqa: F401  # isort: split
 import torch
 
+from benchmarks.outside_view import grades, outside_classifiers
 from benchmarks.timing import BENCH, report
-from digits.classifier import accuracy, load_classifier, quality, shipped_classifiers
+from digits.classifier import accuracy, load_classifier, shipped_classifiers
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
-from P1_model import DOMAINS, load_network
+from P1_model import load_network
 from runtime.cli import run_script
 from runtime.device import Device, detect
 from runtime.images import to_uint8
@@ -33,6 +35,8 @@ class Settings:
     """Checkpoint of P1."""
     mnistm_classifier: Path | None = None
     """The course's Classifier.pth. None = the shipped classifiers only."""
+    data: Path | None = None
+    """Folder of real digits in the homework's layout, for the outside view. None = the shipped classifiers only."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     count: int = 50
     """Images per digit and domain."""
@@ -50,6 +54,7 @@ def main(settings: Settings) -> None:
     record = Record(settings, machine)
     network, classifiers = load_network(settings.model, machine.device), shipped_classifiers(machine.device)
     course = load_classifier(settings.mnistm_classifier, machine.device) if settings.mnistm_classifier else None
+    outside = outside_classifiers(settings.data, machine.device) if settings.data else None
     sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), settings.batch)
     results: dict[str, list[float]] = {}
 
@@ -61,14 +66,11 @@ def main(settings: Settings) -> None:
             if way == "with retries":
                 redraw(sampler, classifiers, requests, images, settings.retries)
             batch = torch.stack([images[row] for row in range(len(requests))])
-            scores = accuracy(classifiers, batch, digits, domains)
-            numbers = {f"{name} accuracy": score for name, score in zip(DOMAINS, scores, strict=True)}
-            numbers["mean accuracy"] = statistics.mean(scores)
+            numbers = grades(classifiers, batch, digits, domains)
             if course:
                 numbers["mnistm accuracy by the course's classifier"] = accuracy([course], batch, digits, domains)[0]
-            for domain, name in enumerate(DOMAINS):
-                variety = quality(classifiers[domain], batch[domains == domain])
-                numbers |= {f"{name} {key}": value for key, value in variety.items()}
+            if outside:
+                numbers |= grades(outside, batch, digits, domains, "outside ")
             for name, value in numbers.items():
                 results.setdefault(f"{way}: {name}", []).append(value)
 

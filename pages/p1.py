@@ -21,6 +21,9 @@ FIGURES = {
     "grid_svhn.png": GRID.format("SVHN"),
     "reverse_process.png": "The reverse process: the first “0” of both styles on its way from noise (left) to image (right), all "
     "steps of DDPM. The moments are those of the original report, t = 500 .. 1 of 500, scaled to this T.",
+    "denoising.webp": "The animation: every digit on its way from noise, in 30 steps of DDIM, MNIST-M above and SVHN below.",
+    "label_effects.png": "The labels: how far another digit or domain, and none, moves the image that the network predicts from its noised "
+    "version. A distance of 0 means that the label is ignored; the error is the distance of the prediction to the image itself.",
     "guidance_sweep.png": "Guidance: with more of it, digits are read more reliably and vary less.",
 }
 
@@ -30,7 +33,7 @@ def sections(inputs: Inputs) -> list[Section]:
     shipped, classifier, figures = inputs.digits == DIGITS, inputs.mnistm_classifier, inputs.steps / "p1_figures"
     weights = f"{'shipped' if shipped else 'your'} weights {relative(inputs.digits)}"
     modes = ["retries"] if inputs.quick else ["plain", "retries"]
-    kinds = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "sweep"]
+    kinds = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "animation", "diagnose", "sweep"]
     draw = ("P1_report.py", "--model", inputs.digits, "--output", figures, "--device", inputs.device, "--figures")
     return [
         Section(

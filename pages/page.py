@@ -69,7 +69,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 @cache
 def embedded(path: Path) -> dict[str, Any]:
-    """Return a PNG or JPEG file as a data URI, with its size."""
+    """Return a PNG, JPEG or WebP file as a data URI, with its size."""
     with Image.open(path) as image:
         kind, (width, height) = str(image.format).lower(), image.size
     content = base64.b64encode(path.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""Images: reading, writing, grids and line figures, and conversion between 0..255 and -1..1."""
+"""Images: reading, writing, animations, grids and line figures, and conversion between 0..255 and -1..1."""
 
 from __future__ import annotations
 
@@ -101,6 +101,17 @@ def save_image(path: Path, image: Tensor) -> None:
     pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
     with atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, "PNG")
+
+
+def save_animation(path: Path, frames: Tensor, frame_ms: int = 80, last_ms: int = 1500) -> None:
+    """Write frames [N,3,H,W] uint8 as an endless GIF or lossless WebP, by the suffix, atomically; the last one stays `last_ms`.
+
+    A GIF has 256 colours a frame, and its times are multiples of 10 ms.
+    """
+    images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    times, form = [frame_ms] * (len(images) - 1) + [last_ms], {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
+    with atomic(path) as temporary:
+        images[0].save(temporary, form, save_all=True, append_images=images[1:], duration=times, loop=0, lossless=True)
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:

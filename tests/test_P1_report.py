@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.noise import draw, generators
+from diffusion.schedule import Schedule, cosine
 from digits.classifier import DigitClassifier
-from digits.sampling import DigitRequest, DigitSampler
+from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, sample
 from P1_model import Network, save_network
-from P1_report import Settings, main, reverse_process
+from P1_report import Settings, label_effects, main, reverse_process
 from runtime.cli import BadInput
-from runtime.images import to_uint8
+from runtime.images import image_grid, to_uint8
 from runtime.seeds import derived_seed
 
 
@@ -89,6 +90,88 @@ def test_the_reverse_process_shows_mnistm_above_svhn_from_noise_to_image(
     states = reverse_process(tiny_network, requests)
     expected = [to_uint8(states[int(name[4:])][domain]) for domain in (0, 1) for name in columns]
     assert (images.int() - torch.stack(expected).int()).abs().max() <= 1
+
+
+def test_the_animation_goes_from_the_noise_of_the_seeds_to_every_digit(
+    checkpoint: Path, tiny_network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: dict[str, Tensor] = {}
+    monkeypatch.setattr("P1_report.save_animation", lambda path, images: frames.update({path.name: images}))
+    main(Settings(output=tmp_path, model=checkpoint, figures=("animation",), seed=3, device="cpu"))
+    requests = graded_requests(3, 1)
+    noise = draw(generators([request.seed for request in requests]), (3, 28, 28), torch.device("cpu"))
+    images = sample(tiny_network, requests, DigitSamplerConfig("ddim", steps=20))
+    assert len(frames["denoising.webp"]) == 21  # as many steps as T, which is below 30
+    for frame, expected in ((0, noise), (-1, images)):
+        grid = image_grid(to_uint8(expected), 10, scale=3)  # MNIST-M above, SVHN below
+        assert (frames["denoising.webp"][frame].int() - grid.int()).abs().max() <= 1
+
+
+class KnownImages(torch.nn.Module):
+    """A network that predicts v as if the clean image had the grey of the labels: digit / 20 + domain / 4, none counts 10 and 2."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule, self.digits, self.noises = schedule, list[Tensor](), list[Tensor]()
+        self.device_of = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+        self.digits.append(digit)
+        alpha_bar = self.schedule.alpha_bar_at(int(t[0]))
+        self.noises.append(x / math.sqrt(1 - alpha_bar))  # of grey images, which are 0
+        x0 = (digit / 20 + domain / 4)[:, None, None, None]
+        return (math.sqrt(alpha_bar) * x - x0) / math.sqrt(1 - alpha_bar)
+
+
+def test_the_effects_of_labels_are_distances_between_predicted_images() -> None:
+    schedule = cosine(100)
+    unet: Any = KnownImages(schedule)
+    requests = graded_requests(0, 2)
+    digits = torch.tensor([request.digit for request in requests])
+    effects = label_effects(Network(unet, schedule, "cosine", {}, {}), torch.zeros(40, 3, 28, 28), requests)
+
+    def distance(greys: Tensor) -> list[Any]:
+        return [pytest.approx(float(greys.double().square().mean().sqrt()), rel=1e-3)] * 10
+
+    one_domain = torch.arange(10)
+    for domain, name in enumerate(("mnistm", "svhn")):
+        assert effects[name]["t"] == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
+        assert effects[name]["another domain"] == distance(torch.tensor(0.25))
+        assert effects[name]["no domain"] == distance(torch.tensor((2 - domain) / 4))
+        assert effects[name]["no digit"] == distance((10 - one_domain) / 20)
+        assert effects[name]["error"] == distance(one_domain / 20 + domain / 4)
+        another = (unet.digits[1] - digits)[20 * domain : 20 * domain + 20]
+        assert effects[name]["another digit"] == distance(another / 20)
+        assert another.abs().min() > 0  # no digit is compared with itself
+    assert {*unet.digits[1].tolist()} <= {*range(10)}
+    noise = unet.noises[0]
+    assert len(unet.noises) == 10 * 5
+    assert all(torch.allclose(other, noise, atol=1e-4) for other in unet.noises)
+    first = draw(generators([request.seed for request in requests]), (3, 28, 28), torch.device("cpu"))
+    assert abs(float((noise * first).mean())) < 0.02 < float(noise.std())  # other noise than the images came from
+
+
+def test_the_diagnosis_of_a_network_that_ignores_the_digit_is_zero(
+    tiny_network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = Figures(monkeypatch, "P1_report")
+    torch.nn.init.zeros_(tiny_network.unet.conditioning.get_parameter("digit.weight"))
+    save_network(tmp_path / "p1.safetensors", tiny_network)
+    main(Settings(tmp_path, tmp_path / "p1.safetensors", ("diagnose",), seed=3, batch=20, device="cpu"))
+    effects = json.loads((tmp_path / "record.json").read_text())["metrics"]["diagnose"]
+    requests = graded_requests(3, 2)
+    images = sample(tiny_network, requests, DigitSamplerConfig("ddim", steps=5))  # of the network itself
+    expected = label_effects(tiny_network, images, requests)
+    assert effects["svhn"]["error"] == pytest.approx(expected["svhn"]["error"], rel=1e-3)
+    for columns in effects.values():
+        assert columns["another digit"] == columns["no digit"] == [0] * 10
+        assert min(columns["another domain"] + columns["no domain"] + columns["error"]) > 0
+    timesteps, panels, *_ = figures.lines["label_effects"]
+    assert timesteps == effects["svhn"]["t"]
+    assert panels["SVHN"] == {name: values for name, values in effects["svhn"].items() if name != "t"}
+    table = capsys.readouterr().out.splitlines()
+    assert table[12].startswith("SVHN: ")
+    assert table[14].split() == [str(timesteps[0]), *(f"{panels['SVHN'][name][0]:.3f}" for name in panels["SVHN"])]
 
 
 class Reader(DigitClassifier):

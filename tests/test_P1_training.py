@@ -32,6 +32,7 @@ from P1_model import PRESETS, Network, UNet, load_network, save_network
 from P1_training import Grading, Settings, digit_sheet, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
+from runtime.images import open_image
 from runtime.seeds import derived_seed
 from training import loop
 from training.log import TrainingLog
@@ -128,8 +129,10 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(
 
 
 def test_the_loss_falls_and_the_run_folder_is_complete(
-    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sheets: dict[int, Tensor] = {}
+    monkeypatch.setattr(TrainingLog, "image", lambda self, step, name, image: sheets.update({step: image}))
     metrics = train(digits_folder, tmp_path, steps=120, batch=16, eval_every=60, candidates=2)["metrics"]
     assert metrics["loss"] < 0.7  # about 1 at the start: the target has unit variance
     assert [h["step"] for h in metrics["history"]] == [60, 120]
@@ -138,6 +141,10 @@ def test_the_loss_falls_and_the_run_folder_is_complete(
     shown = capsys.readouterr().err
     assert "step 60, 20 images: mnistm" in shown
     assert "000060" not in shown
+    assert list(sheets) == [60, 120]  # in TensorBoard, as in the run folder
+    assert all(torch.equal(open_image(tmp_path / f"step-{step:06d}.png"), sheet) for step, sheet in sheets.items())
+    assert f"curves: tensorboard --logdir {tmp_path / 'tensorboard'}" in shown
+    assert shown.splitlines()[-1] == f"next: bash hw2_1.sh out {tmp_path / 'best.safetensors'}"
 
 
 def test_it_can_start_from_finished_weights(digits_folder: Path, tmp_path: Path) -> None:

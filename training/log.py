@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -38,14 +39,15 @@ class TrainingLog:
         self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
 
     def start(self) -> None:
-        """Show the bar, open TensorBoard's writer and start the clock."""
+        """Open TensorBoard's writer and say how to see it, show the bar and start the clock."""
         if self.shown:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
             threading.excepthook = _hide_writers_errors
             with self._courtesy():
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.first)
+                log(f"curves: {shlex.join(['tensorboard', '--logdir', str(self.folder)])}")
+            self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, images: int) -> None:

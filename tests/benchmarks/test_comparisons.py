@@ -13,7 +13,17 @@ import pytest
 import torch
 from small_clip import NAMES as CLASSES
 
-from benchmarks import p1_accuracy, p1_sampling, p1_training, p2_ddim, p2_round_trip, p3_clip, p3_composition, p3_strict
+from benchmarks import (
+    outside_view,
+    p1_accuracy,
+    p1_sampling,
+    p1_training,
+    p2_ddim,
+    p2_round_trip,
+    p3_clip,
+    p3_composition,
+    p3_strict,
+)
 from benchmarks import p3_textual_inversion as inversion
 from concepts.dataset import ConceptSet
 from diffusion.samplers import bdia, ddim
@@ -78,12 +88,25 @@ def test_p1_accuracy_grades_before_the_retries_and_after(
         return [0.5] if len(classifiers) == 1 else [0.75, 1.0] if redrawn else [0.25, 0.5]
 
     monkeypatch.setattr(p1_accuracy, "redraw", redraw)
-    monkeypatch.setattr(p1_accuracy, "accuracy", accuracy)
+    for module in (p1_accuracy, outside_view):
+        monkeypatch.setattr(module, "accuracy", accuracy)
     monkeypatch.setattr(p1_accuracy, "shipped_classifiers", lambda _: ["mnistm", "svhn"])
-    monkeypatch.setattr(p1_accuracy, "quality", lambda who, images: {"pictures": len(images), "who": len(who)})
+    monkeypatch.setattr(p1_accuracy, "outside_classifiers", lambda data, _: [f"mnistm {data}", f"svhn {data}"])
+    monkeypatch.setattr(p1_accuracy, "load_classifier", lambda path, _: path)
+    monkeypatch.setattr(outside_view, "quality", lambda who, images: {"pictures": len(images), "who": len(who)})
     record = tmp_path / "record.json"
-    p1_accuracy.main(p1_accuracy.Settings(model=digits, seeds=(0, 1), count=1, retries=2, device="cpu", record=record))
+    settings = p1_accuracy.Settings(model=digits, seeds=(0, 1), count=1, retries=2, device="cpu", record=record)
+    p1_accuracy.main(settings)
     measured = repeats(record)
+    p1_accuracy.main(replace(settings, data=Path("real"), mnistm_classifier=Path("Classifier.pth")))
+    more = {name: values[0] for name, values in repeats(record).items() if name not in measured}
+    assert {name: value for name, value in more.items() if "accuracy" in name and "with retries" in name} == {
+        "with retries: mnistm accuracy by the course's classifier": 0.5,
+        "with retries: mnistm outside accuracy": 0.75,
+        "with retries: svhn outside accuracy": 1.0,
+        "with retries: mean outside accuracy": 0.875,
+    }
+    assert (more["without retries: mnistm outside who"], more["with retries: svhn outside who"]) == (11, 9)
     assert {name: values[0] for name, values in measured.items() if "accuracy" in name} == {
         "without retries: mnistm accuracy": 0.25,
         "without retries: svhn accuracy": 0.5,

@@ -129,13 +129,17 @@ def test_the_demo_draws_once_and_leaves_the_sweep_out(tmp_path: Path) -> None:
     assert [step.name for step in demo[0].steps] == ["p1_digits_retries", "p1_grades_retries"]
     assert len(whole[0].steps) == 4
     kinds = [flag(commands_of(section, "p1_figures")[0], "--figures", 0) for _, section in (whole, demo)]
-    assert kinds == [["grid", "reverse", "sweep"], ["grid", "reverse"]]
+    assert kinds == [["grid", "reverse", "animation", "diagnose", "sweep"], ["grid", "reverse"]]
 
 
 def test_each_figure_of_p1_has_its_own_caption(tmp_path: Path) -> None:
-    names = ("grid_mnistm", "grid_svhn", "reverse_process", "guidance_sweep")
+    names = (
+        "grid_mnistm.png", "grid_svhn.png", "reverse_process.png", "guidance_sweep.png", "denoising.webp", "label_effects.png",
+    )  # fmt: skip
     for width, name in enumerate(names, 10):
-        write_image(tmp_path / "p1_figures" / f"{name}.png", width)
+        write_image(tmp_path / "p1_figures" / name, width)
     figures = rendered(section_named(p1.sections(inputs_of(tmp_path)), "p1-figures"), tmp_path).figures
     starts = {caption.split(":")[0]: widths for caption, widths in figures.items()}
-    assert starts == {"MNIST-M": (10,), "SVHN": (11,), "The reverse process": (12,), "Guidance": (13,)}
+    assert starts == {
+        "MNIST-M": (10,), "SVHN": (11,), "The reverse process": (12,), "Guidance": (13,), "The animation": (14,), "The labels": (15,),
+    }  # fmt: skip

@@ -26,6 +26,7 @@ from runtime.images import (
     pixel_grid,
     read_as_graded,
     read_image,
+    save_animation,
     save_image,
     shorten,
     to_uint8,
@@ -66,6 +67,24 @@ def test_grid_is_filled_row_by_row_and_enlarged_without_smoothing() -> None:
 def test_grid_is_white_between_the_pictures() -> None:
     grid = image_grid(some_pictures(6, size=4), columns=3, gap=1)
     assert bool((grid[:, :, [0, 5, 10, 15]] == 255).all())
+
+
+@pytest.mark.parametrize(("name", "error"), [("a.webp", 0), ("a.GIF", 1)])
+def test_an_animation_shows_its_frames_in_order_and_the_last_one_longer(tmp_path: Path, name: str, error: int) -> None:
+    greys = torch.tensor([10, 200, 90], dtype=torch.uint8)
+    frames = greys[:, None, None, None].expand(3, 3, 8, 6).clone()
+    frames[:, 0, 0, 0] = 255
+    save_animation(tmp_path / name, frames, frame_ms=50, last_ms=700)
+    with Image.open(tmp_path / name) as file:
+        assert (file.size, file.info["loop"]) == ((6, 8), 0)
+        for index, milliseconds in enumerate((50, 50, 700)):
+            file.seek(index)
+            file.load()
+            assert file.info["duration"] == milliseconds
+            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            assert (pixels.int() - frames[index].int()).abs().max() <= error
+        with pytest.raises(EOFError):
+            file.seek(3)
 
 
 # ---------------------------------------------------------------- reading

@@ -51,4 +51,14 @@ def test_a_folder_that_cannot_be_written_is_a_line(tmp_path: Path, capsys: pytes
     log.start()
     log.show(1, loss=1.0)
     log.close()
-    assert "warning: no curves from here on in" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "warning: no curves from here on in" in errors
+    assert "--logdir" not in errors
+
+
+def test_a_shown_training_says_how_to_open_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (True, False):
+        log = TrainingLog(tmp_path / "my run", "test", 0, 2, shown=shown)
+        log.start()
+        log.close()
+    assert capsys.readouterr().err.count(f"curves: tensorboard --logdir '{tmp_path / 'my run'}'\n") == 1
