@@ -2,6 +2,7 @@
 
   python P1_classifier.py train --domain svhn              runs/p1_classifier/svhn/classifier.safetensors, with what the metrics need
   python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
+  python P1_classifier.py train --data my/images --domain images       on images of your own, in a folder per class (docs/p1.md)
   python P1_classifier.py grade out --mnistm-classifier Classifier.pth --svhn-classifier hub      the course's own classifiers
 
 The graded folder is not changed. The course's own lines come last.
@@ -27,6 +28,7 @@ from digits.classifier import (
     ClassifierConfig,
     DigitClassifier,
     accuracy,
+    choose_classifiers,
     grade_folder,
     hub_classifier,
     load_classifier,
@@ -36,8 +38,8 @@ from digits.classifier import (
     shipped_classifiers,
 )
 from digits.metrics import make_reference
-from P1_dataloader import BalancedIndex, Digits, load_digits
-from P1_model import DOMAINS, IMAGE_SHAPE
+from P1_dataloader import BalancedIndex, Digits, describe_data, load_digits
+from P1_model import DOMAINS, HOMEWORK
 from runtime.cli import (
     BadInput,
     Seed,
@@ -64,6 +66,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mnistm": {"epochs": 24, "recolour": 0.2, "fold": 1},
     "svhn": {"epochs": 43, "recolour": 1.0, "fold": 2},
 }
+OTHERS = DEFAULTS["svhn"]  # of other domains
 BANK, REAL = 4000, 1000  # training and validation images whose features a classifier file keeps
 
 
@@ -74,17 +77,17 @@ BANK, REAL = 4000, 1000  # training and validation images whose features a class
 class Train:
     """Train a classifier on one domain's training images; the same command continues a stopped training."""
 
-    domain: Literal["mnistm", "svhn"]
-    """Whose digits."""
+    domain: str
+    """Whose digits: mnistm or svhn. Of your own images: the domain's folder, or `images` if the data folder holds the classes."""
     data: Path = ROOT / "hw2_data" / "digits"
-    """Folder with mnistm/ and svhn/ (see hw2_data/README.md)."""
+    """Folder with mnistm/ and svhn/ (see hw2_data/README.md), or with a folder per class, or per domain and class."""
     output: Annotated[Path | None, default_hint("runs/p1_classifier/DOMAIN")] = None
     """Run folder for classifier.safetensors, checkpoint, TensorBoard and record.json."""
-    epochs: Annotated[int | None, default_hint("24 for mnistm, 43 for svhn, the smaller set")] = None
+    epochs: Annotated[int | None, default_hint("24 for mnistm, 43 for svhn, the smaller set, and others")] = None
     """Passes over the training images."""
-    recolour: Annotated[float | None, default_hint("0.2 for mnistm, 1 for svhn")] = None
+    recolour: Annotated[float | None, default_hint("0.2 for mnistm, 1 for svhn and others")] = None
     """Strength of the colour augmentation, 0..1."""
-    fold: Annotated[Literal[1, 2] | None, default_hint("1 for mnistm, 2 for svhn")] = None
+    fold: Annotated[Literal[1, 2] | None, default_hint("1 for mnistm, 2 for svhn and others")] = None
     """2 folds patches of 2x2 pixels into channels first, which is three times as fast."""
     batch: int = 128
     """Images per step."""
@@ -103,19 +106,20 @@ class Train:
     """auto = bf16 where the hardware has it, else fp32."""
 
 
-def augment(x: Tensor, draws: Draws, recolour: float) -> Tensor:
-    """Return x [B,3,28,28] in -1..1 moved, turned, scaled, inverted, recoloured and noised, in -1..1."""
+def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Tensor:
+    """Return x [B,C,H,W] in -1..1 moved, turned, scaled, perhaps inverted, recoloured and noised, in -1..1."""
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
 
     x = warp(x, draws)
-    x = torch.where(between(0, 1) < 0.5, -x, x)
+    if invert:  # a digit stays itself
+        x = torch.where(between(0, 1) < 0.5, -x, x)
     grey = x.mean(1, keepdim=True)
     x = grey + between(1 - recolour, 1 + 0.2 * recolour) * (x - grey)
     x = between(1 - 0.5 * recolour, 1 + 0.4 * recolour) * x
-    x = x + recolour * (between(-0.3, 0.3) + 0.1 * draws.normal(3, 1, 1))
-    return (x + between(0, 0.12) * draws.normal(*IMAGE_SHAPE)).clamp(-1, 1)
+    x = x + recolour * (between(-0.3, 0.3) + 0.1 * draws.normal(x.shape[1], 1, 1))
+    return (x + between(0, 0.12) * draws.normal(*x.shape[1:])).clamp(-1, 1)
 
 
 def warp(x: Tensor, draws: Draws) -> Tensor:
@@ -124,7 +128,7 @@ def warp(x: Tensor, draws: Draws) -> Tensor:
     def within(largest: float) -> Tensor:
         return largest * (2 * draws.uniform() - 1)
 
-    angle, reach = within(math.radians(12)), 3 / (IMAGE_SHAPE[1] / 2)
+    angle, reach = within(math.radians(12)), 3 / (x.shape[-1] / 2)
     wide, high, right, down = within(0.15).exp(), within(0.15).exp(), within(reach), within(reach)
     cosine, sine = angle.cos(), angle.sin()
     rows = [cosine * wide, -sine * high, right, sine * wide, cosine * high, down]
@@ -135,8 +139,8 @@ def warp(x: Tensor, draws: Draws) -> Tensor:
 def train(settings: Train) -> None:
     """Train, grade on the validation images, write the classifier and record.json."""
     # settings: None becomes the domain's default
-    defaults = {name: value for name, value in DEFAULTS[settings.domain].items() if getattr(settings, name) is None}
-    settings = replace(settings, **defaults)
+    defaults = DEFAULTS.get(settings.domain, OTHERS)
+    settings = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
     assert settings.epochs is not None
     assert settings.recolour is not None
     assert settings.fold is not None
@@ -146,15 +150,20 @@ def train(settings: Train) -> None:
     folder = output_folder(settings.output or Path("runs/p1_classifier") / settings.domain)
     file = folder / "classifier.safetensors"
     check_writable_file(file, "--output")
-    machine, domain = detect(settings.device), DOMAINS.index(settings.domain)
+    machine = detect(settings.device)
     device, record = machine.device, Record(settings, machine)
     half = set_up(settings.precision, machine, training=True) == "bf16"
 
     # data, network, average, optimizer
+    spec = describe_data(settings.data)
+    if settings.domain not in spec.domains:
+        raise BadInput(f"--domain {settings.domain}: {settings.data} holds {', '.join(spec.domains)}")
+    domain = spec.domains.index(settings.domain)
     data, val = (load_digits(settings.data, split, [domain]).to(device) for split in ("train", "val"))
     index = BalancedIndex(data, None, False)
     torch.manual_seed(settings.seed)
-    network = to_channels_last(make_resnet(ClassifierConfig(fold=settings.fold)), device)
+    layout = ClassifierConfig(fold=settings.fold, spec=spec)
+    network = to_channels_last(make_resnet(layout), device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     ema = Ema(network, settings.ema)
 
@@ -174,7 +183,7 @@ def train(settings: Train) -> None:
     for step in run:
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)
         rows = index(draws.stratified(), draws.uniform())
-        x = augment(to_float(data.images[rows]), draws, settings.recolour)
+        x = augment(to_float(data.images[rows]), draws, settings.recolour, spec == HOMEWORK)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             logits = network(x.contiguous(memory_format=torch.channels_last)).float()
         run.update(F.cross_entropy(logits, data.digits[rows], label_smoothing=settings.smoothing))
@@ -183,7 +192,8 @@ def train(settings: Train) -> None:
     metrics: dict[str, Any] = {}
     if run.done:
         with run.last_work(), record.timed("reference"):
-            classifier = with_reference(cast(nn.Sequential, ema.module), domain, data, val, settings.seed)
+            body = DigitClassifier(cast(nn.Sequential, ema.module), domain, spec=spec)
+            classifier = with_reference(body, data, val, settings.seed)
         right = accuracy([classifier], val.images, val.digits, torch.zeros_like(val.domains))[0]
         metrics = {
             "val_accuracy": round(right, 4),
@@ -191,18 +201,16 @@ def train(settings: Train) -> None:
             "pictures": {"train": len(data), "val": len(val)},
         }
         origin = {"recipe": recipe, **metrics}
-        save_classifier(file, classifier, ClassifierConfig(fold=settings.fold), origin)
+        save_classifier(file, classifier, layout, origin)
         print(f"{settings.domain} validation accuracy: {right:.4f}")
-        log(
-            f"classifier: {file}; to grade with it: python P1_classifier.py grade out --{settings.domain}-classifier {file}"
-        )
+        flag = f"--{settings.domain}-classifier" if spec == HOMEWORK else "--classifiers"
+        log(f"classifier: {file}; to grade with it: python P1_classifier.py grade out {flag} {file}")
     run.finish(**metrics)
 
 
-def with_reference(network: nn.Sequential, domain: int, train: Digits, val: Digits, seed: int) -> DigitClassifier:
+def with_reference(classifier: DigitClassifier, train: Digits, val: Digits, seed: int) -> DigitClassifier:
     """Return the classifier with rounded weights, and the reference features made with them."""
-    network.load_state_dict(round_weights(network))
-    classifier = DigitClassifier(network, domain)
+    classifier.network.load_state_dict(round_weights(classifier.network))
     shuffle = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(split), generator=shuffle) for split in (train, val)]
     digits = torch.cat([train.digits[orders[0]], val.digits[orders[1]]])
@@ -217,7 +225,7 @@ def with_reference(network: nn.Sequential, domain: int, train: Digits, val: Digi
 
 @dataclass(frozen=True)
 class Grade:
-    """Grade a folder that holds mnistm/ and svhn/ with images named {digit}_{nnn}.png."""
+    """Grade a folder that holds mnistm/ and svhn/ with images named {digit}_{nnn}.png, or domains with {class}_{nnn}.png."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The graded folder; nothing is written into it."""
@@ -225,6 +233,8 @@ class Grade:
     """The course's Classifier.pth or one of our classifier files; None = the shipped classifier."""
     svhn_classifier: Path | None = None
     """Weights of timm's resnet34_svhn, the word hub (downloads them), or one of our classifier files; None = the shipped classifier."""
+    classifiers: tuple[Path, ...] = ()
+    """For images of your own: files of the subcommand train, one per domain, in their order."""
     record: Path = Path("runs/grade/record.json")
     """JSON file for the results."""
     device: Device = "auto"
@@ -232,6 +242,11 @@ class Grade:
 
 def chosen_classifiers(settings: Grade, device: torch.device) -> list[DigitClassifier]:
     """Load one classifier per domain; raise BadInput when a file holds the other domain's."""
+    if settings.classifiers:
+        if settings.mnistm_classifier or settings.svhn_classifier:
+            raise BadInput("--classifiers names all classifiers: leave out --mnistm-classifier and --svhn-classifier")
+        spec = load_classifier(settings.classifiers[0], device).spec
+        return choose_classifiers([*map(str, settings.classifiers)], spec, device)
     classifiers = []
     for domain, path in enumerate((settings.mnistm_classifier, settings.svhn_classifier)):
         name = DOMAINS[domain]
@@ -239,6 +254,8 @@ def chosen_classifiers(settings: Grade, device: torch.device) -> list[DigitClass
             classifiers.append(hub_classifier(device))
             continue
         classifier = load_classifier(path or SHIPPED / f"judge_{name}.safetensors", device)
+        if classifier.spec != HOMEWORK:
+            raise BadInput(f"--{name}-classifier {path} reads {classifier.spec}: name it with --classifiers")
         if classifier.domain != domain:
             raise BadInput(f"--{name}-classifier {path} is a classifier of {DOMAINS[classifier.domain]}")
         classifiers.append(classifier)
@@ -261,14 +278,16 @@ def grade(settings: Grade) -> None:
         result = record.metrics = grade_folder(settings.folder, classifiers, critics)
 
     # confusion and quality per domain, then the three graded numbers
-    for name in DOMAINS:
+    spec = classifiers[0].spec
+    names = None if spec == HOMEWORK else spec.classes
+    for name in spec.domains:
         print(f"{name}: rows are the labels, columns the classifier's answers")
-        print(DataFrame(result[name]["confusion"]))
+        print(DataFrame(result[name]["confusion"], names, names))
         print(f"{name} quality: " + ", ".join(f"{k} {v:.4f}" for k, v in result[name]["quality"].items()) + "\n")
-    for name in DOMAINS:
+    for name in spec.domains:
         print(f"{name} accuracy: {result[name]['accuracy']:.4f}")
     print(f"mean accuracy: {result['mean']:.4f}", flush=True)
-    if any(path is None for path in (settings.mnistm_classifier, settings.svhn_classifier)):
+    if not (settings.classifiers or settings.mnistm_classifier and settings.svhn_classifier):
         log(
             "images that P1_inference.py redrew (--retries) were selected by the shipped classifiers: see its record for the first try"
         )

@@ -1,6 +1,7 @@
 """Digits of both domains: folders of PNG + CSV -> verified uint8 tensors -> balanced batches, indexed where the tensors live.
 
-Every PNG is decoded once into a memory-mapped cache.
+Other images may lie in the same layout or in a folder per class; `describe_data` returns what they are.
+Every image is decoded once into a memory-mapped cache.
 """
 
 from __future__ import annotations
@@ -20,44 +21,127 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE
+from P1_model import COLOURS, DOMAINS, HOMEWORK, DataSpec
 from runtime.cli import BadInput, log, progress
-from runtime.files import load_safetensors, read_text, save_safetensors
-from runtime.images import read_image
+from runtime.files import list_files, load_safetensors, read_text, save_safetensors, visible
+from runtime.images import SUFFIXES, image_file, read_image, shorten, to_rgb
+from runtime.validation import validate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Split = Literal["train", "val"]
-HELD_OUT = 0.05  # of train.csv, where there is no val.csv
-SIZE = IMAGE_SHAPE[1]
+HELD_OUT = 0.05  # of the training images, where there is no val.csv
+SIZE = HOMEWORK.size
+ONLY_DOMAIN = "images"  # the name of a domain whose images lie in the data folder itself
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Labelled images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn)."""
+    """Labelled images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn).
+
+    Other images have the shape, classes and domains of `spec`.
+    """
 
     images: Tensor
     digits: Tensor
     domains: Tensor
+    spec: DataSpec = HOMEWORK
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device) -> Digits:
         """Return all three on `device`."""
-        return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device))
+        return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device), self.spec)
 
     def fingerprint(self) -> int:
         """Return a checksum of all images and labels."""
         return checksum((self.images, self.digits, self.domains))
 
 
-# ---------------------------------------------------------------- csv and single images
+# ---------------------------------------------------------------- what a data folder holds
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Return the rows of a homework csv: image_name (str), label (int 0..9). Raise BadInput that names the row."""
+def describe_data(root: Path) -> DataSpec:
+    """Return the classes, domains, channels and size of the images below `root`, judged by the first image.
+
+    Raise BadInput for a folder in no layout that is read here.
+    """
+    folders = domain_folders(root)
+    if is_homework(root):
+        return HOMEWORK
+    classes = {name: class_names(folder) for name, folder in folders.items()}
+    first, *others = folders
+    for other in others:
+        if odd := sorted({*classes[first]} ^ {*classes[other]}):
+            raise BadInput(
+                f"{folders[first]} and {folders[other]} hold different classes, such as {odd[0]}: give both the same"
+            )
+    image = first_image(folders[first])
+    channels, width, height = read_any(image)[1]
+    if width != height:
+        raise BadInput(f"{image} is {width}x{height}: pictures must be square, crop them first")
+    values = {"classes": classes[first], "domains": [*folders], "channels": channels, "size": width}
+    return validate(DataSpec, values, f"pictures in {root}")
+
+
+def is_homework(root: Path) -> bool:
+    """Return whether `root` has the homework's layout, perhaps incomplete: mnistm/ or svhn/ with train.csv or data/, or no folder."""
+    started = any((root / name / part).exists() for name in DOMAINS for part in ("train.csv", "data"))
+    return started or not any(path.is_dir() for path in visible(root))
+
+
+def domain_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of every domain by name; `root` itself is the only domain if its folders are classes.
+
+    A domain holds train.csv and data/, or a folder per class.
+    """
+    if not root.is_dir():
+        raise BadInput(
+            f"no data folder {root}; make one with: python hw2_data/prepare.py rendered"
+            " (or public, or course; see hw2_data/README.md)"
+        )
+    if is_homework(root):
+        return {name: root / name for name in DOMAINS}
+    folders = [path for path in visible(root) if path.is_dir()]
+    flat = [folder for folder in folders if not ((folder / "train.csv").is_file() or class_names(folder))]
+    if (root / "train.csv").is_file() or flat == folders:
+        return {ONLY_DOMAIN: root}
+    if flat:
+        raise BadInput(f"{flat[0]} holds neither train.csv nor a folder per class, as other folders of {root} do")
+    if splits := SPLITS & {folder.name.lower() for folder in folders}:
+        raise BadInput(
+            f"{root} holds {' and '.join(sorted(splits))}: name one, of which a share is held out for validation"
+        )
+    return {folder.name: folder for folder in folders}
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the classes of one domain, sorted: the labels of train.csv, or the names of the folders."""
+    if (folder / "train.csv").is_file():
+        return sorted(set(read_rows(folder / "train.csv").label))
+    return [path.name for path in visible(folder) if path.is_dir()]
+
+
+def first_image(folder: Path) -> Path:
+    """Return the first image of one domain."""
+    csv = folder / "train.csv"
+    table = read_rows(csv) if csv.is_file() else class_folders(folder)
+    return images_folder(folder) / str(table.image_name.iloc[0])
+
+
+def images_folder(folder: Path) -> Path:
+    """Return the folder of one domain that its tables name images in."""
+    return folder / "data" if (folder / "train.csv").is_file() else folder
+
+
+# ---------------------------------------------------------------- csv, class folders and single images
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Return the rows of a csv: image_name and label, both str, under their row number less 2."""
     import pandas as pd  # slow to import
 
     if not path.is_file():
@@ -77,14 +161,53 @@ def read_csv(path: Path) -> pd.DataFrame:
     table.index -= 2  # row 2 of the file has index 0
     if table.empty:
         raise BadInput(f"{path} has a header but no rows")
-    valid = table.label.isin([str(digit) for digit in range(DIGITS)])
+    return table
+
+
+def read_csv(path: Path, classes: Sequence[str] = HOMEWORK.classes) -> pd.DataFrame:
+    """Return the rows of a homework csv: image_name (str), label (int, a place in `classes`). Raise BadInput that names the row."""
+    table = read_rows(path)
+    valid = table.label.isin(classes)
     if not valid.all():
         row = table.index[int((~valid).to_numpy().argmax())]
-        raise BadInput(f"{path}, row {row + 2}: label {table.label[row]!r} is not a digit 0..9")
+        names = "a digit 0..9" if classes == HOMEWORK.classes else f"among the classes {shorten(', '.join(classes))}"
+        raise BadInput(f"{path}, row {row + 2}: label {table.label[row]!r} is not {names}")
     if (repeated := table.image_name.duplicated()).any():
         row = table.index[int(repeated.to_numpy().argmax())]
         raise BadInput(f"{path}, row {row + 2}: {table.image_name[row]} appears twice")
-    return table.astype({"label": int})
+    return table.assign(label=table.label.map({name: label for label, name in enumerate(classes)}))
+
+
+def class_folders(folder: Path) -> pd.DataFrame:
+    """Return the images below a folder per class as `read_csv` does; raise BadInput for a class without images."""
+    import pandas as pd
+
+    rows = []
+    for label, name in enumerate(class_names(folder)):
+        images = list_files(folder / name, SUFFIXES)
+        if not images:
+            raise BadInput(f"{folder / name} holds no pictures: put some of that class there, or remove the folder")
+        rows += [(f"{name}/{path.name}", label) for path in images]
+    return pd.DataFrame(rows, columns=["image_name", "label"])
+
+
+def read_any(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Read [C,H,W] uint8, C = 1 for a grey image, and (C, width, height). Raise BadInput on a broken file."""
+    with image_file(path) as file:
+        channels = 1 if file.mode[0] in "1LI" else 3  # I: 16 bits of grey
+        image = to_rgb(file)
+    return np.asarray(image).transpose(2, 0, 1)[:channels], (channels, *image.size)
+
+
+def read_exactly(path: Path, spec: DataSpec) -> np.ndarray:
+    """Read [C,H,W] uint8; raise BadInput for an image of another size or number of channels."""
+    pixels, (channels, width, height) = read_any(path)
+    if (channels, width, height) != (spec.channels, spec.size, spec.size):
+        raise BadInput(
+            f"{path} is {width}x{height} {COLOURS[channels]}, not {spec.size}x{spec.size} {COLOURS[spec.channels]} as the others:"
+            " give all pictures one size, and either grey or RGB"
+        )
+    return pixels
 
 
 def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
@@ -100,28 +223,32 @@ def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
 # ---------------------------------------------------------------- the cache
 
 
-def split_tables(folder: Path) -> dict[Split, pd.DataFrame]:
+def split_tables(folder: Path, spec: DataSpec = HOMEWORK) -> dict[Split, pd.DataFrame]:
     """Return train and val rows of one domain; without val.csv a seeded 5 % of train is held out."""
-    train = read_csv(folder / "train.csv")
+    by_class = spec != HOMEWORK and not (folder / "train.csv").is_file()
+    train = class_folders(folder) if by_class else read_csv(folder / "train.csv", spec.classes)
     if (folder / "val.csv").is_file():
-        return {"train": train, "val": read_csv(folder / "val.csv")}
+        return {"train": train, "val": read_csv(folder / "val.csv", spec.classes)}
     if len(train) < 2:
-        raise BadInput(f"{folder / 'train.csv'} has one picture, and none is left to hold out: give more, or a val.csv")
+        place = folder if by_class else folder / "train.csv"
+        raise BadInput(f"{place} has one picture, and none is left to hold out: give more, or a val.csv")
     order = np.random.default_rng(0).permutation(len(train))
     held_out = np.sort(order[: max(1, round(HELD_OUT * len(train)))])
-    return {
-        "train": train.drop(index=train.index[held_out]),
-        "val": train.iloc[held_out],
-    }
+    tables: dict[Split, pd.DataFrame] = {"train": train.drop(index=train.index[held_out]), "val": train.iloc[held_out]}
+    if spec != HOMEWORK and (left := set(range(len(spec.classes))) - {*tables["train"].label}):
+        raise BadInput(
+            f"{folder}: all pictures of {spec.classes[min(left)]} are held out for validation, give more of them"
+        )
+    return tables
 
 
 def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     """Return a hash of every row and of every file's name, size and time; raise BadInput for a missing image."""
-    digest = hashlib.sha256(b"2")  # the cache's format
+    digest, images = hashlib.sha256(b"2"), images_folder(folder)  # 2: the cache's format
     for split, table in tables.items():
         digest.update(split.encode())
         for row, name, label in zip(table.index, table.image_name, table.label, strict=True):
-            file, problem = folder / "data" / name, "does not exist"
+            file, problem = images / name, "does not exist"
             with suppress(OSError, ValueError):  # ValueError: a null character
                 status, problem = file.stat(), "is no file" if file.is_dir() else ""
             if problem:
@@ -131,12 +258,12 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     return digest.hexdigest()
 
 
-def decode(folder: Path, table: pd.DataFrame, title: str, resized: list[str]) -> Tensor:
-    """Read the images of all rows in parallel: [N,3,28,28] uint8; append to `resized` what had another size."""
-    images = np.empty((len(table), *IMAGE_SHAPE), dtype=np.uint8)
-    paths = [folder / "data" / name for name in table.image_name]
+def decode(paths: Sequence[Path], spec: DataSpec, title: str, resized: list[str]) -> Tensor:
+    """Read images in parallel: [N,C,H,W] uint8. Other sizes than the homework's are resized, and appended to `resized`."""
+    images = np.empty((len(paths), *spec.shape), dtype=np.uint8)
+    read = partial(read_digit, resized=resized) if spec == HOMEWORK else partial(read_exactly, spec=spec)
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(partial(read_digit, resized=resized), paths)
+        decoded = pool.map(read, paths)
         for row, image in enumerate(progress(decoded, title, total=len(paths), leave=False)):
             images[row] = image
     return torch.from_numpy(images)
@@ -155,10 +282,11 @@ def cache_header(key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"key": key, "crc32": str(checksum(tensors[name] for name in sorted(tensors)))}
 
 
-def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
+def load_domain(root: Path, domain: int, spec: DataSpec = HOMEWORK) -> dict[str, Tensor]:
     """Load train_images, train_digits, val_images, val_digits (uint8) of one domain, from the cache if it is valid."""
-    folder, name = root / DOMAINS[domain], DOMAINS[domain]
-    tables = split_tables(folder)
+    name = spec.domains[domain]
+    folder = domain_folders(root)[name]
+    tables = split_tables(folder, spec)
     key, cache = fingerprint(folder, tables), root / ".cache" / f"{name}.safetensors"
     if cache.is_file():
         try:
@@ -169,7 +297,8 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
             pass  # a damaged cache is rebuilt
     tensors, resized = {}, list[str]()
     for split, table in tables.items():
-        tensors[f"{split}_images"] = decode(folder, table, f"decoding {name} {split}", resized)
+        paths = [images_folder(folder) / image for image in table.image_name]
+        tensors[f"{split}_images"] = decode(paths, spec, f"decoding {name} {split}", resized)
         tensors[f"{split}_digits"] = torch.tensor(table.label.to_numpy(), dtype=torch.uint8)
     if resized:
         more = f" (and {len(resized) - 1:,} more pictures of other sizes)" if len(resized) > 1 else ""
@@ -181,19 +310,17 @@ def load_domain(root: Path, domain: int) -> dict[str, Tensor]:
     return tensors
 
 
-def load_digits(root: Path, split: Split, domains: Sequence[int] = range(len(DOMAINS))) -> Digits:
-    """Load one split of these domains on the CPU; raise BadInput that names what is wrong with the data."""
-    if not root.is_dir():
-        raise BadInput(
-            f"no data folder {root}; make one with: python hw2_data/prepare.py rendered"
-            " (or public, or course; see hw2_data/README.md)"
-        )
-    parts = [load_domain(root, domain) for domain in domains]
+def load_digits(root: Path, split: Split, domains: Sequence[int] | None = None) -> Digits:
+    """Load one split of these domains (None: all) on the CPU; raise BadInput that names what is wrong with the data."""
+    spec = describe_data(root)
+    domains = range(len(spec.domains)) if domains is None else domains
+    parts = [load_domain(root, domain, spec) for domain in domains]
     counts = torch.tensor([len(part[f"{split}_digits"]) for part in parts])
     return Digits(
         torch.cat([part[f"{split}_images"] for part in parts]),
         torch.cat([part[f"{split}_digits"] for part in parts]).long(),
         torch.tensor(domains).repeat_interleave(counts),
+        spec,
     )
 
 
@@ -204,19 +331,21 @@ class BalancedIndex:
     """A map from uniform numbers to rows, without a device sync.
 
     SVHN gets its share of a batch (None: as in the data), and its digits come equally often.
+    Of other images so do all domains, and the classes in each of them.
     """
 
     def __init__(self, data: Digits, svhn_share: float | None, balance_digits: bool):
-        group = data.domains * DIGITS + data.digits
-        counts = torch.bincount(group, minlength=len(DOMAINS) * DIGITS).double()
-        weights = counts.view(len(DOMAINS), DIGITS).clone()
+        domains, classes = len(data.spec.domains), len(data.spec.classes)
+        group = data.domains * classes + data.digits
+        counts = torch.bincount(group, minlength=domains * classes).double()
+        weights = counts.view(domains, classes).clone()
         if balance_digits:
-            present = weights[1] > 0
-            weights[1] = weights[1].sum() / present.sum() * present
+            unbalanced = weights[1:] if data.spec == HOMEWORK else weights
+            present = unbalanced > 0
+            unbalanced.copy_(unbalanced.sum(1, keepdim=True) / present.sum(1, keepdim=True) * present)
         if svhn_share is not None:
-            weights *= torch.tensor([[1 - svhn_share], [svhn_share]], device=weights.device) / weights.sum(
-                1, keepdim=True
-            )
+            shares = [1 - svhn_share, svhn_share] if data.spec == HOMEWORK else [1 / domains] * domains
+            weights *= torch.tensor(shares, device=weights.device)[:, None] / weights.sum(1, keepdim=True)
         device = data.images.device
         self.edges = (weights.flatten().cumsum(0) / weights.sum()).float().to(device)
         self.rows = group.argsort(stable=True)

@@ -2,6 +2,7 @@
 
   python P1_inference.py --output out                the 1,000 graded images
   python P1_inference.py --output out --digits 3 7 --domains svhn --count 5 --guidance 1 --grid out/sevens.png
+  python P1_inference.py --output out --model runs/mine/best.safetensors --classes cat      of your own images: out/DOMAIN/cat_001.png ..
   python P1_inference.py --output out --dry-run      checks everything and estimates the time, samples nothing
   torchrun --nproc_per_node 4 P1_inference.py --output out      four GPUs share the images (accelerate launch works as well)
 
@@ -24,10 +25,10 @@ import torch
 import tyro
 
 from diffusion.step_rules import OneStateRule, step_rule
-from digits.classifier import shipped_classifiers
+from digits.classifier import choose_classifiers
 from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
-from P1_model import DOMAINS, Network, load_network
+from P1_model import HOMEWORK, Network, load_network
 from runtime.cli import BadInput, Seed, check_fractions, default_hint, log, run_script
 from runtime.device import Device, Precision, detect, set_up
 from runtime.distributed import sharing
@@ -46,13 +47,17 @@ class Settings:
     """Flags; sampler flags that are left out come from the checkpoint."""
 
     output: Path
-    """Folder for mnistm/ and svhn/. Files of the same names are replaced, others stay."""
+    """Folder for mnistm/ and svhn/, or for the checkpoint's domains. Files of the same names are replaced, others stay."""
     model: Annotated[Path, tyro.conf.arg(aliases=("--checkpoint",))] = CHECKPOINT
     """safetensors file written by P1_training.py (best.safetensors), or the shipped one."""
     count: int = 50
     """Images per digit and domain."""
-    digits: tuple[int, ...] = tuple(range(10))
-    domains: tuple[Literal["mnistm", "svhn"], ...] = ("mnistm", "svhn")
+    digits: Annotated[tuple[str, ...] | None, tyro.conf.arg(aliases=("--classes",)), default_hint("all, 0 1 .. 9")] = (
+        None
+    )
+    """Digits, or classes of other images by name."""
+    domains: Annotated[tuple[str, ...] | None, default_hint("all, mnistm svhn")] = None
+    """Domains, by name."""
     sampler: Annotated[Literal["dpm", "ddim", "ddpm"] | None, shipped_default("name")] = None
     """dpm = DPM-Solver++ in few steps; ddim = any eta and rule; ddpm = all T steps."""
     steps: Annotated[int | None, shipped_default("steps")] = None
@@ -68,7 +73,10 @@ class Settings:
     rule: Annotated[OneStateRule | None, shipped_default("rule")] = None
     """Step rule of ddim."""
     retries: int = 3
-    """An image that the shipped classifier misreads is redrawn from another seed, at most so many times. 0 = off."""
+    """An image that its classifier misreads is redrawn from another seed, at most so many times. 0 = off."""
+    classifiers: tuple[str, ...] = ("auto",)
+    """Files of P1_classifier.py, one per domain, for --retries. none = draw without.
+    auto = the shipped ones for digits, none for other images."""
     seed: Seed = 0
     batch: int = 0
     """Images at once. 0 = 100 on a CPU, 1,000 on a GPU."""
@@ -85,19 +93,21 @@ class Settings:
 def main(settings: Settings) -> None:
     """Sample, redraw what is misread, write, record; several processes share the images."""
     check(settings)
-    digits, domains = tuple(dict.fromkeys(settings.digits)), tuple(dict.fromkeys(settings.domains))
-    settings = replace(settings, digits=digits, domains=domains)  # one given twice counts once
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine)
     network = load_network(settings.model, machine.device)
-    config = sampler_config(settings, network)
-    requests = graded_requests(settings.seed, settings.count, settings.digits, [*map(DOMAINS.index, settings.domains)])
+    spec, config = network.spec, sampler_config(settings, network)
+    classes = chosen_labels("--digits", settings.digits, spec.classes)
+    domains = chosen_labels("--domains", settings.domains, spec.domains)
+    requests = graded_requests(
+        settings.seed, settings.count, [*map(spec.classes.index, classes)], [*map(spec.domains.index, domains)], spec
+    )
     largest = 1000 if machine.device.type == "cuda" else 100
-    record = Record(settings, machine)
+    record = Record(replace(settings, digits=classes, domains=domains), machine)
 
     if settings.dry_run:
-        shipped_classifiers(machine.device)
-        for domain in settings.domains:
+        choose_classifiers(settings.classifiers, spec, machine.device)
+        for domain in domains:
             check_writable_folder(settings.output / domain)
         free = check_disk_space(settings.output, needed := len(requests) * 4096)
         seconds = DigitSampler(network, config, min(settings.batch or largest, len(requests))).expected_seconds(
@@ -111,16 +121,20 @@ def main(settings: Settings) -> None:
 
     names = [
         settings.output / domain / f"{digit}_{index:03d}.png"
-        for domain in settings.domains
-        for digit in settings.digits
+        for domain in domains
+        for digit in classes
         for index in range(1, settings.count + 1)
     ]
     if settings.grid and settings.grid.resolve() in {name.resolve() for name in names}:
         raise BadInput(f"--grid {settings.grid} is the name of one of the pictures: name another file")
-    for domain in settings.domains:
+    classifiers = []
+    if settings.retries:  # a missing one shows before the work
+        classifiers = choose_classifiers(settings.classifiers, spec, machine.device)
+        if not classifiers:
+            log("no classifiers: no picture is redrawn")
+    for domain in domains:
         output_folder(settings.output / domain)
     warn_extra_files(names)
-    classifiers = shipped_classifiers(machine.device) if settings.retries else []  # a missing one shows before the work
 
     with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
         # this process's images, and other seeds for those that are misread
@@ -131,7 +145,7 @@ def main(settings: Settings) -> None:
             samples = to_uint8(sampler.images([requests[row] for row in rows], "drawing digits"))
             images = dict(zip(rows, samples, strict=True))
             misread = redraw(sampler, classifiers, requests, images, settings.retries, shard) if classifiers else None
-            counts = count_misread(requests, *misread) if misread else None
+            counts = count_misread(requests, *misread, spec.domains) if misread else None
 
         with record.timed("writing"):
             for row, image in images.items():
@@ -147,7 +161,8 @@ def main(settings: Settings) -> None:
             record.save(settings.record)
             for name, count in (counts or {}).items():
                 share = ", ".join(f"{domain} {wrong}" for domain, wrong in count.items())
-                who = "by the shipped classifiers" if name == "first_try" else "selected by these classifiers"
+                graders = "the shipped classifiers" if settings.classifiers == ("auto",) else "--classifiers"
+                who = f"by {graders}" if name == "first_try" else "selected by these classifiers"
                 print(f"{name.replace('_', ' ')}, {who}: {sum(count.values())} of {len(requests)} misread ({share})")
             print(f"{len(requests)} pictures in {settings.output} ({record.timings['sampling']:.1f} s)")
             if settings.grid:
@@ -159,19 +174,26 @@ def check(settings: Settings) -> None:
     """Raise BadInput for counts, digits and batches that request nothing, and for places where nothing can be written."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
-    for flag, values in (("--digits", settings.digits), ("--domains", settings.domains)):
-        if not values:
-            raise BadInput(f"{flag} names none: no pictures asked for")
     if settings.count > 999:
         raise BadInput(f"--count {settings.count}: names have three digits, at most 999 each")
-    if any(not 0 <= digit <= 9 for digit in settings.digits):
-        raise BadInput(f"--digits {' '.join(map(str, settings.digits))}: must be 0..9")
     if settings.retries < 0:
         raise BadInput(f"--retries {settings.retries}: must be 0 or more")
     if settings.batch < 0:
         raise BadInput(f"--batch {settings.batch}: must be above zero, or 0 for automatic")
     if settings.grid:
         check_writable_file(settings.grid, "--grid", [".png"])
+
+
+def chosen_labels(flag: str, names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes or domains that a flag names, each once; raise BadInput for one that the checkpoint lacks."""
+    if names is None:
+        return tuple(known)
+    if not names:
+        raise BadInput(f"{flag} names none: no pictures asked for")
+    if not {*names} <= {*known}:
+        expected = "0..9" if known == HOMEWORK.classes else f"among {', '.join(known)}"
+        raise BadInput(f"{flag} {' '.join(names)}: must be {expected}")
+    return tuple(dict.fromkeys(names))
 
 
 def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
@@ -197,13 +219,13 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
 
 
 def count_misread(
-    requests: Sequence[DigitRequest], first: Sequence[int], left: Sequence[int]
+    requests: Sequence[DigitRequest], first: Sequence[int], left: Sequence[int], domains: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Return how many images per domain the classifiers misread at the first try and after the retries, which they selected."""
 
     def per_domain(rows: Sequence[int]) -> dict[str, int]:
         counts = Counter(requests[row].domain for row in rows)
-        return {DOMAINS[domain]: counts[domain] for domain in sorted({request.domain for request in requests})}
+        return {domains[domain]: counts[domain] for domain in sorted({request.domain for request in requests})}
 
     return {"first_try": per_domain(first), "after_retries": per_domain(left)}
 

@@ -1,6 +1,7 @@
 """The conditional U-Net of P1 and its named presets.
 
-One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN). It is conditioned on the timestep, the digit and the domain.
+One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN), or the classes and domains of other images (`DataSpec`).
+It is conditioned on the timestep, the digit or class, and the domain.
 Either label may be dropped (a learned null), which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
 """
 
@@ -23,13 +24,48 @@ from diffusion.step_rules import OneStateRule
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import load_safetensors, load_tensors, safetensors_metadata, save_safetensors
+from runtime.images import shorten
 from runtime.validation import validate, validate_json
 from runtime.weights import describe, is_safetensors
 
-DIGITS, DOMAINS = 10, ("mnistm", "svhn")
-NO_DIGIT, NO_DOMAIN = DIGITS, len(DOMAINS)  # the null labels
-IMAGE_SHAPE = (3, 28, 28)
 Module = TypeVar("Module", bound=nn.Module)
+FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # outputs are named by it
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the images of a data folder are: their classes, domains, channels and size in pixels. A label is a place in these lists."""
+
+    classes: Annotated[tuple[FolderName, ...], Field(min_length=1, max_length=256)]
+    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)]
+    channels: Literal[1, 3] = 3
+    size: Annotated[int, Field(ge=16, le=64, multiple_of=4)] = 28
+
+    def __str__(self) -> str:
+        classes, domains = (shorten(", ".join(names)) for names in (self.classes, self.domains))
+        return f"{len(self.classes)} classes ({classes}) in {domains}, {self.size}x{self.size} {COLOURS[self.channels]}"
+
+    @property
+    def no_class(self) -> int:
+        """The null label in the place of a class."""
+        return len(self.classes)
+
+    @property
+    def no_domain(self) -> int:
+        """The null label in the place of a domain."""
+        return len(self.domains)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.size, self.size
+
+
+COLOURS = {1: "grey", 3: "RGB"}
+HOMEWORK = DataSpec(tuple("0123456789"), ("mnistm", "svhn"))
+# of the homework's data alone
+DIGITS, DOMAINS = len(HOMEWORK.classes), HOMEWORK.domains
+NO_DIGIT, NO_DOMAIN, IMAGE_SHAPE = HOMEWORK.no_class, HOMEWORK.no_domain, HOMEWORK.shape
 
 
 @dataclass(frozen=True)
@@ -45,6 +81,7 @@ class ModelConfig:
     head_channels: int = 32
     conditioning: Literal["embedding", "onehot"] = "embedding"
     timesteps: int = 1000  # T; the one-hot conditioning receives t/T
+    spec: DataSpec = HOMEWORK  # of the images it is trained on
 
 
 PRESETS = {
@@ -81,8 +118,8 @@ class EmbeddingConditioning(nn.Module):
         super().__init__()
         self.width = config.channels[0] * 2
         self.time = perceptron(self.width, config.embedding, nn.SiLU())
-        self.digit = nn.Embedding(DIGITS + 1, config.embedding)
-        self.domain = nn.Embedding(len(DOMAINS) + 1, config.embedding)
+        self.digit = nn.Embedding(len(config.spec.classes) + 1, config.embedding)
+        self.domain = nn.Embedding(len(config.spec.domains) + 1, config.embedding)
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Map t, digit, domain, each [B] int64, to [B,embedding]."""
@@ -91,19 +128,20 @@ class EmbeddingConditioning(nn.Module):
 
 
 class OneHotConditioning(nn.Module):
-    """The report's conditioning: one-hot digit (10) and domain (2), all zeros for the null label, and t/T as one number."""
+    """The report's conditioning: one-hot digit and domain (10 and 2), all zeros for the null label, and t/T as one number."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.timesteps = config.timesteps
+        self.timesteps, self.counts = config.timesteps, (len(config.spec.classes), len(config.spec.domains))
         self.time = perceptron(1, config.embedding, nn.GELU())
-        self.context = perceptron(DIGITS + len(DOMAINS), config.embedding, nn.GELU())
+        self.context = perceptron(sum(self.counts), config.embedding, nn.GELU())
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Map t, digit, domain, each [B] int64, to [B,embedding]."""
-        digits = F.one_hot(digit, DIGITS + 1)[:, :DIGITS]  # the null label becomes all zeros
-        domains = F.one_hot(domain, len(DOMAINS) + 1)[:, : len(DOMAINS)]
-        context = self.context(torch.cat([digits, domains], dim=1).float())
+        # the null label, one more than there are, becomes all zeros
+        labels = zip((digit, domain), self.counts, strict=True)
+        ones = [F.one_hot(label, count + 1)[:, :count] for label, count in labels]
+        context = self.context(torch.cat(ones, dim=1).float())
         embedding: Tensor = self.time((t.float() / self.timesteps)[:, None]) + context
         return embedding
 
@@ -199,7 +237,7 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """x [B,3,28,28], t [B] int, digit [B] int (10 = null), domain [B] int (2 = null) -> [B,3,28,28].
 
-    The schedule defines the meaning of the output (eps or v).
+    Other images have the shape and the null labels of the config's `spec`. The schedule defines the meaning of the output (eps or v).
     """
 
     def __init__(self, config: ModelConfig):
@@ -214,7 +252,7 @@ class UNet(nn.Module):
         def attention(channels: int) -> SelfAttention:
             return SelfAttention(channels, config.head_channels)
 
-        pixels = IMAGE_SHAPE[0] * config.patch**2
+        pixels = config.spec.channels * config.patch**2
         self.first = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
 
         # down: every stage leaves a skip connection of `skips[k]` channels
@@ -299,8 +337,13 @@ class Network:
     sampler: dict[str, Any]
     origin: dict[str, Any]
 
+    @property
+    def spec(self) -> DataSpec:
+        """The classes, domains, channels and size of the images it draws."""
+        return self.unet.config.spec
+
     def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the output for x [B,3,28,28] at step t; labels are (digit, domain), each [B]."""
+        """Return the output for x [B,C,H,W] at step t; labels are (digit, domain), each [B]."""
         output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
         return output
 
@@ -323,7 +366,15 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
     schedule = network.schedule_name, len(network.schedule), network.schedule.prediction
     header = NetworkHeader("P1 digit diffusion", network.unet.config, *schedule, network.sampler, network.origin)
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
-    save_safetensors(path, weights, {"network": json.dumps(asdict(header))})
+    save_safetensors(path, weights, {"network": header_json(header)})
+
+
+def header_json(header: Any) -> str:
+    """Return the header of a network or classifier as JSON, without the homework's spec: earlier versions know no other."""
+    values = asdict(header)
+    if header.model.spec == HOMEWORK:
+        del values["model"]["spec"]
+    return json.dumps(values)
 
 
 def load_network(path: Path, device: torch.device) -> Network:

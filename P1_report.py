@@ -5,6 +5,7 @@
   python P1_report.py --model runs/p1/best.safetensors --figures diagnose animation      does one's own training obey its labels?
   python P1_report.py --model runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
 
+Classes and domains are those of the checkpoint. Without classifiers there is no sweep.
 Diagnosis and sweep print their numbers as well; record.json holds them.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from diffusion.noise import draw, generators
 from diffusion.schedule import add_noise
-from digits.classifier import DigitClassifier, accuracy, quality, shipped_classifiers
+from digits.classifier import DigitClassifier, accuracy, choose_classifiers, quality
 from digits.sampling import (
     CHECKPOINT,
     DigitRequest,
@@ -34,15 +35,15 @@ from digits.sampling import (
     labels_of,
     sample,
 )
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
+from P1_model import DataSpec, Network, load_network
 from runtime.cli import BadInput, Seed, check_positive, log, run_script
 from runtime.device import Device, detect
 from runtime.files import output_folder
-from runtime.images import image_grid, labelled_grid, line_figure, save_animation, to_uint8
+from runtime.images import image_grid, labelled_grid, line_figure, save_animation, shorten, to_uint8
 from runtime.record import Record
 from runtime.seeds import distinct_seeds
 
-TITLES = ("MNIST-M", "SVHN")
+TITLES = {"mnistm": "MNIST-M", "svhn": "SVHN"}  # other domains have their name
 TIMESTEPS = (500, 300, 200, 100, 50, 1)  # of T = 500, noise first
 ANIMATION_STEPS = 30
 DIAGNOSED = 2  # images per digit and domain
@@ -66,6 +67,9 @@ class Settings:
     """Guidance scales of the sweep."""
     sweep_count: int = 20
     """Images per digit, domain and scale of the sweep."""
+    classifiers: tuple[str, ...] = ("auto",)
+    """Files of P1_classifier.py for the sweep, one per domain. none = no sweep.
+    auto = the shipped ones for digits, none for other images."""
     seed: Seed = 0
     batch: int = 100
     """Images at once."""
@@ -81,43 +85,56 @@ def main(settings: Settings) -> None:
         raise BadInput(f"--scales {' '.join(map(str, settings.scales))}: give finite numbers")
     machine = detect(settings.device)
     network = load_network(settings.model, machine.device)
+    spec, figures = network.spec, settings.figures
+    classifiers = choose_classifiers(settings.classifiers, spec, machine.device) if "sweep" in figures else []
+    if "sweep" in figures and not classifiers:
+        if {*figures} == {"sweep"}:
+            raise BadInput("--figures sweep: it needs --classifiers, a file of P1_classifier.py for each domain")
+        log("no sweep: it needs --classifiers")
+        figures = tuple(name for name in figures if name != "sweep")
     sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), settings.batch)
     folder = output_folder(settings.output)
     record, paths = Record(settings, machine), []
 
     try:
-        if "grid" in settings.figures:
+        if "grid" in figures:
             with record.timed("grid"):
-                paths += [grid_figure(sampler, domain, settings.seed, folder) for domain in range(len(DOMAINS))]
-        if "reverse" in settings.figures:
+                paths += [grid_figure(sampler, domain, settings.seed, folder) for domain in range(len(spec.domains))]
+        if "reverse" in figures:
             with record.timed("reverse"):
                 paths.append(reverse_figure(network, settings.seed, folder))
-        if "animation" in settings.figures:
+        if "animation" in figures:
             with record.timed("animation"):
                 paths.append(animation(network, settings.seed, folder))
-        if "diagnose" in settings.figures:
+        if "diagnose" in figures:
             with record.timed("diagnose"):
                 record.metrics["diagnose"] = effects = diagnose(sampler, settings.seed)
             paths.append(effects_figure(effects, folder))
-        if "sweep" in settings.figures:
-            requests = graded_requests(settings.seed, settings.sweep_count)
+        if "sweep" in figures:
+            requests = graded_requests(settings.seed, settings.sweep_count, spec=spec)
             with record.timed("sweep"):
-                rows = sweep(sampler, shipped_classifiers(machine.device), requests, settings.scales)
+                rows = sweep(sampler, classifiers, requests, settings.scales)
             record.metrics["sweep"] = rows
-            paths.append(sweep_figure(rows, settings.sweep_count * DIGITS, folder))
+            paths.append(sweep_figure(rows, settings.sweep_count * len(spec.classes), spec, folder))
     finally:  # a figure that fails costs no numbers
         record.metrics["figures"] = [path.name for path in paths]
         record.save(folder / "record.json")
     print("\n".join(map(str, paths)))
 
 
+def title_of(domain: str) -> str:
+    """Return a domain's name in figures."""
+    return TITLES.get(domain, shorten(domain))
+
+
 def grid_figure(sampler: DigitSampler, domain: int, seed: int, folder: Path) -> Path:
     """Draw 10x10 digits of one domain: a row per digit, one noise for each whole column."""
+    classes, name = sampler.network.spec.classes, sampler.network.spec.domains[domain]
     seeds = distinct_seeds((seed, column) for column in range(10))
-    requests = [DigitRequest(digit, domain, column_seed) for digit in range(DIGITS) for column_seed in seeds]
-    images = to_uint8(sampler.images(requests, f"grid {TITLES[domain]}"))
-    path, columns = folder / f"grid_{DOMAINS[domain]}.png", [f"noise {column}" for column in range(10)]
-    labelled_grid(path, images, [str(d) for d in range(DIGITS)], columns, f"{TITLES[domain]}: one noise per column")
+    requests = [DigitRequest(digit, domain, column_seed) for digit in range(len(classes)) for column_seed in seeds]
+    images = to_uint8(sampler.images(requests, f"grid {title_of(name)}"))
+    path, columns = folder / f"grid_{name}.png", [f"noise {column}" for column in range(10)]
+    labelled_grid(path, images, [shorten(c, 12) for c in classes], columns, f"{title_of(name)}: one noise per column")
     return path
 
 
@@ -125,7 +142,7 @@ def reverse_process(network: Network, requests: Sequence[DigitRequest]) -> dict[
     """Return x_t of every image [B,3,28,28] at the report's timesteps, scaled to this T, by ancestral sampling (DDPM)."""
     total = len(network.schedule)
     timesteps = [max(1, round(t * total / TIMESTEPS[0])) for t in TIMESTEPS]
-    states = {total: draw(generators([request.seed for request in requests]), IMAGE_SHAPE, torch.device("cpu"))}
+    states = {total: draw(generators([request.seed for request in requests]), network.spec.shape, torch.device("cpu"))}
 
     def callback(t: int, x: Tensor) -> None:
         if t in timesteps:
@@ -136,27 +153,28 @@ def reverse_process(network: Network, requests: Sequence[DigitRequest]) -> dict[
 
 
 def reverse_figure(network: Network, seed: int, folder: Path) -> Path:
-    """Draw the first "0" of both domains from noise to image."""
-    requests = [graded_requests(seed, 1, [0], [domain])[0] for domain in range(len(DOMAINS))]
+    """Draw the first "0" of both domains, or the first class of all, from noise to image."""
+    spec = network.spec
+    requests = graded_requests(seed, 1, [0], spec=spec)
     log("reverse process: all steps of DDPM")
     states = reverse_process(network, requests)
     images = torch.stack(list(states.values()), dim=1).flatten(0, 1)  # a row per domain
     path, columns = folder / "reverse_process.png", [f"t = {t}" for t in states]
-    title = f'The first "0" of both domains, T = {len(network.schedule)}'
-    labelled_grid(path, to_uint8(images), TITLES, columns, title, inch=1.1)
+    title = f'The first "{shorten(spec.classes[0])}" of {"both" if len(spec.domains) == 2 else "all"} domains, T = {len(network.schedule)}'
+    labelled_grid(path, to_uint8(images), tuple(map(title_of, spec.domains)), columns, title, inch=1.1)
     return path
 
 
 def animation(network: Network, seed: int, folder: Path) -> Path:
     """Write every digit of both domains on its way from noise to image, by DDIM: a row per domain."""
-    requests = graded_requests(seed, 1)
-    states = [draw(generators([request.seed for request in requests]), IMAGE_SHAPE, torch.device("cpu"))]
+    requests = graded_requests(seed, 1, spec=network.spec)
+    states = [draw(generators([request.seed for request in requests]), network.spec.shape, torch.device("cpu"))]
     steps = min(ANIMATION_STEPS, len(network.schedule))
     config = replace(DigitSamplerConfig.from_dict(network.sampler), name="ddim", steps=steps, eta=0.0)
     log(f"animation: {steps} steps of DDIM")
     sample(network, requests, config, lambda t, x: states.append(x.cpu()))
     path = folder / "denoising.webp"
-    save_animation(path, torch.stack([image_grid(to_uint8(x), DIGITS, scale=3) for x in states]))
+    save_animation(path, torch.stack([image_grid(to_uint8(x), len(network.spec.classes), scale=3) for x in states]))
     return path
 
 
@@ -169,18 +187,22 @@ def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequ
 
     Distances are root mean squares over pixels in -1..1. "error" is the distance of the prediction to the image itself.
     """
-    digit, domain = labels_of(requests, images.device)
-    shift = 1 + torch.arange(len(digit), device=images.device) % (DIGITS - 1)
+    spec, (digit, domain) = network.spec, labels_of(requests, images.device)
+    classes, domains = len(spec.classes), len(spec.domains)
+    shift = 1 + torch.arange(len(digit), device=images.device) % max(1, classes - 1)
     changes = {
-        "another digit": ((digit + shift) % DIGITS, domain),
-        "another domain": (digit, (domain + 1) % len(DOMAINS)),
-        "no digit": (torch.full_like(digit, NO_DIGIT), domain),
-        "no domain": (digit, torch.full_like(domain, NO_DOMAIN)),
+        "another digit": ((digit + shift) % classes, domain),
+        "another domain": (digit, (domain + 1) % domains),
+        "no digit": (torch.full_like(digit, spec.no_class), domain),
+        "no domain": (digit, torch.full_like(domain, spec.no_domain)),
     }
+    for name, count in {"another digit": classes, "another domain": domains}.items():
+        if count == 1:
+            del changes[name]
     # other noise than that which the images came from
     seeds = distinct_seeds([(request.seed, 1) for request in requests], [request.seed for request in requests])
-    eps, schedule = draw(generators(seeds), IMAGE_SHAPE, images.device), network.schedule
-    effects: Effects = {name: {"t": []} for name in DOMAINS}
+    eps, schedule = draw(generators(seeds), spec.shape, images.device), network.schedule
+    effects: Effects = {name: {"t": []} for name in spec.domains}
     for t in [percent * len(schedule) // 100 for percent in DIAGNOSED_AT]:
         x = add_noise(images, eps, torch.tensor(schedule.alpha_bar_at(t)))
         own, *others = [
@@ -197,11 +219,11 @@ def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequ
 
 def diagnose(sampler: DigitSampler, seed: int) -> Effects:
     """Sample a few digits; print and return the effects of their labels."""
-    requests = graded_requests(seed, DIAGNOSED)
+    requests = graded_requests(seed, DIAGNOSED, spec=sampler.network.spec)
     images = sampler.images(requests, "digits to diagnose")
     effects = label_effects(sampler.network, images.to(next(sampler.network.unet.parameters()).device), requests)
-    for title, columns in zip(TITLES, effects.values(), strict=True):
-        print(f"{title}: how far other labels move the predicted image (0 = the label is ignored)")
+    for domain, columns in effects.items():
+        print(f"{title_of(domain)}: how far other labels move the predicted image (0 = the label is ignored)")
         print("".join(f"{name:>16}" for name in columns))
         for t, *distances in zip(*columns.values(), strict=True):
             print(f"{t:16d}" + "".join(f"{distance:16.3f}" for distance in distances))
@@ -212,8 +234,8 @@ def effects_figure(effects: Effects, folder: Path) -> Path:
     """Draw the distances over t, a panel per domain."""
     path, timesteps = folder / "label_effects.png", next(iter(effects.values()))["t"]
     panels = {
-        title: {name: values for name, values in columns.items() if name != "t"}
-        for title, columns in zip(TITLES, effects.values(), strict=True)
+        title_of(domain): {name: values for name, values in columns.items() if name != "t"}
+        for domain, columns in effects.items()
     }
     line_figure(path, timesteps, panels, "t", "How far other labels move the predicted image (RMS, pixels in -1 .. 1)")
     return path
@@ -234,7 +256,7 @@ def sweep(
         row = {"scale": scale}
         for domain, score in enumerate(accuracy(classifiers, images, digits, domains)):
             metrics = quality(classifiers[domain], images[domains == domain])
-            name = DOMAINS[domain]
+            name = sampler.network.spec.domains[domain]
             row[f"{name}_accuracy"] = score
             row |= {f"{name}_{metric}": metrics[metric] for metric in ("frechet", "recall", "precision")}
         rows.append(row)
@@ -242,11 +264,11 @@ def sweep(
     return rows
 
 
-def sweep_figure(rows: list[dict[str, float]], count: int, folder: Path) -> Path:
+def sweep_figure(rows: list[dict[str, float]], count: int, spec: DataSpec, folder: Path) -> Path:
     """Draw accuracy, Frechet distance and recall against the guidance scale, a line per domain."""
     path = folder / "guidance_sweep.png"
     panels = {
-        name: {TITLES[d]: [row[f"{DOMAINS[d]}_{key}"] for row in rows] for d in range(len(DOMAINS))}
+        name: {title_of(domain): [row[f"{domain}_{key}"] for row in rows] for domain in spec.domains}
         for name, key in (("accuracy", "accuracy"), ("Frechet distance", "frechet"), ("recall", "recall"))
     }
     title = f"What guidance buys and costs ({count} pictures per domain and scale)"

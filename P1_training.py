@@ -1,7 +1,8 @@
-"""Train one conditional diffusion model for the digits of both domains.
+"""Train one conditional diffusion model for the digits of both domains, or for images of your own.
 
   python P1_training.py                              preset, precision and data are detected; continues the run folder's checkpoint
   python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
+  python P1_training.py --data my/images --output runs/mine          a folder per class, or per domain and class (docs/p1.md)
   accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
 
 Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same command continues from it.
@@ -23,13 +24,13 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from diffusion.loss import denoising_loss, min_snr_weight
-from diffusion.schedule import Schedule, make_schedule
-from digits.classifier import accuracy, shipped_classifiers
+from diffusion.loss import Weight, denoising_loss, min_snr_weight
+from diffusion.schedule import Prediction, Schedule, make_schedule
+from digits.classifier import DigitClassifier, accuracy, choose_classifiers
 from digits.recipes import RECIPES, TrainingRecipe, preset_values
 from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
-from P1_dataloader import BalancedIndex, load_digits
-from P1_model import DIGITS, NO_DIGIT, NO_DOMAIN, PRESETS, Network, UNet, load_network, save_network
+from P1_dataloader import BalancedIndex, Digits, load_digits
+from P1_model import HOMEWORK, PRESETS, DataSpec, ModelConfig, Network, UNet, load_network, save_network
 from runtime.cli import (
     BadInput,
     Seed,
@@ -57,7 +58,7 @@ class Settings:
     """Flags of a training; None takes the preset's value."""
 
     data: Path = ROOT / "hw2_data" / "digits"
-    """Folder with mnistm/ and svhn/ (see hw2_data/README.md)."""
+    """Folder with mnistm/ and svhn/ (see hw2_data/README.md), or with a folder per class, or per domain and class."""
     output: Path = Path("runs/p1")
     """Run folder: checkpoint, best weights, sample sheets, TensorBoard, record.json."""
     preset: Literal["auto", "report", "tiny", "cpu", "gpu"] = "auto"
@@ -73,6 +74,10 @@ class Settings:
     decay: float = 0.5
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     decay_shape: Literal["linear", "cosine"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine"] | None, default_hint(preset_values("schedule"))] = None
+    """Noise schedule."""
+    prediction: Annotated[Prediction | None, default_hint(preset_values("prediction"))] = None
+    """What the network predicts: the noise (eps), or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
     min_snr: Annotated[float | None, default_hint(preset_values("min_snr"))] = None
     """Gamma of the min-SNR loss weight (Hang et al. 2023). 0 = off."""
     drop_digit: float = 0.15
@@ -80,9 +85,9 @@ class Settings:
     drop_domain: float = 0.1
     """Share of images trained without their domain."""
     svhn_share: float | None = 0.5
-    """Share of SVHN, the harder domain, in every batch. None = as in the data."""
+    """Share of SVHN, the harder domain, in every batch; domains of other data are sampled equally often. None = as in the data."""
     balance_digits: bool = True
-    """Sample the digits of SVHN, which is unbalanced, equally often."""
+    """Sample the digits of SVHN, which is unbalanced, equally often, and the classes of other data."""
     ema: Annotated[float | None, default_hint(preset_values("ema"))] = None
     """Decay of the weights' average (EMA), which is what is graded and kept."""
     max_grad_norm: float = 1.0
@@ -94,6 +99,9 @@ class Settings:
     """auto = bf16 where the hardware has it, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile. auto = where it pays (CUDA, or a CPU with bf16; 500 steps or more) and a compiler works."""
+    classifiers: tuple[str, ...] = ("auto",)
+    """Files of P1_classifier.py, one per domain, whose accuracy chooses the weights. none = the validation loss chooses.
+    auto = the shipped ones for the homework's digits, none for other data."""
     eval_every: int = 1000
     """Steps between two gradings. 0 = only at the end."""
     eval_count: int = 10
@@ -147,16 +155,23 @@ def main(settings: Settings) -> None:
     # the data, and what the loss needs of the schedule
     with accelerator.main_process_first():  # the first decodes, the others read its cache
         data = load_digits(settings.data, "train").to(device)
+    spec, config = data.spec, replace(PRESETS[preset], spec=data.spec)
+    if spec != HOMEWORK and settings.svhn_share not in (None, 0.5):
+        raise BadInput(f"--svhn-share {settings.svhn_share}: the data are no digits of MNIST-M and SVHN, but {spec}")
+    classifiers = choose_classifiers(settings.classifiers, spec, device)
     index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
-    schedule = make_schedule(recipe.schedule, PRESETS[preset].timesteps, recipe.prediction)
+    schedule = make_schedule(recipe.schedule, config.timesteps, recipe.prediction)
     alpha_bar = schedule.alpha_bar.float().to(device)
     weight = partial(min_snr_weight, gamma=recipe.min_snr, prediction=recipe.prediction) if recipe.min_snr else None
+    validate = None
+    if not classifiers:
+        validate = partial(validation_loss, data=load_digits(settings.data, "val").to(device), weight=weight)
 
     # the network, its average and its optimizer
     torch.manual_seed(settings.seed)
-    unet = UNet(PRESETS[preset])
+    unet = UNet(config)
     if settings.init:
-        unet.load_state_dict(initial_weights(settings.init, preset, recipe))
+        unet.load_state_dict(initial_weights(settings.init, config, preset, recipe))
     to_channels_last(unet, device)
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")
@@ -169,23 +184,28 @@ def main(settings: Settings) -> None:
     model, optimizer = accelerator.prepare(unet, adamw)
 
     # the run: continues from its checkpoint where there is one
-    facts = facts_of(settings, preset, recipe) | {"data": data.fingerprint()}
-    config, trained = loop_config(settings, recipe, compiled), Trained(unet, optimizer, ema)
-    run = TrainingRun(config, facts, trained, record, accelerator, resume=settings.resume == "auto")
-    grading = Grading(settings, run, partial(averaged_network, ema, schedule, preset, recipe, settings), device)
+    facts = facts_of(settings, preset, recipe, spec) | {"data": data.fingerprint()}
+    loop, trained = loop_config(settings, recipe, compiled), Trained(unet, optimizer, ema)
+    run = TrainingRun(loop, facts, trained, record, accelerator, resume=settings.resume == "auto")
+    averaged = partial(averaged_network, ema, schedule, preset, recipe, settings)
+    grading = Grading(settings, run, averaged, device, classifiers, validate)
     if run.is_main:
         log(
             f"preset {preset} ({sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters), {precision}, "
             f"{'compiled' if compiled else 'eager'}, on {machine.name}, {accelerator.num_processes} process(es)\n"
             f"{len(data):,} training images from {settings.data}; {recipe.steps:,} steps of {recipe.batch}; run folder {folder}"
         )
+        if spec != HOMEWORK:
+            log(
+                f"the data are {spec}; {'--classifiers' if classifiers else 'the validation loss'} will choose the best weights"
+            )
 
     for step in run:
         # a batch, with some labels dropped so that the network learns the unconditional prediction too
         draws = Draws(settings.seed, step, share, recipe.batch, device)
         rows = index(draws.uniform(), draws.uniform())
-        digit = torch.where(draws.uniform() < settings.drop_digit, NO_DIGIT, data.digits[rows])
-        domain = torch.where(draws.uniform() < settings.drop_domain, NO_DOMAIN, data.domains[rows])
+        digit = torch.where(draws.uniform() < settings.drop_digit, spec.no_class, data.digits[rows])
+        domain = torch.where(draws.uniform() < settings.drop_domain, spec.no_domain, data.domains[rows])
         x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
         eps = draws.normal(*x0.shape[1:])
 
@@ -206,13 +226,17 @@ def main(settings: Settings) -> None:
         with run.last_work(), record.timed("final_grading"):
             record.metrics |= grading.choose_best()
     run.finish(history=grading.history)
-    log(f"next: {shlex.join(['bash', 'hw2_1.sh', 'out', str(settings.output / 'best.safetensors')])}")
+    best = str(settings.output / "best.safetensors")
+    own = ["python", "P1_inference.py", "--model", best, "--output", "out/mine"]
+    log(f"next: {shlex.join(['bash', 'hw2_1.sh', 'out', best] if spec == HOMEWORK else own)}")
 
 
-def initial_weights(path: Path, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
-    """Load the weights to start from; raise BadInput unless layout and schedule are those of this training."""
+def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
+    """Load the weights to start from; raise BadInput unless images, layout and schedule are those of this training."""
     start = load_network(path, torch.device("cpu"))
-    ours = (PRESETS[preset], recipe.schedule, recipe.prediction)
+    if start.spec != config.spec:
+        raise BadInput(f"--init {path} draws {start.spec}; the data are {config.spec}")
+    ours = (config, recipe.schedule, recipe.prediction)
     if (start.unet.config, start.schedule_name, start.schedule.prediction) != ours:
         raise BadInput(f"--init {path} is of another layout or schedule than preset {preset}")
     return start.unet.state_dict()
@@ -234,7 +258,7 @@ def loop_config(settings: Settings, recipe: TrainingRecipe, compiled: bool) -> L
     )
 
 
-def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe) -> dict[str, Any]:
+def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: DataSpec) -> dict[str, Any]:
     """Return what decides the weights, apart from the data: a run may only continue with the same."""
     names = (
         "warmup", "decay", "decay_shape", "drop_digit", "drop_domain", "svhn_share", "balance_digits", "max_grad_norm", "seed",
@@ -242,7 +266,13 @@ def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe) -> dict[st
     chosen = {name: getattr(settings, name) for name in names}
     recipe_facts = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "sampler")}
     init = file_fingerprint(settings.init) if settings.init else None
-    return {"preset": preset, **recipe_facts, **chosen, "init": init}
+    # what ranks the candidates; None = by default
+    files = (
+        [] if {*settings.classifiers} <= {"auto", "none"} else [file_fingerprint(Path(f)) for f in settings.classifiers]
+    )
+    ungraded = settings.classifiers == ("none",) and spec == HOMEWORK
+    grader = files or ("none" if ungraded else None)
+    return {"preset": preset, **recipe_facts, **chosen, "init": init, "classifiers": grader}
 
 
 # ---------------------------------------------------------------- grading
@@ -252,31 +282,72 @@ def averaged_network(
     ema: Ema, schedule: Schedule, preset: str, recipe: TrainingRecipe, settings: Settings, step: int
 ) -> Network:
     """Return the averaged weights with all that sampling needs."""
-    plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path)}
+    plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path) and k != "classifiers"}
     origin = {"preset": preset, "step": step, "recipe": asdict(recipe), "settings": plain}
     return Network(cast(UNet, ema.module.eval()), schedule, recipe.schedule, asdict(recipe.sampler), origin)
 
 
-class Grading:
-    """Samples of the averaged weights, the classifiers' accuracies on them, and the weights with the best ones."""
+SHEET = 10  # images per class and domain on a sheet of samples
+NOISES = 8  # of every image in a validation loss, which costs less than to sample one
 
-    def __init__(self, settings: Settings, run: TrainingRun, averaged: Callable[[int], Network], device: torch.device):
-        """`averaged` returns the network of a step; only the main process grades."""
+
+@torch.inference_mode()
+def validation_loss(network: Network, count: int, seed: int, data: Digits, weight: Weight | None) -> float:
+    """Return the training's loss on validation images, `count` per class and domain; the same images and noise in every call."""
+    schedule, device = network.schedule, data.images.device
+    index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
+    total, loss = NOISES * count * len(data.spec.classes) * len(data.spec.domains), 0.0
+    for start in range(0, total, 500):
+        draws = Draws(seed, start, slice(None), min(500, total - start), device)
+        rows = index(draws.uniform(), draws.uniform())
+        x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
+        eps = draws.normal(*x0.shape[1:])
+
+        def predict(x: Tensor, t: Tensor, rows: Tensor = rows) -> Tensor:
+            output: Tensor = network.unet(x, t, data.digits[rows], data.domains[rows])
+            return output
+
+        loss += float(denoising_loss(predict, x0, eps, t, alpha_bar, schedule.prediction, weight)) * len(rows)
+    return loss / total
+
+
+class Grading:
+    """Samples of the averaged weights, the classifiers' accuracies on them, and the weights with the best ones.
+
+    Without classifiers the best weights are those with the least validation loss.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: TrainingRun,
+        averaged: Callable[[int], Network],
+        device: torch.device,
+        classifiers: list[DigitClassifier],
+        validate: Callable[[Network, int, int], float] | None,
+    ):
+        """`averaged` returns the network of a step, `validate` its loss; only the main process grades."""
         self.settings, self.run, self.averaged, self.device = settings, run, averaged, device
+        self.classifiers, self.validate = classifiers, validate
         self.history: list[dict[str, Any]] = run.history.setdefault("gradings", [])
         self.candidates = BestCandidates(settings.output / "candidates", settings.candidates)
         if run.is_main and not run.resumed:
             self.candidates.clear()
-        self.classifiers = shipped_classifiers(device) if run.is_main else []
         self.started = time.perf_counter()
 
     def score(self, network: Network, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
-        """Sample `count` images per digit and domain; return the accuracies and the images [N,3,28,28] uint8."""
-        requests = graded_requests(seed, count)
+        """Sample `count` images per digit and domain; return the accuracies and the images [N,C,H,W] uint8.
+
+        Without classifiers sample what a sheet shows, and return the validation loss.
+        """
+        requests = graded_requests(seed, min(count, SHEET) if self.validate else count, spec=network.spec)
         config = DigitSamplerConfig.from_dict(network.sampler)
         images = to_uint8(DigitSampler(network, config, min(100, len(requests))).images(requests, "grading"))
-        mnistm, svhn = accuracy(self.classifiers, images, *labels_of(requests))
-        return {"mnistm": mnistm, "svhn": svhn, "accuracy": (mnistm + svhn) / 2}, images
+        if self.validate:
+            return {"val_loss": self.validate(network, count, seed)}, images
+        shares = accuracy(self.classifiers, images, *labels_of(requests))
+        scores = dict(zip(network.spec.domains, shares, strict=True))
+        return scores | {"accuracy": sum(shares) / len(shares)}, images
 
     def evaluate(self) -> None:
         """Grade this step's weights, save their samples, and keep them if they are among the best."""
@@ -285,10 +356,10 @@ class Grading:
         scores, images = self.score(network, self.settings.eval_count, self.settings.seed)
         self.history.append({"step": step, "seconds": round(seconds, 1), **scores})
         with decoration(path := self.settings.output / f"step-{step:06d}.png"):
-            save_image(path, sheet := digit_sheet(images))
+            save_image(path, sheet := digit_sheet(images, network.spec))
             self.run.log.image(step, "sheet", sheet)
         self.run.log.show(step, **scores)
-        if self.candidates.offer(step, scores["accuracy"], partial(save_network, network=network)):
+        if self.candidates.offer(step, rank(scores), partial(save_network, network=network)):
             save_network(self.settings.output / "best.safetensors", network, torch.float16)
 
     def choose_best(self) -> dict[str, float]:
@@ -303,23 +374,28 @@ class Grading:
             network = load_network(path, self.device)
             scores, images = self.score(network, self.settings.final_count, self.settings.seed + 1)
             results.append((scores, network, images))
-            log(
-                f"step {network.origin['step']:,}, {len(images):,} images: mnistm {scores['mnistm']:.4f}, svhn {scores['svhn']:.4f}"
-            )
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "accuracy")
+            log(f"step {network.origin['step']:,}, {len(images):,} images: {shown}")
 
-        scores, network, images = max(results, key=lambda result: result[0]["accuracy"])
+        scores, network, images = max(results, key=lambda result: rank(result[0]))
         best = self.settings.output / "best.safetensors"
         save_network(best, replace(network, origin=network.origin | scores), torch.float16)
         with decoration(sheet := self.settings.output / "best.png"):
-            save_image(sheet, digit_sheet(images))
-        log(f"best: step {network.origin['step']:,}, accuracy {scores['accuracy']:.4f}: {best}")
+            save_image(sheet, digit_sheet(images, network.spec))
+        name, value = list(scores.items())[-1]  # the mean accuracy, or the validation loss
+        log(f"best: step {network.origin['step']:,}, {name.replace('_', ' ')} {value:.4f}: {best}")
         return scores
 
 
-def digit_sheet(images: Tensor) -> Tensor:
+def rank(scores: dict[str, float]) -> float:
+    """Return what is largest for the best weights: the mean accuracy, or minus the validation loss."""
+    return scores["accuracy"] if "accuracy" in scores else -scores["val_loss"]
+
+
+def digit_sheet(images: Tensor, spec: DataSpec = HOMEWORK) -> Tensor:
     """[2*10*count,3,28,28] -> at most ten images per digit: a row per digit, MNIST-M left and SVHN right."""
-    sets = images.view(2, DIGITS, -1, *images.shape[1:])[:, :, :10]
-    return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns=2 * sets.shape[2], scale=2)
+    sets = images.view(len(spec.domains), len(spec.classes), -1, *images.shape[1:])[:, :, :SHEET]
+    return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns=len(sets) * sets.shape[2], scale=2)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from digits.metrics import Reference, measure
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, load_weights
+from P1_dataloader import read_exactly
+from P1_model import DIGITS, DOMAINS, HOMEWORK, DataSpec, header_json, load_weights
 from runtime.cli import BadInput
 from runtime.device import full_precision, to_channels_last
 from runtime.files import (
@@ -64,6 +64,7 @@ class ClassifierConfig:
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (1, 2, 2)
     fold: int = 2
+    spec: DataSpec = HOMEWORK  # of the images it reads
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ClassifierHeader:
     """What a classifier file holds besides tensors, as JSON."""
 
     kind: Literal["P1 digit judge"]
-    domain: Annotated[int, Field(ge=0, lt=len(DOMAINS))]
+    domain: NonNegativeInt
     model: ClassifierConfig
     origin: dict[str, Any]
 
@@ -79,12 +80,13 @@ class ClassifierHeader:
 def make_resnet(config: ClassifierConfig) -> nn.Sequential:
     """Return a small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7."""
     width, fold = config.channels[0], config.fold
-    layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, width, 3, padding=1), nn.ReLU()]
+    pixels = config.spec.channels * fold**2
+    layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(pixels, width, 3, padding=1), nn.ReLU()]
     for level, (channels, blocks) in enumerate(zip(config.channels, config.blocks, strict=True)):
         for block in range(blocks):
             layers.append(Block(width, channels, 2 if level and not block else 1))
             width = channels
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, DIGITS)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, len(config.spec.classes))]
     return nn.Sequential(*layers)
 
 
@@ -114,11 +116,16 @@ def make_resnet34() -> nn.Sequential:
 
 
 class DigitClassifier(nn.Module):
-    """A classifier of one domain (0 = mnistm, 1 = svhn) for uint8 images; `reference`: features of real images."""
+    """A classifier of one domain (0 = mnistm, 1 = svhn) for uint8 images; `reference`: features of real images.
 
-    def __init__(self, network: nn.Sequential, domain: int, reference: Reference | None = None):
+    One of other images has their `spec`, which [N,3,28,28] and ten digits in the methods below stand for.
+    """
+
+    def __init__(
+        self, network: nn.Sequential, domain: int, reference: Reference | None = None, spec: DataSpec = HOMEWORK
+    ):
         super().__init__()
-        self.network, self.domain, self.reference = network, domain, reference
+        self.network, self.domain, self.reference, self.spec = network, domain, reference, spec
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -159,7 +166,7 @@ def save_classifier(path: Path, classifier: DigitClassifier, config: ClassifierC
     tensors = {f"network.{name}": value for name, value in round_weights(classifier.network).items()}
     for name, value in classifier.reference.tensors().items():
         tensors[f"reference.{name}"] = value.cpu().contiguous()
-    save_safetensors(path, tensors, {"judge": json.dumps(asdict(header))})
+    save_safetensors(path, tensors, {"judge": header_json(header)})
 
 
 HINT = "the course's Classifier.pth is in ntudlcv/DLCV-Fall-2024-HW2 at github.com"
@@ -172,6 +179,8 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
     tensors, metadata = load_safetensors(path)
     where = f"{path}, header of a digit classifier"
     header = validate_json(ClassifierHeader, metadata["judge"], where)
+    if header.domain >= len(header.model.spec.domains):
+        raise BadInput(f"{where}, domain: there are {len(header.model.spec.domains)}, it is {header.domain}")
     try:
         network = make_resnet(header.model)
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
@@ -181,7 +190,7 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
         reference = Reference.from_tensors(strip_prefix(tensors, "reference"), device)
     except KeyError as error:
         raise BadInput(f"{path} lacks reference.{error.args[0]}: train it again") from None
-    return DigitClassifier(to_channels_last(network, device), header.domain, reference)
+    return DigitClassifier(to_channels_last(network, device), header.domain, reference, header.model.spec)
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
@@ -222,6 +231,29 @@ def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:
     return [load_classifier(SHIPPED / f"judge_{name}.safetensors", device) for name in DOMAINS]
 
 
+def choose_classifiers(names: Sequence[str], spec: DataSpec, device: torch.device) -> list[DigitClassifier]:
+    """Return what `--classifiers` names, one per domain, or none; raise BadInput for classifiers of other images.
+
+    `auto` is the shipped ones for the homework's digits, and `none` for other images.
+    """
+    if [*names] == ["none"] or [*names] == ["auto"] and spec != HOMEWORK:
+        return []
+    if [*names] == ["auto"]:
+        return shipped_classifiers(device)
+    if len(names) != len(spec.domains):
+        raise BadInput(
+            f"--classifiers {' '.join(names)}: give auto, none, or a file for each of {', '.join(spec.domains)}"
+        )
+    classifiers = [load_classifier(Path(name), device) for name in names]
+    for domain, (name, classifier) in enumerate(zip(names, classifiers, strict=True)):
+        if classifier.spec != spec:
+            raise BadInput(f"--classifiers {name} reads {classifier.spec}; the images are of {spec}")
+        if classifier.domain != domain:
+            expected = spec.domains[domain]
+            raise BadInput(f"--classifiers {name} is a classifier of {spec.domains[classifier.domain]}, not {expected}")
+    return classifiers
+
+
 # ---------------------------------------------------------------- accuracy and metrics
 
 
@@ -250,20 +282,28 @@ def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
     return measure(classifier.features(images), classifier.reference)
 
 
-def read_graded(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return images [N,3,28,28] uint8 and the digits [N] that their file names begin with, read as the course does."""
+def read_graded(folder: Path, spec: DataSpec = HOMEWORK) -> tuple[Tensor, Tensor]:
+    """Return images [N,3,28,28] uint8 and the digits [N] that their file names begin with, read as the course does.
+
+    Other images are named by their class (cat_001.png) and have the shape of `spec`.
+    """
     if not folder.is_dir():
-        raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(DOMAINS)}")
+        raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(spec.domains)}")
     paths = visible(folder)
     if not paths:
         raise BadInput(f"{folder} is empty")
     images, digits = [], []
     for path in paths:
-        if path.name[0] not in "0123456789":
-            raise BadInput(f"{path}: the name must begin with its digit, as in 7_001.png")
-        digits.append(int(path.name[0]))
-        image = read_as_graded(path)
-        images.append(np.asarray(image.resize(IMAGE_SHAPE[1:], Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+        label = path.name[0] if spec == HOMEWORK else path.stem.rpartition("_")[0]
+        if label not in spec.classes:
+            name, example = ("digit", "7") if spec == HOMEWORK else ("class", spec.classes[0])
+            raise BadInput(f"{path}: the name must begin with its {name}, as in {example}_001.png")
+        digits.append(spec.classes.index(label))
+        if spec == HOMEWORK:
+            image = read_as_graded(path).resize(spec.shape[1:], Image.Resampling.BILINEAR)
+            images.append(np.asarray(image).transpose(2, 0, 1))
+        else:
+            images.append(read_exactly(path, spec))
     return torch.from_numpy(np.stack(images)), torch.tensor(digits)
 
 
@@ -272,20 +312,22 @@ def grade_folder(
 ) -> dict[str, Any]:
     """Return per domain accuracy, number of images, confusion [10][10] (rows: label) and quality, and their "mean" accuracy.
 
+    The classifiers' `spec` names domains and classes.
     `critics`: classifiers with a reference, for the quality. Raises BadInput for a folder that can't be graded.
     """
     result: dict[str, Any] = {}
-    graded = [read_graded(folder / name) for name in DOMAINS]  # all input is checked before the work
+    spec, count = classifiers[0].spec, len(classifiers[0].spec.classes)
+    graded = [read_graded(folder / name, spec) for name in spec.domains]  # all input is checked before the work
     for name, classifier, critic, (images, digits) in zip(
-        DOMAINS, classifiers, critics or classifiers, graded, strict=True
+        spec.domains, classifiers, critics or classifiers, graded, strict=True
     ):
         answers = classifier.read(images)
-        confusion = torch.bincount(digits * DIGITS + answers, minlength=DIGITS**2).view(DIGITS, DIGITS)
+        confusion = torch.bincount(digits * count + answers, minlength=count**2).view(count, count)
         result[name] = {
             "accuracy": int(confusion.trace()) / len(digits),
             "pictures": len(digits),
             "confusion": confusion.tolist(),
             "quality": quality(critic, images),
         }
-    result["mean"] = sum(result[name]["accuracy"] for name in DOMAINS) / len(DOMAINS)
+    result["mean"] = sum(result[name]["accuracy"] for name in spec.domains) / len(spec.domains)
     return result

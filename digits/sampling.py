@@ -18,7 +18,7 @@ from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
 from diffusion.step_rules import step_rule
 from digits.classifier import DigitClassifier, misclassified
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, Network
+from P1_model import HOMEWORK, DataSpec, Network
 from P1_model import DigitSamplerConfig as DigitSamplerConfig
 from runtime.batches import in_batches
 from runtime.cli import progress_bar
@@ -32,7 +32,7 @@ CHECKPOINT = ROOT / "checkpoints" / "p1_digits.safetensors"
 
 @dataclass(frozen=True)
 class DigitRequest:
-    """One image to sample: digit 0..9 (10 = any), domain 0 or 1 (2 = any), and the seed of its noise."""
+    """One image to sample: digit 0..9 (10 = any) or class, domain 0 or 1 (2 = any), and the seed of its noise."""
 
     digit: int
     domain: int
@@ -40,19 +40,24 @@ class DigitRequest:
 
 
 def graded_requests(
-    seed: int, count: int, digits: Sequence[int] = range(10), domains: Sequence[int] = (0, 1)
+    seed: int,
+    count: int,
+    digits: Sequence[int] | None = None,
+    domains: Sequence[int] | None = None,
+    spec: DataSpec = HOMEWORK,
 ) -> list[DigitRequest]:
-    """Return `count` requests per domain and digit; each seed depends on (seed, domain, digit, index) alone.
+    """Return `count` requests per domain and digit of these (None: all); each seed depends on (seed, domain, digit, index) alone.
 
     No two images of a run share their noise: of two with the same seed the later one, by index, draws another.
     """
-    keys = list(product(range(count), range(len(DOMAINS)), range(DIGITS)))  # all, so that a part has the same seeds
+    every_digit, every_domain = range(len(spec.classes)), range(len(spec.domains))
+    keys = list(product(range(count), every_domain, every_digit))  # all, so that a part has the same seeds
     derived = distinct_seeds((seed, domain, digit, index) for index, domain, digit in keys)
     seeds = dict(zip(keys, derived, strict=True))
     return [
         DigitRequest(digit, domain, seeds[index, domain, digit])
-        for domain in domains
-        for digit in digits
+        for domain in (every_domain if domains is None else domains)
+        for digit in (every_digit if digits is None else digits)
         for index in range(count)
     ]
 
@@ -67,17 +72,17 @@ def labels_of(requests: Sequence[DigitRequest], device: torch.device | str = "cp
 def sample(
     network: Network, requests: Sequence[DigitRequest], config: DigitSamplerConfig, callback: Callback = ignore
 ) -> Tensor:
-    """Sample one batch: [B,3,28,28] float in -1..1 on the network's device."""
+    """Sample one batch: [B,3,28,28], or of the network's `spec`, float in -1..1 on the network's device."""
     # the unconditional half knows the domain, but not the digit
     device = next(network.unet.parameters()).device
     digit, domain = labels_of(requests, device)
-    both = torch.cat([digit, torch.full_like(digit, NO_DIGIT)]), torch.cat([domain, domain])
+    both = torch.cat([digit, torch.full_like(digit, network.spec.no_class)]), torch.cat([domain, domain])
     guidance = Guidance(config.guidance, config.interval, config.rescale)
     schedule = network.schedule
     denoise = guided(network, (digit, domain), both, guidance, len(schedule))
 
     generators = make_generators([request.seed for request in requests])
-    x = draw(generators, IMAGE_SHAPE, device).to(memory_format=torch.channels_last)
+    x = draw(generators, network.spec.shape, device).to(memory_format=torch.channels_last)
     if config.name == "dpm":
         return samplers.dpm_solver(denoise, x, schedule, config.steps, callback)
     if config.name == "ddpm":
@@ -95,8 +100,8 @@ class DigitSampler:
     batch: int
 
     def images(self, requests: Sequence[DigitRequest], title: str) -> Tensor:
-        """Sample in batches of one shape, with a progress bar: [N,3,28,28] float in -1..1 on the CPU."""
-        parts = [torch.empty(0, *IMAGE_SHAPE)]
+        """Sample in batches of one shape, with a progress bar: [N,C,H,W] float in -1..1 on the CPU."""
+        parts = [torch.empty(0, *self.network.spec.shape)]
         with progress_bar(len(requests), title) as bar:
             work = partial(sample, self.network, config=self.config)
             for chunk, images in in_batches(work, requests, self.batch):

@@ -2,7 +2,7 @@
 
 * The course's UNet.pt: a bare state dict with the tensors of diffusers' UNet2DModel under other names.
 * A folder or hub repository in diffusers' layout: a UNet2DModel, and the schedule of its scheduler if it has one.
-* A P1 checkpoint: digits of 28x28.
+* A P1 checkpoint: digits of 28x28, or the images that it was trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.schedule import Prediction, Schedule, linear
 from faces.course_unet import load_course_unet
-from P1_model import DIGITS, DOMAINS, IMAGE_SHAPE, NO_DIGIT, NO_DOMAIN, Network, load_network
+from P1_model import Network, load_network
 from runtime.cli import BadInput
 from runtime.device import to_channels_last
 from runtime.files import ROOT, foreign_file, list_files, output_folder, read_object, safetensors_metadata
@@ -108,16 +108,19 @@ def face_model(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.
 
 def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels) -> Model:
     """Return a P1 checkpoint as a Model; all images of a run get the same labels."""
-    if labels.digit is not None and not 0 <= labels.digit < DIGITS:
-        raise BadInput(f"--digit {labels.digit}: must be 0..9")
+    spec = network.spec
+    if labels.digit is not None and not 0 <= labels.digit < len(spec.classes):
+        raise BadInput(f"--digit {labels.digit}: must be 0..{len(spec.classes) - 1}")
+    if labels.domain not in ("any", *spec.domains):
+        raise BadInput(f"--domain {labels.domain}: must be any or among {', '.join(spec.domains)}")
     device = next(network.unet.parameters()).device
-    digit = NO_DIGIT if labels.digit is None else labels.digit
-    domain = NO_DOMAIN if labels.domain == "any" else DOMAINS.index(labels.domain)
+    digit = spec.no_class if labels.digit is None else labels.digit
+    domain = spec.no_domain if labels.domain == "any" else spec.domains.index(labels.domain)
     scale = network.sampler.get("guidance", 1.0) if labels.guidance is None else labels.guidance
-    guidance = Guidance(1.0 if digit == NO_DIGIT else scale)  # without a digit there is no condition to strengthen
+    guidance = Guidance(1.0 if labels.digit is None else scale)  # without a digit there is no condition to strengthen
 
     def denoiser(batch: int) -> Denoise:
-        digits, no_digits, domains = (torch.full((batch,), n, device=device) for n in (digit, NO_DIGIT, domain))
+        digits, no_digits, domains = (torch.full((batch,), n, device=device) for n in (digit, spec.no_class, domain))
         both = (torch.cat([digits, no_digits]), torch.cat([domains, domains]))
         inner = guided(network, (digits, domains), both, guidance, len(network.schedule))
 
@@ -127,7 +130,7 @@ def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels)
 
         return denoise
 
-    return Model(name, network.unet, denoiser, network.schedule, IMAGE_SHAPE, 0)
+    return Model(name, network.unet, denoiser, network.schedule, spec.shape, 0)
 
 
 # ---------------------------------------------------------------- diffusers folders

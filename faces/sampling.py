@@ -48,9 +48,9 @@ class SamplingArgs:
     seed: Seed = 0
     """Seed of the noise that eta > 0 adds."""
     digit: int | None = None
-    """P1 checkpoints: 0..9. None = any."""
-    domain: Literal["mnistm", "svhn", "any"] = "any"
-    """P1 checkpoints: the style of the digit."""
+    """P1 checkpoints: 0..9, or the place of a class of other images. None = any."""
+    domain: str = "any"
+    """P1 checkpoints: the style of the digit, mnistm or svhn, or the domain of other images."""
     guidance: float | None = None
     """P1 checkpoints: guidance scale, uncond + scale * (cond - uncond). None = the checkpoint's."""
     batch: int = 0

@@ -97,8 +97,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Write [3,H,W] uint8 as PNG, atomically; the same pixels give the same bytes."""
-    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    """Write [3,H,W] or, grey, [1,H,W] uint8 as PNG, atomically; the same pixels give the same bytes."""
+    pixels = image.permute(1, 2, 0).squeeze(2).contiguous().cpu().numpy()
     with atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, "PNG")
 
@@ -115,7 +115,7 @@ def save_animation(path: Path, frames: Tensor, frame_ms: int = 80, last_ms: int 
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
-    """Return images [N,3,H,W] uint8 as one [3,H',W'] uint8 on white, row by row; `scale` enlarges without smoothing."""
+    """Return images [N,3,H,W] or [N,1,H,W] uint8 as one [3,H',W'] uint8 on white, row by row; `scale` enlarges without smoothing."""
     from torchvision.utils import make_grid  # slow to import
 
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -161,7 +161,7 @@ def save_figure(path: Path, figure: Figure, dpi: int = 160) -> None:
 def labelled_grid(
     path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, inch: float = 0.6
 ) -> None:
-    """Draw images [rows * columns,3,H,W] uint8, row by row, with a title and a label per row and column.
+    """Draw images [rows * columns,C,H,W] uint8, C = 3 or 1, row by row, with a title and a label per row and column.
 
     `inch`: side of an image in the figure.
     """
@@ -172,7 +172,7 @@ def labelled_grid(
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for index, axis in enumerate(axes.flat):
         row, column = divmod(index, len(columns))
-        axis.imshow(images[index].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.imshow(images[index].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         if column == 0:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -255,7 +255,7 @@ def test_a_wrapped_classifier_is_read_under_any_name(tmp_path: Path, suffix: str
 def test_a_classifier_of_another_version_is_one_line(tmp_path: Path, shipped: list[DigitClassifier]) -> None:
     path = tmp_path / "c.safetensors"
     weights = {f"network.{name}": value for name, value in round_weights(shipped[0].network).items()}
-    header = {"kind": "P1 digit judge", "domain": 0, "model": vars(ClassifierConfig(fold=1)), "origin": {}}
+    header = {"kind": "P1 digit judge", "domain": 0, "model": asdict(ClassifierConfig(fold=1)), "origin": {}}
     for changes, message in (
         ({"domain": 7}, "domain: .*it is 7"),
         ({"model": {"channels": [], "blocks": []}}, "no network has this layout"),
@@ -641,11 +641,11 @@ def test_a_stopped_training_goes_on_to_the_same_classifier(
     train(replace(settings, output=tmp_path / "whole"))
     plain, calls = P1_classifier.augment, []
 
-    def stopping(x: Tensor, draws: Draws, recolour: float) -> Tensor:
+    def stopping(x: Tensor, draws: Draws, recolour: float, invert: bool) -> Tensor:
         calls.append(x)
         if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(x, draws, recolour)
+        return plain(x, draws, recolour, invert)
 
     monkeypatch.setattr(P1_classifier, "augment", stopping)
     with pytest.raises(SystemExit, match="130"):
@@ -786,6 +786,18 @@ def test_the_hubs_classifier_grades_svhn(graded: Path, tmp_path: Path, monkeypat
     assert metrics["svhn"]["confusion"] == course_confusion(graded / "svhn", hub)
 
 
+def test_classifiers_of_all_domains_may_be_named_at_once(
+    graded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    course, svhn = course_file(tmp_path / "Classifier.pth"), SHIPPED / "judge_svhn.safetensors"
+    rows = []
+    for flags in (("--classifiers", course, svhn), ("--mnistm-classifier", course, "--svhn-classifier", svhn)):
+        assert grade_command(monkeypatch, graded, *flags, "--record", tmp_path / "r.json", "--device", "cpu") == 0
+        rows.append(json.loads((tmp_path / "r.json").read_text())["metrics"])
+    assert rows[0] == rows[1]
+    assert "selected by the shipped classifiers" not in capsys.readouterr().err
+
+
 HELD_BY = {
     "output": test_training_writes_a_classifier_that_loads_and_the_same_seed_gives_the_same_file,
     "save_every": test_checkpoints_come_as_often_as_asked,
@@ -793,6 +805,7 @@ HELD_BY = {
     "device": test_an_absent_device_is_named,
     "folder": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
     "record": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
+    "classifiers": test_classifiers_of_all_domains_may_be_named_at_once,
     "mnistm_classifier": test_a_named_classifier_grades_its_domain_alone,
     "svhn_classifier": test_a_named_classifier_grades_its_domain_alone,
 }

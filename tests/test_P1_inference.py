@@ -20,12 +20,12 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from PIL import Image
 from torch import Tensor
 
-from digits.classifier import grade_folder, misclassified, shipped_classifiers
+from digits.classifier import SHIPPED, grade_folder, misclassified, shipped_classifiers
 from digits.sampling import DigitSampler
 from P1_inference import Settings, main
 from P1_model import Network, load_network, save_network
 from runtime.cli import BadInput
-from runtime.files import ROOT
+from runtime.files import ROOT, load_safetensors, save_safetensors
 from runtime.seeds import derived_seed
 
 SHELL = str(ROOT / "hw2_1.sh")
@@ -81,7 +81,7 @@ def test_the_shipped_digits_are_read_as_their_labels(tmp_path: Path) -> None:
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        draw(tmp_path / name, digits=(4, 7))
+        draw(tmp_path / name, digits=("4", "7"))
     left, right = ({p.name: p.read_bytes() for p in (tmp_path / n / "svhn").iterdir()} for n in ("a", "b"))
     assert left == right
     assert set(left) == {"4_001.png", "4_002.png", "7_001.png", "7_002.png"}
@@ -90,29 +90,29 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", [{"sampler": "dpm"}, {"sampler": "ddim", "eta": 1.0}])
 def test_another_batch_changes_no_image_by_more_than_one_grey_level(sampler: dict[str, Any], tmp_path: Path) -> None:
     for batch in (3, 8):
-        draw(tmp_path / str(batch), digits=(2, 5, 8), batch=batch, **sampler)
+        draw(tmp_path / str(batch), digits=("2", "5", "8"), batch=batch, **sampler)
     left, right = pixels(tmp_path / "3"), pixels(tmp_path / "8")
     assert left.keys() == right.keys()
     assert max(abs(left[name] - right[name]).max() for name in left) <= 1
 
 
 def test_a_part_of_the_job_gives_the_same_images_as_the_whole(tmp_path: Path) -> None:
-    draw(tmp_path / "all", digits=(0, 1, 2))
-    draw(tmp_path / "part", digits=(2,), domains=("svhn",))
+    draw(tmp_path / "all", digits=("0", "1", "2"))
+    draw(tmp_path / "part", digits=("2",), domains=("svhn",))
     whole, part = pixels(tmp_path / "all"), pixels(tmp_path / "part")
     assert set(part) == {"svhn/2_001.png", "svhn/2_002.png"}
     assert max(abs(whole[name] - part[name]).max() for name in part) <= 1
 
 
 def test_a_digit_and_a_domain_given_twice_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw(tmp_path / "out", digits=(3, 3), domains=("svhn", "svhn"))
+    draw(tmp_path / "out", digits=("3", "3"), domains=("svhn", "svhn"))
     assert len(pixels(tmp_path / "out")) == 2
     assert "2 pictures in" in capsys.readouterr().out
 
 
 def test_another_seed_gives_other_images(tmp_path: Path) -> None:
     for seed in (0, 1):
-        draw(tmp_path / str(seed), digits=(3,), seed=seed)
+        draw(tmp_path / str(seed), digits=("3",), seed=seed)
     left, right = pixels(tmp_path / "0"), pixels(tmp_path / "1")
     assert all(abs(left[name] - right[name]).mean() > 5 for name in left)
 
@@ -138,6 +138,27 @@ def test_retries_replace_misread_images_and_no_others(tmp_path: Path, capsys: py
     assert f"first try, by the shipped classifiers: {len(rows)} of 60 misread" in printed
     assert printed.index("first try") < printed.index("after retries") < printed.index("60 pictures in")
     assert "selected by these classifiers" in printed
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none(
+    retries: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are the shipped ones with their answers turned by one digit, which misread every good image."""
+    files = []
+    for domain, name in enumerate(("mnistm", "svhn")):
+        tensors, metadata = load_safetensors(SHIPPED / f"judge_{name}.safetensors")
+        head = f"network.{len(shipped_classifiers(torch.device('cpu'))[domain].network) - 1}."
+        turned = {key: value.roll(1, 0) if key.startswith(head) else value for key, value in tensors.items()}
+        save_safetensors(tmp_path / f"{name}.safetensors", turned, metadata)
+        files.append(str(tmp_path / f"{name}.safetensors"))
+    more: dict[str, Any] = {"steps": 6, "digits": ("1", "4"), "count": 1, "retries": retries}
+    turned_ones = draw(tmp_path / "turned", classifiers=tuple(files), **more)["metrics"]["misread"]
+    assert (sum(turned_ones["first_try"].values()) if retries else turned_ones) == (4 if retries else None)
+    shown = "first try, by --classifiers: 4 of 4 misread" in capsys.readouterr().out
+    assert shown == bool(retries)
+    assert draw(tmp_path / "none", classifiers=("none",), **more)["metrics"]["misread"] is None
+    assert ("no picture is redrawn" in capsys.readouterr().err) == bool(retries)
 
 
 # ---------------------------------------------------------------- every flag, against a plain loop
@@ -213,7 +234,7 @@ def plain_digit(name: str, **flags: Any) -> np.ndarray:
 
 # flag: (flags that are given as well, its value)
 DECIDES_PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
-    "model": ({}, "other"), "count": ({}, 3), "digits": ({}, (7, 0)), "domains": ({}, ("svhn",)), "sampler": ({}, "ddpm"),
+    "model": ({}, "other"), "count": ({}, 3), "digits": ({}, ("7", "0")), "domains": ({}, ("svhn",)), "sampler": ({}, "ddpm"),
     "steps": ({}, 4), "guidance": ({}, -1.0), "interval": ({}, (0.3, 0.6)), "guidance_rescale": ({}, 0.7),
     "eta": ({}, 0.8), "rule": ({}, "homework"), "seed": ({}, 6),
 }  # fmt: skip
@@ -228,7 +249,7 @@ CASES = [(flag, *case) for flag, case in DECIDES_PICTURES.items()] + [
 def test_every_flag_that_decides_the_pictures_does_what_a_plain_loop_does_with_it(
     flag: str, others: dict[str, Any], value: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    usual: dict[str, Any] = {"model": models["usual"], "count": 1, "digits": (3,), **others}
+    usual: dict[str, Any] = {"model": models["usual"], "count": 1, "digits": ("3",), **others}
     changed = usual | {flag: models["other"] if flag == "model" else value}
     draw(tmp_path / "out", **({"steps": None, "precision": "fp32"} | changed))
     pictures = pixels(tmp_path / "out")
@@ -251,7 +272,7 @@ def test_bf16_gives_nearly_the_same_pictures(models: dict[str, Path], tmp_path: 
         lambda module, _, output: types.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
     )
     try:
-        draw(tmp_path / "out", model=models["usual"], digits=(3,), steps=None, precision="bf16")
+        draw(tmp_path / "out", model=models["usual"], digits=("3",), steps=None, precision="bf16")
     finally:
         hook.remove()
     assert types == {torch.bfloat16}
@@ -260,7 +281,7 @@ def test_bf16_gives_nearly_the_same_pictures(models: dict[str, Path], tmp_path: 
 
 
 def test_the_grid_has_a_row_per_domain_and_digit(models: dict[str, Path], tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"model": models["usual"], "digits": (8, 3), "count": 3, "batch": 4}
+    flags: dict[str, Any] = {"model": models["usual"], "digits": ("8", "3"), "count": 3, "batch": 4}
     draw(tmp_path / "out", **flags, grid=tmp_path / "grid.png")
     pictures, grid = pixels(tmp_path / "out"), np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
     for row, label in enumerate(("mnistm/8", "mnistm/3", "svhn/8", "svhn/3")):
@@ -277,14 +298,14 @@ def test_files_of_the_same_name_are_replaced_and_foreign_ones_stay(
     folder.mkdir(parents=True)
     (folder / "6_001.png").write_text("old")
     (folder / "mine.txt").write_text("keep me")
-    draw(tmp_path / "out", digits=(6,))
+    draw(tmp_path / "out", digits=("6",))
     assert Image.open(folder / "6_001.png").size == (28, 28)
     assert (folder / "mine.txt").read_text() == "keep me"
     assert "mine.txt" in capsys.readouterr().err
 
 
 def test_the_record_and_the_grid_lie_outside_the_graded_folder(tmp_path: Path) -> None:
-    record = draw(tmp_path / "out", digits=(1,), grid=tmp_path / "grid.png")
+    record = draw(tmp_path / "out", digits=("1",), grid=tmp_path / "grid.png")
     assert not list((tmp_path / "out").rglob("*.json"))
     assert record["metrics"]["pictures"] == 4
     assert record["seed"] == 0
@@ -298,7 +319,8 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("flags", "batch"), [({}, 100), ({"batch": 7}, 7), ({"digits": (3,), "domains": ("svhn",)}, 50), ({"count": 1}, 20)]
+    ("flags", "batch"),
+    [({}, 100), ({"batch": 7}, 7), ({"digits": ("3",), "domains": ("svhn",)}, 50), ({"count": 1}, 20)],
 )
 def test_a_dry_run_times_the_batches_of_the_run_and_counts_4_kib_a_file(
     flags: dict[str, Any], batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -319,19 +341,19 @@ def test_a_dry_run_times_the_batches_of_the_run_and_counts_4_kib_a_file(
     monkeypatch.setattr("P1_inference.check_disk_space", free_space)
     settings = Settings(output=tmp_path / "out", dry_run=True, device="cpu", **flags)
     main(settings)
-    images = settings.count * len(settings.digits) * len(settings.domains)
+    images = settings.count * len(settings.digits or range(10)) * len(settings.domains or range(2))
     assert timed == [(batch, images)]
     assert needed == [4096 * images]
 
 
 def test_the_grid_takes_the_place_of_no_picture(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--grid .* is the name of one of the pictures"):
-        draw(tmp_path / "out", digits=(3,), domains=("svhn",), grid=tmp_path / "out" / "svhn" / "3_001.png")
+        draw(tmp_path / "out", digits=("3",), domains=("svhn",), grid=tmp_path / "out" / "svhn" / "3_001.png")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
-    draw(tmp_path / "out", count=1, digits=(3,), domains=("svhn",), steps=1, retries=0, batch=10**12)
+    draw(tmp_path / "out", count=1, digits=("3",), domains=("svhn",), steps=1, retries=0, batch=10**12)
     assert (tmp_path / "out" / "svhn" / "3_001.png").is_file()
 
 
@@ -340,7 +362,7 @@ def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
     [
         ({"count": 0}, "--count 0"),
         ({"count": 1000}, "--count 1000"),
-        ({"digits": (11,)}, "--digits 11"),
+        ({"digits": ("11",)}, "--digits 11"),
         ({"steps": 0}, "--steps"),
         ({"sampler": "ddim", "eta": 2.0}, "--eta 2"),
         ({"sampler": "dpm", "eta": 0.5}, "--eta has no effect on --sampler dpm"),
@@ -452,6 +474,7 @@ def test_the_grading_scripts_can_be_run_by_name(script: str) -> None:
 HELD_BY = {
     "output": test_files_of_the_same_name_are_replaced_and_foreign_ones_stay,
     "retries": test_retries_replace_misread_images_and_no_others,
+    "classifiers": test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none,
     "batch": test_another_batch_changes_no_image_by_more_than_one_grey_level,
     "device": test_bad_input_is_named_and_nothing_written,
     "precision": test_bf16_gives_nearly_the_same_pictures,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from small_digits import TINY
 from torch import Tensor
 
 from diffusion.noise import draw, generators
@@ -112,6 +113,7 @@ class KnownImages(torch.nn.Module):
 
     def __init__(self, schedule: Schedule):
         super().__init__()
+        self.config = TINY
         self.schedule, self.digits, self.noises = schedule, list[Tensor](), list[Tensor]()
         self.device_of = torch.nn.Parameter(torch.zeros(1))
 
@@ -207,7 +209,7 @@ def test_the_sweep_names_each_domains_numbers_at_each_scale(
         }
 
     monkeypatch.setattr(DigitSampler, "images", images)
-    monkeypatch.setattr("P1_report.shipped_classifiers", lambda device: READERS)
+    monkeypatch.setattr("digits.classifier.shipped_classifiers", lambda device: READERS)
     monkeypatch.setattr("P1_report.quality", quality)
     main(Settings(tmp_path, checkpoint, ("sweep",), scales=(2.0, 4.0), sweep_count=3, device="cpu"))
     rows = json.loads((tmp_path / "record.json").read_text())["metrics"]["sweep"]
@@ -226,6 +228,16 @@ def test_the_sweep_names_each_domains_numbers_at_each_scale(
     assert panels["recall"]["MNIST-M"] == pytest.approx([10.2, 10.4])
 
 
+def test_without_classifiers_there_is_no_sweep(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = Figures(monkeypatch, "P1_report")
+    main(Settings(tmp_path, checkpoint, ("reverse", "sweep"), classifiers=("none",), device="cpu"))
+    assert (set(figures.grids), figures.lines) == ({"reverse_process"}, {})
+    with pytest.raises(BadInput, match="--figures sweep: it needs --classifiers"):
+        main(Settings(tmp_path, checkpoint, ("sweep",), classifiers=("none",), device="cpu"))
+
+
 READERS: list[DigitClassifier] = [Reader(), Reader()]
 
 HELD_BY = {
@@ -235,6 +247,7 @@ HELD_BY = {
     "seed": test_the_reverse_process_shows_mnistm_above_svhn_from_noise_to_image,
     "scales": test_the_sweep_names_each_domains_numbers_at_each_scale,
     "sweep_count": test_the_sweep_names_each_domains_numbers_at_each_scale,
+    "classifiers": test_without_classifiers_there_is_no_sweep,
     "batch": test_the_grid_has_a_row_per_digit_and_one_noise_per_column,
 }
 

@@ -28,7 +28,7 @@ from digits.classifier import DigitClassifier
 from digits.recipes import RECIPES
 from digits.sampling import DigitSampler, graded_requests
 from P1_dataloader import BalancedIndex, load_digits
-from P1_model import PRESETS, Network, UNet, load_network, save_network
+from P1_model import HOMEWORK, PRESETS, Network, UNet, load_network, save_network
 from P1_training import Grading, Settings, digit_sheet, main
 from runtime.cli import BadInput
 from runtime.files import ROOT
@@ -250,6 +250,9 @@ def test_a_restart_deletes_the_candidates_of_the_earlier_run(digits_folder: Path
         ({"drop_digit": 0.5}, "drop_digit 0.15, not 0.5"),
         ({"batch": 4}, "batch 8, not 4"),
         ({"seed": 1}, "seed 0, not 1"),
+        ({"schedule": "linear"}, "schedule cosine, not linear"),
+        ({"prediction": "eps"}, "prediction v, not eps"),
+        ({"classifiers": ("none",)}, "classifiers None, not none"),
         ({"steps": 1}, "steps 2, not 1"),
     ],
 )
@@ -349,7 +352,8 @@ def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 DECIDES_WEIGHTS: dict[str, Any] = {
     "steps": 4, "batch": 6, "lr": 4e-3, "warmup": 5, "decay": 0.9, "decay_shape": "cosine", "min_snr": 0.5,
     "drop_digit": 0.7, "drop_domain": 0.7, "svhn_share": 0.9, "balance_digits": False, "ema": 0.1,
-    "max_grad_norm": 0.05, "seed": 3, "preset": "report", "data": None, "init": None,  # of the lesson below
+    "max_grad_norm": 0.05, "seed": 3, "schedule": "linear", "prediction": "eps", "preset": "report",
+    "data": None, "init": None,  # of the lesson below
 }  # fmt: skip
 
 
@@ -400,13 +404,14 @@ def test_every_flag_that_decides_the_weights_does_what_a_plain_loop_does_with_it
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PRESETS, "report", replace(TINY, conditioning="onehot", timesteps=500))
-    flags: dict[str, Any] = {"data": lesson["usual_data"], "init": None if flag == "preset" else lesson["usual_init"]}
+    fresh = flag in ("preset", "schedule", "prediction")  # the other weights are of another kind
+    flags: dict[str, Any] = {"data": lesson["usual_data"], "init": None if fresh else lesson["usual_init"]}
     flags |= {flag: lesson.get(f"other_{flag}", DECIDES_WEIGHTS[flag])}
     train(**{"output": tmp_path, "steps": 6, **flags})
     expected, average = plain_training(**flags)
     assert distance(weights(tmp_path), expected) < ROUNDING
     assert distance(averaged(tmp_path), average) < ROUNDING
-    if flag != "preset":  # which has another layout
+    if not fresh:
         assert max(distance(expected, usual[0]), distance(average, usual[1])) > EFFECT
 
 
@@ -557,7 +562,7 @@ def test_a_grading_draws_the_asked_images_and_names_each_domains_accuracy(
         return (greys / 127.5 - 1)[:, None, None, None].expand(-1, 3, 28, 28)
 
     monkeypatch.setattr(DigitSampler, "images", images)
-    monkeypatch.setattr("P1_training.shipped_classifiers", lambda _: [GreyReader(9), GreyReader(6)])
+    monkeypatch.setattr("digits.classifier.shipped_classifiers", lambda _: [GreyReader(9), GreyReader(6)])
     metrics = train(digits_folder, tmp_path, steps=2, seed=4, final_count=2)["metrics"]
     assert {name: metrics[name] for name in ("mnistm", "svhn", "accuracy")} == pytest.approx(
         {"mnistm": 1.0, "svhn": 0.7, "accuracy": 0.85}
@@ -567,6 +572,56 @@ def test_a_grading_draws_the_asked_images_and_names_each_domains_accuracy(
     sheet = np.asarray(Image.open(tmp_path / "best.png"))[..., 0]
     centres = sheet[2 + 28 :: 58, 2 + 28 :: 58]  # of images of 56 pixels with gaps of 2
     assert centres.tolist() == [[20 * digit + 5 * domain for domain in (0, 0, 1, 1)] for digit in range(10)]
+
+
+def test_named_classifiers_grade_in_the_place_of_the_shipped_ones(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files are stood in for by readers of greys."""
+    counts: list[int] = []
+    readers = {"a.safetensors": GreyReader(9), "b.safetensors": GreyReader(3)}
+    for domain, (name, reader) in enumerate(readers.items()):
+        vars(reader).update(spec=HOMEWORK, domain=domain)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("digits.classifier.load_classifier", lambda path, device: readers[path.name])
+
+    def images(self: DigitSampler, requests: Any, title: str) -> Tensor:
+        counts.append(len(requests))
+        greys = torch.tensor([20 * request.digit for request in requests])
+        return (greys / 127.5 - 1)[:, None, None, None].expand(-1, 3, 28, 28)
+
+    monkeypatch.setattr(DigitSampler, "images", images)
+    files = tuple(str(tmp_path / name) for name in readers)
+    metrics = train(digits_folder, tmp_path / "run", steps=1, classifiers=files, final_count=12)["metrics"]
+    assert counts == [20, 240]
+    assert (metrics["mnistm"], metrics["svhn"]) == pytest.approx((1.0, 0.4))
+    origin = load_network(tmp_path / "run" / "best.safetensors", torch.device("cpu")).origin
+    assert "classifiers" not in origin["settings"]  # no path of this machine
+    (tmp_path / "a.safetensors").write_text("another")
+    with pytest.raises(BadInput, match="was trained with classifiers"):
+        train(digits_folder, tmp_path / "run", steps=2, classifiers=files)
+
+
+def test_without_classifiers_the_least_validation_loss_chooses(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end the candidates are measured again, with more images and another seed."""
+    tables = iter([{2: 0.9, 4: 0.3, 6: 0.5, 8: 0.7}, {4: 0.6, 6: 0.2, 8: 0.4}])
+    calls: list[tuple[int, int, int]] = []
+    table = next(tables)
+
+    def loss(network: Network, count: int, seed: int, data: Any, weight: Any) -> float:
+        nonlocal table
+        table = table if count == 2 else next(tables, table)
+        calls.append((network.origin["step"], count, seed))
+        return table[network.origin["step"]]
+
+    monkeypatch.setattr("P1_training.validation_loss", loss)
+    record = train(digits_folder, tmp_path, **RATES, classifiers=("none",))
+    assert sorted(calls) == sorted([(step, 2, 5) for step in (2, 4, 6, 8)] + [(step, 3, 6) for step in (4, 6, 8)])
+    assert [entry["val_loss"] for entry in record["metrics"]["history"]] == [0.9, 0.3, 0.5, 0.7]
+    assert record["metrics"]["val_loss"] == 0.2
+    assert load_network(tmp_path / "best.safetensors", torch.device("cpu")).origin["step"] == 6
 
 
 def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:
@@ -581,6 +636,7 @@ HELD_BY = {
     "device": test_bad_input_is_named,
     "precision": test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights,
     "compile": test_compiled_layers_train_to_the_same_weights,
+    "classifiers": test_named_classifiers_grade_in_the_place_of_the_shipped_ones,
     "eval_every": test_the_best_of_the_second_grading_becomes_the_result,
     "eval_count": test_the_best_of_the_second_grading_becomes_the_result,
     "candidates": test_the_best_of_the_second_grading_becomes_the_result,

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from small_digits import TINY
 from torch import Tensor, nn
 
 from diffusion.schedule import Schedule, make_schedule
@@ -23,7 +24,7 @@ class Formula(nn.Module):
 
     def __init__(self, schedule: Schedule):
         super().__init__()
-        self.schedule, self.anchor = schedule, nn.Parameter(torch.zeros(1))
+        self.schedule, self.anchor, self.config = schedule, nn.Parameter(torch.zeros(1)), TINY
 
     def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         alpha_bar = self.schedule.alpha_bar[t].float()[:, None, None, None]
