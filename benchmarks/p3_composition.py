@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, SAMPLER, check_model, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
 from benchmarks.p3_shape import open_autoencoder
 from benchmarks.p3_strict import PartMeasure, StrictMeasure, shares_of
 from benchmarks.plain_p3 import save_random_v1
@@ -114,7 +114,7 @@ class Settings:
     config: ConductorConfig = ConductorConfig()
     learn: int = 0
     """Steps of textual inversion. 0 = 200 for the objects, 400 for the styles."""
-    solver: Solver = SAMPLER.solver
+    solver: Solver = "dpm"
     steps: int = 25
     """Sampling steps."""
     guidance: float = 7.0

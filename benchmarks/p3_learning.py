@@ -6,13 +6,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from concepts.dataset import ConceptSet, Kind
 from concepts.recipes import RECIPES
-from concepts.sampling import SamplerConfig
+from concepts.sampling import SamplerConfig, Solver
 from diffusion.guidance import Guidance
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
@@ -24,6 +24,21 @@ NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OU
 INITIAL: dict[Kind, str] = {"object": "object", "style": "unusual"}  # what the miniature's captions call them
 RECIPE = RECIPES["small"]
 SAMPLER = SamplerConfig("sde", 25, Guidance(3.0))  # by p3_shape.py named, which compares samplers
+
+
+@dataclass(frozen=True)
+class SamplerFlags:
+    """How a benchmark samples the miniature's images."""
+
+    solver: Solver = SAMPLER.solver
+    sampling_steps: int = SAMPLER.steps
+    """Sampling steps."""
+    guidance: float = SAMPLER.guidance.scale
+    """Scale of classifier-free guidance."""
+
+    def sampler_config(self) -> SamplerConfig:
+        """Return the sampler that the flags describe."""
+        return SamplerConfig(self.solver, self.sampling_steps, Guidance(self.guidance))
 
 
 def check_model(model: str) -> None:

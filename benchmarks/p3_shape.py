@@ -2,6 +2,7 @@
 
   python benchmarks/p3_shape.py calibrate            renders, renders through the autoencoder, malformed ones, other kinds
   python benchmarks/p3_shape.py named --count 20     strict success of the kinds that the model can name: the ceiling of learned words
+  python benchmarks/p3_shape.py named --solver dpm --guidance 5      .. by another sampler
   python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
 
 An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
@@ -21,13 +22,12 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
-from benchmarks.p3_learning import MODEL, SAMPLER
+from benchmarks.p3_learning import MODEL, SAMPLER, SamplerFlags
 from benchmarks.timing import BENCH
 from concepts.embeddings import find_vectors, install
 from concepts.jobs import between_tokens, between_vectors
-from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler
+from concepts.sampling import Request, StableDiffusionSampler
 from concepts.stable_diffusion import load_pipeline
-from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS, load_vae
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.captions import with_article
@@ -73,7 +73,7 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
-class Named:
+class Named(SamplerFlags):
     """Draw the kinds that captions name, and measure strict success."""
 
     model: str = MODEL
@@ -81,10 +81,6 @@ class Named:
     """Folder that holds vae/, for the fidelity that a kind can have."""
     count: int = 20
     """Images per kind."""
-    solver: Solver = SAMPLER.solver
-    steps: int = SAMPLER.steps
-    """Sampling steps."""
-    guidance: float = SAMPLER.guidance.scale
     seed: int = 0
     device: Device = "auto"
     sheet: Path = BENCH / "p3_shape_named.png"
@@ -179,12 +175,12 @@ def coloured_prompts(kind: str, count: int, seed: int) -> list[tuple[str, str, s
 
 def named(settings: Named, record: Record) -> None:
     """Add shares per kind: shape, scene classifier, both; write the sheet."""
+    check_positive(settings, "sampling_steps")
     device = record.machine.device
     set_up("fp32", record.machine)
     pipe, classifier = load_pipeline(settings.model, device, torch.float32), load_scene_classifier(device)
     through = open_autoencoder(settings.parts, device)
-    config = SamplerConfig(settings.solver, settings.steps, Guidance(settings.guidance))
-    sampler = StableDiffusionSampler(pipe, config)
+    sampler = StableDiffusionSampler(pipe, settings.sampler_config())
     shown: list[Tensor] = []
     results: dict[str, list[float]] = {}
     for index, kind in enumerate(KINDS):

@@ -41,6 +41,7 @@ from benchmarks.p3_learning import (
     NAMES,
     RECIPE,
     SAMPLER,
+    SamplerFlags,
     check_model,
     kind_of,
     learn,
@@ -110,7 +111,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Concepts:
+class Concepts(SamplerFlags):
     """Learn held-out objects and styles, and grade images of them."""
 
     model: str = MODEL
@@ -284,7 +285,7 @@ def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.devi
 
 def measure_concepts(settings: Concepts, record: Record) -> None:
     """Learn every concept with every seed, ask all questions, and add shares and seconds to the record."""
-    check_positive(settings, "seeds", "count")
+    check_positive(settings, "seeds", "count", "sampling_steps")
     check_not_negative(settings, "steps", "batch", "seconds")
     if settings.seconds and settings.method == "ours":
         raise BadInput(f"--seconds {settings.seconds}: goes with --method plain")
@@ -310,6 +311,7 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
             "method": settings.method,
             "limit": settings.seconds,
             "captions": settings.captions,
+            "sampler": [settings.solver, settings.sampling_steps, settings.guidance],
         }
         outcomes.append(outcome(asdict(RECIPE[kind]) | facts, settings, measure))
         for question, words in outcomes[-1]["shares"].items():
@@ -343,7 +345,7 @@ def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> 
 
     pipe = load_pipeline(settings.model, measure.classifier.device, torch.float32)
     install(pipe, read_vectors(file_of(folder, TOKEN)))
-    sampler = StableDiffusionSampler(pipe, SAMPLER)
+    sampler = StableDiffusionSampler(pipe, settings.sampler_config())
     originals = torch.stack([open_image(path) for path in image_files(concept.images)])
     shares: dict[str, dict[str, dict[str, float]]] = {}
     sheet: list[Tensor] = []

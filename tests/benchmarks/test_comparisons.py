@@ -276,7 +276,9 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
     monkeypatch.setattr(inversion, "weights_fingerprint", lambda _: "w")
     monkeypatch.setattr(inversion, "open_autoencoder", lambda *_: None)
     record = tmp_path / "record.json"
-    settings = inversion.Concepts("model", ("fish",), 2, (4,), device="cpu", record=record)
+    settings = inversion.Concepts(
+        model="model", names=("fish",), seeds=2, more_vectors=(4,), device="cpu", record=record
+    )
     inversion.main(settings)
     assert repeats(record) == {
         "object, strict: 1 vector": [0.1, 0.11],
