@@ -15,7 +15,7 @@ from diffusion.samplers import ddim
 from diffusion.schedule import Schedule
 from diffusion.step_rules import step_rule
 from miniature.diffusion_parts import save_atomically
-from miniature.faces import SIDE
+from miniature.face_world import SIDE
 from runtime.cli import BadInput
 from runtime.device import to_training_device
 from runtime.files import ROOT, write_json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHIPPED = ROOT / "checkpoints" / "miniature" / "faces"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-ORIGIN = "training.json"  # next to the weights: the recipe, and who was held out
+ORIGIN = "training.json"  # next to the weights: the recipe, and the set of faces
 STEPS = 1000
 CHUNK = 64  # images at a time
 

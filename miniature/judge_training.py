@@ -138,7 +138,7 @@ def worsen(x: Tensor, draws: Draws) -> Tensor:
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
 
-    x = _bent(x, draws, between(0, 1.3))
+    x = bend(x, draws, between(0, 1.3))
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, soft, between(0, 1).square())
     coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
@@ -149,7 +149,7 @@ def worsen(x: Tensor, draws: Draws) -> Tensor:
     return x.clamp(-1, 1)
 
 
-def _bent(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
+def bend(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
     """Move every point by about `strength` pixels, neighbours alike."""
     field = F.interpolate(draws.normal(2, 9, 9), size=(SIDE, SIDE), mode="bicubic", align_corners=True)
     axis = (torch.arange(SIDE, device=x.device) + 0.5) * (2 / SIDE) - 1

@@ -1,14 +1,13 @@
-"""The miniature's face model: 64x64, in diffusers' layout, sampled by P2_ddim.py like any other.
+"""The miniature's face model: coloured 64x64 faces of miniature/face_world.py, in diffusers' layout, sampled by P2_ddim.py like any other.
 
-  python miniature/train_faces.py train --faces faces_orl.tar.gz     checkpoints/miniature/faces; reports at once how long it takes
-  python miniature/train_faces.py grade --faces faces_orl.tar.gz     memorisation of its training images: a sheet and figures
+  python miniature/train_faces.py train                    checkpoints/miniature/faces; reports at once how long it takes
+  python miniature/train_faces.py grade                    valid faces, and how near they are to the training images
 
-Photographs and crops: miniature/faces.py. The network and its folder: miniature/faces_model.py.
+The network and its folder: miniature/faces_model.py. What a valid face is: miniature/face_classifier.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +23,33 @@ from diffusion.loss import denoising_loss, min_snr_weight
 from diffusion.schedule import linear
 from faces.models import load_folder
 from miniature.diffusion_parts import start_from
-from miniature.faces import Faces, central_crops, held_out_people, load_faces, random_crops, training_crops
+from miniature.face_classifier import SHIPPED as CLASSIFIER
+from miniature.face_classifier import FaceReader, FaceReading, load_face_classifier
+from miniature.face_world import FaceRenderer, face_seeds, sample_factors, world_fingerprint
 from miniature.faces_model import ORIGIN, SHIPPED, STEPS, WEIGHTS, make_network, sample_faces, save_folder
 from miniature.training_flags import TrainingFlags, save_sheet
-from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
-from runtime.device import Device, detect, memory_format, set_up, to_channels_last, to_training_device
-from runtime.files import ROOT, check_writable_folder, output_folder, read_json, require_file
-from runtime.images import image_grid, save_image, to_uint8
+from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
+from runtime.device import (
+    COMPILE_STEPS,
+    AutoOnOff,
+    Device,
+    Precision,
+    detect,
+    memory_format,
+    set_up,
+    should_compile,
+    to_channels_last,
+    to_training_device,
+)
+from runtime.files import check_writable_folder, output_folder, read_json, require_file
+from runtime.images import image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from training.draws import Draws
 from training.ema import Ema
 from training.loop import Trained, TrainingRun
 from training.schedule import LearningRate
 
-FACES = ROOT / "hw2_data" / "faces_orl.tar.gz"
+COMPARED = 5000  # training images that are compared at a time
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="train"))
@@ -45,14 +57,12 @@ FACES = ROOT / "hw2_data" / "faces_orl.tar.gz"
 class TrainFaces(TrainingFlags):
     """Train a face model. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
-    faces: Path = FACES
-    """Folder of images, one subfolder per person, or a tar archive of one."""
     output: Path = SHIPPED
     """Folder for the model, laid out as diffusers' DDIMPipeline, weights in half precision."""
-    held_out: int = 4
-    """People who are not trained on; `grade` compares with them."""
     run: Path = Path("runs/miniature/faces")
-    steps: int = 3500
+    images: int = 100_000
+    """Faces that are trained on, drawn again whenever they are needed. Others of the world are held out."""
+    steps: int = 20_000
     batch: int = 32
     lr: float = 1e-3
     ema: float = 0.999
@@ -60,47 +70,53 @@ class TrainFaces(TrainingFlags):
     """Channels per level, finest first; attention on the last."""
     blocks: int = 1
     """Residual blocks per level on the way down, one more on the way up."""
+    gamma: float = 5.0
+    """Cap on the signal-to-noise ratio in the loss weight min(SNR, gamma) / SNR."""
     draw_every: int = 1000
     """Steps between two sheets of sampled faces, in the run folder and TensorBoard; 0 = at the end only."""
+    precision: Precision = "auto"
+    """auto: bf16 on a GPU that has it, else fp32; on a CPU these few channels are several times slower in bf16."""
+    compile: AutoOnOff = "auto"
+    """torch.compile; auto: on a GPU."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeFaces:
-    """Compare sampled faces with the training images, and held-out people's images with the same."""
+    """Measure how many sampled faces are valid, and compare them, and held-out faces, with the training images."""
 
-    faces: Path = FACES
-    """Folder or archive that the model was trained on."""
     model: Path = SHIPPED
     """Folder that `train` wrote."""
-    count: int = 64
-    """Faces to sample, at eta 0 in 50 steps."""
+    classifier: Path = CLASSIFIER
+    """File that miniature/face_factors.py wrote."""
+    count: int = 500
+    """Faces to sample, at eta 0 in 50 steps, and held-out faces to compare."""
     seed: int = 0
     """Seed of the first face; the others follow."""
     device: Device = "auto"
     output: Path = Path("runs/miniature/faces/grade")
-    """Folder for faces.png, memorisation.png and record.json."""
+    """Folder for faces.png, refused.png, nearest.png and record.json."""
 
 
 # ---------------------------------------------------------------- training
 
 
 def train(settings: TrainFaces) -> None:
-    """Train eps prediction on the course's schedule with min-SNR weight 5, and write the model folder."""
-    settings.check()
+    """Train eps prediction on the course's schedule with a min-SNR weight, and write the model folder."""
+    settings.check("images", "gamma")
     check_not_negative(settings, "draw_every")
     check_writable_folder(settings.output)
     machine = detect(settings.device)
-    set_up("fp32", machine)
+    on_gpu = machine.device.type == "cuda"
+    precision = set_up("fp32" if settings.precision == "auto" and not on_gpu else settings.precision, machine, True)
     device, record = machine.device, Record(settings, machine)
 
     # the data, and what the loss needs of the schedule
-    faces = load_faces(settings.faces)
-    held_out = people_to_hold_out(faces, settings)
-    images = faces.of(sorted(set(faces.people) - set(held_out))).to(device)
+    renderer = FaceRenderer(device)
+    faces = sample_factors(face_seeds(settings.seed, settings.images)).to(device)
     schedule = linear(STEPS)
     alpha_bar = schedule.alpha_bar.float().to(device)
-    weight = partial(min_snr_weight, gamma=5.0, prediction="eps")
+    weight = partial(min_snr_weight, gamma=settings.gamma, prediction="eps")
 
     # the network, its average and its optimizer
     torch.manual_seed(settings.seed)
@@ -114,56 +130,48 @@ def train(settings: TrainFaces) -> None:
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
     adamw = torch.optim.AdamW(unet.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    compiled = should_compile(settings.compile, machine, on_gpu and settings.steps >= COMPILE_STEPS)
+    if compiled:
+        unet.compile()
 
     # the run: continues from its checkpoint where there is one
-    facts = settings.facts(
-        *(WEIGHTS, "channels", "blocks"),
-        held_out=held_out,
-        images=hashlib.blake2b(images.cpu().numpy().tobytes(), digest_size=8).hexdigest(),
-    )
+    facts = settings.facts(WEIGHTS, "images", "channels", "blocks", "gamma", world=world_fingerprint())
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.7)
-    run = TrainingRun(settings.loop("face model", lr), facts, Trained(unet, adamw, ema), record)
+    run = TrainingRun(settings.loop("face model", lr, compiled=compiled), facts, Trained(unet, adamw, ema), record)
     parameters = sum(p.numel() for p in unet.parameters())
     log(
-        f"{parameters / 1e6:.1f} M parameters on {machine.name}; {len(images)} images, without those of "
-        f"{', '.join(held_out)}; {settings.steps:,} steps of {settings.batch}; run folder {settings.run}"
+        f"{parameters / 1e6:.1f} M parameters, {precision}, on {machine.name}; {settings.images:,} faces; "
+        f"{settings.steps:,} steps of {settings.batch}; run folder {settings.run}"
     )
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        eps: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
-        return eps
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            eps: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
+        return eps.float()
 
     for step in run:
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)
-        x0 = random_crops(images, draws)
+        x0 = to_float(renderer(faces[(draws.uniform() * len(faces)).long()]))
         t, eps = draws.timesteps(STEPS), draws.normal(*x0.shape[1:])
         run.update(denoising_loss(network, x0, eps, t, alpha_bar, "eps", weight))
 
         if run.every(settings.draw_every):
-            save_sheet(run, image_grid(to_uint8(sample_faces(averaged, schedule, range(16))), 8, 2))
+            save_sheet(run, image_grid(to_uint8(sample_faces(averaged, schedule, range(32))), 8, 2))
 
     if run.done:
-        origin = {name: getattr(settings, name) for name in ("steps", "batch", "lr", "ema", "seed")}
-        origin |= {"faces": settings.faces.name, "pictures": len(images), "held_out": held_out}
-        save_folder(averaged, settings.output, origin)
+        names = ("steps", "batch", "lr", "ema", "gamma", "seed", "images")
+        origin = {name: getattr(settings, name) for name in names} | {"precision": precision}
+        save_folder(averaged, settings.output, origin | {"world": world_fingerprint()})
         record.metrics |= {"parameters": parameters} | origin
         print(f"{settings.output}: python P2_ddim.py --model {settings.output} draws faces from it")
     run.finish()
 
 
-def people_to_hold_out(faces: Faces, settings: TrainFaces) -> list[str]:
-    """Return those of the initial model, which was not trained on them; else choose them by the seed."""
-    chosen = held_out_people(faces, settings.held_out, settings.seed)
-    origin = settings.init and settings.init / ORIGIN
-    before: list[str] = read_json(origin).get("held_out", []) if origin and origin.is_file() else []
-    return before if before and set(before) < set(faces.people) else chosen
-
-
-# ---------------------------------------------------------------- memorisation
+# ---------------------------------------------------------------- grading
 
 
 def grade(settings: GradeFaces) -> None:
-    """Sample faces, measure their distance to the training images, print the figures, and write sheets and record."""
+    """Sample faces, read them, measure their distance to the training images, print the figures, and write sheets and record."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
     output_folder(settings.output)
@@ -171,54 +179,65 @@ def grade(settings: GradeFaces) -> None:
     set_up("fp32", machine)
     record = Record(settings, machine)
     origin = read_json(require_file(settings.model / ORIGIN, "only folders that `train` wrote can be graded"))
-    faces = load_faces(settings.faces)
-    if missing := set(origin["held_out"]) - set(faces.people):
-        raise BadInput(
-            f"--faces {settings.faces}: lacks {', '.join(sorted(missing))}, so the model learned from others"
-        )
-    train = training_crops(faces.of(sorted(set(faces.people) - set(origin["held_out"]))))
-    held_out = central_crops(faces.of(origin["held_out"]))
+    if origin.get("world") != world_fingerprint():
+        raise BadInput(f"--model {settings.model} was not trained on this face world")
+    reader = FaceReader(load_face_classifier(settings.classifier), machine.device)
     unet, schedule = load_folder(settings.model)
     unet.eval().requires_grad_(False)
     to_channels_last(unet, machine.device, torch.float32)
     with record.timed("drawing"):
-        samples = sample_faces(unet, schedule, range(settings.seed, settings.seed + settings.count))
-    distances, rows = nearest(samples, train)
-    record.metrics = figures(distances, nearest(held_out, train)[0])
-    save_image(settings.output / "faces.png", image_grid(to_uint8(samples), min(16, len(samples))))
-    save_image(settings.output / "memorisation.png", pair_sheet(samples, train[rows]))
+        samples = to_uint8(sample_faces(unet, schedule, range(settings.seed, settings.seed + settings.count)))
+
+    # how they compare with the training images, and others with the same
+    reading = reader(samples)
+    held_out = reader.renderer(sample_factors(face_seeds(origin["seed"] + 1, settings.count))).cpu()
+    trained = sample_factors(face_seeds(origin["seed"], origin["images"]))
+    distances, rows = nearest(torch.cat([samples, held_out]), trained, reader.renderer)
+    record.metrics = figures(reading, *distances.split(settings.count))
+
+    columns = min(16, settings.count)  # of faces; those with their comparison take two
+    refused = samples[~reading.valid][: 4 * columns]
+    save_image(settings.output / "faces.png", image_grid(samples[: 4 * columns], columns))
+    if len(refused):
+        both = torch.stack([refused, reader.renderer(reading.rows[~reading.valid][: 4 * columns]).cpu()], 1)
+        save_image(settings.output / "refused.png", image_grid(both.flatten(0, 1), columns + columns % 2))
+    both = torch.stack([samples[:columns], reader.renderer(trained[rows[:columns]]).cpu()], 1)
+    save_image(settings.output / "nearest.png", image_grid(both.flatten(0, 1), columns + columns % 2))
     record.save(settings.output / "record.json")
     print("\n".join(f"{name:<58}{value:8.3f}" for name, value in record.metrics.items()))
-    log(f"sheets and record: {settings.output}")
+    log(f"sheets (each face before what it is compared with) and record: {settings.output}")
 
 
-def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance of each x [N] to its nearest training crop, and that crop's row [N].
+def nearest(images: Tensor, trained: Tensor, renderer: FaceRenderer) -> tuple[Tensor, Tensor]:
+    """Return the distance of each of [N,3,64,64] uint8 to its nearest training image, and that image's row [N].
 
-    The distance is a root mean square in grey levels (0..255) of grey, softened images, so that fine noise does not hide a copy.
+    `trained` [M,14] are the training images' values. The distance is a root mean square in grey levels (0..255) of
+    softened images, so that fine noise does not hide a copy.
     """
-    a, b = (F.avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1) for images in (x, train))
-    distance, rows = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    return distance * 127.5 / a.shape[1] ** 0.5, rows
+
+    def features(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.to(renderer.device).float(), 2).flatten(1)
+
+    a = features(images)
+    best, rows = torch.full((len(a),), torch.inf), torch.zeros(len(a), dtype=torch.long)
+    for start in progress(range(0, len(trained), COMPARED), "comparing", leave=False):
+        distance, row = torch.cdist(a, features(renderer(trained[start : start + COMPARED]))).min(1)
+        closer = distance.cpu() < best
+        best, rows = torch.where(closer, distance.cpu(), best), torch.where(closer, row.cpu() + start, rows)
+    return best / a.shape[1] ** 0.5, rows
 
 
-def figures(samples: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Return medians, the held-out 1st percentile, and the share of sampled faces below that."""
+def figures(reading: FaceReading, samples: Tensor, held_out: Tensor) -> dict[str, float]:
+    """Return the share of valid faces, medians of distances, the held-out 1st percentile, and the share of samples below that."""
     bar = held_out.quantile(0.01)
     return {
-        "drawn faces to nearest training picture, median": float(samples.median()),
-        "held-out people to nearest training picture, median": float(held_out.median()),
-        "held-out people, 1st percentile": float(bar),
+        "drawn faces that are valid": float(reading.valid.float().mean()),
+        "drawn faces, distance from what their factors say, median": float(reading.distance.median()),
+        "drawn faces to nearest training image, median": float(samples.median()),
+        "held-out faces to nearest training image, median": float(held_out.median()),
+        "held-out faces, 1st percentile": float(bar),
         "share of drawn faces nearer than that": float((samples < bar).float().mean()),
     }
-
-
-def pair_sheet(samples: Tensor, crops: Tensor, columns: int = 16) -> Tensor:
-    """Return a sheet: rows of sampled faces, below each its nearest training crop."""
-    above, below = (to_uint8(x).split(columns) for x in (samples, crops))
-    rows = [image_grid(torch.cat(pair), len(pair[0])) for pair in zip(above, below, strict=True)]
-    width = max(row.shape[2] for row in rows)
-    return torch.cat([F.pad(row, (0, width - row.shape[2], 0, 6), value=255) for row in rows], 1)
 
 
 def main(command: TrainFaces | GradeFaces) -> None:

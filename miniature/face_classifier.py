@@ -1,0 +1,158 @@
+"""Reads the factors of a face, and decides whether it is a valid face of the face world. miniature/face_factors.py trains it.
+
+A face is valid if every factor is read with confidence and the face that the values describe, drawn again, is near it everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digits.classifier import Block
+from miniature.face_world import FACTORS, SIDE, VALUES, FaceRenderer
+from runtime.cli import BadInput
+from runtime.device import to_channels_last
+from runtime.files import ROOT, load_safetensors, save_safetensors
+from runtime.images import to_float
+from training.draws import Draws
+
+KIND = "miniature face classifier"
+SHIPPED = ROOT / "checkpoints" / "miniature" / "face_factors.safetensors"
+BATCH = 250  # images per forward pass
+CONFIDENCE = 0.5  # least probability of each value of a valid face
+DISTANCE = 24.0  # most that a valid face differs from the one its values describe, in grey levels, anywhere
+WINDOW = 5  # pixels along each side of the regions that are compared
+
+
+@dataclass(frozen=True)
+class FaceClassifierConfig:
+    """Layout of the network."""
+
+    stem: int = 24  # channels at 32x32 positions
+    channels: tuple[int, ...] = (32, 64)  # at 16x16, 8x8
+    gathered: int = 24  # channels that the 8x8 positions are reduced to
+    hidden: int = 128
+
+
+class FaceClassifier(nn.Module):
+    """A small residual network with one head for all factors. Every part of a face has its place: positions are not averaged."""
+
+    def __init__(self, config: FaceClassifierConfig = FaceClassifierConfig()):
+        super().__init__()
+        self.config, width = config, config.stem
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, width, 3, padding=1), nn.ReLU())
+        levels: list[nn.Module] = []
+        for channels in config.channels:
+            levels += [Block(width, channels, 2), Block(channels, channels, 1)]
+            width = channels
+        self.levels = nn.Sequential(*levels)
+        self.gather = nn.Conv2d(width, config.gathered, 1)
+        positions = (SIDE // 2 >> len(config.channels)) ** 2
+        answers = sum(map(len, VALUES.values()))
+        self.head = nn.Sequential(
+            nn.Linear(config.gathered * positions, config.hidden), nn.ReLU(), nn.Linear(config.hidden, answers)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return {factor: logits [N,values]} of [N,3,64,64] in -1..1."""
+        logits = self.head(F.relu(self.gather(self.levels(self.stem(x)))).flatten(1))
+        return dict(zip(FACTORS, logits.split([len(values) for values in VALUES.values()], 1), strict=True))
+
+
+def factor_loss(logits: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Return the sum of all factors' mean cross-entropies; `rows` [N,14] are the values."""
+    labels = zip(logits.values(), rows.long().T, strict=True)
+    return torch.stack([F.cross_entropy(logit.float(), label) for logit, label in labels]).sum()
+
+
+def worsen_slightly(x: Tensor, draws: Draws) -> Tensor:
+    """Make [N,3,64,64] in -1..1 as imperfect as a good generated face: softened, of another contrast and tint, noisy."""
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * draws.uniform()[:, None, None, None]
+
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, soft, between(0, 0.3))
+    x = between(0.95, 1.05) * x + 0.02 * draws.normal(3, 1, 1)
+    return (x + between(0, 0.05) * draws.normal(3, SIDE, SIDE)).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- reading and validity
+
+
+class FaceReading(NamedTuple):
+    """What N faces show, and how surely."""
+
+    rows: Tensor  # [N,14] long, the most probable values
+    confidence: Tensor  # [N], the least probability among them
+    distance: Tensor  # [N], `local_distance` from the face that these values describe
+    valid: Tensor  # [N] bool
+
+
+class FaceReader:
+    """The classifier and the face world's renderer on one device; images are [N,3,64,64] uint8."""
+
+    def __init__(self, network: FaceClassifier, device: torch.device | str = "cpu"):
+        self.network = to_channels_last(network, device).eval().requires_grad_(False)
+        self.renderer = FaceRenderer(device)
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> FaceReading:
+        """Read faces; the result is on the CPU."""
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
+            raise ValueError(f"faces are [N,3,{SIDE},{SIDE}] uint8, not {list(images.shape)} {images.dtype}")
+        parts = []
+        for chunk in images.to(self.device).split(BATCH):
+            x = to_float(chunk).contiguous(memory_format=torch.channels_last)
+            best = [logits.float().softmax(1).max(1) for logits in self.network(x).values()]
+            rows = torch.stack([values for _, values in best], 1)
+            confidence = torch.stack([probability for probability, _ in best], 1).amin(1)
+            distance = local_distance(chunk, self.renderer(rows))
+            valid = (confidence >= CONFIDENCE) & (distance <= DISTANCE)
+            parts.append([part.cpu() for part in (rows, confidence, distance, valid)])
+        return FaceReading(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def local_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return the largest root mean square difference of any 5 x 5 pixels [N], in grey levels; a, b [N,3,64,64] uint8."""
+    squares = (a.float() - b.float()).square().mean(1, keepdim=True)
+    return F.avg_pool2d(squares, WINDOW, 1).amax((1, 2, 3)).sqrt()
+
+
+# ---------------------------------------------------------------- files
+
+
+def round_weights(network: FaceClassifier) -> dict[str, Tensor]:
+    """Return what the file stores: matrices and kernels in half precision, vectors in fp32; on the CPU."""
+    state = network.state_dict()
+    return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
+
+
+def save_face_classifier(path: Path, network: FaceClassifier, origin: dict[str, Any]) -> None:
+    """Write one safetensors file: weights, and a JSON header with layout, factors and `origin`."""
+    header = {"kind": KIND, "model": asdict(network.config), "factors": VALUES, "origin": origin}
+    save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
+
+
+def load_face_classifier(path: Path = SHIPPED) -> FaceClassifier:
+    """Return the shipped classifier, or another file's; raise BadInput for a file of another kind or other factors."""
+    tensors, metadata = load_safetensors(path)
+    header = json.loads(metadata.get("judge", "{}"))
+    if header.get("kind") != KIND:
+        raise BadInput(f"{path} is no face classifier: python miniature/face_factors.py train makes one")
+    if header["factors"] != json.loads(json.dumps(VALUES)):
+        raise BadInput(f"{path} was trained on other factors: python miniature/face_factors.py train makes a new one")
+    layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()}
+    network = FaceClassifier(FaceClassifierConfig(**layout))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
+    return network
