@@ -5,8 +5,7 @@ A face is valid if every factor is read with confidence and the face that the va
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digits.classifier import Block
+from miniature.classifier_files import ClassifierFormat
 from miniature.face_world import FACTORS, SIDE, VALUES, FaceRenderer
-from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, load_safetensors, save_safetensors
+from runtime.files import ROOT
 from runtime.images import to_float
 from training.draws import Draws
 
 KIND = "miniature face classifier"
 SHIPPED = ROOT / "checkpoints" / "miniature" / "face_factors.safetensors"
+FILES = ClassifierFormat(
+    KIND, {"factors": VALUES}, "face classifier", "other factors", "python miniature/face_factors.py train"
+)
 BATCH = 250  # images per forward pass
 CONFIDENCE = 0.5  # least probability of each value of a valid face
 DISTANCE = 24.0  # most that a valid face differs from the one its values describe, in grey levels, anywhere
@@ -129,30 +131,11 @@ def local_distance(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def round_weights(network: FaceClassifier) -> dict[str, Tensor]:
-    """Return what the file stores: matrices and kernels in half precision, vectors in fp32; on the CPU."""
-    state = network.state_dict()
-    return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
-
-
 def save_face_classifier(path: Path, network: FaceClassifier, origin: dict[str, Any]) -> None:
     """Write one safetensors file: weights, and a JSON header with layout, factors and `origin`."""
-    header = {"kind": KIND, "model": asdict(network.config), "factors": VALUES, "origin": origin}
-    save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
+    FILES.save(path, network, network.config, origin)
 
 
 def load_face_classifier(path: Path = SHIPPED) -> FaceClassifier:
     """Return the shipped classifier, or another file's; raise BadInput for a file of another kind or other factors."""
-    tensors, metadata = load_safetensors(path)
-    header = json.loads(metadata.get("judge", "{}"))
-    if header.get("kind") != KIND:
-        raise BadInput(f"{path} is no face classifier: python miniature/face_factors.py train makes one")
-    if header["factors"] != json.loads(json.dumps(VALUES)):
-        raise BadInput(f"{path} was trained on other factors: python miniature/face_factors.py train makes a new one")
-    layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()}
-    network = FaceClassifier(FaceClassifierConfig(**layout))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
-    return network
+    return FILES.load(path, lambda layout: FaceClassifier(FaceClassifierConfig(**layout)))

@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from digits.classifier import round_weights
 from miniature.face_classifier import (
     KIND,
     SHIPPED,
@@ -24,7 +25,6 @@ from miniature.face_classifier import (
     FaceReader,
     factor_loss,
     load_face_classifier,
-    round_weights,
     save_face_classifier,
     worsen_slightly,
 )

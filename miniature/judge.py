@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from digits.classifier import round_weights
 from miniature.judge_model import (
     KIND,
     NONE,
@@ -25,7 +26,6 @@ from miniature.judge_model import (
     SceneClassifier,
     SceneNetwork,
     load_scene_classifier,
-    round_weights,
     save_scene_classifier,
 )
 from miniature.judge_training import IGNORED, loss_of, make_batch, truth_of, worsen

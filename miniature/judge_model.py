@@ -5,9 +5,8 @@ miniature/judge.py is the command that trains and grades it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digits.classifier import Block
+from miniature.classifier_files import ClassifierFormat
 from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, PLACES, SIDE
-from runtime.cli import BadInput
 from runtime.device import to_channels_last
-from runtime.files import ROOT, load_safetensors, save_safetensors
+from runtime.files import ROOT
 from runtime.images import to_float
 
 KIND = "miniature judge"
@@ -38,6 +37,13 @@ WHOLE = {
     "place": PLACES,
 }
 BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}  # of a box, and of the centre in each cell of the map
+FILES = ClassifierFormat(
+    KIND,
+    {"whole": WHOLE, "boxed": BOXED},
+    "judge of the miniature",
+    "another vocabulary",
+    "python miniature/judge.py train",
+)
 SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the object's cells in it
 SURE = 0.8  # least probability of an object in a cell that counts; this and the scales were set on images of seed 9
 SMALLEST = 18  # pixels, of the world's objects
@@ -267,30 +273,12 @@ def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def round_weights(network: SceneNetwork) -> dict[str, Tensor]:
-    """Return what the file stores: matrices and kernels in half precision, vectors (norms, biases) in fp32; on the CPU."""
-    state = network.state_dict()
-    return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
-
-
 def save_scene_classifier(path: Path, network: SceneNetwork, origin: dict[str, Any]) -> None:
     """Write one safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
-    header = {"kind": KIND, "model": asdict(network.config), "whole": WHOLE, "boxed": BOXED, "origin": origin}
-    save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
+    FILES.save(path, network, network.config, origin)
 
 
 def load_scene_classifier(device: torch.device | str = "cpu", path: Path = SHIPPED) -> SceneClassifier:
     """Return the shipped judge, or another file's; raise BadInput for a file of another kind or vocabulary."""
-    tensors, metadata = load_safetensors(path)
-    header = json.loads(metadata.get("judge", "{}"))
-    if header.get("kind") != KIND:
-        raise BadInput(f"{path} is no judge of the miniature: python miniature/judge.py train makes one")
-    if [header["whole"], header["boxed"]] != json.loads(json.dumps([WHOLE, BOXED])):
-        raise BadInput(f"{path} was trained on another vocabulary: python miniature/judge.py train makes a new one")
-    layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()}
-    network = SceneNetwork(SceneClassifierConfig(**layout))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
+    network = FILES.load(path, lambda layout: SceneNetwork(SceneClassifierConfig(**layout)))
     return SceneClassifier(to_channels_last(network, device))

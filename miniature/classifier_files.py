@@ -1,0 +1,52 @@
+"""Files of the miniature's classifiers: rounded weights, and a JSON header with kind, layout, answers and origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from digits.classifier import round_weights
+from runtime.cli import BadInput
+from runtime.files import load_safetensors, save_safetensors
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ClassifierFormat:
+    """What distinguishes the files of one classifier, and the words in which others are refused."""
+
+    kind: str
+    answers: dict[str, Any]
+    """Entries of the header that must be the same: what the network answers."""
+    name: str
+    """The classifier, as in "is no judge of the miniature"."""
+    other_answers: str
+    """Other answers, as in "was trained on another vocabulary"."""
+    command: str
+    """The command that makes such a file."""
+
+    def save(self, path: Path, network: nn.Module, layout: Any, origin: dict[str, Any]) -> None:
+        """Write one safetensors file; `layout` is the dataclass that the network was built from."""
+        header = {"kind": self.kind, "model": asdict(layout), **self.answers, "origin": origin}
+        save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
+
+    def load(self, path: Path, build: Callable[[dict[str, Any]], Network]) -> Network:
+        """Return the network that `build` makes of the file's layout, with its weights; raise BadInput for another file."""
+        tensors, metadata = load_safetensors(path)
+        header = json.loads(metadata.get("judge", "{}"))
+        if header.get("kind") != self.kind:
+            raise BadInput(f"{path} is no {self.name}: {self.command} makes one")
+        if {name: header[name] for name in self.answers} != json.loads(json.dumps(self.answers)):
+            raise BadInput(f"{path} was trained on {self.other_answers}: {self.command} makes a new one")
+        network = build({k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()})
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
+        return network
