@@ -1,8 +1,9 @@
 """Captions as people would write them: varied wording, parts left out, nothing that is held out ever named.
 
-What isn't named may be described, by words that several objects, or several styles, share. A model that reads them learns to
-distinguish held-out ones without a word for any. Textual inversion needs that: it searches for a point between words, and where words
-make no difference there is nothing to find.
+What isn't named may be described, by words that several objects, or several styles, share. No two things share all of their words.
+A model that reads them learns to distinguish held-out things without a name for any. Textual inversion needs that: it searches for
+a point between words, and where words make no difference there is nothing to find. Captions leave the style out of flat images only,
+so a prompt without a style asks for flat.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ def _name(thing: Thing, index: int, random: StableRandom, named: set[str]) -> st
 
 
 def _traits(of: Mapping[str, Sequence[str]], name: str, random: StableRandom) -> list[str]:
-    """Draw one to three words that are true of `name`, in random order; fewer where it has no more."""
+    """Draw words that are true of `name`, in random order: all of them, which no other name shares, or one to three."""
     words = [word for word, holders in of.items() if name in holders]
-    count = min(1 + random.below(3), len(words))
+    count = len(words) if random.chance(0.5) else min(1 + random.below(3), len(words))
     return [words.pop(random.below(len(words))) for _ in range(count)]
 
 
@@ -163,8 +164,8 @@ def _background(scene: Scene, random: StableRandom, named: set[str]) -> str:
 
 
 def _styled(scene: Scene, text: str, random: StableRandom, named: set[str]) -> str:
-    """Add the style's name or words about it to most captions, to fewer of flat images."""
-    if not random.chance(0.4 if scene.style == "flat" else 0.8):
+    """Add the style's name or words about it; most captions of flat images, and no others, say nothing of style."""
+    if scene.style == "flat" and not random.chance(0.4):
         return text
     held_out = scene.style in HELD_OUT_STYLES
     if random.chance(0.6 if held_out else 0.15):

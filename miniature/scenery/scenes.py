@@ -45,7 +45,7 @@ CONTRAST = 132.0  # least distance of an object's colour to its background's, se
 HELD_OUT_PAIRS = tuple((tuple(COLOURS)[(3 * i + 1) % len(COLOURS)], kind) for i, kind in enumerate(KINDS))
 Pairs = Literal["trained", "held_out", "any"]
 
-MIRRORED = {"moon", "key", "fish", "cup"}  # may look either way; the others are symmetric, or digits
+MIRRORED = {"moon"}  # may look either way; the others are symmetric, or have one way as digits have
 ANGLES = (-8, -4, 0, 4, 8)  # degrees clockwise
 SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # pixels, by the number of objects; even numbers
 SHARES = (0.6, 0.28, 0.12)  # of images with one, two, three objects
