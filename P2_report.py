@@ -1,9 +1,10 @@
-"""Draw the figures of P2 from any model of P2_ddim.py: eta, slerp against linear interpolation, pictures and their noises.
+"""Draw the figures of P2 from any model of P2_ddim.py: eta, slerp against linear interpolation, pictures and their noises, animations.
 
   python P2_report.py --to-uint8 clamp                              the shipped face model: no download needed
   python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
   python P2_report.py --figures interpolation --ends a.png b.png    from one picture to another
   python P2_report.py --figures inversion --invert photos           pictures into noises and back
+  python P2_report.py --figures animation --to-uint8 clamp          faces on their way from noise, and a walk from face to face
   python P2_report.py --figures interpolation --mix 0=0.5,1=0.3,2=0.2 --to-uint8 clamp      and the mean of three noises
 
 eta.png         one row per eta, one column for each of the first four noises
@@ -11,6 +12,7 @@ eta_mse.png     distance of the images to those of the first eta
 slerp.png, linear.png     from the first noise to the second, in equal steps; interpolation.png shows both
 noise_norm.png  norm of the interpolated noises: why linear interpolation fails
 inversion.png   pictures, their noises, and what rules bdia (exact) and ddim (approximate) of P2_ddim.py draw from these
+denoising.webp  the first four noises on their way to images; walk.webp: from each of them to the next by slerp, and back to the first
 mix.png         the noises of --mix and their mean, with the noise's length renormalised, and without
 
 Pictures are inverted at guidance 1, and leave by clamping. --ends inverts by rule ddim, whose x_T is complete by itself.
@@ -46,11 +48,12 @@ from faces.sampling import (
     psnr,
     sample_all,
     to_image,
+    walk,
 )
 from runtime.cli import BadInput, check_not_negative, run_script
 from runtime.device import detect
 from runtime.files import output_folder
-from runtime.images import line_figure, pixel_grid
+from runtime.images import image_grid, line_figure, pixel_grid, save_animation
 from runtime.record import Record
 
 Interpolate = Callable[[Tensor, Tensor, float], Tensor]
@@ -63,14 +66,14 @@ class Settings(SamplingArgs):
 
     output: Path = Path("runs/p2_report")
     """Folder for the PNG files and record.json."""
-    figures: tuple[Literal["eta", "interpolation", "inversion"], ...] = ("eta", "interpolation")
+    figures: tuple[Literal["eta", "interpolation", "inversion", "animation"], ...] = ("eta", "interpolation")
     """Which figures to draw."""
     etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Rows of the eta grid, each 0 .. 1."""
     columns: int = 4
-    """Noises in the eta grid, pictures in that of inversion."""
+    """Noises in the eta grid and the animations, pictures in the grid of inversion."""
     frames: int = 11
-    """Images from the first noise to the second, both ends included."""
+    """Images from one noise to the next, both ends included."""
     ends: tuple[Path, Path] | None = None
     """Two pictures to interpolate between, in the place of two noises. None = the first two noises."""
     invert: Path | None = None
@@ -147,6 +150,12 @@ def main(settings: Settings) -> None:
                 record.metrics["ends"] = {stem: compare(image, picture)["mse"] for (stem, picture), image in graded}
         print(*(folder / f"{name}.png" for name in ("slerp", "linear", "interpolation", "noise_norm")), sep="\n")
 
+    if "animation" in settings.figures:
+        with record.timed("animation"):
+            draw_denoising(folder / "denoising.webp", model, noises[: settings.columns], deterministic)
+            draw_walk(folder / "walk.webp", noises[: settings.columns], settings.frames, partial(draw, deterministic))
+        print(folder / "denoising.webp", folder / "walk.webp", sep="\n")
+
     if pictures:
         with record.timed("inversion"):
             record.metrics["inversion"] = draw_inversion(folder, inverter, pictures, rules, settings.batch)
@@ -211,6 +220,22 @@ def draw_inversion(
     title = f"Picture, noise and back: {', '.join(decibel)}".replace("inf dB", "the same to the bit")
     pixel_grid(folder / "inversion.png", torch.cat(rows), labels, [*pictures], title)
     return errors
+
+
+def draw_denoising(path: Path, model: Model, noises: Sequence[Noise], config: DdimConfig) -> None:
+    """Write the states of all noises side by side, from x_T to the images, clamped to -1..1."""
+    states = [torch.stack([noise.x for noise in noises])]
+    walk(model, [(noise, 0) for noise in noises], config, lambda t, x: states.append(x.float().cpu()))
+    frames = [image_grid(torch.stack([to_image(image, "clamp") for image in state]), len(noises)) for state in states]
+    save_animation(path, torch.stack(frames))
+
+
+def draw_walk(path: Path, noises: Sequence[Noise], frames: int, draw: Draw) -> None:
+    """Write a closed walk by slerp: from each noise to the next, and from the last to the first."""
+    ends = zip(noises, [*noises[1:], noises[0]], strict=True)
+    shares = [frame / (frames - 1) for frame in range(frames - 1)]  # the end is the next one's start
+    way = [Noise(f"{a.stem}-{b.stem}-{share:.2f}", slerp(a.x, b.x, share)) for a, b in ends for share in shares]
+    save_animation(path, draw(way, "walk").expand(-1, 3, -1, -1), 120, 120)
 
 
 def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], draw: Draw) -> dict[str, float]:

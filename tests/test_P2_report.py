@@ -7,17 +7,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from diffusion.noise import slerp
 from diffusion.samplers import bdia, ddim
 from diffusion.step_rules import Rule, step_rule
 from faces.models import Labels, Model, load_model
-from faces.noises import Noise
-from faces.sampling import DdimConfig, SamplingArgs, psnr, to_image
+from faces.noises import Noise, open_noises
+from faces.sampling import DdimConfig, SamplingArgs, make_config, psnr, sample_all, to_image
 from P1_model import Network, save_network
 from P2_report import Settings, main
 from runtime.cli import BadInput
@@ -234,6 +235,32 @@ def test_as_many_steps_as_a_rule_takes_need_no_other_rule_to_take_them(checkpoin
     more: dict[str, Any] = {"figures": ("interpolation",), "frames": 2, "seeds": "0-1"}
     main(Settings(model=checkpoint, output=tmp_path / "r", rule="trailing", steps=20, device="cpu", **more))
     assert (tmp_path / "r" / "interpolation.png").exists()
+
+
+def test_animations_lead_from_noises_to_their_images_and_from_each_noise_to_the_next(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"figures": ("animation",), "columns": 2, "frames": 4, "to_uint8": "clamp"}
+    main(Settings(model=checkpoint, output=tmp_path, steps=5, device="cpu", **more))
+    model = load_model(checkpoint, CPU, torch.float32)
+    noises = open_noises(model, None, "0-1", None)
+    between = Noise("between", slerp(noises[1].x, noises[0].x, 2 / 3))
+    config = make_config(model, "homework", 5, 0.0, 0)
+    drawn = [to_image(image, "clamp") for _, image in sample_all(model, [*noises, between], config, 3, "")]
+
+    def frames(name: str) -> Tensor:
+        with Image.open(tmp_path / name) as animation:
+            images = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    denoising, walk = frames("denoising.webp"), frames("walk.webp")
+    assert (len(denoising), len(walk)) == (6, 6)
+    for column, noise in enumerate(noises):
+        place = (..., slice(2, 30), slice(2 + 30 * column, 30 + 30 * column))
+        assert torch.equal(denoising[0][place], to_image(noise.x, "clamp"))
+        assert (denoising[5][place].int() - drawn[column].int()).abs().max() <= 1
+    for frame, image in ((0, drawn[0]), (3, drawn[1]), (5, drawn[2])):
+        assert (walk[frame].int() - image.int()).abs().max() <= 1
 
 
 HELD_BY = {
