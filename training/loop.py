@@ -257,6 +257,9 @@ class TrainingRun:
         if self.interrupted:
             # a launcher ends all processes with the first, so none may leave before the writing
             self._any_process(True)
+        if self.accelerator:
+            self.accelerator.end_training()  # ends the process group, whose threads could else abort a process at its exit
+        if self.interrupted:
             raise SystemExit(130)
 
 
