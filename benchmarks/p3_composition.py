@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, check_model, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, SAMPLER, check_model, learn, write_images
 from benchmarks.p3_shape import open_autoencoder
 from benchmarks.p3_strict import PartMeasure, StrictMeasure, shares_of
 from benchmarks.plain_p3 import save_random_v1
@@ -113,12 +113,12 @@ class Settings:
     """Only measure time and memory, on a layout for any model."""
     config: ConductorConfig = ConductorConfig()
     learn: int = 0
-    """Steps of textual inversion. 0 = 200 for the objects, 400 for the styles."""
-    solver: Solver = "dpm"
+    """Steps of textual inversion. 0 = 600 for the objects, 400 for the styles."""
+    solver: Solver = SAMPLER.solver
     steps: int = 25
     """Sampling steps."""
-    guidance: float = 7.0
-    """Guidance scale. Small objects need more than a single one."""
+    guidance: float = SAMPLER.guidance.scale
+    """Guidance scale."""
     repeats: int = 3
     """Timed images of every level."""
     seed: int = 1

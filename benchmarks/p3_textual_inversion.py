@@ -124,7 +124,7 @@ class Concepts(SamplerFlags):
     count: int = 25
     """Images per question."""
     steps: int = 0
-    """Steps of a training. 0 = 200 for an object, 800 for a style."""
+    """Steps of a training. 0 = 600 for an object, 800 for a style."""
     batch: int = 0
     """Images per step. 0 = 8 for an object, 24 for a style."""
     seed: int = 0

@@ -28,12 +28,15 @@ class InversionRecipe:
     embedding_noise: float = 0.0
 
 
-NOISY = InversionRecipe(lr=1e-2, max_loss_weight=30.0, embedding_noise=1.0, zoom_out=0.5)
+SMALL = InversionRecipe(lr=1e-2, max_loss_weight=30.0, zoom_out=0.5)
 RECIPES: dict[str, dict[Kind, InversionRecipe]] = {
     # the learning rate of Gal et al. 2022; no weights of this size were at hand to measure it
     "v1": {"object": InversionRecipe(), "style": InversionRecipe()},
     # found on the miniature
-    "small": {"object": replace(NOISY, steps=200), "style": replace(NOISY, steps=800, batch=24, vectors=2)},
+    "small": {
+        "object": replace(SMALL, steps=600, max_norm=0.0),
+        "style": replace(SMALL, steps=800, batch=24, vectors=2, embedding_noise=1.0),
+    },
 }
 
 

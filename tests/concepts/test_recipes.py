@@ -26,7 +26,8 @@ def test_objects_and_styles_in_one_run_take_the_styles_recipe_and_the_objects_sm
 
 
 def test_the_help_shows_one_value_where_all_recipes_agree() -> None:
-    assert recipe_values("max_norm") == "1.0"
+    assert recipe_values("flip") == "True"
+    assert recipe_values("max_norm") == "v1 1.0, small object 0.0, small style 1.0"
     assert recipe_values("lr") == "v1 0.005, small 0.01"
     assert recipe_values("steps").startswith("v1 500, small object ")
 
