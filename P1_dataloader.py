@@ -23,8 +23,8 @@ from torch import Tensor
 
 from P1_model import COLOURS, DOMAINS, HOMEWORK, DataSpec
 from runtime.cli import BadInput, log, progress
-from runtime.files import list_files, load_safetensors, read_text, save_safetensors, visible
-from runtime.images import SUFFIXES, image_file, read_image, shorten, to_rgb
+from runtime.files import load_safetensors, read_text, save_safetensors, visible
+from runtime.images import image_file, images_by_class, read_image, shorten, to_rgb
 from runtime.validation import validate
 
 if TYPE_CHECKING:
@@ -182,12 +182,8 @@ def class_folders(folder: Path) -> pd.DataFrame:
     """Return the images below a folder per class as `read_csv` does; raise BadInput for a class without images."""
     import pandas as pd
 
-    rows = []
-    for label, name in enumerate(class_names(folder)):
-        images = list_files(folder / name, SUFFIXES)
-        if not images:
-            raise BadInput(f"{folder / name} holds no pictures: put some of that class there, or remove the folder")
-        rows += [(f"{name}/{path.name}", label) for path in images]
+    classes = images_by_class(folder)
+    rows = [(f"{name}/{path.name}", label) for label, name in enumerate(classes) for path in classes[name]]
     return pd.DataFrame(rows, columns=["image_name", "label"])
 
 

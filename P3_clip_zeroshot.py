@@ -1,9 +1,10 @@
-"""Zero-shot classification of labelled images ({class}_{image}.png) with any open_clip model.
+"""Zero-shot classification of labelled images, {class}_{image}.png or a folder per class, with any open_clip model.
 
   python P3_clip_zeroshot.py                           the report's model and prompt: ViT-B-32, openai, "A photo of {}"
   python P3_clip_zeroshot.py --preset best             the best known setting (downloads its weights once)
   python P3_clip_zeroshot.py --model ViT-L-14 --weights openai --prompts cifar --names clean
   python P3_clip_zeroshot.py --model local-dir:FOLDER --features features.safetensors     other prompts need no image again
+  python P3_clip_zeroshot.py --preset best --images DIR --prompts sentences.json --transduce     a folder per class, sentences of each
   torchrun --nproc_per_node 4 P3_clip_zeroshot.py      four GPUs share the images
 
 Nothing is downloaded unless you name a preset, a tag, or a hub model.
@@ -29,7 +30,8 @@ from runtime.record import Record
 from zeroshot import results
 from zeroshot.dataset import list_images
 from zeroshot.features import FeatureExtractor
-from zeroshot.prompts import Names, templates_of
+from zeroshot.prompts import Names, texts_of
+from zeroshot.transduction import NAME, transduce
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ class Settings:
     """Flags; --model, --weights, --prompts and --names replace those of the preset."""
 
     images: Path = ROOT / "hw2_data" / "clip_zeroshot" / "val"
-    """Folder of {class}_{image}.png."""
+    """Folder of {class}_{image}.png, or with a folder per class, whose names are the classes'."""
     labels: Path | None = None
-    """JSON file with the class names, an object or a list. None = id2label.json or id.json next to the folder of images or in it."""
+    """JSON file with the class names, an object or a list. None = id2label.json or id.json next to the folder of images or in it,
+    or the folders' names."""
     preset: Literal["best", "fast", "report"] | None = None
     """report: ViT-B-32 as in the report. fast: ViT-B-32 with better weights. best: EVA02-L-14. None = report, without a download."""
     model: str | None = None
@@ -65,10 +68,12 @@ class Settings:
     weights: str | None = None
     """Tag of open_clip (openai, laion2b_s34b_b79k, ..) or file. None = the preset's, for the preset's model."""
     prompts: str | None = None
-    """report: "A photo of {}". single: "a photo of a {}.". cifar: 18 for small photographs. imagenet: 80. Or a text file, one a line.
-    None = the preset's."""
+    """report: "A photo of {}". single: "a photo of a {}.". cifar: 18 for small photographs. imagenet: 80. Or a text file, one a line,
+    or a .json file of sentences per class, {"class": ["sentence", ..]}. None = the preset's."""
     names: Names | None = None
     """raw: class names as in the file. clean: spaces and articles ("a photo of an oak tree"). None = the preset's."""
+    transduce: bool = False
+    """Classify all images together, by a Gaussian mixture whose prior is the text (see zeroshot/transduction.py). Reads no label."""
     output: Path | None = None
     """Folder of the results. None = runs/p3_clip/(model_prompts_names)."""
     features: Path | None = None
@@ -114,15 +119,16 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     precision = set_up_precision(settings, machine)
     config = config_of(settings)
-    templates = templates_of(config.prompts)
     record = Record(replace(settings, **asdict(config)), machine)
 
     # all inputs first, so that an absent one is reported before the work; the defaults are never downloaded
     named = bool(settings.preset or settings.model or settings.weights)
     with record.timed("inputs"):
         images = list_images(settings.images, settings.labels)
+        texts = texts_of(config.prompts, images.names)
         source = resolve(config.model, config.weights, download=named)
-        label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{source.label}_{config.prompts}_{config.names}").strip("-")
+        label = f"{source.label}_{config.prompts}_{config.names}" + "_transduced" * settings.transduce
+        label = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
         output = settings.output or ROOT / "runs" / "p3_clip" / label
         check_writable_folder(output)
         if settings.features:
@@ -136,7 +142,7 @@ def main(settings: Settings) -> None:
             "weights_sha256": source.digests,
             "precision": precision,
             "prompts": config.prompts,
-            "templates": list(templates),
+            **({"sentences": texts} if isinstance(texts, dict) else {"templates": list(texts)}),
             "names": config.names,
             "classes": len(images.classes),
             "pictures": len(images),
@@ -148,15 +154,19 @@ def main(settings: Settings) -> None:
         features = extractor.features(images, settings.features, settings.batch, settings.workers, shard)
     if not shard.main:
         return
-    classifier = extractor.classifier(images.names, templates, config.names, settings.cache)
-    result = results.Result(images, classifier.logits(features).softmax(1))
+    logits = extractor.classifier(images.names, texts, config.names, settings.cache).logits(features)
+    result = results.Result(images, logits.softmax(1))
+    if settings.transduce:
+        record.metrics["top1_one_by_one"] = results.accuracies(result)["top1"]
+        result = results.Result(images, transduce(features, logits))
 
     right, wrong = results.cases(result, settings.seed)
     shares, pairs = results.accuracies(result), results.confused_pairs(result)
     lines = results.case_lines(result, right, wrong)
     record.metrics |= {"processes": shard.world, **shares, "confused_pairs": pairs, "cases": lines}
     top1, top5, recall = (f"{100 * share:.2f}%" for share in shares.values())
-    title = f"{source.label}\nprompts {config.prompts}, names {config.names}. Accuracy: {top1}"
+    together = ", transduced" * settings.transduce
+    title = f"{source.label}\nprompts {config.prompts}, names {config.names}{together}. Accuracy: {top1}"
 
     output_folder(output)
     with record.timed("writing"):
@@ -165,9 +175,15 @@ def main(settings: Settings) -> None:
     record.save(output / "record.json")
 
     print(f"Model: {source.label}, {precision}")
-    print(f"Prompts: {config.prompts} ({len(templates)}, such as {templates[0]!r}), names {config.names}")
+    if isinstance(texts, dict):
+        sentences = [sentence for own in texts.values() for sentence in own]
+        print(f"Prompts: {config.prompts} ({len(sentences)} sentences, such as {sentences[0]!r})")
+    else:
+        print(f"Prompts: {config.prompts} ({len(texts)}, such as {texts[0]!r}), names {config.names}")
     print(f"Pictures: {len(images)} of {len(images.classes)} classes")
     print(f"Top-5: {top5}, mean per-class recall: {recall}")
+    if settings.transduce:
+        print(f"Transduction: {NAME}; one by one: {100 * record.metrics['top1_one_by_one']:.2f}%")
     print(f"Accuracy: {top1}", *lines, sep="\n")
     for pair in pairs:
         print("confused: {truth} taken for {predicted}, {times} of {pictures}".format(**pair))

@@ -1,19 +1,23 @@
-"""Check the course's data, or build digits in its layout: digits/{mnistm,svhn}/{data/*.png,train.csv,val.csv}.
+"""Check the course's data, or build a substitute in its layout: digits/{mnistm,svhn}/{data/*.png,train.csv,val.csv}, clip_zeroshot/.
 
 Examples:
   python hw2_data/prepare.py course --data hw2_data
   python hw2_data/prepare.py public --backgrounds BSDS500/data/images
   python hw2_data/prepare.py public --mnist DIR --backgrounds DIR --svhn DIR --train-count 5000
   python hw2_data/prepare.py rendered --count 2000 --output /tmp/digits
+  python hw2_data/prepare.py zeroshot
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, get_args
 
 import repository_root  # noqa: F401  # isort: split
@@ -26,7 +30,8 @@ from hw2_data.blend import BSDS500, Maker, Split, mnistm_maker, svhn_maker
 from hw2_data.rendered import rendered_maker
 from P1_dataloader import read_csv, read_digit
 from runtime.cli import BadInput, Seed, check_not_negative, check_positive, log, progress, run_script
-from runtime.files import load_tensors, output_folder, require_file
+from runtime.files import load_tensors, output_folder, require_file, write_json
+from runtime.hub import first_line
 from runtime.images import open_image
 from zeroshot.dataset import list_images
 
@@ -34,6 +39,9 @@ HERE = Path(__file__).resolve().parent
 Domain = Literal["mnistm", "svhn"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 SPLITS: tuple[Split, ...] = get_args(Split)
+DOMAIN_PARTS = ("data/", "train.csv", "val.csv")
+ZEROSHOT_PARTS = ("val/", "id2label.json")
+ZEROSHOT_CLASSES = ZEROSHOT_IMAGES = 50  # of each class
 
 # Images per digit 0..9 in the course's train.csv
 COURSE_COUNTS = {
@@ -90,10 +98,32 @@ class Rendered(Output):
     """Images per domain in train.csv; val.csv has a tenth of that."""
 
 
-def main(command: Course | Public | Rendered) -> None:
+@dataclass
+class Zeroshot:
+    """Build a substitute for the course's zero-shot images: 50 images of each of 50 classes of CIFAR-100's test set.
+
+    The course's classes are CIFAR-100's too. These are drawn by the seed, so an accuracy on them is near the report's, not equal.
+    """
+
+    cifar: Path | None = None
+    """Folder with cifar-100-python/ or cifar-100-python.tar.gz. None = download (169 MB)."""
+    downloads: Path = HERE / "downloads"
+    """Folder for downloads."""
+    output: Path = HERE / "clip_zeroshot"
+    """Folder for val/ and id2label.json."""
+    seed: Seed = 0
+    """Seed that draws the classes."""
+    overwrite: bool = False
+    """Replace an existing folder, once the new one is complete."""
+
+
+def main(command: Course | Public | Rendered | Zeroshot) -> None:
     """Run the chosen command; raise BadInput."""
     if isinstance(command, Course):
         check_course(command.data)
+        return
+    if isinstance(command, Zeroshot):
+        write_zeroshot(command)
         return
     check_flags(command)
     makers = {domain: {split: maker_of(command, domain, split) for split in SPLITS} for domain in command.domains}
@@ -112,7 +142,7 @@ def check_flags(command: Public | Rendered) -> None:
     if not command.domains:
         raise BadInput("--domains: name mnistm, svhn or both")
     for domain in command.domains:
-        check_target(output_folder(command.output) / domain, command.overwrite)
+        check_target(output_folder(command.output) / domain, DOMAIN_PARTS, command.overwrite)
 
 
 def maker_of(command: Public | Rendered, domain: Domain, split: Split) -> Maker:
@@ -136,25 +166,38 @@ def maker_of(command: Public | Rendered, domain: Domain, split: Split) -> Maker:
 # ---------------------------------------------------------------- writing
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise BadInput if `target` exists and may not be replaced."""
+def check_target(target: Path, parts: Sequence[str], overwrite: bool) -> None:
+    """Raise BadInput if `target` exists and may not be replaced, as it may if it holds nothing else than `parts`."""
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise BadInput(f"{target} exists: add --overwrite to replace it, or name another --output")
-    if not target.is_dir() or {path.name for path in target.iterdir()} - {"data", "train.csv", "val.csv"}:
-        raise BadInput(f"{target} is more than data/, train.csv and val.csv: not overwritten, move it away")
+    if not target.is_dir() or {path.name for path in target.iterdir()} - {part.rstrip("/") for part in parts}:
+        raise BadInput(f"{target} is more than {', '.join(parts[:-1])} and {parts[-1]}: not overwritten, move it away")
+
+
+@contextmanager
+def new_folder(target: Path, parts: Sequence[str], overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` once it is complete; on any error `target` stays unchanged."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        yield new
+        check_target(target, parts, overwrite)  # again: it may have appeared meanwhile
+        try:
+            if os.path.lexists(target):
+                os.replace(target, old)
+            os.replace(new, target)
+        finally:
+            if old.exists() and not os.path.lexists(target):
+                os.replace(old, target)
 
 
 def write_domain(target: Path, makers: dict[Split, Maker], overwrite: bool) -> None:
-    """Write data/*.png, numbered across splits, and one csv per split.
-
-    The folder appears complete; on any error `target` stays unchanged.
-    """
+    """Write data/*.png, numbered across splits, and one csv per split."""
     first = 0
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        (new / "data").mkdir(parents=True)
+    with new_folder(target, DOMAIN_PARTS, overwrite) as new:
+        (new / "data").mkdir()
         for split, maker in makers.items():
             rows = ["image_name,label"]
             for index in progress(range(maker.count), f"{target.name} {split}"):
@@ -163,16 +206,41 @@ def write_domain(target: Path, makers: dict[Split, Maker], overwrite: bool) -> N
                 Image.fromarray(image).save(new / "data" / f"{first + index:05d}.png")
             (new / f"{split}.csv").write_text("\n".join(rows) + "\n")
             first += maker.count
-
-        check_target(target, overwrite)  # again: it may have appeared meanwhile
-        try:
-            if os.path.lexists(target):
-                os.replace(target, old)
-            os.replace(new, target)
-        finally:
-            if old.exists() and not os.path.lexists(target):
-                os.replace(old, target)
     log(f"{target}: " + ", ".join(f"{maker.count} {split}" for split, maker in makers.items()))
+
+
+def write_zeroshot(command: Zeroshot) -> None:
+    """Write val/{class}_{image}.png and id2label.json: the first images of CIFAR-100's test set of each class that the seed draws."""
+    output_folder(command.output.absolute().parent)
+    check_target(command.output, ZEROSHOT_PARTS, command.overwrite)
+    cifar = cifar100(command.cifar or command.downloads, download=command.cifar is None)
+    names = Random(command.seed).sample(sorted(cifar.classes), ZEROSHOT_CLASSES)
+    ids, written = {name: number for number, name in enumerate(names)}, Counter[str]()
+    with new_folder(command.output, ZEROSHOT_PARTS, command.overwrite) as new:
+        (new / "val").mkdir()
+        for image, label in zip(cifar.data, cifar.targets, strict=True):
+            name = cifar.classes[label]
+            if name in ids and written[name] < ZEROSHOT_IMAGES:
+                Image.fromarray(image).save(new / "val" / f"{ids[name]}_{written[name]}.png")
+                written[name] += 1
+        write_json(new / "id2label.json", {str(number): name for name, number in ids.items()})
+    log(
+        f"{command.output}: {sum(written.values())} images of {len(names)} classes of CIFAR-100, a substitute for the course's"
+    )
+    log(f"classify them: python P3_clip_zeroshot.py --preset report --images {command.output / 'val'}")
+
+
+def cifar100(folder: Path, download: bool) -> Any:
+    """Return torchvision's CIFAR-100 test set from `folder`, unpacked or downloaded first. Raise BadInput if it is missing or damaged."""
+    from torchvision.datasets import CIFAR100  # slow to import
+    from torchvision.datasets.utils import check_integrity
+
+    packed = check_integrity(folder / CIFAR100.filename, CIFAR100.tgz_md5)  # then nothing is downloaded
+    try:
+        return CIFAR100(str(folder), train=False, download=download or packed)
+    except (RuntimeError, OSError) as error:
+        advice = "or give --cifar DIR" if download else f"it needs {CIFAR100.base_folder}/ or {CIFAR100.filename}"
+        raise BadInput(f"CIFAR-100 in {folder}: {first_line(error)}; {advice}") from None
 
 
 # ---------------------------------------------------------------- the course's data
@@ -273,5 +341,5 @@ def check_concepts(folder: Path) -> Findings:
 
 
 if __name__ == "__main__":
-    command: Any = Course | Public | Rendered  # tyro makes a subcommand of each
+    command: Any = Course | Public | Rendered | Zeroshot  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

@@ -15,6 +15,7 @@ from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, Scene,
 from miniature.scenery.vocabulary import LENGTH
 from runtime.images import to_float
 from runtime.seeds import derived_seed
+from zeroshot.transduction import transduce
 
 CHOICES = 100  # captions among which the right one is to be ranked first
 CHUNK = 100  # images at once
@@ -46,32 +47,38 @@ def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
     return features
 
 
-def measure_rates(clip: SmallClip, count: int, seed: int) -> dict[str, float]:
-    """Return the share of right answers per question, on `count` images each."""
+def measure_rates(clip: SmallClip, count: int, seed: int, together: bool = False) -> dict[str, float]:
+    """Return the share of right answers per question, on `count` images each.
+
+    `together` classifies the images of a question together, as `P3_clip_zeroshot.py --transduce` does; captions stay as they are.
+    """
     singles = dataset(count, seed, SceneSpec(count=1, among=KINDS))
     features = encode_images(clip, as_tensor(singles.images))
-    rates = {"object, held-out pairs": held_out_pairs(clip, count, seed)}
+    rates = {"object, held-out pairs": held_out_pairs(clip, count, seed, together)}
     for question in ANSWERS:
-        rates[question] = _share(clip, question, features, singles.scenes)
+        rates[question] = _share(clip, question, features, singles.scenes, together)
     rates[f"caption, of {CHOICES}"] = matching(clip, count, seed + 1)
     return rates
 
 
-def held_out_pairs(clip: SmallClip, count: int, seed: int) -> float:
+def held_out_pairs(clip: SmallClip, count: int, seed: int, together: bool = False) -> float:
     """Return the accuracy on the images of `world.py zeroshot` with this count and seed, by the prompt of `--prompts single`."""
     batches = [
         render_batch([derived_seed(seed, index)], SceneSpec(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
         for index in range(count)
     ]
     images = torch.cat([as_tensor(each.images) for each in batches])
-    return _share(clip, "object", encode_images(clip, images), [each.scenes[0] for each in batches])
+    return _share(clip, "object", encode_images(clip, images), [each.scenes[0] for each in batches], together)
 
 
-def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Scene]) -> float:
+def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Scene], together: bool) -> float:
     """Return the share of right answers among the images that have one of the question's answers."""
     answers, labels = list(ANSWERS[question]), [_label(scene, question) for scene in scenes]
     rows = [row for row, label in enumerate(labels) if label in answers]
-    best = (features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T).argmax(1).tolist()
+    scores = features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T
+    if together:
+        scores = transduce(features[rows].cpu(), clip.model.logit_scale.exp().cpu() * scores.cpu())
+    best = scores.argmax(1).tolist()
     return _mean([answers[index] == labels[row] for index, row in zip(best, rows, strict=True)])
 
 

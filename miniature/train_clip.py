@@ -95,6 +95,8 @@ class GradeClip:
     """Folder of the model."""
     count: int = 2000
     """Images per question."""
+    transduce: bool = False
+    """Classify the images of each question together, as `P3_clip_zeroshot.py --transduce` does."""
     seed: int = 1
     device: Device = "auto"
     record: Path = Path("runs/miniature/clip/grade.json")
@@ -212,7 +214,7 @@ def grade(settings: GradeClip) -> None:
     clip = load_clip(settings.model)
     clip.model.to(machine.device)
     with record.timed("grading"):
-        rates = measure_rates(clip, settings.count, settings.seed)
+        rates = measure_rates(clip, settings.count, settings.seed, settings.transduce)
     record.metrics = {"rates": rates}
     print(table(rates))
     record.save(settings.record, name_it=True)

@@ -53,6 +53,8 @@ PARSER_MESSAGES = (
     (r"^Unrecognized or misplaced options: (\S+) \(applied to (.*?)\).*", r"\1: \2 has no such flag"),
 )
 WAIT_FOR_MAIN = 20.0  # seconds
+LIKE = "--like"
+LIKE_HELP = f"{LIKE} RECORD takes a record.json's settings; flags win."
 CONNECTION_LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe")
 
 
@@ -117,13 +119,23 @@ def run_script(main: Callable[[Settings], None], settings: type[Settings], descr
 def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
     """Return the error message and the exit code."""
     try:
-        refuse_renamed_flags(sys.argv[1:], settings)
-        refuse_files_called_none(sys.argv[1:])
+        arguments, like = split_like(sys.argv[1:])
+        refuse_renamed_flags(arguments, settings)
+        refuse_files_called_none(arguments)
+        default = None
+        if like:
+            from runtime.like import settings_like  # imports torch
+
+            default = settings_like(settings, like)
         try:
-            options = _parse(settings, description)
+            options = _parse(settings, f"{description or ''}\n\n{LIKE_HELP}", arguments, default)
         except SystemExit:  # tyro has printed the help
             return "", 0
-        refuse_empty_paths(options, sys.argv[1:])
+        if default is not None and type(options) is not type(default):
+            raise BadInput(
+                f"{LIKE} {like} is a record of another subcommand, with the settings of {type(default).__name__}"
+            )
+        refuse_empty_paths(options, arguments)
         _check_seeds(options)
         main(options)
     except BadInput as error:
@@ -156,16 +168,37 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
     return "", 0
 
 
-def _parse(settings: type[Settings], description: str | None) -> Settings:
-    """Return the settings from the command line; raise BadInput for bad flags, SystemExit once the help is printed."""
+def split_like(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments without --like, and the record that it names. Raise BadInput for --like without a file."""
+    others, record = [], None
+    words = iter(arguments)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag != LIKE:
+            others.append(word)
+        elif not (value := value or next(words, "")) or value.startswith("--"):
+            raise BadInput(f"{LIKE}: its value is missing, name the record.json of a run")
+        else:
+            record = Path(value)
+    return others, record
+
+
+def _parse(settings: type[Settings], description: str, arguments: Sequence[str], default: Settings | None) -> Settings:
+    """Return the settings from the command line; raise BadInput for bad flags, SystemExit once the help is printed.
+
+    `default` holds the settings of --like; None = the script's own.
+    """
+    options: dict[str, Any] = {} if default is None else {"default": default}
     box, silent = io.StringIO(), nullcontext() if is_main_process() else redirect_stdout(io.StringIO())
     try:
         with redirect_stderr(box), silent, _wide(not {"-h", "--help"} & set(sys.argv)):
-            return tyro.cli(settings, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            config = (tyro.conf.OmitArgPrefixes,)
+            parsed: Settings = tyro.cli(settings, args=arguments, description=description, config=config, **options)
+            return parsed
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise BadInput(_refusal(box.getvalue(), sys.argv[1:], flags_of(settings)))
+    raise BadInput(_refusal(box.getvalue(), arguments, flags_of(settings) | {LIKE}))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedIma
 from torch import Tensor
 
 from runtime.cli import BadInput, log
-from runtime.files import atomic
+from runtime.files import atomic, list_files, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +84,14 @@ def read_as_graded(path: Path) -> Image.Image:
                 if (shown := to_rgb(file)).size != image.size or shown.tobytes() != image.tobytes():
                     log(f"{path}: rotation, transparency or 16 bits are ignored, as the course's grader does")
         return image
+
+
+def images_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Return the images of a folder per class, both sorted by name. Raise BadInput for a class without images."""
+    classes = {path.name: list_files(path, SUFFIXES) for path in visible(folder) if path.is_dir()}
+    if empty := next((name for name, images in classes.items() if not images), ""):
+        raise BadInput(f"{folder / empty} holds no pictures: put some of that class there, or remove the folder")
+    return classes
 
 
 def open_image(path: Path, background: str = "white") -> Tensor:

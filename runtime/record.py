@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime.cli import BadInput, log
+import torch
+
+from runtime.cli import LIKE, BadInput, log, split_like
 from runtime.device import Machine
-from runtime.files import WEIGHTS, check_writable_file, write_json
+from runtime.files import ROOT, WEIGHTS, check_writable_file, file_fingerprint, visible, write_json
 from runtime.images import SUFFIXES
 
 PACKAGES = (
@@ -30,6 +33,13 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
+# settings that name what a run reads, of any script
+INPUTS = {
+    "backgrounds", "classifier", "classifiers", "clip", "concepts", "data", "embeddings", "ends", "folder", "images", "init",
+    "input", "invert", "judge", "labels", "layout", "mnistm_classifier", "model", "noise", "parts", "pictures", "prompts",
+    "reference", "references", "svhn_classifier", "unet", "weights",
+}  # fmt: skip
+FEW_FILES = 200  # of a folder are read in part; of more, names and sizes count
 
 
 @dataclass
@@ -44,6 +54,8 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Setting -> fingerprint of the files that it names."""
 
     def __post_init__(self) -> None:
         place = getattr(self.settings, "record", None)
@@ -51,6 +63,13 @@ class Record:
             check_writable_file(place, "--record")
             if place.suffix.lower() in SUFFIXES | WEIGHTS or place.is_file() and not _is_record(place):
                 raise BadInput(f"--record {place} is the name of another file, not of a record: name a new .json file")
+        self.inputs |= inputs_of(self.settings)
+        if like := split_like(sys.argv[1:])[1]:
+            from runtime.like import differences, read_record  # pydantic is slow to import
+
+            lines = differences(read_record(like), self.facts()) or ["the same versions, device and data"]
+            for line in lines:
+                log(f"{LIKE} {like}: {line}")
 
     def _is_default(self, path: Path) -> bool:
         return bool(path == getattr(type(self.settings), "record", None))
@@ -68,6 +87,18 @@ class Record:
         """Add measurements, {name with its unit: a number per repeat}, to `metrics["repeats"]` for benchmarks/table.py."""
         self.metrics.setdefault("repeats", {}).update(values)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a run depends on besides its settings: machine, versions, and fingerprints of what it reads."""
+        return {
+            "device": str(self.machine.device),
+            "machine": self.machine.name,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "revision": git_revision(),
+            "root": str(ROOT),
+            "inputs": self.inputs,
+        }
+
     def save(self, path: Path, name_it: bool = False) -> None:
         """Write the record, atomically, and log its place if `name_it`; for the default place of --record an error is a line."""
         settings = asdict(self.settings)
@@ -77,10 +108,7 @@ class Record:
             "started": self.started,
             "settings": settings,
             "seed": settings.get("seed"),
-            "device": str(self.machine.device),
-            "machine": self.machine.name,
-            "versions": versions(),
-            "revision": git_revision(),
+            **self.facts(),
             "timings_s": {k: round(v, 3) for k, v in self.timings.items()},
             "metrics": self.metrics,
         }
@@ -93,6 +121,37 @@ class Record:
         else:
             if name_it:
                 log(f"record: {path}")
+
+
+def inputs_of(settings: Any) -> dict[str, str]:
+    """Return a fingerprint for each of the settings INPUTS that names files or folders that exist."""
+    fingerprints = {}
+    for name in (each.name for each in fields(settings) if each.name in INPUTS):
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        paths = [Path(str(each).removeprefix("local-dir:")) for each in values if isinstance(each, Path | str)]
+        with suppress(OSError):  # of a file that may not be read: the script itself says so
+            if marks := [path_fingerprint(path) for path in paths if path.is_file() or path.is_dir()]:
+                fingerprints[name] = "-".join(marks)
+    return fingerprints
+
+
+def path_fingerprint(path: Path) -> str:
+    """Return a hash of a file, or of the names and files of a folder; of more than FEW_FILES, of names and sizes."""
+    if path.is_file():
+        return file_fingerprint(path)
+    files = list(_files_below(path))
+    marks = [file_fingerprint(file) if len(files) <= FEW_FILES else str(file.stat().st_size) for file in files]
+    names = [file.relative_to(path).as_posix() for file in files]
+    return hashlib.blake2b(json.dumps([names, marks]).encode(), digest_size=12).hexdigest()
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in visible(folder):
+        if path.is_dir() and not path.is_symlink():  # a link may lead back
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
 
 
 def _is_record(path: Path) -> bool:

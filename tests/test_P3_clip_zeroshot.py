@@ -29,7 +29,8 @@ from runtime.device import detect
 from runtime.files import ROOT
 from zeroshot.features import encode_all
 from zeroshot.model import Clip, load
-from zeroshot.prompts import CIFAR, fillers, templates_of
+from zeroshot.prompts import CIFAR, REPORT, fillers, templates_of
+from zeroshot.transduction import NAME, transduce
 from zeroshot.weights import resolve
 
 STANDIN = ROOT.parent / "shared" / "data" / "clip_zeroshot_standin.tar.gz"
@@ -195,16 +196,20 @@ FLAGS: dict[str, tuple[dict[str, Any], Plain]] = {
     ),
     "prompts": ({"prompts": "@/mine.txt"}, Plain(texts=lambda name: [f"{name} in a box", f"two of {name}", name])),
     "names": ({"names": "clean", "prompts": "cifar"}, Plain(texts=english)),
+    "prompts, sentences": ({"prompts": "@/mine.json"}, Plain(texts=lambda name: SENTENCES[name])),
     "batch": ({"batch": 7}, Plain()),
     "workers": ({"workers": 3}, Plain()),
     "device": ({"device": "cpu"}, Plain()),
     "precision": ({"precision": "fp32"}, Plain()),
 }
-OWN_TESTS = {"output", "features", "cache", "seed"}
+OWN_TESTS = {"output", "features", "cache", "seed", "transduce"}
+SENTENCES: dict[str, list[str]] = {
+    name: [f"{name} of form {form}" for form in range(count)] for count, name in enumerate(NAMES[::-1], 1)
+}  # one sentence of the last class, six of the first
 
 
 def test_the_table_of_flags_is_whole() -> None:
-    assert {field.name for field in fields(Settings)} == {*FLAGS, *OWN_TESTS}
+    assert {field.name for field in fields(Settings)} == {*(flag.split(",")[0] for flag in FLAGS), *OWN_TESTS}
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -218,6 +223,8 @@ def test_a_run_equals_a_plain_loop_with_open_clip(flag: str, tiny_clip: str, lab
     save_model(tmp_path / "other", seed=1)
     (tmp_path / "others.json").write_text(json.dumps(OTHERS))
     (tmp_path / "mine.txt").write_text("{} in a box\ntwo of {c}\n{}\n")
+    by_class = {name.replace("_", " ").title(): sentences for name, sentences in SENTENCES.items()}
+    (tmp_path / "mine.json").write_text(json.dumps(by_class))
     (tmp_path / "val").mkdir()
     flags, plain = FLAGS[flag]
     for path in labelled.glob(plain.images):
@@ -359,6 +366,97 @@ def test_the_printed_shares_are_those_of_the_record(
     assert "Pictures: 30 of 6 classes" in lines
     pair = metrics["confused_pairs"][0]
     assert f"confused: {pair['truth']} taken for {pair['predicted']}, {pair['times']} of 5" in lines
+
+
+# --------------------------------------------------------------- all images together
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_transduced_predictions_are_those_of_the_mixture_and_no_label_is_read(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run gives every image the next class's number; a third one reads kept features, and computes the same."""
+    (tmp_path / "val").mkdir()
+    for path in labelled.iterdir():
+        number, rest = path.name.split("_", 1)
+        (tmp_path / "val" / f"{(int(number) + 1) % 6}_{rest}").write_bytes(path.read_bytes())
+    flags: dict[str, Any] = {"labels": labelled.parent / "id2label.json", "precision": "fp32", "transduce": True}
+    features = tmp_path / "features.safetensors"
+    alone = run(tmp_path / "alone", labelled, tiny_clip, **flags | {"transduce": False})["metrics"]
+    metrics = run(tmp_path, labelled, tiny_clip, features=features, **flags)["metrics"]
+    assert metrics["top1_one_by_one"] == alone["top1"]
+    right = 100 * alone["top1"]
+    assert f"Transduction: {NAME}; one by one: {right:.2f}%" in capsys.readouterr().out.splitlines()
+
+    ours, images = load(resolve(tiny_clip, None), CPU), images_of(labelled)
+    vectors = encode_all(ours, images, 8, 2)
+    shares = transduce(vectors, ours.classifier(images.names, fillers(REPORT, "raw")).logits(vectors))
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert table.predicted.tolist() == [NAMES[row] for row in shares.argmax(1)]
+    assert table.probability.tolist() == pytest.approx(shares.max(1).values.tolist(), abs=2e-5)
+    assert metrics["top1"] == pytest.approx((table.truth == table.predicted).mean())
+
+    run(tmp_path / "renamed", tmp_path / "val", tiny_clip, **flags)
+    other = pd.read_csv(tmp_path / "renamed" / "out" / "predictions.csv").set_index("file").predicted
+    for row in table.itertuples():
+        number, rest = row.file.split("_", 1)
+        assert other[f"{(int(number) + 1) % 6}_{rest}"] == row.predicted
+    again = run(tmp_path, labelled, tiny_clip, features=features, **flags)
+    assert "images" not in again["timings_s"]
+    assert again["metrics"] == metrics
+
+
+# --------------------------------------------------------------- a folder per class, and sentences
+
+
+@pytest.fixture
+def by_class(labelled: Path, tmp_path: Path) -> Path:
+    """Write the labelled images in a folder per class, under their class's name and as 7.png to 11.png."""
+    for path in labelled.iterdir():
+        number, rest = path.name.split("_", 1)
+        target = tmp_path / "animals" / NAMES[int(number)] / rest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "animals"
+
+
+def test_a_folder_per_class_gives_what_the_homeworks_names_give(
+    tiny_clip: str, labelled: Path, by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"precision": "fp32", "features": tmp_path / "own.safetensors"}
+    metrics = run(tmp_path / "own", by_class, tiny_clip, **flags)["metrics"]
+    lines = capsys.readouterr().out
+    plain = run(tmp_path, labelled, tiny_clip, precision="fp32")["metrics"]
+    assert (metrics["top1"], metrics["pictures"], metrics["classes"]) == (plain["top1"], 30, 6)
+    own, homework = (pd.read_csv(folder / "out" / "predictions.csv") for folder in (tmp_path / "own", tmp_path))
+    names = {f"{NAMES[int(file.split('_')[0])]}/{file.split('_')[1]}": file for file in homework.file}
+    both = own.assign(file=own.file.map(names)).set_index("file").join(homework.set_index("file"), rsuffix="_homework")
+    assert (both.predicted == both.predicted_homework).all()
+    assert (both.truth == both.truth_homework).all()
+    assert both.probability.tolist() == pytest.approx(both.probability_homework.tolist(), abs=2e-6)
+    assert pd.read_csv(tmp_path / "own" / "out" / "per_class.csv").name.tolist() == sorted(NAMES)
+    assert re.search(
+        r"Failed Cases: \('(apple|bee|oak_tree|streetcar|sweet_pepper|willow_tree)/\d+\.png', 'GT:\1'", lines
+    )
+
+    (by_class / "bee" / "12.png").write_bytes((by_class / "bee" / "11.png").read_bytes())
+    with pytest.raises(BadInput, match=f"holds no features of the pictures in {by_class}:"):
+        run(tmp_path / "own", by_class, tiny_clip, **flags)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_sentences_are_named_and_kept_apart_from_other_sentences(
+    tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(SENTENCES))
+    first = run(tmp_path, labelled, tiny_clip, prompts=str(tmp_path / "mine.json"))
+    assert f"Prompts: {tmp_path / 'mine.json'} (21 sentences, such as 'apple of form 0')" in capsys.readouterr().out
+    assert first["metrics"]["sentences"] == {name: SENTENCES[name] for name in NAMES}
+    assert "templates" not in first["metrics"]
+    (tmp_path / "mine.json").write_text(json.dumps(SENTENCES | {"bee": ["a striped insect"]}))
+    second = run(tmp_path, labelled, tiny_clip, prompts=str(tmp_path / "mine.json"))
+    assert "text" in second["timings_s"]  # the classifier of the first is not taken
+    assert "text" not in run(tmp_path, labelled, tiny_clip, prompts=str(tmp_path / "mine.json"))["timings_s"]
 
 
 # --------------------------------------------------------------- caches

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tyro
 
+from runtime.cli import split_like
 from runtime.files import ROOT
 
 PAGES = [
@@ -66,7 +67,7 @@ def parse(command: list[str]) -> None:
     main = importlib.import_module(name).main
     kind: Any = next(iter(typing.get_type_hints(main).values()))
     try:
-        tyro.cli(kind, args=command[1:], config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(kind, args=split_like(command[1:])[0], config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
         pytest.fail(f"{shlex.join(command)}: refused ({error.code})")
 

@@ -1,10 +1,11 @@
-"""Labelled images for zero-shot classification: {class}_{image}.png and id2label.json."""
+"""Labelled images for zero-shot classification: {class}_{image}.png and id2label.json, or a folder per class."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,8 @@ from pydantic import NonNegativeInt, StringConstraints
 from torch import Tensor
 
 from runtime.cli import BadInput, log
-from runtime.files import list_files, read_json
-from runtime.images import SUFFIXES, image_file, to_rgb
+from runtime.files import list_files, read_json, visible
+from runtime.images import SUFFIXES, image_file, images_by_class, to_rgb
 from runtime.validation import validate
 
 ClassName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -39,12 +40,21 @@ def read_labels(path: Path) -> dict[int, str]:
         pairs = [(number, name) for name, number in pairs]
 
     labels = validate(dict[NonNegativeInt, ClassName], dict(pairs), str(path))
-    name, times = Counter(name.replace("_", " ").casefold() for name in labels.values()).most_common(1)[0]
-    if times > 1:
-        raise BadInput(f"{path}: {times} classes have the same name ({name!r}): nothing tells them apart")
+    _check_distinct(labels.values(), path)
     if len(labels) < len(pairs):
         raise BadInput(f"{path}: {len(pairs)} names have only {len(labels)} numbers, so two have the same")
     return dict(sorted(labels.items()))
+
+
+def plain_name(name: str) -> str:
+    """Return a class name without underscores and capitals, by which names are compared."""
+    return name.replace("_", " ").casefold()
+
+
+def _check_distinct(names: Iterable[str], path: Path) -> None:
+    name, times = Counter(map(plain_name, names)).most_common(1)[0]
+    if times > 1:
+        raise BadInput(f"{path}: {times} classes have the same name ({name!r}): nothing tells them apart")
 
 
 def find_labels(folder: Path) -> Path:
@@ -68,6 +78,8 @@ class LabelledImages:
     classes: dict[int, str]
     modes: set[str] = field(default_factory=lambda: {"RGB"})
     """Modes of the files opened so far."""
+    by_folder: bool = False
+    """Whether each class is a folder, whose name then belongs to an image's name."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,10 +93,20 @@ class LabelledImages:
     def fingerprint(self) -> str:
         """A hash of the name and content of every file, independent of the folder."""
         digest = hashlib.sha256()
-        for path in self.paths:
+        for row, path in enumerate(self.paths):
             content = path.read_bytes()
-            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+            digest.update(f"{self.file(row)}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the images, or of the classes' folders."""
+        return self.paths[0].parents[int(self.by_folder)]
+
+    def file(self, row: int) -> str:
+        """Return an image's name, such as 20_478.png or beetle/478.png."""
+        path = self.paths[row]
+        return f"{path.parent.name}/{path.name}" if self.by_folder else path.name
 
     def open(self, index: int) -> Image.Image:
         """Return one image as RGB, and log the first of each other mode. Raise BadInput if it can't be read."""
@@ -98,17 +120,26 @@ class LabelledImages:
 
 
 def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
-    """List the images of a folder without decoding them. `labels` None = `find_labels`.
+    """List the images of a folder, or of its folders, one per class, without decoding them. `labels` None = `find_labels`.
 
-    Raise BadInput for an empty folder, a name without a class id, and an id without a name.
+    Raise BadInput for an empty folder, a mixture of both layouts, a name without a class id, and an id without a name.
     """
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder; hw2_data/README.md says how to get the pictures")
+    files = list_files(folder, SUFFIXES)
+    folders = [path for path in visible(folder) if path.is_dir()]
+    if folders and not files:
+        return _class_folders(folder, labels)
+    if filled := next((path for path in folders if list_files(path, SUFFIXES)), None):
+        raise BadInput(
+            f"--images {folder} holds pictures, such as {files[0].name}, and folders of pictures, such as {filled.name}:"
+            " give {class}_{image}.png, or a folder per class"
+        )
     labels = labels or find_labels(folder)
     classes = read_labels(labels)
     rows = {number: row for row, number in enumerate(classes)}
     images = []
-    for path in list_files(folder, SUFFIXES):
+    for path in files:
         match = re.match(r"(\d+)_.", path.name)
         if not match:
             example = f"{{class}}_{{image}}{path.suffix}, such as 20_478.png"
@@ -124,3 +155,14 @@ def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
         raise BadInput(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     images.sort()
     return LabelledImages([path for *_, path in images], torch.tensor([row for row, *_ in images]), classes)
+
+
+def _class_folders(folder: Path, labels: Path | None) -> LabelledImages:
+    """List the images of a folder per class; the folders' names are the classes. Raise BadInput."""
+    if labels:
+        raise BadInput(f"--labels {labels}: the class names are those of the folders in {folder}, leave --labels out")
+    classes = images_by_class(folder)
+    _check_distinct(classes, folder)
+    truth = [row for row, paths in enumerate(classes.values()) for _ in paths]
+    paths = [path for paths in classes.values() for path in paths]
+    return LabelledImages(paths, torch.tensor(truth), dict(enumerate(classes)), by_folder=True)

@@ -21,7 +21,7 @@ from runtime.distributed import ALONE, Shard
 from runtime.files import load_safetensors, save_safetensors
 from runtime.record import Record
 from zeroshot.dataset import LabelledImages
-from zeroshot.prompts import Names, fillers
+from zeroshot.prompts import Names, Texts, fillers
 
 if TYPE_CHECKING:
     from zeroshot.model import Classifier, Clip
@@ -114,7 +114,7 @@ class FeatureExtractor:
             tensors, metadata = load_safetensors(file)
             if metadata.get("pictures") != images.fingerprint:
                 raise BadInput(
-                    f"--features {file} holds no features of the pictures in {images.paths[0].parent}:"
+                    f"--features {file} holds no features of the pictures in {images.folder}:"
                     " name another file or remove it"
                 )
         if self.key in tensors:
@@ -132,11 +132,14 @@ class FeatureExtractor:
             save_safetensors(file, tensors | {self.key: features}, metadata | {self.key: self.source.label})
         return features
 
-    def classifier(self, classes: list[str], templates: Sequence[str], names: Names, cache: Path) -> Classifier:
-        """Return the classifier from the folder `cache`, else build it and add it there."""
+    def classifier(self, classes: list[str], texts: Texts, names: Names, cache: Path) -> Classifier:
+        """Return the classifier from the folder `cache`, else build it and add it there.
+
+        `names` is the form of class names in templates; sentences hold their own.
+        """
         from zeroshot.model import Classifier
 
-        path = cache / f"classifier_{key_of(self.key, classes, names, templates)[:32]}.safetensors"
+        path = cache / f"classifier_{key_of(self.key, classes, names, texts)[:32]}.safetensors"
         if path.is_file():
             try:
                 tensors, _ = load_safetensors(path)
@@ -145,7 +148,11 @@ class FeatureExtractor:
                 pass  # a damaged file is replaced
         clip = self.clip
         with self.record.timed("text"):
-            classifier = clip.classifier(classes, fillers(templates, names))
+            classifier = (
+                clip.sentence_classifier(texts)
+                if isinstance(texts, dict)
+                else clip.classifier(classes, fillers(texts, names))
+            )
         numbers = torch.tensor([classifier.scale, classifier.bias], dtype=torch.float64)
         tensors = {"classifier": classifier.weight.contiguous(), "scale_and_bias": numbers}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from runtime.cli import BadInput
 from runtime.files import foreign_file, load_tensors
 from runtime.hub import first_line, hub
 from runtime.weights import describe, is_safetensors, named_tensors
+from zeroshot.prompts import fillers
 from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +68,11 @@ class Clip:
         scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)  # SigLIP has one
         return Classifier(weight.float().cpu(), scale, 0.0 if bias is None else float(bias.detach()))
+
+    def sentence_classifier(self, sentences: Mapping[str, Sequence[str]]) -> Classifier:
+        """Build the classifier whose class is the mean of its own sentences' features, of unit length each."""
+        classes = [self.classifier([name], fillers(texts, "raw")) for name, texts in sentences.items()]
+        return classes[0]._replace(weight=torch.cat([each.weight for each in classes], dim=1))
 
 
 def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:

@@ -1,4 +1,4 @@
-"""Prompts of the zero-shot classifier: sets of templates, and class names as given or as English."""
+"""Prompts of the zero-shot classifier: sets of templates, sentences per class, and class names as given or as English."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
 
 from runtime.cli import BadInput
-from runtime.files import read_text
+from runtime.files import read_object, read_text
+from runtime.validation import validate
+from zeroshot.dataset import plain_name
 
 Names = Literal["raw", "clean"]
+Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Sentences = Annotated[list[Sentence], Field(min_length=1)]
+Texts = tuple[str, ...] | dict[str, list[str]]
+"""Templates for all classes, or class name -> sentences, in the order of the classes."""
 
 REPORT = ("A photo of {}",)
 """The report's one prompt, 58.64 %. It has neither article nor full stop; the stop alone costs 2 points on the same images."""
@@ -39,6 +47,11 @@ SETS = ("report", "single", "cifar", "imagenet")
 _VOWEL_SOUND = re.compile(r"(?!eu|uni|use|usu|ute|one\b|once)[aeiou]|hour|honest|heir", re.IGNORECASE)
 _AFTER_ARTICLE = re.compile(r"\b([Aa])n? \{\}")
 _BARE = re.compile(r"(^|\b(?:of|with|in|on|at|from|for|by|and|or|showing|is|like|about) )\{\}", re.IGNORECASE)
+
+
+def texts_of(prompts: str, classes: Sequence[str]) -> Texts:
+    """Return the templates of `templates_of`, or for a .json file the sentences of every class."""
+    return read_sentences(Path(prompts), classes) if prompts.lower().endswith(".json") else templates_of(prompts)
 
 
 def templates_of(prompts: str) -> tuple[str, ...]:
@@ -70,6 +83,28 @@ def read_templates(path: Path) -> tuple[str, ...]:
     if not templates:
         raise BadInput(f"--prompts {path} holds no template; one a line, such as: a photo of a {{}}.")
     return tuple(templates)
+
+
+def read_sentences(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
+    """Read {"class": ["sentence", ..]}, the form of CuPL (Pratt et al. 2023, arXiv 2209.03320), in the order of `classes`.
+
+    Underscores and capitals of names don't count. Raise BadInput for an unknown class, and for a class without sentences.
+    """
+    sentences = validate(dict[str, Sentences], read_object(path), str(path))
+    by_name = {plain_name(name): name for name in classes}
+    texts: dict[str, list[str]] = {}
+    for key, lines in sentences.items():
+        if plain_name(key) not in by_name:
+            near = difflib.get_close_matches(plain_name(key), by_name, 1)
+            hint = f", the closest is {by_name[near[0]]}" if near else ""
+            raise BadInput(f"--prompts {path}: {key!r} is none of the {len(classes)} classes{hint}")
+        name = by_name[plain_name(key)]
+        if name in texts:
+            raise BadInput(f"--prompts {path} has sentences of {name} twice, as {key!r} too: put them into one list")
+        texts[name] = lines
+    if missing := [name for name in classes if name not in texts]:
+        raise BadInput(f"--prompts {path} has no sentence for {missing[0]}, give every class one or more")
+    return {name: texts[name] for name in classes}
 
 
 def article(phrase: str) -> str:

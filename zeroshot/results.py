@@ -104,7 +104,7 @@ def predictions(result: Result) -> pd.DataFrame:
     shares = [[f"{share:.6f}" for share in row] for row in result.probabilities.gather(1, result.best).tolist()]
     return pd.DataFrame(
         {
-            "file": [path.name for path in result.images.paths],
+            "file": [result.images.file(row) for row in range(len(result.images))],
             "truth": names[result.images.truth],
             "predicted": best[:, 0],
             "probability": [row[0] for row in shares],
@@ -134,10 +134,10 @@ def case_lines(result: Result, right: Sequence[int], wrong: Sequence[int]) -> li
     """Return a line per case, as the course's report prints them."""
     lines = []
     for row in right:
-        lines.append(f"Successful Cases: {(result.images.paths[row].name, result.name(result.predicted[row]))}")
+        lines.append(f"Successful Cases: {(result.images.file(row), result.name(result.predicted[row]))}")
     for row in wrong:
         truth, predicted = result.name(result.images.truth[row]), result.name(result.predicted[row])
-        lines.append(f"Failed Cases: {(result.images.paths[row].name, f'GT:{truth}', f'Predicted:{predicted}')}")
+        lines.append(f"Failed Cases: {(result.images.file(row), f'GT:{truth}', f'Predicted:{predicted}')}")
     return lines
 
 
@@ -164,7 +164,7 @@ def cases_figure(path: Path, result: Result, right: Sequence[int], wrong: Sequen
 def _draw_case(photo: Axes, bars: Axes, result: Result, row: int) -> None:
     truth = int(result.images.truth[row])
     photo.imshow(result.images.open(row), interpolation="nearest")
-    photo.set_title(f"{shorten(result.images.paths[row].name)}\n{shorten(result.name(truth))}", fontsize=9)
+    photo.set_title(f"{shorten(result.images.file(row))}\n{shorten(result.name(truth))}", fontsize=9)
     for rank, index in enumerate(result.best[row, :3].tolist()):
         share = float(result.probabilities[row, index])
         colour = "tab:green" if index == truth else "tab:red" if rank == 0 else "tab:gray"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,14 +23,15 @@ import torch
 import tyro
 from PIL import Image
 from scipy.io import savemat
-from torchvision.datasets import SVHN
+from torchvision.datasets import CIFAR100, SVHN
 
 from hw2_data.blend import Maker, blend, find_photographs, load_photograph, random_crop, read_mnist, svhn_image
-from hw2_data.prepare import DOMAINS, SPLITS, Course, Public, Rendered, main, maker_of
+from hw2_data.prepare import DOMAINS, SPLITS, Course, Public, Rendered, Zeroshot, main, maker_of
 from hw2_data.rendered import digit_fonts, rendered_maker
 from P1_dataloader import read_csv
 from runtime.cli import BadInput
 from runtime.files import ROOT
+from zeroshot.dataset import list_images
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the original MNIST files in {SHARED}")
@@ -157,6 +160,92 @@ def test_svhn_comes_from_the_mat_files_with_label_ten_as_zero(tmp_path: Path, mo
 def test_an_svhn_file_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"train_32x32\.mat"):
         main(Public(output=tmp_path / "out", domains=("svhn",), svhn=tmp_path))
+
+
+# ---------------------------------------------------------------- CIFAR-100 in the layout of the zero-shot images
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a made-up cifar-100-python.tar.gz: 60 classes, 51 test images each in turn; image i holds the bytes of i. Its sums are set."""
+    count = 60 * 51
+    pixels = np.arange(count, dtype="<u4")[:, None].repeat(768, 1).view(np.uint8)
+    contents = {
+        "train": {"data": pixels[:1], "fine_labels": [0]},
+        "test": {"data": pixels, "fine_labels": [index % 60 for index in range(count)]},
+        "meta": {"fine_label_names": [f"kind_{number:02d}" for number in range(60)]},
+    }
+    folder, source = tmp_path / "downloads", tmp_path / "cifar-100-python"
+    folder.mkdir()
+    source.mkdir()
+    for name, content in contents.items():
+        (source / name).write_bytes(pickle.dumps(content))
+    with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as archive:
+        archive.add(source, "cifar-100-python")
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in source.iterdir()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    packed = (folder / "cifar-100-python.tar.gz").read_bytes()
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(packed).hexdigest())
+    return folder
+
+
+def test_the_substitute_for_the_zero_shot_images_holds_the_first_fifty_of_each_class(
+    cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(Zeroshot(cifar=cifar, output=tmp_path / "new" / "zero"))
+    names = json.loads((tmp_path / "new/zero/id2label.json").read_text())
+    assert list(names) == [str(number) for number in range(50)]
+    assert len(set(names.values())) == 50
+    assert sorted(path.name for path in (tmp_path / "new/zero").iterdir()) == ["id2label.json", "val"]
+    images = list_images(tmp_path / "new/zero/val")
+    assert len(images) == 2500
+    for path in images.paths[::83]:
+        number, index = map(int, path.stem.split("_"))
+        with Image.open(path) as image:
+            assert (image.size, image.mode) == ((32, 32), "RGB")
+            planes = np.asarray(image).transpose(2, 0, 1)
+        source = int(names[str(number)][-2:]) + 60 * index  # the index-th image of its class in CIFAR's order
+        assert planes.tobytes() == np.full(768, source, "<u4").tobytes()
+    assert "a substitute for the course's" in capsys.readouterr().err
+
+
+def test_the_seed_draws_the_classes_of_the_substitute(cifar: Path, tmp_path: Path) -> None:
+    names = []
+    for output, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(Zeroshot(cifar=cifar, output=tmp_path / output, seed=seed))
+        names.append((tmp_path / output / "id2label.json").read_text())
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_zero_shot_folder_is_only_replaced_on_demand_and_never_if_it_holds_more(cifar: Path, tmp_path: Path) -> None:
+    main(Zeroshot(cifar=cifar, output=tmp_path / "zero"))
+    with pytest.raises(BadInput, match="zero exists: add --overwrite"):
+        main(Zeroshot(cifar=cifar, output=tmp_path / "zero"))
+    main(Zeroshot(cifar=cifar, output=tmp_path / "zero", overwrite=True))
+    (tmp_path / "zero" / "mine.txt").touch()
+    with pytest.raises(BadInput, match="zero is more than val/ and id2label.json: not overwritten"):
+        main(Zeroshot(cifar=cifar, output=tmp_path / "zero", overwrite=True))
+
+
+def test_an_absent_or_damaged_cifar_is_named_and_a_named_folder_is_never_downloaded_to(
+    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("the network is used")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    (cifar / "cifar-100-python.tar.gz").write_bytes(b"another file")
+    for folder in (cifar, tmp_path / "nowhere"):
+        with pytest.raises(
+            BadInput, match=f"CIFAR-100 in {folder}: .*needs cifar-100-python/ or cifar-100-python.tar.gz"
+        ):
+            main(Zeroshot(cifar=folder, output=tmp_path / "zero"))
+    with pytest.raises(BadInput, match="the network is used; or give --cifar DIR"):
+        main(Zeroshot(downloads=tmp_path / "new", output=tmp_path / "zero"))
+    assert not (tmp_path / "zero").exists()
 
 
 # ---------------------------------------------------------------- layout and seeds

@@ -563,6 +563,27 @@ def test_a_clips_mistakes_show_in_the_line_of_their_question_alone(wrong: str, m
     assert len(rates) == 7
 
 
+def test_a_question_is_answered_for_all_its_images_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mixture is a recorder that turns every answer into the next one: all questions are wrong, captions are not."""
+    calls: list[tuple[int, ...]] = []
+
+    def next_answer(features: Tensor, logits: Tensor) -> Tensor:
+        calls.append((*features.shape, *logits.shape))
+        assert logits.max() == pytest.approx(5.0)  # scaled as the model scales its cosines
+        return logits.roll(1, 1)
+
+    oracle: Any = Knowing(24, 3, "")
+    oracle.model = type("Model", (), {"logit_scale": torch.tensor(5.0).log()})
+    for name in ("encode_images", "encode_texts"):
+        monkeypatch.setattr(f"miniature.clip_grading.{name}", getattr(oracle, name))
+    monkeypatch.setattr("miniature.clip_grading.transduce", next_answer)
+    rates = measure_rates(oracle, 24, 3, together=True)
+    assert rates.pop("caption, of 100") == 1
+    assert set(rates.values()) == {0}
+    assert [call[0] == call[2] for call in calls] == [True] * 6
+    assert all(call[0] == 24 for call in [*calls[:4], calls[5]])
+
+
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[float] = []
     monkeypatch.setattr(

@@ -38,7 +38,7 @@ def saved(tmp_path: Path) -> Any:
 def test_record_holds_what_a_run_is_judged_by(saved: Any) -> None:
     assert set(saved) == {
         *("script", "command", "started", "settings", "seed", "device"),
-        *("machine", "versions", "revision", "timings_s", "metrics"),
+        *("machine", "threads", "versions", "revision", "root", "inputs", "timings_s", "metrics"),
     }
 
 

@@ -69,6 +69,65 @@ def test_images_without_a_clear_white_are_named(labelled: Path, tmp_path: Path) 
         list_images(tmp_path / "val", labelled.parent / "id2label.json").open(0)
 
 
+def write_classes(folder: Path, **images: tuple[str, ...]) -> Path:
+    for name, files in images.items():
+        (folder / name).mkdir(parents=True)
+        for file in files:
+            (folder / name / file).touch()
+    return folder
+
+
+def test_a_folder_per_class_holds_its_images_and_hidden_files_are_none(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "val", cat=("b.png", "a.JPG", ".c.png", "notes.txt"), ant=("a.png",))
+    images = list_images(folder)
+    assert [images.file(row) for row in range(3)] == ["ant/a.png", "cat/a.JPG", "cat/b.png"]
+    assert (images.names, images.truth.tolist(), images.folder) == (["ant", "cat"], [0, 1, 1], folder)
+
+
+def test_the_fingerprint_of_class_folders_knows_the_class_of_an_image(tmp_path: Path) -> None:
+    marks = set()
+    for name in ("a", "b"):
+        folder = write_classes(tmp_path / name, ant=("1.png",), cat=("2.png",))
+        (folder / ("ant" if name == "a" else "cat") / "3.png").touch()
+        marks.add(list_images(folder).fingerprint)
+    assert len(marks) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            {"cat": ("1.png",), "dog": ()},
+            "val/dog holds no pictures: put some of that class there, or remove the folder",
+        ),
+        ({"cat": ("1.png",), "dog": ("notes.txt",)}, "val/dog holds no pictures"),
+        ({"oak_tree": ("1.png",), "Oak tree": ("1.png",)}, "2 classes have the same name .'oak tree'.*apart"),
+        ({"cat": ("1.png",), ".": ("0_1.png",)}, "val holds pictures, such as 0_1.png, and folders of .* as cat: give"),
+    ],
+)
+def test_bad_class_folders_are_named(images: dict[str, tuple[str, ...]], message: str, tmp_path: Path) -> None:
+    for file in images.pop(".", ()):
+        (tmp_path / "val").mkdir()
+        (tmp_path / "val" / file).touch()
+    with pytest.raises(BadInput, match=message):
+        list_images(write_classes(tmp_path / "val", **images))
+
+
+def test_labels_of_class_folders_are_refused(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "val", cat=("1.png",))
+    with pytest.raises(
+        BadInput, match="--labels mine.json: the class names are those of the folders in .*leave --labels"
+    ):
+        list_images(folder, Path("mine.json"))
+
+
+def test_a_folder_without_images_next_to_the_homeworks_is_no_class(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "val", thumbnails=("index.txt",))
+    (folder / "0_1.png").touch()
+    (tmp_path / "id2label.json").write_text('["cat"]')
+    assert [path.name for path in list_images(folder).paths] == ["0_1.png"]
+
+
 def test_images_are_sorted_by_class_and_number(tmp_path: Path) -> None:
     names = ["0_9.png", "0_10.png", "2_1.png", "10_3.png"]
     (tmp_path / "val").mkdir()
