@@ -103,7 +103,7 @@ class Train:
     seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto = bf16 where the hardware has it, else fp32."""
+    """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
 
 
 def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Tensor:
@@ -152,7 +152,7 @@ def train(settings: Train) -> None:
     check_writable_file(file, "--output")
     machine = detect(settings.device)
     device, record = machine.device, Record(settings, machine)
-    half = set_up(settings.precision, machine, training=True) == "bf16"
+    precision = set_up(settings.precision, machine, training=True)
 
     # data, network, average, optimizer
     spec = describe_data(settings.data)
@@ -176,6 +176,7 @@ def train(settings: Train) -> None:
         LearningRate(settings.lr, total // 5, 0.8),
         log_every=100,
         save_every=settings.save_every,
+        precision=precision,
     )
     recipe = {name: getattr(settings, name) for name in RECIPE}
     facts = {k: v for k, v in recipe.items() if k != "epochs"} | {"domain": settings.domain, "data": data.fingerprint()}
@@ -184,7 +185,7 @@ def train(settings: Train) -> None:
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)
         rows = index(draws.stratified(), draws.uniform())
         x = augment(to_float(data.images[rows]), draws, settings.recolour, spec == HOMEWORK)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with run.autocast():
             logits = network(x.contiguous(memory_format=torch.channels_last)).float()
         run.update(F.cross_entropy(logits, data.digits[rows], label_smoothing=settings.smoothing))
 

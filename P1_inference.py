@@ -30,7 +30,7 @@ from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
 from P1_model import HOMEWORK, Network, load_network
 from runtime.cli import BadInput, Seed, check_fractions, default_hint, log, run_script
-from runtime.device import Device, Precision, detect, set_up
+from runtime.device import Device, Precision, autocast, detect, set_up
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder
 from runtime.images import image_grid, save_image, to_uint8
@@ -82,6 +82,7 @@ class Settings:
     """Images at once. 0 = 100 on a CPU, 1,000 on a GPU."""
     device: Device = "auto"
     precision: Precision = "auto"
+    """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     grid: Path | None = None
     """Also save all images as one PNG: a row per domain and digit."""
     record: Path = ROOT / "runs" / "p1_inference" / "record.json"
@@ -136,7 +137,7 @@ def main(settings: Settings) -> None:
         output_folder(settings.output / domain)
     warn_extra_files(names)
 
-    with sharing() as shard, torch.autocast(machine.device.type, torch.bfloat16, precision == "bf16"):
+    with sharing() as shard, autocast(machine.device, precision):
         # this process's images, and other seeds for those that are misread
         most = settings.batch or shard.largest(len(requests), largest)
         sampler = DigitSampler(network, config, min(most, len(requests)))  # a batch is padded to its size

@@ -96,7 +96,7 @@ class Settings:
     """Seed of the initial weights and of all random numbers of the training."""
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto = bf16 where the hardware has it, else fp32."""
+    """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile. auto = where it pays (CUDA, or a CPU with bf16; 500 steps or more) and a compiler works."""
     classifiers: tuple[str, ...] = ("auto",)
@@ -146,7 +146,7 @@ def main(settings: Settings) -> None:
     preset = settings.preset if settings.preset != "auto" else "gpu" if machine.device.type == "cuda" else "cpu"
     recipe = resolve_recipe(settings, preset)
     precision = set_up(settings.precision, machine, training=True)
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=machine.device.type == "cpu")
+    accelerator = Accelerator(mixed_precision="no", cpu=machine.device.type == "cpu")  # devices and processes only
     device = accelerator.device
     share = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
     record = Record(settings, replace(machine, device=device))
@@ -185,7 +185,7 @@ def main(settings: Settings) -> None:
 
     # the run: continues from its checkpoint where there is one
     facts = facts_of(settings, preset, recipe, spec) | {"data": data.fingerprint()}
-    loop, trained = loop_config(settings, recipe, compiled), Trained(unet, optimizer, ema)
+    loop, trained = loop_config(settings, recipe, precision, compiled), Trained(unet, optimizer, ema)
     run = TrainingRun(loop, facts, trained, record, accelerator, resume=settings.resume == "auto")
     averaged = partial(averaged_network, ema, schedule, preset, recipe, settings)
     grading = Grading(settings, run, averaged, device, classifiers, validate)
@@ -214,7 +214,7 @@ def main(settings: Settings) -> None:
             output: Tensor = model(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
             return output
 
-        with accelerator.autocast():
+        with run.autocast():
             loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight)
         run.update(loss)
 
@@ -242,7 +242,7 @@ def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: Traini
     return start.unet.state_dict()
 
 
-def loop_config(settings: Settings, recipe: TrainingRecipe, compiled: bool) -> LoopConfig:
+def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, compiled: bool) -> LoopConfig:
     """Return how the shared loop runs this training."""
     return LoopConfig(
         "P1 training",
@@ -255,6 +255,7 @@ def loop_config(settings: Settings, recipe: TrainingRecipe, compiled: bool) -> L
         save_every=settings.save_every,
         compiled=compiled,
         elsewhere="--output OTHER (with --init to start from trained weights), or --resume never",
+        precision=precision,
     )
 
 

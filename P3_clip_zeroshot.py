@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.cli import BadInput, Seed, check_not_negative, log, run_script
-from runtime.device import Device, Machine, detect, set_up
+from runtime.device import Device, Machine, Precision, detect, set_up
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_writable_file, check_writable_folder, output_folder
 from runtime.images import decoration
@@ -87,8 +87,8 @@ class Settings:
     workers: int = 0
     """Threads that decode and resize. 0 = one per core."""
     device: Device = "auto"
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    precision: Precision = "auto"
+    """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
 
 
 def config_of(settings: Settings) -> ZeroShotConfig:
@@ -102,12 +102,8 @@ def config_of(settings: Settings) -> ZeroShotConfig:
 
 def set_up_precision(settings: Settings, machine: Machine) -> str:
     """Return fp32, tf32, bf16 or fp16, and set torch up for it. Raise BadInput for fp16 on a CPU."""
-    if settings.precision == "fp16":
-        if machine.device.type == "cpu":
-            raise BadInput("--precision fp16 needs a GPU, this is a CPU")
-        return "fp16"
-    if settings.precision == "auto" and machine.device.type == "cuda" and not machine.native_bf16:
-        return "fp16"
+    if settings.precision == "fp16" and machine.device.type == "cpu":
+        raise BadInput("--precision fp16 needs a GPU, this is a CPU")
     return set_up(settings.precision, machine)
 
 

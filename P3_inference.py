@@ -38,7 +38,17 @@ from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSam
 from concepts.stable_diffusion import check_model, load_pipeline, load_tokenizer
 from diffusion.guidance import Guidance
 from runtime.cli import BadInput, Seed, check_fractions, check_positive, run_script
-from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile, to_channels_last
+from runtime.device import (
+    DTYPES,
+    AutoOnOff,
+    Device,
+    Machine,
+    Precision,
+    detect,
+    set_up,
+    should_compile,
+    to_channels_last,
+)
 from runtime.distributed import Shard, sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder, read_json
 from runtime.images import labelled_grid, open_image, save_image
@@ -108,7 +118,7 @@ class Settings:
     seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto = bf16 if the hardware has it."""
+    """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile of the U-Net. auto = on CUDA, for fifty images or more."""
     dry_run: bool = False
@@ -142,8 +152,7 @@ def main(settings: Settings) -> None:
     # the model with its tokens, and the CLIP
     count = sum(len(job.seeds) for job in jobs)
     with record.timed("loading"):
-        dtype = torch.bfloat16 if set_up(settings.precision, machine) == "bf16" else torch.float32
-        pipe = load_pipeline(settings.model, machine.device, dtype)
+        pipe = load_pipeline(settings.model, machine.device, DTYPES[set_up(settings.precision, machine)])
         install(pipe, search.vectors)
         sampler = StableDiffusionSampler(pipe, sampler_config(settings))
         shape = sampler.shape  # raises BadInput for a size that the model doesn't support

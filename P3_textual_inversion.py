@@ -43,7 +43,7 @@ from runtime.cli import (
     log,
     run_script,
 )
-from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile
+from runtime.device import DTYPES, AutoOnOff, Device, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, output_folder
 from runtime.images import decoration, line_figure
 from runtime.record import Record
@@ -111,7 +111,7 @@ class Settings:
     seed: Seed = 0
     device: Device = "auto"
     precision: Precision = "auto"
-    """Precision of the frozen model; auto: bf16 where the hardware has it, else fp32. Embeddings are float32."""
+    """Precision of the frozen model. auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32. Embeddings are float32."""
     compile: AutoOnOff = "auto"
     """torch.compile of the U-Net; auto: on CUDA, for a hundred steps or more."""
     low_memory: bool = False
@@ -141,14 +141,14 @@ def main(settings: Settings) -> None:
     # the machine
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine)
-    accelerator = Accelerator(cpu=machine.device.type == "cpu")
+    accelerator = Accelerator(mixed_precision="no", cpu=machine.device.type == "cpu")
     device = accelerator.device
     share = process_rows(recipe.batch, accelerator.process_index, accelerator.num_processes)
     record = Record(settings, replace(machine, device=device))
 
     # the frozen model with its new tokens, and the images and sentences to learn from
     with record.timed("loading"):
-        pipe = load_pipeline(settings.model, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        pipe = load_pipeline(settings.model, device, DTYPES[precision])
         scorer = Scorer.load(settings.clip, device) if settings.clip and accelerator.is_main_process else None
         inversion = TextualInversion(pipe, concepts, settings.seed)
         augmentation = Augmentation(settings.crop, recipe.flip, recipe.zoom_out, recipe.embedding_noise)
@@ -172,6 +172,7 @@ def main(settings: Settings) -> None:
         save_every=settings.save_every,
         compiled=compiled,
         elsewhere="--run OTHER",
+        precision=precision,
     )
     log(f"recipe {name}, with the flags: " + ", ".join(f"{key} {value}" for key, value in asdict(recipe).items()))
     validator = Validator(inversion, data, settings.validate, scorer, folder)
@@ -192,7 +193,7 @@ def main(settings: Settings) -> None:
             run.update(part_losses, after_step=partial(inversion.cap_norms, recipe.max_norm or math.inf))
 
         # now and then: read the loss; sample images with the tokens and keep the best vectors
-        if run.every(settings.log_every):
+        if run.every(settings.log_every) and "loss" in record.metrics:  # not if all steps so far were skipped
             losses.append((run.step, record.metrics["loss"]))
         if run.is_main and run.every(settings.validate_every):
             with record.timed("validation"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import runtime.interrupts  # noqa: F401
 
 # isort: split
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +22,21 @@ from digits.recipes import RECIPES
 from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig
 from P1_model import PRESETS, UNet, load_network
 from runtime.cli import BadInput, run_script
-from runtime.device import Device, Machine, detect, set_up, to_channels_last
+from runtime.device import (
+    COMPILE_STEPS,
+    AutoOnOff,
+    Device,
+    Machine,
+    autocast,
+    detect,
+    resolve_precision,
+    set_up,
+    should_compile,
+    to_channels_last,
+)
 from runtime.files import ROOT
 from runtime.record import versions
+from training.cpu_layers import write_out_layers
 
 DATA = ("digits/mnistm", "digits/svhn", "face/UNet.pt", "face/noise", "clip_zeroshot/val", "textual_inversion")
 WEIGHTS = {
@@ -42,6 +56,25 @@ class Settings:
     data: Path = ROOT / "hw2_data"
     """Folder of the course's data."""
     device: Device = "auto"
+    compile: AutoOnOff = "auto"
+    """torch.compile of the measured training. auto = where the training compiles, which takes a minute."""
+
+
+def unusable_gpu() -> str:
+    """Return the name of the NVIDIA GPU that is here and why this torch can't use it, in one line, or an empty string."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60).stdout
+    names = [line.split(":", 1)[1].split("(UUID")[0].strip() for line in gpus.splitlines() if line.startswith("GPU ")]
+    if not names:
+        return ""
+    if torch.version.cuda is None:
+        return f"{names[0]}: torch {torch.__version__} is built without CUDA; install one from pytorch.org that has it"
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:  # too old a driver, or no kernels for this GPU in this torch
+        return f"{names[0]}: {str(error).strip().splitlines()[0]}"
+    return ""
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -55,15 +88,25 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) / 3
 
 
-def training_minutes(machine: Machine, preset: str) -> float:
-    """Return the minutes of a P1 training: three measured steps (of at most 16 images on a CPU), scaled up."""
+def training_minutes(machine: Machine, preset: str, compiled: bool) -> float:
+    """Return the minutes of a P1 training in its precision: three measured steps (of at most 16 images on a CPU), scaled up."""
     recipe, device = RECIPES[preset], machine.device
+    precision = set_up("auto", machine, training=True)
     unet = to_channels_last(UNet(PRESETS[preset]), device)
+    if compiled:
+        if device.type == "cpu":
+            write_out_layers(unet)
+        unet.compile()
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
     x = torch.randn(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
-    step = seconds(lambda: unet(x, labels, labels, labels).square().mean().backward(), device)
-    return step / batch * recipe.batch * recipe.steps / 60
+
+    def step() -> None:
+        with autocast(device, precision):
+            loss = unet(x, labels, labels, labels).float().square().mean()
+        loss.backward()
+
+    return seconds(step, device) / batch * recipe.batch * recipe.steps / 60
 
 
 @torch.inference_mode()
@@ -80,9 +123,13 @@ def face_minutes(machine: Machine) -> float:
 
 def main(settings: Settings) -> None:
     """Print the machine, the files and the times."""
-    machine = detect(settings.device)
+    unusable = unusable_gpu()
+    machine = detect("cpu" if unusable and settings.device == "auto" else settings.device)
+    precision = resolve_precision("auto", machine)
     print(f"device   {machine.device}: {machine.name}")
-    print(f"bf16     {'native' if machine.native_bf16 else 'not native: fp32 is used'}")
+    if unusable:
+        print(f"gpu      not usable: {unusable}")
+    print(f"bf16     {'native' if machine.native_bf16 else f'not native: {precision} is used'}")
     print(f"compiler {'found: torch.compile works' if machine.compiler else 'none: eager only'}")
     print("packages " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     for name in DATA:
@@ -93,17 +140,21 @@ def main(settings: Settings) -> None:
         print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
 
     preset = "gpu" if machine.device.type == "cuda" else "cpu"
-    precision = set_up("auto", machine)
-    print(f"\nexpected on this machine ({precision} where training, measured on a few steps just now):")
+    compiled = should_compile(settings.compile, machine, worthwhile=RECIPES[preset].steps >= COMPILE_STEPS)
+    set_up("auto", machine)
+    print("\nexpected on this machine (measured on a few steps just now):")
     try:
         network = load_network(CHECKPOINT, machine.device)
         sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), 1000 if preset == "gpu" else 100)
-        minutes = sampler.expected_seconds(1000) / 60
+        with autocast(machine.device, precision):
+            minutes = sampler.expected_seconds(1000) / 60
         print(f"  bash hw2_1.sh out               {minutes:8.1f} minutes")
     except BadInput as error:
         print(f"  bash hw2_1.sh out               not possible: {error}")
     print(f"  bash hw2_2.sh, 10 noises        {face_minutes(machine):8.0f} minutes (fp32, from one layer's time)")
-    print(f"  python P1_training.py           {training_minutes(machine, preset):8.0f} minutes (preset {preset})")
+    training = f"preset {preset}, {precision}, {'compiled' if compiled else 'eager'}"
+    minutes = training_minutes(machine, preset, compiled)
+    print(f"  python P1_training.py           {minutes:8.0f} minutes ({training})")
 
 
 if __name__ == "__main__":

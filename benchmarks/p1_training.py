@@ -90,7 +90,7 @@ def our_step(
 ) -> Callable[[], None]:
     """Return the step of P1_training.py: the same data, draws, loss, layers and update."""
     device = machine.device
-    half = set_up("auto", machine, training=True) == "bf16"
+    precision = set_up("auto", machine, training=True)
     data = load_digits(settings.data, "train").to(device)
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
     unet = to_channels_last(UNet(PRESETS[settings.preset]), device)
@@ -102,7 +102,9 @@ def our_step(
             write_out_layers(unet)
         unet.compile()
     rate = LearningRate(recipe.lr, 200, 0.5)
-    config = LoopConfig("benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0, show=False)
+    config = LoopConfig(
+        "benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0, show=False, precision=precision
+    )
     run = TrainingRun(config, {}, Trained(unet, optimizer, ema), Record(settings, machine))
     steps = iter(run)
 
@@ -118,7 +120,7 @@ def our_step(
             output: Tensor = unet(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
             return output
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with run.autocast():
             loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction)
         run.update(loss)
 

@@ -25,12 +25,12 @@ from faces.models import load_model
 from faces.noises import Noise, seeded_noises
 from faces.sampling import DdimConfig, compare, sample_all, to_image
 from runtime.cli import check_positive, log, run_script
-from runtime.device import Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
+from runtime.device import DTYPES, Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
 from runtime.files import load_tensors
 from runtime.record import Record
 
 GFLOP = 496.0  # per 256x256 image and step
-Kind = Literal["fp32", "tf32", "bf16"]
+Kind = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def side_by_side(
     device = machine.device
     plain = PlainFaceUNet().to(device).eval()
     plain.load_state_dict(load_tensors(source))
-    model = load_model(str(source), device, torch.bfloat16 if kind == "bf16" else torch.float32)
+    model = load_model(str(source), device, DTYPES[kind])
 
     @torch.inference_mode()
     def baseline(steps: int = steps) -> list[Tensor]:
@@ -106,7 +106,8 @@ def main(settings: Settings) -> None:
     device, on_gpu = machine.device, machine.device.type == "cuda"
     count, steps = settings.count or (10 if on_gpu else 2), settings.steps or (50 if on_gpu else 3)
     kinds: tuple[Kind, ...] = ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")
-    kinds = settings.precisions or (kinds if machine.native_bf16 else ("fp32",))
+    without: tuple[Kind, ...] = ("fp32", "fp16") if on_gpu else ("fp32",)
+    kinds = settings.precisions or (kinds if machine.native_bf16 else without)
     record = Record(settings, machine)
 
     with tempfile.TemporaryDirectory() as folder:

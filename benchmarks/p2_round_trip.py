@@ -44,7 +44,7 @@ class Settings:
     """Network calls per picture and way."""
     batch: int = 0
     """Pictures at once. 0 = as P2_ddim.py's."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     device: Device = "auto"
     record: Path = BENCH / "p2_round_trip.json"
 

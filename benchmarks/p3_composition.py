@@ -55,7 +55,7 @@ from miniature.diffusion_parts import PARTS
 from miniature.judge_model import load_scene_classifier
 from runtime.batches import in_batches
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
-from runtime.device import Device, Machine, detect, set_up
+from runtime.device import DTYPES, Device, Machine, detect, set_up
 from runtime.images import labelled_grid
 from runtime.record import Record
 from runtime.seeds import derived_seed
@@ -171,13 +171,13 @@ def main(settings: Settings) -> None:
 
 
 def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
-    """Return the sampler: of the miniature with the vectors of all concepts in fp32; with --large in bf16 if it is native."""
-    half = set_up("auto" if settings.large else "fp32", machine) == "bf16"
+    """Return the sampler: of the miniature with the vectors of all concepts in fp32; with --large in the precision of auto."""
+    dtype = DTYPES[set_up("auto" if settings.large else "fp32", machine)]
     model = settings.model or ("random-v1" if settings.large else MODEL)
     vectors = {} if settings.large else learned_vectors(settings, model)
     with tempfile.TemporaryDirectory() as temporary:
         model = save_random_v1(Path(temporary)) if model == "random-v1" else model
-        pipe = load_pipeline(model, machine.device, torch.bfloat16 if half else torch.float32)
+        pipe = load_pipeline(model, machine.device, dtype)
     install(pipe, vectors)
     pipe.unet.to(memory_format=torch.channels_last)
     return StableDiffusionSampler(pipe, SamplerConfig(settings.solver, settings.steps, Guidance(settings.guidance)))

@@ -61,7 +61,7 @@ from miniature.judge_model import load_scene_classifier
 from miniature.scenery.captions import STYLE_TRAITS, TRAITS, with_article
 from miniature.scenery.scenes import BACKGROUNDS, COLOURS, KINDS, STYLES, fits
 from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
-from runtime.device import AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
+from runtime.device import DTYPES, AutoOnOff, Device, Machine, Precision, detect, set_up, should_compile
 from runtime.files import ROOT, read_json, write_json
 from runtime.images import labelled_grid, open_image
 from runtime.record import Record
@@ -244,12 +244,12 @@ def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Pat
     """Return the step of P3_textual_inversion.py with its defaults."""
     device, batch = machine.device, settings.batch
     precision = set_up(settings.precision, machine)
-    inversion, data = prepare(settings, concept, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    inversion, data = prepare(settings, concept, device, DTYPES[precision])
     worthwhile = settings.compile == "on" or device.type == "cuda"
     prepare_frozen(inversion.pipe, precision, worthwhile and should_compile(settings.compile, machine))
     embeddings = inversion.embeddings.learned
     optimizer = torch.optim.AdamW(embeddings.parameters(), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    config = LoopConfig("benchmark", folder, 10**9, batch, LearningRate(LR, 25, 0.5), save_every=0)
+    config = LoopConfig("benchmark", folder, 10**9, batch, LearningRate(LR, 25, 0.5), save_every=0, precision=precision)
     run = TrainingRun(config, {}, Trained(embeddings, optimizer), Record(settings, machine), resume=False)
     steps = iter(run)
 

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Strict
 from torch import Tensor
 
 from concepts.embeddings import require_known, require_token, text_width, tokenize
+from concepts.stable_diffusion import run_autoencoder
 from concepts.templates import OBJECT, STYLE
 from runtime.cli import BadInput, log
 from runtime.files import read_json, read_text, visible
@@ -171,12 +172,15 @@ def posteriors(vae: AutoencoderKL, x: Tensor) -> Tensor:
 
     The second dimension is the flip, the third mean and standard deviation.
     """
-    moments = []
-    for image in x:
-        pair = torch.stack([image, image.flip(-1)]).to(vae.device, vae.dtype)
+
+    def encode(vae: AutoencoderKL, pair: Tensor) -> Tensor:
         posterior = vae.encode(pair).latent_dist
-        moments.append(torch.stack([posterior.mean, posterior.std], 1).float() * vae.config["scaling_factor"])
-    return torch.stack(moments)
+        moments: Tensor = torch.stack([posterior.mean, posterior.std], 1)
+        return moments
+
+    moments = [run_autoencoder(vae, encode, torch.stack([image, image.flip(-1)])) for image in x]
+    scaling: float = vae.config["scaling_factor"]
+    return torch.stack(moments) * scaling
 
 
 # ---------------------------------------------------------------- samples

@@ -16,7 +16,7 @@ from concepts.embeddings import SUFFIXES, TokenEmbeddings, add_names
 from concepts.stable_diffusion import KINDS, suit_training
 from diffusion.loss import capped_v_weight, denoising_loss
 from runtime.cli import BadInput
-from runtime.device import memory_format, to_training_device
+from runtime.device import autocast, memory_format, to_training_device
 from runtime.files import file_fingerprint, list_files
 from runtime.seeds import derived_seed
 
@@ -53,16 +53,17 @@ class TextualInversion:
 
         weight = 1 + 1/SNR, at most `max_loss_weight`; 1 = unweighted.
         """
-        with self.embeddings.noise(batch.embedding_noise):
-            text = self.pipe.text_encoder(batch.tokens)[0]
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             x = x.to(self.pipe.unet.dtype).contiguous(memory_format=memory_format(self.device))
             eps: Tensor = self.pipe.unet(x, t, encoder_hidden_states=text).sample
             return eps
 
-        weight = partial(capped_v_weight, maximum=max_loss_weight)
-        return denoising_loss(network, batch.x0, batch.eps, batch.t, self.alpha_bar, weight=weight)
+        weight, fp16 = partial(capped_v_weight, maximum=max_loss_weight), self.pipe.unet.dtype == torch.float16
+        with autocast(self.device, "fp16" if fp16 else "fp32"):  # with weights in fp16, norms and softmax stay in fp32
+            with self.embeddings.noise(batch.embedding_noise):
+                text = self.pipe.text_encoder(batch.tokens)[0]
+            return denoising_loss(network, batch.x0, batch.eps, batch.t, self.alpha_bar, weight=weight)
 
     @torch.no_grad()
     def cap_norms(self, max_norm: float) -> None:

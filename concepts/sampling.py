@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from concepts.embeddings import encode
-from concepts.stable_diffusion import ModelDims
+from concepts.stable_diffusion import ModelDims, run_autoencoder
 from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.noise import draw, generators
 from diffusion.samplers import ALL, Generators, Nudge, ddim, dpm_solver, unchanged
@@ -23,6 +23,7 @@ from runtime.distributed import ALONE, Shard
 from runtime.images import to_uint8
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 Solver = Literal["dpm", "sde", "ddim"]
@@ -146,9 +147,9 @@ class StableDiffusionSampler:
     def encode(self, images: Tensor) -> Tensor:
         """Return the posterior means [N,4,h,w] float32 of images [N,3,H,W] in -1..1; large images go one at a time."""
         vae = self.pipe.vae
-        pieces = images.to(vae.device, vae.dtype).split(1 if images[0].numel() > IMAGE else len(images))
+        pieces = images.split(1 if images[0].numel() > IMAGE else len(images))
         scaling: float = vae.config.scaling_factor
-        return torch.cat([vae.encode(piece).latent_dist.mean.float() for piece in pieces]) * scaling
+        return torch.cat([run_autoencoder(vae, encoded_mean, piece) for piece in pieces]) * scaling
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -157,10 +158,21 @@ class StableDiffusionSampler:
         Large images go one at a time, since the decoder takes most memory.
         """
         vae = self.pipe.vae
-        scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-        pieces = scaled.split(1 if latents[0].numel() > LATENT else len(latents))
-        images = torch.cat([vae.decode(piece).sample.float() for piece in pieces])
+        pieces = (latents / vae.config.scaling_factor).split(1 if latents[0].numel() > LATENT else len(latents))
+        images = torch.cat([run_autoencoder(vae, decoded, piece) for piece in pieces])
         return to_uint8(images).cpu()
+
+
+def encoded_mean(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the posterior means of images, both in the autoencoder's dtype."""
+    mean: Tensor = vae.encode(images).latent_dist.mean
+    return mean
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Return the images of latents, both in the autoencoder's dtype."""
+    images: Tensor = vae.decode(latents).sample
+    return images
 
 
 def generate_batches(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from concepts.single_file import UNET, VAE, load_parts, make_scheduler, make_tokenizer, open_checkpoint
 from runtime.cli import BadInput
+from runtime.device import HALF
 from runtime.files import foreign_file, header_error, list_files, read_json, read_object
 from runtime.hub import first_line, hub_answers, is_hub_name, only_variant, quiet_libraries
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -145,19 +148,28 @@ def load_tokenizer(model: str) -> CLIPTokenizer | None:
 
 
 def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.device, precision: str) -> None:
-    """Replace attention in bf16 on CPUs by plain products and a softmax.
+    """Replace attention in half precision on CPUs by plain products and a softmax.
 
-    The fused kernel's backward pass is six times slower there than in fp32, half of a whole training step.
+    In bf16 the fused kernel's backward pass is six times slower there than in fp32, half of a whole training step.
     """
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
 
-    if device.type != "cpu" or precision != "bf16":
+    if device.type != "cpu" or precision not in HALF:
         return
     if isinstance(network, CLIPTextModel):
         network.set_attn_implementation("eager")
     else:
         network.set_attn_processor(AttnProcessor())
+
+
+def run_autoencoder(vae: AutoencoderKL, work: Callable[[AutoencoderKL, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return work(vae, x) in float32, computed in the autoencoder's dtype; rows of x that overflow in fp16 are computed in fp32."""
+    x = x.to(vae.device)
+    result = work(vae, x.to(vae.dtype)).float()
+    if vae.dtype == torch.float16 and (overflow := ~result.flatten(1).isfinite().all(1)).any():
+        result[overflow] = work(copy.deepcopy(vae).float(), x[overflow].float())
+    return result
 
 
 # ---------------------------------------------------------------- the hub

@@ -64,7 +64,7 @@ class Model:
 
 
 def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: Labels | None = None) -> Model:
-    """Load the model that `source` names, in `dtype` (float32 or bfloat16), channels_last, without gradients.
+    """Load the model that `source` names, in `dtype` (float32, bfloat16 or float16), channels_last, without gradients.
 
     Raise BadInput for a file of another kind, and for labels that the model does not take.
     """

@@ -18,7 +18,7 @@ from faces.models import SHIPPED_FACES, Labels, Model, load_model
 from faces.noises import SEEDS, Noise
 from runtime.batches import even_batch, in_batches
 from runtime.cli import BadInput, Seed, progress_bar
-from runtime.device import AutoOnOff, Device, Machine, set_up, should_compile
+from runtime.device import DTYPES, AutoOnOff, Device, Machine, set_up, should_compile
 from runtime.distributed import ALONE, Shard
 from runtime.images import check_finite
 from runtime.seeds import distinct_seeds
@@ -55,7 +55,7 @@ class SamplingArgs:
     """P1 checkpoints: guidance scale, uncond + scale * (cond - uncond). None = the checkpoint's."""
     batch: int = 0
     """Images at once. 0 = all on a GPU, halved when memory runs out; on a CPU as many pixels as four 256x256 images."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Grading needs fp32."""
     compile: AutoOnOff = "off"
     """torch.compile. It takes a minute and gains nothing in fp32 on a CPU."""
@@ -87,8 +87,7 @@ def open_model(args: SamplingArgs, machine: Machine) -> Model:
     """Load the model of the flags in their precision, compiled where they say so."""
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise BadInput(f"--guidance {args.guidance}: must be a finite number")
-    precision = set_up(args.precision, machine)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[set_up(args.precision, machine)]
     model = load_model(args.model, machine.device, dtype, Labels(args.digit, args.domain, args.guidance))
     if should_compile(args.compile, machine):
         model.network.compile()

@@ -70,7 +70,7 @@ class TrainAutoencoder(TrainingFlags):
     grade: int = 1000
     """Fresh images on which the finished autoencoder is graded."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware has it, else fp32."""
+    """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile; auto: where it pays."""
 
@@ -133,7 +133,7 @@ def train(settings: TrainAutoencoder) -> None:
 
     # the run: continues from its checkpoint where there is one
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.6)
-    config = settings.loop("miniature autoencoder", lr, compiled=compiled)
+    config = settings.loop("miniature autoencoder", lr, precision=precision, compiled=compiled)
     facts = settings.facts(WEIGHTS, "channels", "kl", world=world_fingerprint(ANY_PAIR))
     run = TrainingRun(config, facts, Trained(network, adamw, ema), record)
 
@@ -141,7 +141,7 @@ def train(settings: TrainAutoencoder) -> None:
         seeds = [derived_seed(settings.seed, TRAINED, step, index) for index in range(settings.batch)]
         x = random_images(seeds, device)
         noise = Draws(settings.seed, step, slice(settings.batch), settings.batch, device).normal(4, 16, 16)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with run.autocast():
             reconstruction, kl = network(x, noise)
         error = reconstruction.float() - x
         run.update(error.abs().mean() + error.square().mean() + settings.kl * kl)

@@ -83,7 +83,7 @@ class TrainClip(TrainingFlags):
     workers: int = -1
     """Processes that render; -1 = one less than there are cores, at most 8; 0 = render between the steps."""
     precision: Precision = "auto"
-    """Precision of the towers; auto: bf16 where the hardware has it. The loss is in fp32."""
+    """Precision of the towers; auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32. The loss is in fp32."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
@@ -126,7 +126,7 @@ def train(settings: TrainClip) -> None:
         raise BadInput("--lock-text: name the model with that tower by --init")
     check_writable_folder(settings.output)
     machine = detect(settings.device)
-    half = set_up(settings.precision, machine, training=True) == "bf16"
+    precision = set_up(settings.precision, machine, training=True)
     device, record = machine.device, Record(settings, machine)
 
     # the model, its average, the heads of the auxiliary losses, and the optimizer
@@ -155,7 +155,7 @@ def train(settings: TrainClip) -> None:
     )
     trained = Trained(model, optimizer, ema, {"patch_loss": patch_loss, "style_loss": style_loss})
     lr = LearningRate(settings.lr, settings.steps // 20, 0.9, "cosine")
-    run = TrainingRun(settings.loop("miniature clip", lr), facts, trained, record)
+    run = TrainingRun(settings.loop("miniature clip", lr, precision), facts, trained, record)
     data: Any = ClipBatches(settings.seed, settings.batch, settings.size.patch)  # a map-style data set without a length
     workers = settings.workers if settings.workers >= 0 else min(8, len_cores() - 1)
     left: Any = range(run.step, settings.steps)
@@ -165,7 +165,7 @@ def train(settings: TrainClip) -> None:
         batch = next(batches)
         x, is_true, never = to_float(batch.images.to(device)), batch.is_true.to(device), batch.never.to(device)
         encoded = tokenizer(batch.texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with run.autocast():
             images, texts, scale = forward(model, x, encoded["input_ids"].to(device))
         loss = contrastive_loss(images.float(), texts.float(), scale, is_true)
         if settings.parts:

@@ -115,7 +115,7 @@ class TrainDiffusion(TrainingFlags):
     show_every: int = 1000
     """Steps between two sheets of images; 0 = none."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware has it, else fp32."""
+    """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile; auto: where it pays."""
 
@@ -161,7 +161,7 @@ def train(settings: TrainDiffusion) -> None:
     check_training(settings)
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine, training=True)
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=machine.device.type == "cpu")
+    accelerator = Accelerator(mixed_precision="no", cpu=machine.device.type == "cpu")  # devices and processes only
     device = accelerator.device
     share = process_rows(settings.batch, accelerator.process_index, accelerator.num_processes)
     record = Record(settings, replace(machine, device=device))
@@ -203,7 +203,7 @@ def train(settings: TrainDiffusion) -> None:
         latents=file_fingerprint(cache / "facts.json"),  # holds what decides them: world and autoencoder
         clip=weights_fingerprint(tower),
     )
-    config = settings.loop("miniature diffusion model", lr, compiled=compiled)
+    config = settings.loop("miniature diffusion model", lr, precision, compiled=compiled)
     run = TrainingRun(config, facts, Trained(unet, optimizer, ema), record, accelerator)
 
     def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def train(settings: TrainDiffusion) -> None:
         x0 = data.sample(rows, draws.normal(*data.moments.shape[2:]))
         t, eps = draws.timesteps(len(alpha_bar)), draws.normal(*x0.shape[1:])
         tokens = data.captions(rows, draws.uniform() < settings.drop_text, no_text)
-        with accelerator.autocast():
+        with run.autocast():
             with torch.no_grad():  # 7 % of a step on a CPU; kept for every caption, states would take 20 KB each
                 text = tower(tokens).last_hidden_state
             loss = denoising_loss(partial(predict, text=text), x0, eps, t, alpha_bar, "eps", weight)

@@ -75,7 +75,7 @@ class TrainFaces(TrainingFlags):
     draw_every: int = 1000
     """Steps between two sheets of sampled faces, in the run folder and TensorBoard; 0 = at the end only."""
     precision: Precision = "auto"
-    """auto: bf16 on a GPU that has it, else fp32; on a CPU these few channels are several times slower in bf16."""
+    """auto: bf16 on a GPU that has it, else fp16 on CUDA, else fp32; on a CPU these few channels are several times slower in bf16."""
     compile: AutoOnOff = "auto"
     """torch.compile; auto: on a GPU."""
 
@@ -137,7 +137,9 @@ def train(settings: TrainFaces) -> None:
     # the run: continues from its checkpoint where there is one
     facts = settings.facts(WEIGHTS, "images", "channels", "blocks", "gamma", world=world_fingerprint())
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.7)
-    run = TrainingRun(settings.loop("face model", lr, compiled=compiled), facts, Trained(unet, adamw, ema), record)
+    run = TrainingRun(
+        settings.loop("face model", lr, precision, compiled=compiled), facts, Trained(unet, adamw, ema), record
+    )
     parameters = sum(p.numel() for p in unet.parameters())
     log(
         f"{parameters / 1e6:.1f} M parameters, {precision}, on {machine.name}; {settings.images:,} faces; "
@@ -145,7 +147,7 @@ def train(settings: TrainFaces) -> None:
     )
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with run.autocast():
             eps: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
         return eps.float()
 

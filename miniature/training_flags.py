@@ -54,11 +54,15 @@ class TrainingFlags:
         init = {"init": file_fingerprint(self.init / weights) if self.init else None}
         return {name: getattr(self, name) for name in ("batch", "lr", "ema", "seed", *names)} | init | more
 
-    def loop(self, kind: str, lr: LearningRate, max_grad_norm: float = 1.0, compiled: bool = False) -> LoopConfig:
+    def loop(
+        self, kind: str, lr: LearningRate, precision: str = "fp32", max_grad_norm: float = 1.0, compiled: bool = False
+    ) -> LoopConfig:
         """Return how the shared loop runs this training."""
         often = self.log_every, self.save_every
         elsewhere = "--run OTHER (with --init to start from trained weights)"
-        return LoopConfig(kind, self.run, self.steps, self.batch, lr, max_grad_norm, *often, compiled, elsewhere)
+        return LoopConfig(
+            kind, self.run, self.steps, self.batch, lr, max_grad_norm, *often, compiled, elsewhere, precision=precision
+        )
 
 
 def save_sheet(run: TrainingRun, sheet: Tensor) -> None:

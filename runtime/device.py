@@ -21,7 +21,9 @@ from torch import nn
 from runtime.cli import BadInput, log
 
 COMPILE_STEPS = 500  # of training: fewer are done before compiling is
-Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = ("bf16", "fp16")
 AutoOnOff = Literal["auto", "on", "off"]
 Network = TypeVar("Network", bound=nn.Module)
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -85,12 +87,20 @@ def processor_name() -> str:
 
 
 def resolve_precision(precision: Precision, machine: Machine) -> str:
-    """Return fp32, tf32 or bf16; auto is bf16 where it is native, else fp32. Raise BadInput for tf32 without CUDA."""
+    """Return fp32, tf32, bf16 or fp16; auto is bf16 where it is native, else fp16 on CUDA, else fp32.
+
+    Raise BadInput for tf32 without CUDA.
+    """
     if precision == "tf32" and machine.device.type != "cuda":
         raise BadInput(f"--precision tf32 needs a CUDA device, this is {machine.device}")
     if precision == "auto":
-        return "bf16" if machine.native_bf16 else "fp32"
+        return "bf16" if machine.native_bf16 else "fp16" if machine.device.type == "cuda" else "fp32"
     return precision
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a block whose matrix products and convolutions compute in bf16 or fp16; in fp32 and tf32 it changes nothing."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision in HALF)
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -114,13 +124,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def set_up(precision: Precision, machine: Machine, training: bool = False) -> str:
     """Resolve the precision and prepare the process for it: TF32 on CUDA, freed memory kept on a CPU.
 
-    `training` turns off the fused attention kernel in bf16 on a CPU, where its backward pass is six times slower than in fp32.
+    `training` turns off the fused attention kernel in half precision on a CPU: in bf16 its backward pass is six times slower than in fp32.
     """
     resolved = resolve_precision(precision, machine)
     allow_tf32(resolved == "tf32")
     if machine.device.type == "cpu":
         keep_freed_memory(True)
-        torch.backends.cuda.enable_flash_sdp(not (training and resolved == "bf16"))  # applies to CPUs too
+        torch.backends.cuda.enable_flash_sdp(not (training and resolved in HALF))  # applies to CPUs too
     return resolved
 
 

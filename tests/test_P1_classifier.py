@@ -469,7 +469,10 @@ def test_every_flag_that_decides_the_classifier_does_what_a_plain_loop_does_with
     assert distance(file.network.state_dict(), stored) < 1e-3  # these values of the flags move the weights by 0.2 to 30
 
 
-def test_bf16_computes_in_it_and_stores_fp32_vectors(digits_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_computes_in_it_and_stores_fp32_vectors(
+    precision: Any, dtype: torch.dtype, digits_folder: Path, tmp_path: Path
+) -> None:
     types = set()
 
     def record_type(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -479,10 +482,12 @@ def test_bf16_computes_in_it_and_stores_fp32_vectors(digits_folder: Path, tmp_pa
     hook = torch.nn.modules.module.register_module_forward_hook(record_type)
     try:
         settings = Train("svhn", data=digits_folder, output=tmp_path, epochs=1, batch=10, device="cpu")
-        train(replace(settings, precision="bf16"))
+        train(replace(settings, precision=precision))
     finally:
         hook.remove()
-    assert types == {torch.bfloat16}
+    assert types == {dtype}
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert ("loss_scale" in metrics) == (precision == "fp16")
     assert load_safetensors(tmp_path / "classifier.safetensors")[0]["network.1.bias"].dtype == torch.float32
 
 
@@ -801,7 +806,7 @@ def test_classifiers_of_all_domains_may_be_named_at_once(
 HELD_BY = {
     "output": test_training_writes_a_classifier_that_loads_and_the_same_seed_gives_the_same_file,
     "save_every": test_checkpoints_come_as_often_as_asked,
-    "precision": test_bf16_computes_in_it_and_stores_fp32_vectors,
+    "precision": test_half_precision_computes_in_it_and_stores_fp32_vectors,
     "device": test_an_absent_device_is_named,
     "folder": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
     "record": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,

@@ -266,16 +266,19 @@ def test_every_flag_that_decides_the_pictures_does_what_a_plain_loop_does_with_i
         assert np.abs(pictures[name] - plain_digit(name, **usual)).max() > 5
 
 
-def test_bf16_gives_nearly_the_same_pictures(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_gives_nearly_the_same_pictures(
+    precision: str, dtype: torch.dtype, models: dict[str, Path], tmp_path: Path
+) -> None:
     types = set()
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, _, output: types.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
     )
     try:
-        draw(tmp_path / "out", model=models["usual"], digits=("3",), steps=None, precision="bf16")
+        draw(tmp_path / "out", model=models["usual"], digits=("3",), steps=None, precision=precision)
     finally:
         hook.remove()
-    assert types == {torch.bfloat16}
+    assert types == {dtype}
     for name, picture in pixels(tmp_path / "out").items():
         assert np.abs(picture - plain_digit(name, model=models["usual"])).mean() < 5
 
@@ -477,7 +480,7 @@ HELD_BY = {
     "classifiers": test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none,
     "batch": test_another_batch_changes_no_image_by_more_than_one_grey_level,
     "device": test_bad_input_is_named_and_nothing_written,
-    "precision": test_bf16_gives_nearly_the_same_pictures,
+    "precision": test_half_precision_gives_nearly_the_same_pictures,
     "grid": test_the_grid_has_a_row_per_domain_and_digit,
     "record": test_the_record_and_the_grid_lie_outside_the_graded_folder,
     "dry_run": test_a_dry_run_checks_and_writes_nothing,

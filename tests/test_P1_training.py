@@ -440,8 +440,13 @@ def test_compiled_layers_train_to_the_same_weights(
 
 
 @pytest.mark.usefixtures("ungraded")
-def test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights(
-    tmp_path: Path, lesson: dict[str, Path], usual: tuple[dict[str, Tensor], dict[str, Tensor]]
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_computes_in_it_and_trains_to_nearly_the_same_weights(
+    precision: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    lesson: dict[str, Path],
+    usual: tuple[dict[str, Tensor], dict[str, Tensor]],
 ) -> None:
     types = set()
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -449,10 +454,11 @@ def test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights(
     )
     flags: dict[str, Any] = {"data": lesson["usual_data"], "init": lesson["usual_init"], "steps": 6}
     try:
-        train(output=tmp_path, **flags, precision="bf16")
+        metrics = train(output=tmp_path, **flags, precision=precision)["metrics"]
     finally:
         hook.remove()
-    assert types == {torch.bfloat16}
+    assert types == {dtype}
+    assert ("loss_scale" in metrics) == (precision == "fp16")
     assert distance(weights(tmp_path), usual[0]) < 0.2 * distance(load_file(lesson["usual_init"]), usual[0])
 
 
@@ -634,7 +640,7 @@ def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:
 HELD_BY = {
     "output": test_the_loss_falls_and_the_run_folder_is_complete,
     "device": test_bad_input_is_named,
-    "precision": test_bf16_computes_in_it_and_trains_to_nearly_the_same_weights,
+    "precision": test_half_precision_computes_in_it_and_trains_to_nearly_the_same_weights,
     "compile": test_compiled_layers_train_to_the_same_weights,
     "classifiers": test_named_classifiers_grade_in_the_place_of_the_shipped_ones,
     "eval_every": test_the_best_of_the_second_grading_becomes_the_result,

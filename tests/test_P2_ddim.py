@@ -256,9 +256,10 @@ def test_every_rule_and_range_is_that_of_the_plain_loop(run: Any, p1: str, rule:
     assert np.abs(run(seeds="0", **flags)["00"] - expected).max() <= 1
 
 
-def test_bf16_gives_nearly_the_same_picture(run: Any) -> None:
-    one, other = run("fp32", seeds="0")["00"], run("bf16", seeds="0", precision="bf16")["00"]
-    assert 0 < np.square(one - other).mean() < 20
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 20), ("fp16", 1)])
+def test_half_precision_gives_nearly_the_same_picture(run: Any, precision: str, most: float) -> None:
+    one, other = run("fp32", seeds="0")["00"], run("half", seeds="0", precision=precision)["00"]
+    assert 0 < np.square(one - other).mean() < most
 
 
 def test_a_compiled_network_is_compiled_once_and_draws_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -812,7 +813,7 @@ def test_an_exported_model_draws_the_same_pictures_and_exporting_draws_none(
 HELD_BY = {
     "output": test_a_part_of_the_job_gives_the_same_pictures,
     "batch": test_another_batch_changes_no_picture_by_more_than_one_grey_level,
-    "precision": test_bf16_gives_nearly_the_same_picture,
+    "precision": test_half_precision_gives_nearly_the_same_picture,
     "compile": test_a_compiled_network_is_compiled_once_and_draws_the_same,
     "device": test_flags_that_make_no_sense_are_named,
     "reference": test_a_reference_gives_a_table_and_a_record,

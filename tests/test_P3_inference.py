@@ -746,7 +746,7 @@ def the_batch_limits_images_at_once_and_changes_none(script: Script) -> None:
 
 
 def another_precision_stays_near(script: Script) -> None:
-    """bf16 has 8 bits of precision: within 5 grey levels on average; fp32 is exact."""
+    """bf16 has 8 bits of precision, fp16 11: within 5 and 1 grey levels on average; fp32 is exact."""
     precisions, load = [], load_pipeline
 
     def recording(model: str, device: Any, dtype: Any) -> Any:
@@ -754,10 +754,11 @@ def another_precision_stays_near(script: Script) -> None:
         return load(model, device, dtype)
 
     script.patch.setattr("P3_inference.load_pipeline", recording)
-    exact, rough = (script.run(precision=precision)["0_0.png"] for precision in ("fp32", "bf16"))
-    assert precisions == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+    exact, rough, near = (script.run(precision=precision)["0_0.png"] for precision in ("fp32", "bf16", "fp16"))
+    assert precisions == [(CPU, torch.float32), (CPU, torch.bfloat16), (CPU, torch.float16)]
     assert_near(exact, by_diffusers(script.model, "a red star", derived_seed(0, 0, 0)))
     assert (exact - rough).abs().float().mean() < 5
+    assert (exact - near).abs().float().mean() < 1
 
 
 def the_device_is_used_and_recorded(script: Script) -> None:

@@ -415,7 +415,7 @@ def device_flag(trial: Trial) -> None:
 
 
 def precision_flag(trial: Trial) -> None:
-    """In bf16, the frozen parts are bf16 and the vectors float32; they move the same way."""
+    """In bf16 and fp16, the frozen parts are in it and the vectors float32; they move the same way."""
     pipes: list[Any] = []
 
     def load(*arguments: Any) -> Any:
@@ -424,17 +424,20 @@ def precision_flag(trial: Trial) -> None:
 
     trial.patch.setattr(P3_textual_inversion, "load_pipeline", load)
     start, changes = prepared(trial.model, ConceptSet(TOKEN, trial.images, "star"))[0].learned()[TOKEN], []
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         chosen = trial.train(precision=precision, lr=0.1)
         pipe = pipes[-1]
         frozen = [pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.get_input_embeddings().weight.dtype]
         assert frozen == [dtype] * 3
         assert chosen.run
-        assert record_of(chosen.run)["metrics"]["precision"] == precision
+        metrics = record_of(chosen.run)["metrics"]
+        assert metrics["precision"] == precision
+        assert ("loss_scale" in metrics) == (precision == "fp16")
         assert vectors_of(chosen.output).dtype == torch.float32
         changes.append((vectors_of(chosen.output) - start).flatten())
-    exact, rounded = changes
+    exact, rounded, near = changes
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.9
+    assert torch.cosine_similarity(exact, near, dim=0) > 0.99
 
 
 def compile_flag(trial: Trial) -> None:

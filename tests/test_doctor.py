@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 import doctor
 from digits.recipes import RECIPES
 from digits.sampling import DigitSampler
-from runtime.device import Machine, detect
+from runtime.device import AutoOnOff, Machine, detect, resolve_precision
 from runtime.files import ROOT
 
 ELSEWHERE = Machine(torch.device("meta"), "a device that computes nothing", False, False)
@@ -32,8 +34,8 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
 
     monkeypatch.setattr(DigitSampler, "expected_seconds", expected)
     monkeypatch.setattr(doctor, "face_minutes", lambda _: 33.0)
-    monkeypatch.setattr(doctor, "training_minutes", lambda machine, preset: {"cpu": 240.0}[preset])
-    doctor.main(doctor.Settings(data=tmp_path, device="cpu"))
+    monkeypatch.setattr(doctor, "training_minutes", lambda machine, preset, compiled: {"cpu": 240.0}[preset])
+    doctor.main(doctor.Settings(data=tmp_path, device="cpu", compile="off"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("device   cpu: ")
     data = {line.split()[1]: line.split()[2] for line in lines if line.startswith("data ")}
@@ -47,6 +49,100 @@ def test_files_are_found_or_absent_and_times_are_in_minutes(
     assert drawn == [(100, 1000)]  # the script's batch on a CPU, and the grader's images
     assert [line.split("minutes")[0].split()[-1] for line in lines if "hw2_2.sh" in line] == ["33"]
     assert [line.split("minutes")[0].split()[-1] for line in lines if "P1_training.py" in line] == ["240"]
+    assert f"(preset cpu, {resolve_precision('auto', detect('cpu'))}, eager)" in lines[-1]
+
+
+def test_the_training_is_measured_compiled_where_the_training_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, measured = [], []
+
+    def should_compile(choice: str, machine: Machine, worthwhile: bool) -> bool:
+        asked.append((choice, worthwhile))
+        return choice == "on"
+
+    def training_minutes(machine: Machine, preset: str, compiled: bool) -> float:
+        measured.append(compiled)
+        return 1.0
+
+    monkeypatch.setattr(doctor, "should_compile", should_compile)
+    monkeypatch.setattr(doctor, "face_minutes", lambda _: 33.0)
+    monkeypatch.setattr(DigitSampler, "expected_seconds", lambda *_: 270.0)
+    monkeypatch.setattr(doctor, "training_minutes", training_minutes)
+    choices: tuple[AutoOnOff, ...] = ("on", "auto")
+    for choice in choices:
+        doctor.main(doctor.Settings(device="cpu", compile=choice))
+    assert asked == [("on", True), ("auto", True)]  # thousands of steps are worth the minute
+    assert measured == [True, False]
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_training_step_is_measured_in_the_precision_of_auto(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = set()
+    monkeypatch.setattr(doctor, "seconds", lambda work, device: work() or 0.5)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: types.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
+    )
+    try:
+        doctor.training_minutes(Machine(torch.device("cpu"), "", native, False), "tiny", compiled=False)
+    finally:
+        hook.remove()
+    assert types == {dtype}
+
+
+SMI = "GPU 0: Tesla T4 (UUID: GPU-1)\nGPU 1: Tesla V100 (UUID: GPU-2)\n"
+OLD = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update your driver"
+
+
+@pytest.mark.parametrize(
+    ("listed", "cuda", "error", "expected"),
+    [
+        ("", None, "", ""),
+        (
+            SMI,
+            None,
+            "",
+            f"Tesla T4: torch {torch.__version__} is built without CUDA; install one from pytorch.org that has it",
+        ),
+        (SMI, "13.0", OLD, "Tesla T4: The NVIDIA driver on your system is too old (found version 11040)."),
+        (SMI, "13.0", "", ""),
+    ],
+)
+def test_a_gpu_that_this_torch_cannot_use_is_named_with_the_reason(
+    listed: str, cuda: str | None, error: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = torch.ones
+
+    def on_gpu(count: int, device: str) -> Tensor:
+        assert device == "cuda"
+        if error:
+            raise RuntimeError(error)
+        return ones(count)
+
+    monkeypatch.setattr("doctor.shutil.which", lambda _: "nvidia-smi")
+    monkeypatch.setattr("doctor.subprocess.run", lambda *_, **__: SimpleNamespace(stdout=listed))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "ones", on_gpu)
+    assert doctor.unusable_gpu() == expected
+
+
+def test_without_nvidias_driver_no_gpu_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doctor.shutil.which", lambda _: None)
+    assert doctor.unusable_gpu() == ""
+
+
+def test_where_the_gpu_is_unusable_the_cpu_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "unusable_gpu", lambda: "Tesla T4: too old a driver")
+    monkeypatch.setattr("runtime.device.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "face_minutes", lambda _: 33.0)
+    monkeypatch.setattr(DigitSampler, "expected_seconds", lambda *_: 270.0)
+    monkeypatch.setattr(doctor, "training_minutes", lambda *_: 1.0)
+    doctor.main(doctor.Settings(compile="off"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("device   cpu: ")
+    assert lines[1] == "gpu      not usable: Tesla T4: too old a driver"
 
 
 def test_minutes_are_scaled_up_from_measured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +150,7 @@ def test_minutes_are_scaled_up_from_measured_steps(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "seconds", lambda work, device: 0.5)
     recipe, machine = RECIPES["tiny"], detect("cpu")
     share = recipe.batch / min(16, recipe.batch)
-    assert doctor.training_minutes(machine, "tiny") == pytest.approx(0.5 * share * recipe.steps / 60)
+    assert doctor.training_minutes(machine, "tiny", compiled=False) == pytest.approx(0.5 * share * recipe.steps / 60)
     layer = 2 * 9 * 128**2 * 256**2 / 1e9
     assert doctor.face_minutes(machine) == pytest.approx(0.5 * (496 / layer) * 50 * 10 / 60)
 
@@ -81,9 +177,10 @@ def test_a_training_step_is_measured_on_the_device_and_a_cpu_gets_16_images_at_m
     preset: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "UNet", Recorder)
+    monkeypatch.setattr(doctor, "autocast", lambda *_: nullcontext())  # there is none for such a device
     monkeypatch.setattr(doctor, "seconds", lambda work, device: work() or 0.5)
     monkeypatch.setattr(Recorder, "calls", [])
-    doctor.training_minutes(ELSEWHERE, preset)
+    doctor.training_minutes(ELSEWHERE, preset, compiled=False)
     assert Recorder.calls == [[(batch, 3, 28, 28), *[(batch,)] * 3]]
 
 

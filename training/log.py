@@ -50,10 +50,11 @@ class TrainingLog:
             self.bar = progress(range(self.total), self.title, initial=self.first, total=self.total)
         self.since = time.perf_counter()
 
-    def add(self, loss: Tensor, images: int) -> None:
-        """Accumulate a detached loss on the device."""
-        self.sum = self.sum + loss
-        self.count, self.images = self.count + 1, self.images + images
+    def add(self, loss: Tensor | None, images: int) -> None:
+        """Accumulate a detached loss on the device. None = a skipped step, which the mean leaves out."""
+        if loss is not None:
+            self.sum, self.count = self.sum + loss, self.count + 1
+        self.images += images
         if self.bar is not None:
             self.bar.update()
 

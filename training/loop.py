@@ -2,11 +2,15 @@
 
 run = TrainingRun(config, facts, Trained(network, optimizer, ema), record)
 for step in run:                    # stops on a signal, saves, measures the speed
-    loss = ...                      # a function of (seed, step, rank)
+    with run.autocast():            # to bf16 or fp16
+        loss = ...                  # a function of (seed, step, rank)
     run.update(loss)                # backward, clip, learning rate, optimizer step, EMA, finite check
     if run.every(1000):
         ...                         # evaluation; its time does not count as training
 run.finish(accuracy=0.9)            # record.json; exit code 130 after a signal
+
+In fp16 the loss is scaled, and a step whose gradients overflow changes neither weights, optimizer nor EMA. It counts as a step: data,
+noise and learning rate stay functions of the step number.
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.cli import BadInput, log
+from runtime.device import autocast
 from runtime.record import Record
 from training.checkpoint import load_state, save_state
 from training.ema import Ema
 from training.log import TrainingLog
+from training.loss_scaling import LossScaler
 from training.schedule import LearningRate
 from training.signals import stop_signals
 
@@ -52,6 +58,7 @@ class LoopConfig:
     compiled: bool = False  # then the first step's time is reported on its own line
     elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
     show: bool = True  # progress bar, TensorBoard, and the estimate of the time to go
+    precision: str = "fp32"  # of `TrainingRun.autocast`; fp16 scales the loss
 
 
 @dataclass
@@ -96,6 +103,8 @@ class TrainingRun:
         agreement = dist.new_group(timeout=timedelta(days=7), backend="gloo") if several else None
         self.agreement = cast(dist.ProcessGroup | None, agreement)
         self.interrupted = False
+        self.device = next(trained.network.parameters()).device
+        self.scaler = LossScaler(self.device, config.precision)
         self.step, self.resumed = 0, resume and self.checkpoint.is_file()
         if self.resumed:
             self._restore(load_state(self.checkpoint, config.kind))
@@ -111,6 +120,7 @@ class TrainingRun:
         """Write everything that resuming needs; random numbers follow from seed and step."""
         if self.is_main:
             parts = {name: part.state_dict() for name, part in self.trained.parts().items()}
+            parts |= {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
             state = {"kind": self.config.kind, "facts": self.facts, "step": self.step, "steps": self.config.steps}
             save_state(
                 self.checkpoint, state | {"history": self.history, "timings": self.record.timings, "parts": parts}
@@ -132,6 +142,8 @@ class TrainingRun:
         try:
             for name, part in self.trained.parts().items():
                 part.load_state_dict(state["parts"][name])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["parts"].get("scaler", {}))
         except (KeyError, RuntimeError, ValueError):
             raise BadInput(
                 f"{self.checkpoint} is of another layout or damaged: move it away, or give {self.config.elsewhere}"
@@ -183,8 +195,12 @@ class TrainingRun:
         dist.all_reduce(flags, dist.ReduceOp.MAX, self.agreement)
         return bool(flags)
 
+    def autocast(self) -> torch.autocast:
+        """Return the block in which networks compute in the configured precision."""
+        return autocast(self.device, self.config.precision)
+
     def update(self, losses: Tensor | Iterable[Tensor], after_step: Callable[[], None] | None = None) -> None:
-        """Take one optimizer step.
+        """Take one optimizer step, unless the gradients overflow in fp16.
 
         Several `losses` are computed and propagated one after another, and their gradients add up.
         `after_step` runs between the optimizer step and the EMA update, to constrain the weights.
@@ -192,7 +208,8 @@ class TrainingRun:
         config, trained = self.config, self.trained
         total = torch.zeros(())
         for loss in [losses] if isinstance(losses, Tensor) else losses:
-            self.accelerator.backward(loss) if self.accelerator else loss.backward()
+            scaled: Tensor = self.scaler.scale(loss)
+            self.accelerator.backward(scaled) if self.accelerator else scaled.backward()
             total = total.to(loss.device) + loss.detach()
         if self.accelerator and trained.average_gradients:
             for parameter in trained.network.parameters():
@@ -200,23 +217,27 @@ class TrainingRun:
 
         for group in trained.optimizer.param_groups:
             group["lr"] = config.lr.at(self.step, config.steps)
+        self.scaler.unscale_(trained.optimizer)
         if math.isfinite(config.max_grad_norm):
             nn.utils.clip_grad_norm_(trained.network.parameters(), config.max_grad_norm)
-        trained.optimizer.step()
+        taken = self.scaler.take_step(trained.optimizer)
         trained.optimizer.zero_grad()
-        if after_step:
+        if after_step and taken:
             after_step()
-        if trained.ema:
+        if trained.ema and taken:
             trained.ema.update_parameters(trained.network)
 
         self.step += 1
-        self.log.add(total, config.batch)
+        self.log.add(total if taken else None, config.batch)
+        if not taken and self.scaler.get_scale() < 1:
+            self._stop("in fp16 the gradients overflow")
         if config.compiled and self.step == self.log.first + 1:  # it compiles, which is excluded from the speed
             loss, seconds = float(total), time.perf_counter() - self.step_started  # waits for the device first
             self.record.timings["first_step"] = seconds
             self.log.exclude_so_far()
             log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
-        if self.every(config.log_every) or self.every(config.save_every):
+        due = self.every(config.log_every) or self.every(config.save_every)
+        if due and self.log.count:  # not only skipped steps
             self._report()  # before saving: a checkpoint must not hold a broken network
         self.log.pause()
 
@@ -224,16 +245,25 @@ class TrainingRun:
         """Show loss and speed; raise BadInput where the loss is not finite."""
         loss, speed = self.log.read()
         if not math.isfinite(loss):
-            left = f"{self.checkpoint} keeps the last good state" if self.checkpoint.is_file() else "nothing is written"
-            raise BadInput(
-                f"the loss is {loss} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32"
-            )
+            self._stop(f"the loss is {loss}")
         first = not self.record.metrics.get("images_per_s")  # of this process, once a step is not left out of the speed
         if self.log.shown and first and speed and not self.done:
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
-        self.record.metrics |= {"loss": loss, "images_per_s": speed}
-        self.log.show(self.step, loss=loss, images_s=speed, lr=self.config.lr.at(self.step, self.config.steps))
+        scaling = self._scaling()
+        self.record.metrics |= {"loss": loss, "images_per_s": speed} | scaling
+        self.log.show(
+            self.step, loss=loss, images_s=speed, lr=self.config.lr.at(self.step, self.config.steps), **scaling
+        )
+
+    def _scaling(self) -> dict[str, float]:
+        if not self.scaler.is_enabled():
+            return {}
+        return {"loss_scale": self.scaler.get_scale(), "skipped_steps": self.scaler.skipped}
+
+    def _stop(self, reason: str) -> NoReturn:
+        left = f"{self.checkpoint} keeps the last good state" if self.checkpoint.is_file() else "nothing is written"
+        raise BadInput(f"{reason} at step {self.step:,}: stopped; {left}. Try a lower --lr or --precision fp32")
 
     # ------------------------------------------------ the end
 
@@ -250,8 +280,10 @@ class TrainingRun:
         """Write record.json; after a signal, name the checkpoint and exit with code 130, once all processes are here."""
         if self.is_main:
             processes = self.accelerator.num_processes if self.accelerator else 1
-            self.record.metrics |= {"step": self.step, "processes": processes, **metrics}
+            self.record.metrics |= {"step": self.step, "processes": processes, **self._scaling(), **metrics}
             self.record.save(self.config.folder / "record.json")
+            if self.scaler.skipped:
+                log(f"{self.scaler.skipped:,} of {self.step:,} steps skipped: their gradients overflowed in fp16")
             if self.interrupted:
                 log(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
         if self.interrupted:

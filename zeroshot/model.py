@@ -18,13 +18,12 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from runtime.cli import BadInput
+from runtime.device import DTYPES
 from runtime.files import foreign_file, load_tensors
 from runtime.hub import first_line, hub
 from runtime.weights import describe, is_safetensors, named_tensors
 from zeroshot.prompts import fillers
 from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
-
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Classifier(NamedTuple):

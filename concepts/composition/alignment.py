@@ -39,6 +39,8 @@ def align_to_references(
     index = {id(layout): row for row, layout in enumerate(distinct)}
     rows = torch.tensor([index[id(layout)] for layout in layouts], device=prompts.device)
     texts = sampler.text(prompts_by_region(layouts)).unflatten(0, (-1, len(layouts)))
+    # a mean over positions and channels, whose gradients of 1e-6 would round to zero in fp16
+    scale = 4096.0 if sampler.pipe.unet.dtype == torch.float16 else 1.0
 
     def nudge(x: Tensor, t: int) -> Tensor:
         step = sampler.step_of(t)
@@ -48,8 +50,8 @@ def align_to_references(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             keys = attention_keys(sampler, x.repeat(len(texts), 1, 1, 1), t, texts.flatten(0, 1))
-            (gradient,) = torch.autograd.grad(key_distance(keys, expected), x)
-        return x.detach() - weight * gradient
+            (gradient,) = torch.autograd.grad(key_distance(keys, expected) * scale, x)
+        return x.detach() - weight * gradient / scale
 
     return nudge
 

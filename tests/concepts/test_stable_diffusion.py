@@ -19,9 +19,11 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from open_clip.tokenizer import SimpleTokenizer
 from original_layout import Call, hollow, layout, pretended, save_lightning, save_sparse, weight
 from safetensors.torch import load_file, save_file
+from small_pipeline import save_pipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from concepts.sampling import SamplerConfig, StableDiffusionSampler
 from concepts.single_file import make_scheduler, make_tokenizer
 from concepts.stable_diffusion import KINDS, WITHOUT, ModelDims, check_model, load_pipeline, load_tokenizer
 from miniature.diffusion_parts import make_unet
@@ -41,6 +43,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(model: Path | str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     return load_pipeline(str(model), CPU, dtype)
+
+
+def test_an_image_whose_decoding_overflows_in_fp16_is_decoded_in_fp32(tmp_path: Path) -> None:
+    """Of the other image the decoder stays in fp16; the second latent exceeds its range."""
+    pipe = load(save_pipeline(tmp_path), torch.float16)
+    sampler = StableDiffusionSampler(pipe, SamplerConfig())
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents[1] *= 1e6
+    images = sampler.decode(latents)
+    assert pipe.vae.dtype == torch.float16
+    half = sampler.decode(latents[:1])
+    pipe.vae.float()
+    exact = sampler.decode(latents)
+    assert torch.equal(images[1], exact[1])
+    assert (images[0].int() - half[0].int()).abs().max() <= 1
+    assert not torch.equal(images[0], exact[0])
 
 
 def refused(model: Path | str, message: str) -> None:

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from runtime.cli import BadInput
-from runtime.device import AutoOnOff, Machine, Precision, allow_tf32, detect, resolve_precision, set_up, should_compile
+from runtime.device import (
+    AutoOnOff,
+    Machine,
+    Precision,
+    allow_tf32,
+    autocast,
+    detect,
+    resolve_precision,
+    set_up,
+    should_compile,
+)
 from runtime.files import (
     ROOT,
 )
@@ -50,7 +60,9 @@ def test_detect_refuses_a_device_that_does_not_exist() -> None:
         ("auto", "cpu", False, "fp32"),
         ("auto", "cpu", True, "bf16"),
         ("auto", "cuda", True, "bf16"),
-        ("auto", "cuda", False, "fp32"),
+        ("auto", "cuda", False, "fp16"),
+        ("auto", "mps", False, "fp32"),
+        ("fp16", "cpu", False, "fp16"),
         ("bf16", "cpu", False, "bf16"),
         ("fp32", "cuda", True, "fp32"),
         ("tf32", "cuda", True, "tf32"),
@@ -60,6 +72,18 @@ def test_precision_is_as_asked_and_auto_takes_native_bf16(
     asked: Precision, kind: str, native: bool, expected: str
 ) -> None:
     assert resolve_precision(asked, machine(kind, native)) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_autocast_computes_products_in_the_precision(precision: str, dtype: torch.dtype) -> None:
+    x = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), precision):
+        assert (x @ x).dtype == dtype
+        assert (x + x).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
 
 
 def test_tf32_needs_cuda() -> None:

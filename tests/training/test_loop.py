@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +314,115 @@ def test_without_a_checkpoint_a_broken_loss_names_no_file(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+# ---------------------------------------------------------------- fp16
+
+
+def train_with_overflow(run: TrainingRun, stop_at: int | None = None) -> TrainingRun:
+    """Let the gradients of step 1 overflow."""
+    for step in run:
+        run.update(loss_of(run) * (float("inf") if step == 1 else 1))
+        if step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return run
+
+
+@pytest.mark.parametrize("max_grad_norm", [float("inf"), 0.5])
+def test_scaling_the_loss_changes_neither_gradients_nor_their_clipping(tmp_path: Path, max_grad_norm: float) -> None:
+    """Powers of two scale exactly."""
+    plain, scaled = (
+        train(make_run(tmp_path / precision, 5, precision=precision, max_grad_norm=max_grad_norm))
+        for precision in ("fp32", "fp16")
+    )
+    assert plain.trained.network.state_dict() == scaled.trained.network.state_dict()
+
+
+def test_in_fp16_gradients_far_below_its_range_train_as_in_fp32(tmp_path: Path) -> None:
+    """The loss is a millionth, so that unscaled gradients would round to zero."""
+    moves = []
+    for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 1))
+        start = nn.utils.parameters_to_vector(network.parameters()).detach()
+        x = torch.randn(32, 8)
+        config = LoopConfig(
+            "test", tmp_path / precision, 20, 32, LearningRate(1e5, 0, 0.0), log_every=5, precision=precision
+        )
+        trained = Trained(network, torch.optim.SGD(network.parameters()))
+        run = TrainingRun(config, {}, trained, Record(Settings(), detect("cpu")))
+        for _ in run:
+            with run.autocast():
+                output = network(x)
+                assert output.dtype == dtype
+                loss = (output.float() - x.sum(1, keepdim=True)).square().mean()
+            run.update(loss * 1e-6)
+        assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+        moves.append(nn.utils.parameters_to_vector(network.parameters()).detach() - start)
+    exact, half = moves
+    assert exact.norm() > 0.5
+    assert (half - exact).norm() < 0.01 * exact.norm()
+
+
+def test_an_overflow_changes_nothing_but_the_step_number_and_is_counted_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[dict[str, float]] = []
+    monkeypatch.setattr("training.loop.TrainingLog.show", lambda self, step, **values: shown.append(values))
+    run, states, rates = make_run(tmp_path, 4, precision="fp16", lr=LearningRate(0.4, 4, 0.0)), [], []
+    constrained: list[int] = []
+    for step in run:
+        loss = loss_of(run) * (float("inf") if step == 1 else 1)
+        run.update(loss, after_step=partial(constrained.append, step))
+        states.append({name: copy.deepcopy(part.state_dict()) for name, part in run.trained.parts().items()})
+        states[-1]["optimizer"].pop("param_groups")
+        rates.append(run.trained.optimizer.param_groups[0]["lr"])
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    assert states[2]["model"] != states[1]["model"]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert constrained == [0, 2, 3]
+    assert [(values["skipped_steps"], values["loss_scale"]) for values in shown] == [(0, 2**16), (1, 2**15), (1, 2**15)]
+    assert all(values["loss"] < 1.1 for values in shown)
+    run.finish()
+    assert "1 of 4 steps skipped: their gradients overflowed in fp16" in capsys.readouterr().err
+    assert run.record.metrics["skipped_steps"] == 1
+
+
+def test_a_stopped_run_in_fp16_goes_on_to_the_same_weights_and_scale(tmp_path: Path) -> None:
+    whole = train_with_overflow(make_run(tmp_path / "whole", 9, precision="fp16"))
+    train_with_overflow(make_run(tmp_path / "parts", 9, precision="fp16"), stop_at=4)
+    parts = train_with_overflow(make_run(tmp_path / "parts", 9, precision="fp16"))
+    assert parts.resumed
+    for one, other in zip(whole.trained.parts().values(), parts.trained.parts().values(), strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert parts.scaler.state_dict() == whole.scaler.state_dict()
+    assert (parts.scaler.get_scale(), parts.scaler.skipped) == (2**15, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_run_may_go_on_in_another_precision(tmp_path: Path, before: str, after: str) -> None:
+    train(make_run(tmp_path / "changed", 3, precision=before))
+    parts = torch.load(tmp_path / "changed" / "checkpoint.pt", weights_only=True)["parts"]
+    assert set(parts) == {"model", "optimizer", "ema"} | ({"scaler"} if before == "fp16" else set())
+    changed = train(make_run(tmp_path / "changed", 6, precision=after))
+    assert weight_of(changed) == weight_of(train(make_run(tmp_path / "whole", 6)))
+
+
+def test_gradients_that_keep_overflowing_stop_the_run_in_one_line(tmp_path: Path) -> None:
+    train(make_run(tmp_path, 2, precision="fp16"))
+    run = make_run(tmp_path, 99, precision="fp16")
+
+    def go() -> None:
+        for _ in run:
+            run.update(loss_of(run) * float("nan"))
+
+    with pytest.raises(
+        BadInput, match="in fp16 the gradients overflow at step 19: stopped; .* --precision fp32"
+    ) as error:
+        go()
+    assert "\n" not in str(error.value)
+    assert "checkpoint.pt keeps the last good state" in str(error.value)
+    assert weight_of(make_run(tmp_path, 99)) == weight_of(run)
+
+
 TWO_PROCESSES = """
 import os, signal, sys
 from pathlib import Path
@@ -345,3 +457,45 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path:
     assert "stopped at step 5" in done.stderr
     assert {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)} == {"5"}
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+
+
+OVERFLOW_IN_ONE = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from test_loop import CONSTANT, LoopConfig, Record, Settings, Trained, TrainingRun, detect, nn, torch
+
+accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
+results = []
+for wrapped in (True, False):
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    model, optimizer = network, torch.optim.SGD(network.parameters(), 0.1)
+    if wrapped:
+        model, optimizer = accelerator.prepare(network, optimizer)
+    config = LoopConfig("test", folder / str(wrapped), 4, 2, CONSTANT, precision="fp16", show=False)
+    trained = Trained(network, optimizer, average_gradients=not wrapped)
+    run = TrainingRun(config, {}, trained, Record(Settings(), detect("cpu")), accelerator)
+    for step in run:
+        factor = float("inf") if (step, accelerator.process_index) == (1, 1) else 1
+        run.update((model(torch.ones(1, 1)) - 1).square().sum() * factor)
+    results.append((run.scaler.skipped, network.weight.item()))
+(folder / f"rank{accelerator.process_index}").write_text(repr(results))
+"""
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
+    """With gradients that DDP averages, and with those that the loop does: three steps of a tenth of twice the distance to 1."""
+    (tmp_path / "two.py").write_text(OVERFLOW_IN_ONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        results = ast.literal_eval((tmp_path / f"rank{rank}").read_text())
+        assert [skipped for skipped, _ in results] == [1, 1]
+        assert [weight for _, weight in results] == pytest.approx([1 - 0.8**3] * 2)

@@ -5,6 +5,7 @@ Images are compared up to one grey level where batch shapes differ, since kernel
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from small_pipeline import WIDTH, save_pipeline
 from torch import Tensor, nn
 
-from concepts.composition.alignment import align_to_references, attention_keys, invert_references
+from concepts.composition.alignment import align_to_references, attention_keys, invert_references, key_distance
 from concepts.composition.first_noise import remove_low, sketch, spot_contrast, with_sketch
 from concepts.composition.layout import Layout, Region
 from concepts.composition.masks import MASK_SIZE, box_mask
@@ -342,6 +343,22 @@ def test_a_step_of_alignment_brings_keys_nearer_to_the_references(sampler: Stabl
     moved = nudge(x, t)
     assert not moved.requires_grad
     assert distance(moved) < distance(x)
+
+
+def test_in_fp16_latents_move_as_in_fp32(sampler: StableDiffusionSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients as small as those of large images, which fp16 does not hold."""
+    monkeypatch.setattr("concepts.composition.alignment.key_distance", lambda *keys: key_distance(*keys) * 1e-4)
+    x, moves = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    plans = [layout(LEFT, reference=picture())]
+    half = configured(sampler)
+    half.pipe = copy.copy(sampler.pipe)
+    for name in ("unet", "vae", "text_encoder"):
+        setattr(half.pipe, name, copy.deepcopy(getattr(sampler.pipe, name)).half())
+    for each in (sampler, half):
+        moves.append(align_to_references(each, plans, 1e4, range(3))(x, times(each)[1]) - x)
+    exact, near = moves
+    assert exact.norm() > 0
+    assert (near - exact).norm() < 0.02 * exact.norm()
 
 
 def test_every_image_follows_its_own_reference_and_its_prompt(sampler: StableDiffusionSampler) -> None:
