@@ -1,4 +1,4 @@
-"""The README's figure of learned words: five given images, and what six prompts draw with the word. None is chosen by hand.
+"""The figure of learned words: five given images, and what six prompts draw with the word. None is chosen by hand.
 
   python benchmarks/p3_words.py --embeddings DIR        docs/p3_words.png and docs/p3_failures.png
 

@@ -1,4 +1,4 @@
-"""README and docs against the scripts: every command parses, quick blocks run, and every link has its file."""
+"""README and docs: every command parses, quick blocks run, links have files, figures are those of docs/results.md, words are plain."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tyro
+from PIL import Image
 
 from runtime.cli import split_like
 from runtime.files import ROOT
@@ -22,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "hw2_data" / "README.md",
+    ROOT / "miniature" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CARDS = sorted((ROOT / "checkpoints").rglob("*.md"))
@@ -36,6 +38,14 @@ SCRIPTS = sorted(
     if 'if __name__ == "__main__":' in path.read_text()
 )
 STARTS = ("python ", "torchrun ", "accelerate launch ")
+
+NUMBER = r"\d+(?:[.,]\d+)*(?:e-?\d+)?"
+UNIT = r"(?: ?(%|dB|s|seconds|minutes|times|GB)(?!\w))"
+QUOTED = rf"({NUMBER}(?:; {NUMBER})*){UNIT}? <!-- ([a-z0-9-]+) -->"
+BANNED = (
+    "told", "hears", "heard", "asks", "whatever", "wherever", "where there is none", "none given", "had better", "goes by", "of its own",
+    "as it was", "anew", "beside", "can't be had",
+)  # fmt: skip
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -91,9 +101,17 @@ def test_help_shows_examples_that_parse(script: Path) -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_and_images_of_a_page_exist(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", without_code(page.read_text())):
         if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors_of(target), f"{page.name}: {link}#{anchor}"
+
+
+def anchors_of(page: Path) -> list[str]:
+    """Return the anchors that a code host gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_make_targets_named_in_the_readme_exist() -> None:
@@ -108,7 +126,7 @@ def quick_blocks() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", quick_blocks(), ids=lambda block: shlex.split(block)[1])
+@pytest.mark.parametrize("block", quick_blocks(), ids=lambda block: block.split()[1])
 def test_quick_commands_run_as_they_stand(block: str, tmp_path: Path) -> None:
     """Run each in a folder with links to the repository's files; `python` is the one that runs the tests."""
     for path in ROOT.iterdir():
@@ -125,3 +143,92 @@ def test_quick_commands_run_as_they_stand(block: str, tmp_path: Path) -> None:
     outputs = set(re.findall(r"--(?:output|grid|save-noise|run) (\S+)", block))
     assert all((tmp_path / name).exists() for name in outputs)
     assert all(any((tmp_path / name).rglob("*.*")) for name in outputs if (tmp_path / name).is_dir())
+
+
+# ---------------------------------------------------------------- figures and words
+
+
+def without_code(text: str) -> str:
+    """Return a page without its code blocks and inline code."""
+    return re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.M | re.S)
+
+
+def values_of(text: str) -> list[float]:
+    """Return the numbers of a cell without their spreads."""
+    return [float(number.replace(",", "")) for number in re.findall(NUMBER, re.sub(rf"\+- {NUMBER}", "", text))]
+
+
+def result_rows() -> list[tuple[str, str]]:
+    """Return (name, value) of every row of docs/results.md."""
+    return re.findall(r"^\| `([\w-]+)` \| [^|]+ \| ([^|]+) \|", (ROOT / "docs" / "results.md").read_text(), re.M)
+
+
+def test_every_row_of_the_results_has_a_name_of_one_meaning() -> None:
+    names = [name for name, _ in result_rows()]
+    assert len(names) > 100
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_figure_equals_its_row_of_the_results(page: Path) -> None:
+    rows, text = dict(result_rows()), without_code(page.read_text())
+    quoted = re.findall(QUOTED, text)
+    assert len(quoted) == text.replace("<!-- quick -->", "").count("<!--"), "a comment has no figure before it"
+    for numbers, unit, name in quoted:
+        assert name in rows, f"docs/results.md has no row {name}"
+        assert unit in rows[name] or unit == "%", f"{name}: {numbers} {unit}, {rows[name]} in docs/results.md"
+        factor = 100 if unit == "%" and "%" not in rows[name] else 1
+        values = [value * factor for value in values_of(rows[name])]
+        for number in numbers.split("; "):  # in the row's order
+            digits = 9 if "e" in number else len(number.partition(".")[2])
+            rounded, (value,) = [round(value, digits) for value in values], values_of(number)
+            assert value in rounded, f"{name}: {number}, {rows[name]} in docs/results.md"
+            values = values[rounded.index(value) + 1 :]
+
+
+def test_every_figure_with_a_unit_in_the_readme_names_its_row() -> None:
+    text = re.sub(QUOTED, "", without_code((ROOT / "README.md").read_text()))
+    text = re.sub(r"(?<=\d) GB of disk|https?://\S+", "", text)
+    assert not re.findall(rf"{NUMBER}{UNIT}", text)
+
+
+def test_every_row_of_a_table_of_measurements_in_the_readme_names_its_row() -> None:
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
+    measured = [table.splitlines() for table in tables if table.splitlines()[0].endswith("| bar |")]
+    assert len(measured) >= 3
+    for head, _, *rows in measured:
+        assert all(re.search(QUOTED, row) for row in rows), head
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 12 * 1024
+    assert text.count(b"\n") <= 180
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_is_plain(page: Path) -> None:
+    words = " ".join(without_code(page.read_text()).lower().split())
+    assert not [word for word in BANNED if re.search(rf"\b{word}\b", words)]
+
+
+# ---------------------------------------------------------------- docs/extending.md
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "diff", re.findall(r"^```diff\n(.*?)^```", EXTENDING, re.M | re.S), ids=lambda diff: diff.split()[1]
+)
+def test_a_diff_that_extends_the_code_applies(diff: str) -> None:
+    done = subprocess.run(["git", "apply", "--check", "-"], input=diff, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
+    exec(example, {})
+    with Image.open("out/three.png") as image:
+        assert image.size == (28, 28)

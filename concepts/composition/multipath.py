@@ -48,7 +48,7 @@ BLUR_GRID = 3  # means along each side that a blur of the background has
 
 @dataclass(frozen=True)
 class ConductorConfig:
-    """Options of the level `conductor`; the defaults did best on the miniature (README)."""
+    """Options of the level `conductor`; the defaults did best on the miniature (docs/results.md)."""
 
     inject: tuple[Piece, ...] = ("attention", "features", "noise")
     """What the base branch takes from a concept's branch inside its mask: outputs of the up blocks' attention layers, outputs of their
