@@ -31,7 +31,7 @@ CHUNK = 64  # images at a time
 
 
 def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
-    """Return the course's U-Net (Ho et al. 2020) with fewer channels and levels: [B,3,64,64], t [B] -> eps; raise BadInput."""
+    """Return the course's U-Net (Ho et al. 2020) with fewer channels and levels: [B,3,64,64], t [B] -> v; raise BadInput."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     if len(channels) < 2 or any(width < 8 or width % 8 for width in channels) or blocks < 1:
@@ -60,8 +60,8 @@ def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) ->
     """Sample [N,3,64,64] in -1..1 by DDIM at eta 0 in 50 steps; image k has seed k's noise."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        eps: Tensor = unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
-        return eps
+        v: Tensor = unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
+        return v
 
     rule, parts = step_rule("homework", len(schedule), 50), []
     for start in range(0, len(seeds), CHUNK):
@@ -75,7 +75,9 @@ def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> N
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    scheduler = DDIMScheduler(num_train_timesteps=STEPS, steps_offset=1, set_alpha_to_one=False)  # linear, 1e-4 .. 0.02
+    scheduler = DDIMScheduler(  # linear, 1e-4 .. 0.02
+        num_train_timesteps=STEPS, steps_offset=1, set_alpha_to_one=False, prediction_type="v_prediction"
+    )
     half: Any = to_training_device(deepcopy(network).half(), torch.device("cpu"))
     save_atomically(DDIMPipeline(half, scheduler), folder)
     write_json(folder / ORIGIN, origin)

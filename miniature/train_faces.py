@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from diffusion.loss import denoising_loss, min_snr_weight
+from diffusion.loss import denoising_loss
 from diffusion.schedule import linear
 from faces.models import load_folder
 from miniature.diffusion_parts import start_from
@@ -71,7 +71,7 @@ class TrainFaces(TrainingFlags):
     blocks: int = 1
     """Residual blocks per level on the way down, one more on the way up."""
     gamma: float = 5.0
-    """Cap on the signal-to-noise ratio in the loss weight min(SNR, gamma) / SNR."""
+    """Signal-to-noise ratio (SNR) above which a timestep counts less: the loss has weight min(1, (1 + gamma) / (1 + SNR))."""
     draw_every: int = 1000
     """Steps between two sheets of sampled faces, in the run folder and TensorBoard; 0 = at the end only."""
     precision: Precision = "auto"
@@ -102,7 +102,10 @@ class GradeFaces:
 
 
 def train(settings: TrainFaces) -> None:
-    """Train eps prediction on the course's schedule with a min-SNR weight, and write the model folder."""
+    """Train v prediction on the course's schedule, and write the model folder.
+
+    A network of this size that predicts eps draws faces in a tint: at strong noise, x0 is its small error times a large number.
+    """
     settings.check("images", "gamma")
     check_not_negative(settings, "draw_every")
     check_writable_folder(settings.output)
@@ -114,9 +117,9 @@ def train(settings: TrainFaces) -> None:
     # the data, and what the loss needs of the schedule
     renderer = FaceRenderer(device)
     faces = sample_factors(face_seeds(settings.seed, settings.images)).to(device)
-    schedule = linear(STEPS)
+    schedule = linear(STEPS, prediction="v")
     alpha_bar = schedule.alpha_bar.float().to(device)
-    weight = partial(min_snr_weight, gamma=settings.gamma, prediction="eps")
+    weight = partial(loss_weight, gamma=settings.gamma)
 
     # the network, its average and its optimizer
     torch.manual_seed(settings.seed)
@@ -135,7 +138,7 @@ def train(settings: TrainFaces) -> None:
         unet.compile()
 
     # the run: continues from its checkpoint where there is one
-    facts = settings.facts(WEIGHTS, "images", "channels", "blocks", "gamma", world=world_fingerprint())
+    facts = settings.facts(WEIGHTS, "images", "channels", "blocks", "gamma", prediction="v", world=world_fingerprint())
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.7)
     run = TrainingRun(
         settings.loop("face model", lr, precision, compiled=compiled), facts, Trained(unet, adamw, ema), record
@@ -148,14 +151,14 @@ def train(settings: TrainFaces) -> None:
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         with run.autocast():
-            eps: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
-        return eps.float()
+            v: Tensor = unet(x.contiguous(memory_format=memory_format(device)), t, return_dict=False)[0]
+        return v.float()
 
     for step in run:
         draws = Draws(settings.seed, step, slice(settings.batch), settings.batch, device)
         x0 = to_float(renderer(faces[(draws.uniform() * len(faces)).long()]))
         t, eps = draws.timesteps(STEPS), draws.normal(*x0.shape[1:])
-        run.update(denoising_loss(network, x0, eps, t, alpha_bar, "eps", weight))
+        run.update(denoising_loss(network, x0, eps, t, alpha_bar, "v", weight))
 
         if run.every(settings.draw_every):
             save_sheet(run, image_grid(to_uint8(sample_faces(averaged, schedule, range(32))), 8, 2))
@@ -167,6 +170,11 @@ def train(settings: TrainFaces) -> None:
         record.metrics |= {"parameters": parameters} | origin
         print(f"{settings.output}: python P2_ddim.py --model {settings.output} draws faces from it")
     run.finish()
+
+
+def loss_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
+    """Return min(1, (1 + gamma) / (1 + SNR)) for SNR = alpha_bar / (1 - alpha_bar)."""
+    return ((1 + gamma) * (1 - alpha_bar)).clamp(max=1)
 
 
 # ---------------------------------------------------------------- grading

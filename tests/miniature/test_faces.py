@@ -53,7 +53,7 @@ def classifier(tmp_path: Path) -> Path:
 
 
 def test_the_first_steps_loss_is_that_of_a_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """eps prediction with weight min(SNR, gamma) / SNR on faces of the seed's set, in -1..1."""
+    """v prediction with weight min(1, (1 + gamma) / (1 + SNR)) on faces of the seed's set, in -1..1."""
     settings = small(tmp_path, batch=6, seed=5, gamma=3.0)
     loss = first_loss(lambda: main(settings), monkeypatch)
     torch.manual_seed(5)
@@ -66,8 +66,9 @@ def test_the_first_steps_loss_is_that_of_a_plain_step(tmp_path: Path, monkeypatc
     with torch.no_grad():
         predicted = unet(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps, t).sample
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
-    errors = (predicted - eps).square().mean((1, 2, 3))
-    assert loss == pytest.approx(float((snr.clamp(max=3) / snr * errors).mean()), rel=1e-3)
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    errors = (predicted - v).square().mean((1, 2, 3))
+    assert loss == pytest.approx(float(((1 + 3) / (1 + snr)).clamp(max=1).mul(errors).mean()), rel=1e-3)
 
 
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
