@@ -95,7 +95,7 @@ def main(settings: Settings) -> None:
             {"kind": kind, "colour": colour, "background": ground, "style": STYLE} for _, colour, ground in asked
         ]
         right = measure.verdicts(images, answers)["strict"]
-        rates.append(f"{kind}:\n{int(right.sum())} of {len(right)} right")
+        rates.append(f"{kind}\n{int(right.sum())} of {len(right)}")
         wrong = images[~right][:BATCH]
         blank = torch.full((BATCH - len(wrong), *images.shape[1:]), 255, dtype=torch.uint8)
         failures.append(torch.cat([wrong, blank]))
@@ -105,7 +105,7 @@ def main(settings: Settings) -> None:
     labelled_grid(
         settings.output, torch.cat(rows), list(tokens), columns, "Five given images, and the learned word", 1.0
     )
-    title = f"The first images that fail, of {settings.count} with each word"
+    title = f"The first images that fail, and how many of {settings.count} are right"
     labelled_grid(settings.failures, torch.cat(failures), rates, [""] * BATCH, title, 0.9)
     log(f"figures: {settings.output}, {settings.failures}")
 
