@@ -70,8 +70,11 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Measure eta, then interpolation; print a table of each."""
-    if settings.count < 2 or settings.pairs < 2 or settings.frames < 2 or not settings.etas:
-        raise BadInput("--count, --pairs and --frames: at least 2, and at least one of --etas")
+    for name in ("count", "pairs", "frames"):
+        if (value := getattr(settings, name)) < 2:
+            raise BadInput(f"--{name} {value}: at least 2 are needed")
+    if not settings.etas:
+        raise BadInput("--etas: give at least one")
     check_not_negative(settings, "seed")
     machine = detect(settings.device)
     record = Record(settings, machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.p2_factors import (
+    Settings,
     draw_changes,
     draw_paths,
     factor_changes,
     local_contrast,
+    main,
     measure_paths,
     path_noises,
     print_paths,
@@ -61,6 +64,15 @@ def test_faces_that_are_never_valid_end_in_one_line() -> None:
     rows = torch.zeros(2, len(FACTORS), dtype=torch.long)
     with pytest.raises(BadInput, match="eta 0.5: no noise whose face is valid"):
         factor_changes({0.0: reading(rows, [True, False]), 0.5: reading(rows, [False, True])})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"count": 1}, "--count 1"), ({"pairs": 1}, "--pairs 1"), ({"frames": 1}, "--frames 1"), ({"etas": ()}, "--etas")],
+)
+def test_too_few_of_anything_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        main(Settings(**flags))
 
 
 def test_a_path_leads_from_the_first_noise_of_a_pair_to_the_second() -> None:
