@@ -481,6 +481,7 @@ for wrapped in (True, False):
         run.update((model(torch.ones(1, 1)) - 1).square().sum() * factor)
     results.append((run.scaler.skipped, network.weight.item()))
 (folder / f"rank{accelerator.process_index}").write_text(repr(results))
+run.finish()  # ends the process group
 """
 
 
