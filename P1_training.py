@@ -46,7 +46,7 @@ from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import decoration, image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
 from training.best import BestCandidates
-from training.cpu_layers import write_out_layers
+from training.cpu_layers import compile_network
 from training.draws import Draws, process_rows
 from training.ema import Ema
 from training.loop import LoopConfig, Trained, TrainingRun
@@ -178,9 +178,7 @@ def main(settings: Settings) -> None:
     adamw = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     compiled = should_compile(settings.compile, machine, worthwhile=recipe.steps >= COMPILE_STEPS)
     if compiled:
-        if device.type == "cpu":
-            write_out_layers(unet)
-        unet.compile()
+        compile_network(unet, device)
     model, optimizer = accelerator.prepare(unet, adamw)
 
     # the run: continues from its checkpoint where there is one

@@ -37,7 +37,7 @@ from torch import Tensor
 from diffusion.noise import linear, mean, slerp
 from faces.inversion import at_guidance_1, invert_all, read_picture, read_pictures
 from faces.models import Model
-from faces.noises import Noise, open_noises, parse_weights
+from faces.noises import Interpolate, Noise, noises_between, open_noises, parse_weights
 from faces.sampling import (
     DdimConfig,
     SamplingArgs,
@@ -56,7 +56,6 @@ from runtime.files import output_folder
 from runtime.images import image_grid, line_figure, pixel_grid, save_animation
 from runtime.record import Record
 
-Interpolate = Callable[[Tensor, Tensor, float], Tensor]
 Draw = Callable[[list[Noise], str], Tensor]  # noises and a title for the progress bar -> images [N,C,H,W] uint8
 
 
@@ -185,7 +184,7 @@ def draw_interpolations(
     labels, rows, norms = [f"{alpha:g}" for alpha in alphas], {}, {}
     title = f"from {ends[0].stem} (0) to {ends[1].stem} (1)"
     for name, way in (("slerp", interpolate), ("linear", linear)):
-        frames = [Noise(f"{name}_{alpha:.3f}", way(ends[0].x, ends[1].x, alpha)) for alpha in alphas]
+        frames = noises_between(ends[0], ends[1], count, way)
         rows[name] = draw(frames, name)
         norms[name] = [float(frame.x.norm()) / math.sqrt(frame.x.numel()) for frame in frames]
         pixel_grid(folder / f"{name}.png", rows[name], [name], labels, f"{name} {title}")
@@ -233,8 +232,9 @@ def draw_denoising(path: Path, model: Model, noises: Sequence[Noise], config: Dd
 def draw_walk(path: Path, noises: Sequence[Noise], frames: int, draw: Draw) -> None:
     """Write a closed walk by slerp: from each noise to the next, and from the last to the first."""
     ends = zip(noises, [*noises[1:], noises[0]], strict=True)
-    shares = [frame / (frames - 1) for frame in range(frames - 1)]  # the end is the next one's start
-    way = [Noise(f"{a.stem}-{b.stem}-{share:.2f}", slerp(a.x, b.x, share)) for a, b in ends for share in shares]
+    way = [
+        noise for a, b in ends for noise in noises_between(a, b, frames, slerp)[:-1]
+    ]  # the end is the next one's start
     save_animation(path, draw(way, "walk").expand(-1, 3, -1, -1), 120, 120)
 
 

@@ -36,7 +36,7 @@ from runtime.device import (
 )
 from runtime.files import ROOT
 from runtime.record import versions
-from training.cpu_layers import write_out_layers
+from training.cpu_layers import compile_network
 
 DATA = ("digits/mnistm", "digits/svhn", "face/UNet.pt", "face/noise", "clip_zeroshot/val", "textual_inversion")
 WEIGHTS = {
@@ -94,9 +94,7 @@ def training_minutes(machine: Machine, preset: str, compiled: bool) -> float:
     precision = set_up("auto", machine, training=True)
     unet = to_channels_last(UNet(PRESETS[preset]), device)
     if compiled:
-        if device.type == "cpu":
-            write_out_layers(unet)
-        unet.compile()
+        compile_network(unet, device)
     batch = recipe.batch if device.type == "cuda" else min(16, recipe.batch)
     x = torch.randn(batch, 3, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)

@@ -35,7 +35,7 @@ from runtime.device import Device, Machine, detect, keep_freed_memory, set_up, s
 from runtime.files import ROOT
 from runtime.images import to_float
 from runtime.record import Record
-from training.cpu_layers import write_out_layers
+from training.cpu_layers import compile_network
 from training.draws import Draws
 from training.ema import Ema
 from training.loop import LoopConfig, Trained, TrainingRun
@@ -98,9 +98,7 @@ def our_step(
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     if should_compile("auto", machine):
-        if device.type == "cpu":
-            write_out_layers(unet)
-        unet.compile()
+        compile_network(unet, device)
     rate = LearningRate(recipe.lr, 200, 0.5)
     config = LoopConfig(
         "benchmark", folder, 10**9, recipe.batch, rate, max_grad_norm=1.0, save_every=0, show=False, precision=precision

@@ -16,7 +16,7 @@ Figures: p2_factors.png and p2_paths.png in --output. Intervals are 95 % of the 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from benchmarks.outside_view import pretrained_layers
 from benchmarks.timing import BENCH
 from diffusion.noise import linear, slerp
 from faces.models import SHIPPED_FACES
-from faces.noises import Noise, open_noises
+from faces.noises import Interpolate, Noise, noises_between, open_noises
 from faces.sampling import SamplingArgs, make_config, open_model, sample_all, to_image
 from miniature.face_classifier import SHIPPED, FaceReader, FaceReading, load_face_classifier
 from miniature.face_world import FACTORS
@@ -39,7 +39,7 @@ from runtime.files import output_folder
 from runtime.images import line_figure, plain_text, save_figure, to_float
 from runtime.record import Record
 
-WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"slerp": slerp, "linear": linear}
+WAYS: dict[str, Interpolate] = {"slerp": slerp, "linear": linear}
 BATCH = 50  # images per forward pass of EfficientNet-Lite0
 
 
@@ -164,16 +164,10 @@ def draw_changes(path: Path, changed: dict[str, dict[str, float]]) -> None:
 # ---------------------------------------------------------------- interpolation
 
 
-def path_noises(
-    ends: Sequence[Noise], frames: int, interpolate: Callable[[Tensor, Tensor, float], Tensor]
-) -> list[Noise]:
+def path_noises(ends: Sequence[Noise], frames: int, interpolate: Interpolate) -> list[Noise]:
     """Return the noises on the ways from the first to the second end, from the third to the fourth, and so on."""
-    shares = [frame / (frames - 1) for frame in range(frames)]
-    return [
-        Noise(f"{a.stem}-{b.stem}-{share:.2f}", interpolate(a.x, b.x, share))
-        for a, b in zip(ends[::2], ends[1::2], strict=True)
-        for share in shares
-    ]
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    return [noise for a, b in pairs for noise in noises_between(a, b, frames, interpolate)]
 
 
 def measure_paths(

@@ -42,3 +42,8 @@ def capped_v_weight(alpha_bar: Tensor, maximum: float) -> Tensor:
     Without the cap this is the loss of a network that predicts v (Salimans & Ho 2022, appendix D).
     """
     return (1 / alpha_bar).clamp(max=maximum)
+
+
+def damped_v_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
+    """Return min(1, (1 + gamma) / (1 + SNR)) for v: its own loss, of which timesteps with an SNR above gamma have less."""
+    return ((1 + gamma) * (1 - alpha_bar)).clamp(max=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from runtime.weights import describe
 
 SEEDS = "0-9"  # without --noise and --seeds
 PAIR = ".pair.safetensors"  # next to NN.pt: the first two states of rule bdia
+Interpolate = Callable[[Tensor, Tensor, float], Tensor]  # a, b and the share of b
 MOST_SEEDS = 100_000  # their noises are held in memory at once
 
 
@@ -134,6 +135,12 @@ def read_pair(path: Path, noise: Noise, steps: Steps) -> Tensor:
 def pair_facts(steps: Steps) -> dict[str, str]:
     """Return what a pair's header says of the grid that it belongs to."""
     return {"steps": str(len(steps.pairs)), "timesteps": "{} {}".format(*steps.pairs[0])}
+
+
+def noises_between(a: Noise, b: Noise, frames: int, interpolate: Interpolate) -> list[Noise]:
+    """Return `frames` noises, 2 or more, from a to b in equal steps, both included."""
+    shares = [frame / (frames - 1) for frame in range(frames)]
+    return [Noise(f"{a.stem}-{b.stem}-{share:.3f}", interpolate(a.x, b.x, share)) for share in shares]
 
 
 def mix(noises: Sequence[Noise], text: str) -> Noise:

@@ -423,6 +423,17 @@ def test_gradients_that_keep_overflowing_stop_the_run_in_one_line(tmp_path: Path
     assert weight_of(make_run(tmp_path, 99)) == weight_of(run)
 
 
+def run_in_two_processes(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script that gets `folder` as its argument, and can import this module."""
+    (folder / "two.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    return subprocess.run(
+        [*command, str(folder / "two.py"), str(folder)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 TWO_PROCESSES = """
 import os, signal, sys
 from pathlib import Path
@@ -446,13 +457,7 @@ run.finish()
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_in_two_processes(TWO_PROCESSES, tmp_path)
     assert "gloo" not in done.stderr
     assert "stopped at step 5" in done.stderr
     assert {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)} == {"5"}
@@ -488,13 +493,7 @@ run.finish()  # ends the process group
 @pytest.mark.slow
 def test_an_overflow_in_one_process_skips_the_step_in_all(tmp_path: Path) -> None:
     """With gradients that DDP averages, and with those that the loop does: three steps of a tenth of twice the distance to 1."""
-    (tmp_path / "two.py").write_text(OVERFLOW_IN_ONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_in_two_processes(OVERFLOW_IN_ONE, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in (0, 1):
         results = ast.literal_eval((tmp_path / f"rank{rank}").read_text())
