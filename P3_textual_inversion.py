@@ -244,7 +244,7 @@ def recipe_of(settings: Settings, name: str, concepts: Sequence[ConceptSet]) -> 
     if recipe.max_loss_weight < 1:
         raise BadInput(f"--max-loss-weight {recipe.max_loss_weight}: give 1 (none) or more")
     if recipe.zoom_out and settings.crop == "random":
-        raise BadInput(f"--zoom-out {recipe.zoom_out}: goes with --crop center, random cuts anew at every step")
+        raise BadInput(f"--zoom-out {recipe.zoom_out}: goes with --crop center, random cuts afresh at every step")
     return recipe
 
 

@@ -134,7 +134,7 @@ def main(settings: Settings) -> None:
         raise BadInput("--cases, --levels: give at least one of each")
     if settings.ablation and settings.config != ConductorConfig():
         raise BadInput(
-            "--ablation has means of its own: leave --inject, --focus, --sketch, --background-steps, --collage, --align, --refine out"
+            "--ablation chooses them itself: leave --inject, --focus, --sketch, --background-steps, --collage, --align, --refine out"
         )
     settings.config.check()
     machine = detect(settings.device)

@@ -6,7 +6,7 @@
   python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
 
 An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
-of that kind. Strict success asks for kind, colour, background and style by the scene classifier as well.
+of that kind. Strict success requires kind, colour, background and style by the scene classifier as well.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def read_vectors(path: Path) -> Vectors:
     """Read the tokens of a .safetensors, .bin, .pt or .ckpt file; raise BadInput for any other content.
 
     Layouts: {token: [n,width]}, {token: [width]}, a bare tensor of these shapes, and string_to_param of the method's first code.
-    A file that names no token has the token of its own name.
+    A file that names no token has the token of its file name.
     """
     with torch.serialization.safe_globals([nn.ParameterDict]):  # harmless, and part of the last layout
         content: Any = load_tensors(path)

@@ -107,7 +107,7 @@ def walk_all(
 ) -> Iterator[tuple[Noise, Tensor]]:
     """Yield (start, last states [1 or 2,C,H,W] float32) of the walk along the grid, one by one, as batches of one shape finish.
 
-    For eta > 0 each noise has a stream of its own, seeded by the run's seed and its stem.
+    For eta > 0 each noise has its stream of random numbers, seeded by the run's seed and its stem.
     `batch` 0 fits the batch to the machine. Of several processes each samples its share of the batches.
     """
     batch = even_batch(len(starts), batch or shard.largest(len(starts), largest_batch(model, starts[0].x)))

@@ -168,7 +168,7 @@ ABOUT = ("kind", "colour", *TRAITS)  # what can be named of an object
 
 
 def true_of(scenes: list[Scene], captions: list[Caption]) -> Tensor:
-    """Return [N,N] bool: whether scene i has everything that caption j names of its own scene j."""
+    """Return [N,N] bool: whether scene i has everything that caption j names of scene j."""
     facts, things = [_facts(scene) for scene in scenes], [_things(scene) for scene in scenes]
     named = [each.named for each in captions]
     named_facts = torch.tensor([_named_facts(facts[j], names) for j, names in enumerate(named)])

@@ -196,7 +196,7 @@ def _leaks(judge: SceneClassifier, images: Tensor, batch: RenderedBatch) -> Rate
     first, second = (
         judge.leaked(images[rows], boxes, [t[i].kind for t in things], [t[i].colour for t in things]) for i in (0, 1)
     )
-    return {"no leak where there is none": _mean(~first), "a leak where there is one": _mean(second)}
+    return {"no leak, rightly": _mean(~first), "a leak, rightly": _mean(second)}
 
 
 def _share(answers: Tensor, labels: Tensor) -> float:

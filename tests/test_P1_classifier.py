@@ -170,7 +170,7 @@ def test_a_classifier_reads_in_fp32_inside_a_block_of_lower_precision(
     expected = shipped[domain](patches(20))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(shipped[domain](patches(20)), expected)
-        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # the rest of the block stays as it was
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # the rest of the block is unchanged
 
 
 def test_accuracy_of_no_images_is_nan() -> None:
@@ -492,7 +492,7 @@ def test_half_precision_computes_in_it_and_stores_fp32_vectors(
 
 
 @pytest.mark.parametrize(("domain", "defaults"), [("mnistm", (24, 0.2, 1)), ("svhn", (43, 1.0, 2))])
-def test_each_domain_has_defaults_of_its_own(
+def test_defaults_depend_on_the_domain(
     domain: Any, defaults: tuple[float, ...], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(config: Any, facts: dict[str, Any], *_: object) -> None:

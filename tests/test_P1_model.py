@@ -157,7 +157,7 @@ def test_config_refuses_an_unknown_name() -> None:
         validate(ModelConfig, {"channels": [16], "attention": [False], "depth": 3}, "header")
 
 
-def test_network_comes_back_as_it_was_saved(tmp_path: Path, tiny_network: Network) -> None:
+def test_a_network_is_loaded_back_unchanged(tmp_path: Path, tiny_network: Network) -> None:
     save_network(tmp_path / "n.safetensors", tiny_network)
     loaded = load_network(tmp_path / "n.safetensors", CPU)
     torch.testing.assert_close(loaded.unet.state_dict(), tiny_network.unet.state_dict(), rtol=0, atol=0)

@@ -203,9 +203,7 @@ def noise_of(seed: int, side: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_every_picture_has_the_start_of_its_seed_and_the_stream_of_its_own_name(
-    run: Any, small: Path, eta: float
-) -> None:
+def test_every_picture_has_the_start_of_its_seed_and_the_stream_of_its_name(run: Any, small: Path, eta: float) -> None:
     drawn = run(seeds="3,11-12", eta=eta, seed=9)
     assert list(drawn) == ["03", "11", "12"]
     for stem, picture in drawn.items():

@@ -146,7 +146,7 @@ def plain_shares(plain: Plain, tiny_clip: str, folder: Path) -> dict[str, list[f
 
 
 def check_equal(out: Path, plain: Plain, shares: dict[str, list[float]]) -> None:
-    """Assert that tables and record hold what follows from these probabilities; each number is counted anew here."""
+    """Assert that tables and record hold what follows from these probabilities; each number is counted again here."""
     names, count = plain.names, len(shares)
     ranked = {file: sorted(range(len(names)), key=row.__getitem__, reverse=True) for file, row in shares.items()}
     truth = {file: int(file.split("_")[0]) for file in shares}
@@ -496,7 +496,7 @@ def test_the_classifier_cache_knows_names_prompts_labels_and_weights(
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_damaged_classifier_is_built_anew(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+def test_a_damaged_classifier_is_built_again(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     first = run(tmp_path, labelled, tiny_clip)
     (cached,) = (tmp_path / "cache").glob("classifier_*")
     cached.write_bytes(cached.read_bytes()[:100])
@@ -521,7 +521,7 @@ def test_embeddings_of_other_pictures_are_refused_and_kept(tiny_clip: str, label
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_embeddings_of_another_model_are_told_and_added(
+def test_embeddings_of_another_model_are_reported_and_added(
     tiny_clip: str, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "features.safetensors"

@@ -400,7 +400,7 @@ def test_a_clip_comes_from_the_hubs_cache_else_from_the_hub_if_it_answers(
     assert tries == ([True, False] if answers else [True])
 
 
-def test_a_text_too_long_is_cut_and_told(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_too_long_is_cut_and_reported(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scorer = Scorer.load(str(clip), CPU)
     long = scorer.encode_text("a star " * 60)
     assert "122 tokens, CLIP reads the first 76" in capsys.readouterr().err
@@ -480,7 +480,7 @@ def test_the_figure_shows_each_prompts_five_best_with_their_scores(
             assert np.abs(difference).mean() < 2
 
 
-def test_another_logit_scale_than_the_courses_is_told(
+def test_another_logit_scale_than_the_courses_is_reported(
     graded: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scale = run(graded, clip, output=tmp_path)["logit_scale"]

@@ -401,7 +401,7 @@ def test_the_grading_script_from_another_folder(folder: Path, model: str) -> Non
 # ---------------------------------------------------------------- layouts
 
 
-def test_a_layouts_token_without_vectors_is_told(folder: Path, model: str) -> None:
+def test_a_layouts_token_without_vectors_is_named(folder: Path, model: str) -> None:
     more = {"input": None, "layout": "auto", "prompt": ("a <new1> next to a <other>",)}
     with pytest.raises(BadInput, match="no vectors of <other>"):
         main(settings(folder, model, **more))

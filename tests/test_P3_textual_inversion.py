@@ -552,7 +552,7 @@ def test_every_step_averages_the_gradient_over_the_processes(trial: Trial) -> No
     assert reductions == [((2, WIDTH), "mean")] * 2
 
 
-def test_every_set_of_tokens_has_a_run_folder_of_its_own(
+def test_every_set_of_tokens_has_its_run_folder(
     tmp_path: Path, model: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(P3_textual_inversion, "RUNS", tmp_path / "runs")
@@ -792,10 +792,10 @@ def test_only_what_can_be_opened_counts_as_a_picture(tmp_path: Path, capsys: pyt
     (folder / "paper.pdf").write_bytes(b"%PDF")
     (folder / "phone.HEIC").write_bytes(b"....ftypheic")
     assert len(read_images(folder)) == 1
-    told = capsys.readouterr().err
-    assert "paper.pdf is no picture: skipped\n" in told
-    assert "phone.HEIC is no picture: skipped, save it as JPEG\n" in told
-    assert "one picture only" in told
+    stderr = capsys.readouterr().err
+    assert "paper.pdf is no picture: skipped\n" in stderr
+    assert "phone.HEIC is no picture: skipped, save it as JPEG\n" in stderr
+    assert "one picture only" in stderr
     Image.new("F", (8, 8)).save(folder / "deep.tif")
     with pytest.raises(BadInput, match=r"deep\.tif is not a readable picture: it has mode F"):
         read_images(folder)

@@ -1,13 +1,16 @@
-"""README and docs: every command parses, quick blocks run, links have files, figures are those of docs/results.md, words are plain."""
+"""README and docs: every command parses, quick blocks run, links have files, figures are those of docs/results.md. Prose is plain."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 import typing
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,11 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CARDS = sorted((ROOT / "checkpoints").rglob("*.md"))
+SOURCES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if not {".venv", "runs", "out", "demo", "report"} & set(path.relative_to(ROOT).parts)
+)
 SCRIPTS = sorted(
     path
     for path in (
@@ -208,8 +216,26 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_is_plain(page: Path) -> None:
-    words = " ".join(without_code(page.read_text()).lower().split())
-    assert not [word for word in BANNED if re.search(rf"\b{word}\b", words)]
+    assert not banned_words(without_code(page.read_text()))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_of_the_code_is_plain(source: Path) -> None:
+    """Of docstrings, helps and messages (strings of four words or more), comments, and names of functions."""
+    text = source.read_text()
+    nodes = list(ast.walk(ast.parse(text)))
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    names = [node.name.replace("_", " ") for node in nodes if isinstance(node, ast.FunctionDef)]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    prose = [string for string in strings if len(string.split()) > 3] + names + comments
+    assert not [part for part in prose if part not in BANNED and banned_words(part)]
+
+
+def banned_words(text: str) -> list[str]:
+    """Return the banned words of a text."""
+    words = " ".join(text.lower().split())
+    return [word for word in BANNED if re.search(rf"\b{word}\b", words)]
 
 
 # ---------------------------------------------------------------- docs/extending.md

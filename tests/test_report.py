@@ -105,7 +105,7 @@ def test_the_reason_is_what_the_script_said_last(output: str, reason: str) -> No
     assert failure_reason(output) == reason
 
 
-def test_an_ended_process_is_told_by_its_signal(tmp_path: Path) -> None:
+def test_an_ended_process_is_described_by_its_signal(tmp_path: Path) -> None:
     step = Step("a", "a", (("-c", "import os; os.kill(os.getpid(), 15)"),))
     assert Runner(tmp_path, 1).run(step).reason == "ended by SIGTERM"
 
@@ -425,7 +425,7 @@ def test_texts_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """P1 with a random network, by the command itself, and a part that can't be had."""
+    """P1 with a random network, by the command itself, and a part whose input is missing."""
     from small_digits import TINY
 
     from diffusion.schedule import cosine
@@ -459,7 +459,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_one_command_makes_a_page_of_its_own(report_page: Path) -> None:
+def test_one_command_makes_its_page(report_page: Path) -> None:
     html = report_page.read_text()
     record = json.loads((report_page.parent / "steps/p1_grades_retries/record.json").read_text())
     assert f"{100 * record['metrics']['mean']:.1f} %" in html

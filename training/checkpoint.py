@@ -23,7 +23,7 @@ def load_state(path: Path, kind: str) -> dict[str, Any]:
     try:
         state = load_tensors(path)
     except BadInput as error:
-        raise BadInput(f"{error}; move it away to start anew") from None
+        raise BadInput(f"{error}; move it away to start from nothing") from None
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise BadInput(f"{path} is not a checkpoint of {kind}")
     return state

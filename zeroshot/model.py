@@ -69,7 +69,7 @@ class Clip:
         return Classifier(weight.float().cpu(), scale, 0.0 if bias is None else float(bias.detach()))
 
     def sentence_classifier(self, sentences: Mapping[str, Sequence[str]]) -> Classifier:
-        """Build the classifier whose class is the mean of its own sentences' features, of unit length each."""
+        """Build the classifier whose class is the mean of its sentences' features, of unit length each."""
         classes = [self.classifier([name], fillers(texts, "raw")) for name, texts in sentences.items()]
         return classes[0]._replace(weight=torch.cat([each.weight for each in classes], dim=1))
 

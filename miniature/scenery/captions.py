@@ -3,7 +3,7 @@
 What isn't named may be described, by words that several objects, or several styles, share. No two things share all of their words.
 A model that reads them learns to distinguish held-out things without a name for any. Textual inversion needs that: it searches for
 a point between words, and where words make no difference there is nothing to find. Captions leave the style out of flat images only,
-so a prompt without a style asks for flat.
+so a prompt without a style means flat.
 """
 
 from __future__ import annotations

@@ -291,7 +291,7 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
     }
 
 
-def test_an_outcome_asks_about_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
+def test_an_outcome_grades_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The images of the token all hold what was asked for and copy one; of those of the initial word one in four does."""

@@ -234,7 +234,7 @@ TOKENS = {"<Fish>": 3, "<Dog>": 1, "<dog>": 2, "<DOG>": 1, "<猫>": 2, "<café>"
 
 
 @pytest.mark.parametrize("vocabulary", ["miniature", "Stable Diffusion v1"])
-def test_every_token_is_read_as_its_own_vectors_wherever_it_stands(model: str, vocabulary: str) -> None:
+def test_every_token_is_read_as_its_vectors_in_every_place(model: str, vocabulary: str) -> None:
     tokenizer = make_tokenizer() if vocabulary != "miniature" else load_tokenizer(model)
     assert tokenizer is not None
     first = len(tokenizer)

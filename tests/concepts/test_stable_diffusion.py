@@ -494,7 +494,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_folder_loads_as_it_was_saved_and_draws(small: Path) -> None:
+def test_a_saved_folder_loads_and_draws(small: Path) -> None:
     check_model(str(small))
     pipe = load(small)
     assert_ready(pipe, torch.float32)
@@ -507,9 +507,7 @@ def test_a_folder_loads_as_it_was_saved_and_draws(small: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("saved", [torch.float16, torch.float32])
-def test_a_folder_comes_in_one_dtype_whatever_it_was_saved_in(
-    tmp_path: Path, saved: torch.dtype, dtype: torch.dtype
-) -> None:
+def test_a_folder_comes_in_one_dtype_from_any_other(tmp_path: Path, saved: torch.dtype, dtype: torch.dtype) -> None:
     original = small_pipeline().to(saved)
     original.save_pretrained(tmp_path / "pipe")
     pipe = load(tmp_path / "pipe", dtype)
@@ -620,11 +618,11 @@ def test_a_folder_that_lacks_a_tensor_is_not_filled_at_random(folder: Path, part
 
 
 @pytest.mark.parametrize("model", ["nowhere", "runs/absent/folder", "absent/model.ckpt", "absent.safetensors"])
-def test_what_is_neither_there_nor_a_hub_name_is_told(model: str) -> None:
+def test_what_is_neither_there_nor_a_hub_name_is_refused_by_name(model: str) -> None:
     refused(
         model, f"--model {model} does not exist: give a diffusers folder, a hub name such as CompVis/.*-v-1-4-original"
     )
 
 
-def test_a_hub_name_offline_is_told() -> None:
+def test_a_hub_name_offline_is_refused_by_name() -> None:
     refused("nobody/nothing-v1.4", "--model nobody/nothing-v1.4: no such file or folder here.*hub does not answer")

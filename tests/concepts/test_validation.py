@@ -147,7 +147,7 @@ def assert_from(saved: dict[str, Tensor], trial: Trial, **steps: int) -> None:
         assert same == [chosen]
 
 
-def test_each_token_keeps_the_vectors_of_its_own_best_validation(trial: Trial) -> None:
+def test_each_token_keeps_the_vectors_of_its_best_validation(trial: Trial) -> None:
     """Each token has its best score at another step, neither of them the last; of equal scores the first counts."""
     saved = trial.train(1.0, 9.0, 3.0, 8.0, 3.0, 7.0)
     assert_from(saved, trial, a=4, b=2)

@@ -389,7 +389,7 @@ def test_digit_domain_and_guidance_reach_the_network(digits: Path, tiny_network:
     torch.testing.assert_close(found, uncond + 3 * (cond - uncond), rtol=1e-4, atol=1e-5)
 
 
-def test_without_labels_it_is_told_nothing(digits: Path, tiny_network: Network) -> None:
+def test_without_labels_it_is_not_conditioned(digits: Path, tiny_network: Network) -> None:
     x = torch.randn(1, 3, 28, 28)
     expected = tiny_network(x, 9, (torch.tensor([10]), torch.tensor([2])))
     torch.testing.assert_close(load(digits).denoiser(1)(x, 9), expected)

@@ -312,7 +312,7 @@ def test_every_picture_is_28_by_28_in_colour(drawn: Path, domain: str) -> None:
     assert {(picture.size, picture.mode) for picture in pictures} == {((28, 28), "RGB")}
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_else_is_drawn(drawn: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_with_any_other_settings(drawn: Path, tmp_path: Path) -> None:
     main(Rendered(output=tmp_path, count=10, domains=("svhn",)))
     for number in range(10):
         name = f"svhn/data/{number:05d}.png"

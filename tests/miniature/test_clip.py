@@ -200,8 +200,8 @@ RED_STAR, BLUE_RING, BLUE_STAR, RED_RING = ("red", "star"), ("blue", "ring"), ("
     ],
 )
 def test_a_caption_is_true_of_what_has_all_that_it_names(other: Scene, named: str, true: bool) -> None:
-    told = Caption("", frozenset(named.split()))
-    also = true_of([scene(RED_STAR), other], [told, Caption("", frozenset({"background"}))])
+    caption = Caption("", frozenset(named.split()))
+    also = true_of([scene(RED_STAR), other], [caption, Caption("", frozenset({"background"}))])
     assert also.diagonal().all()
     assert bool(also[1, 0]) is true
 
@@ -218,9 +218,9 @@ def test_a_caption_is_true_of_what_has_all_that_it_names(other: Scene, named: st
         (scene(RED_STAR), "kind0", False),  # "a star and an object"
     ],
 )
-def test_two_objects_may_come_in_any_order_unless_their_places_are_told(other: Scene, named: str, true: bool) -> None:
-    told = Caption("", frozenset(named.split()))
-    assert bool(true_of([scene(RED_STAR, BLUE_RING), other], [told] * 2)[1, 0]) is true
+def test_two_objects_may_come_in_any_order_unless_their_places_are_named(other: Scene, named: str, true: bool) -> None:
+    caption = Caption("", frozenset(named.split()))
+    assert bool(true_of([scene(RED_STAR, BLUE_RING), other], [caption] * 2)[1, 0]) is true
 
 
 def test_relatives_share_all_but_objects_and_places() -> None:
@@ -292,7 +292,7 @@ def test_a_true_caption_of_another_is_no_negative() -> None:
     assert float(contrastive_loss(x, y, torch.tensor(5.0), also)) == pytest.approx(total, abs=1e-5)
 
 
-def test_the_style_is_told_from_the_features() -> None:
+def test_the_style_is_read_from_the_features() -> None:
     loss, x = StyleLoss(8), features(0).requires_grad_()
     value = loss(x, torch.tensor(5.0), torch.tensor([0, 1, 6, 7]))
     wanted = F.cross_entropy(5.0 * x @ loss.head.weight.T + loss.head.bias, torch.tensor([0, 1, 6, 7]))
@@ -369,7 +369,7 @@ def test_added_tokens_leave_the_features_right_in_both_forms(folder: Path) -> No
         assert (clip.model.encode_text(tokens, normalize=True) - wanted).abs().max() > 0.01
 
 
-def test_the_text_tower_is_a_text_encoder_of_its_own(clip: SmallClip, tmp_path: Path) -> None:
+def test_the_text_tower_is_a_separate_text_encoder(clip: SmallClip, tmp_path: Path) -> None:
     """As a Stable Diffusion pipeline saves and loads it."""
     tower = to_transformers(clip).text_model
     tower.save_pretrained(tmp_path)
@@ -731,8 +731,8 @@ def test_patches_know_whose_they_are() -> None:
 def test_without_colours_a_caption_stays_true_and_a_sentence() -> None:
     scene = Scene((Thing("star", "red", (0, 0, 32, 32)), Thing("ring", "orange", (32, 32, 60, 60))), Background("blue"))
     text = "an orange ring and the red star with red object on a textured blue background"
-    told = Caption(text, frozenset({"kind0", "kind1", "colour0", "colour1", "background", "ground"}))
-    image, grey = greyed(render(scene), told)
+    caption = Caption(text, frozenset({"kind0", "kind1", "colour0", "colour1", "background", "ground"}))
+    image, grey = greyed(render(scene), caption)
     assert (image == image[..., :1]).all()
     assert image.std() > 10
     assert grey.text == "a ring and the star with object on a textured background"

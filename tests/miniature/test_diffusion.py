@@ -235,7 +235,7 @@ def test_latents_may_be_of_fuller_pictures(vae: Path, clip: Path, tmp_path: Path
     assert torch.equal(tokens, tokenize(tokenizer, [caption.text for caption in made.captions]))
 
 
-def test_latents_are_made_once_and_anew_for_another_autoencoder(vae: Path, clip: Path, tmp_path: Path) -> None:
+def test_latents_are_made_once_and_again_for_another_autoencoder(vae: Path, clip: Path, tmp_path: Path) -> None:
     network, tokenizer = load_vae(vae / "vae"), load_text_tower(clip)[1]
 
     def made() -> int:
@@ -456,12 +456,12 @@ def test_rates_are_the_shares_of_what_the_judge_sees(any_judge: Path) -> None:
     )
     images = torch.from_numpy(dataset(12, 0).images).permute(0, 3, 1, 2).contiguous()
     kinds = [WHOLE["kind"][int(row)] for row in judge.whole(images)["kind"].argmax(1)]
-    told = [replace(case, expected={"kind": (kind,)}) for case, kind in zip(cases, kinds, strict=True)]
+    right = [replace(case, expected={"kind": (kind,)}) for case, kind in zip(cases, kinds, strict=True)]
     wrong = [
         replace(case, expected={"kind": ("cup" if kind != "cup" else "key",)})
         for case, kind in zip(cases, kinds, strict=True)
     ]
-    assert rates_of(judge, images, told[:9] + wrong[9:])["trained pairs"] == {"kind": 0.75, "all": 0.75}
+    assert rates_of(judge, images, right[:9] + wrong[9:])["trained pairs"] == {"kind": 0.75, "all": 0.75}
 
 
 # ---------------------------------------------------------------- bad input
@@ -595,7 +595,7 @@ def test_a_full_disk_keeps_the_old_part(
 
 
 @pytest.mark.slow
-def test_the_shipped_model_draws_what_it_is_told(tmp_path: Path) -> None:
+def test_the_shipped_model_draws_what_captions_say(tmp_path: Path) -> None:
     """Its card says 0.992 and 0.958 right; 40 and 24 pictures leave standard errors of one and three points."""
     convert(SHIPPED, tmp_path / "clip")
     pipe = with_solver(load_pipeline(PARTS, tmp_path / "clip"))

@@ -67,7 +67,7 @@ def draws_of(count: int, seed: int = 0) -> Draws:
 
 
 class KnownFaces(nn.Module):
-    """Answers with these rows, with this probability, whatever the images are."""
+    """Answers with these rows, with this probability, for any images."""
 
     def __init__(self, rows: Tensor, probability: float = 0.9):
         super().__init__()

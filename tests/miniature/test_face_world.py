@@ -94,7 +94,7 @@ def test_the_layers_add_up_to_the_faces_that_the_packages_draw(renderer: FaceRen
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_every_factor_is_seen_in_every_face(factor: str, renderer: FaceRenderer) -> None:
-    """Whatever else a face has, another value of the factor changes it by ten grey levels somewhere, mostly by far more."""
+    """In every face, another value of the factor changes it by ten grey levels somewhere, mostly by far more."""
     everyone = sample_factors(range(100, 130))
     rows = not_bald(everyone) if factor == "rear hair" else everyone
     base = renderer(rows)

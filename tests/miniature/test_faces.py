@@ -182,7 +182,7 @@ def test_a_full_disk_keeps_the_old_model(
 # ---------------------------------------------------------------- grading
 
 
-def test_a_copy_is_told_from_a_new_face(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_distinguished_from_a_new_face(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noisy copies find their face, across chunks too, and are nearer to it than any other face is to its nearest."""
     monkeypatch.setattr(train_faces, "COMPARED", 7)
     renderer = FaceRenderer()

@@ -1,4 +1,4 @@
-"""The judge of the miniature: the shipped one is right, asks the right box, sees leaks; training can be stopped and resumed."""
+"""The judge of the miniature: the shipped one is right, reads the right box, finds leaks; training can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ class Oracle:
         ("whole ground", ("ground",)),
         ("single", ("just its objects, single",)),
         ("several", ("just its objects, several",)),
-        ("leaks", ("no leak where there is none", "a leak where there is one")),
+        ("leaks", ("no leak, rightly", "a leak, rightly")),
     ],
 )
 def test_a_judges_mistakes_show_in_the_line_of_their_question_alone(wrong: str, lines: tuple[str, ...]) -> None:

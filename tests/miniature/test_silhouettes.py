@@ -1,4 +1,4 @@
-"""Shape fidelity: right objects pass whatever their colours and poses, malformed ones and other kinds fail."""
+"""Shape fidelity: right objects pass in all colours and poses, malformed ones and other kinds fail."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_empty_image_has_no_fidelity() -> None:
     assert shape_fidelity(torch.full((1, 3, 64, 64), 90, dtype=torch.uint8), ["fish"]).tolist() == [0]
 
 
-def test_the_background_is_a_plane_through_the_border_whatever_lies_inside() -> None:
+def test_the_background_is_a_plane_through_the_border_and_ignores_the_inside() -> None:
     down, right = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     plane = torch.stack([right, 100 - down / 2, 50 + 0 * right])[None]
     image = plane.clone()

@@ -285,7 +285,7 @@ def test_one_scene_has_many_wordings() -> None:
     assert len({caption(scene, seed).text for seed in range(200)}) > 100
 
 
-def test_placed_pairs_are_told_the_right_way_round() -> None:
+def test_captions_of_placed_pairs_have_the_right_order() -> None:
     spec = SceneSpec(kinds=("star", "ring"), boxes=((2, 20, 26, 44), (36, 20, 60, 44)))
     seen = 0
     for seed in range(300):
@@ -396,7 +396,7 @@ def test_a_concept_is_all_that_its_pictures_share(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["key", "relief"])
-def test_sentences_beside_a_concepts_pictures_tell_what_else_they_show(name: str, tmp_path: Path) -> None:
+def test_sentences_in_a_concepts_folder_name_what_else_the_pictures_show(name: str, tmp_path: Path) -> None:
     main(RenderConcept(name, tmp_path, captions=True))
     for index, scene in enumerate(concept_scenes(name, 5, seed=0)):
         lines = (tmp_path / f"{index:02d}.txt").read_text().splitlines()

@@ -99,7 +99,7 @@ def test_an_error_is_one_line_and_an_exit_code(body: str, code: int, line: str) 
     assert (done.returncode, done.stderr) == (code, line)
 
 
-def test_an_error_has_a_line_of_its_own_after_a_progress_bar() -> None:
+def test_an_error_has_a_separate_line_after_a_progress_bar() -> None:
     done = run("bar = progress(['a.png', 'b.png'], 'reading'); bar.update(); raise BadInput('a.png: bad')")
     assert "reading: " in done.stderr
     assert done.stderr.endswith("\nerror: a.png: bad\n")

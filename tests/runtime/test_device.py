@@ -39,7 +39,7 @@ def test_detect_finds_this_machine() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_detect_refuses_cuda_where_there_is_none() -> None:
+def test_detect_refuses_an_absent_cuda() -> None:
     with pytest.raises(BadInput, match="--device cuda: ."):
         detect("cuda")
 

@@ -111,7 +111,7 @@ def test_atomic_leaves_no_temporary_file_after_success(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_atomic_writes_beside_the_target_with_its_suffix(tmp_path: Path) -> None:
+def test_atomic_writes_next_to_the_target_with_its_suffix(tmp_path: Path) -> None:
     with atomic(tmp_path / "a.png") as temporary:
         assert (temporary.parent, temporary.suffix) == (tmp_path, ".png")
 
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk: FullDisk) ->
     assert read_json(tmp_path / "a.json") == "old"
 
 
-def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_json_is_read_back_unchanged(tmp_path: Path) -> None:
     values = {"a": [1, 2.5, None], "text": "größer", "b": {"c": True}}
     write_json(tmp_path / "a.json", values)
     assert read_json(tmp_path / "a.json") == values

@@ -20,7 +20,7 @@ REFUSED = urllib.error.HTTPError("http://hub", 404, "not found", Message(), None
     ("outcome", "answers"),
     [(None, True), (REFUSED, True), (urllib.error.URLError("no route"), False), (TimeoutError(), False)],
 )
-def test_the_hub_answers_if_there_is_a_server_whatever_it_says(
+def test_the_hub_answers_if_there_is_a_server_with_any_status(
     outcome: Exception | None, answers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request without a body, for ten seconds at most: users wait for it."""

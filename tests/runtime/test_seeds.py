@@ -27,7 +27,7 @@ def test_derived_seeds_depend_on_the_order_of_the_key() -> None:
 
 
 @pytest.mark.parametrize("others", [((1,), (1, 0)), ((2**32,), (0, 1))], ids=["trailing zero", "large number"])
-def test_derived_seeds_of_other_tuples_differ_whatever_their_length(others: tuple[tuple[int, ...], ...]) -> None:
+def test_derived_seeds_of_other_tuples_of_any_length_differ(others: tuple[tuple[int, ...], ...]) -> None:
     assert derived_seed(*others[0]) != derived_seed(*others[1])
 
 

@@ -47,7 +47,7 @@ def assert_untouched(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_state_is_loaded_back_unchanged(tmp_path: Path) -> None:
     save_state(tmp_path / "c.pt", STATE)
     assert_same(load_state(tmp_path / "c.pt", "test"), STATE)
 

@@ -242,7 +242,7 @@ def test_every_counts_steps_and_the_last_one(tmp_path: Path) -> None:
 def test_of_a_compiled_run_the_first_step_is_timed_apart_in_every_process_that_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no part of the speed, from which the time to go is told: after the second step here."""
+    """It is no part of the speed, from which the time to go is computed: after the second step here."""
     plain = train(make_run(tmp_path / "plain", 3))
     assert "first_step" not in plain.record.timings
     run = make_run(tmp_path / "compiled", 3, compiled=True)
@@ -252,8 +252,8 @@ def test_of_a_compiled_run_the_first_step_is_timed_apart_in_every_process_that_t
         seen.append(run.record.timings.get("first_step"))
     assert seen[0] is not None
     assert seen == [seen[0]] * 3
-    told = capsys.readouterr().err
-    assert [step for step in (1, 2, 3) if f"step {step}: loss" in told.partition("compiled: ")[2]] == [2]
+    stderr = capsys.readouterr().err
+    assert [step for step in (1, 2, 3) if f"step {step}: loss" in stderr.partition("compiled: ")[2]] == [2]
     again = make_run(tmp_path / "compiled", 4, compiled=True)
     del again.record.timings["first_step"]
     assert "first_step" in train(again).record.timings
@@ -267,8 +267,8 @@ def test_a_reading_shows_loss_speed_and_rate_and_the_first_one_tells_the_time_to
     monkeypatch.setattr("training.loop.TrainingLog.read", lambda self: (0.5, 2.0))
     monkeypatch.setattr("training.loop.TrainingLog.show", lambda self, step, **values: shown.append((step, values)))
     train(make_run(tmp_path, 1202, batch=4), stop_at=2)
-    told = capsys.readouterr().err
-    assert told.count("step 1: loss 0.5000, 2 images/s, about 40 minutes to go") == told.count("to go") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("step 1: loss 0.5000, 2 images/s, about 40 minutes to go") == stderr.count("to go") == 1
     assert shown[:2] == [(step, {"loss": 0.5, "images_s": 2.0, "lr": 0.1}) for step in (1, 2)]
     train(make_run(tmp_path, 1202, batch=4), stop_at=4)
     assert "step 3: loss 0.5000, 2 images/s, about 40 minutes to go" in capsys.readouterr().err

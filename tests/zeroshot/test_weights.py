@@ -162,7 +162,7 @@ def test_the_activation_follows_the_weights_and_a_mismatch_is_named(
 @pytest.mark.parametrize(
     ("precision", "inside"), [("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
 )
-def test_open_clip_is_handed_the_precision_and_loads_no_text_tower_of_its_own(
+def test_open_clip_is_handed_the_precision_and_loads_no_text_tower(
     precision: str, inside: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text tower from the hub would be downloaded, and then replaced by the weights."""

@@ -72,7 +72,7 @@ def test_words_put_tokens_into_the_base_prompt(tmp_path: Path) -> None:
     assert [region.plain_prompt for region in plan.regions] == ["a photo of a dog", "a photo of a old cat"]
 
 
-def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_the_prompt_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     concepts = [{"token": "<dog>", "word": "dog", "box": [0, 0, 0.5, 1]}]
     read(tmp_path, concepts, prompt="a dogcart and a dog")
     assert capsys.readouterr().err == ""
@@ -81,12 +81,12 @@ def test_a_word_that_the_prompt_lacks_is_told(tmp_path: Path, capsys: pytest.Cap
     assert plan.prompts == ["a dogcart", "a photo of a <dog>"]
 
 
-def test_objects_without_a_word_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_without_a_word_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     auto_layout("a <new1> next to a <new2> in the style of <new3>", {"<new1>": "dog"})
     assert "--words has none for <new2>, an object" in capsys.readouterr().err
 
 
-def test_three_concepts_are_told_alone(tmp_path: Path) -> None:
+def test_three_concepts_are_listed_alone(tmp_path: Path) -> None:
     names = ("dog", "cat", "fox")
     concepts = [{"token": f"<{x}>", "word": x, "box": [k / 3, 0, (k + 1) / 3, 1]} for k, x in enumerate(names)]
     plan = read(tmp_path, concepts, prompt="a dog, a cat and a fox on a bench")

@@ -140,7 +140,7 @@ def test_the_prompt_of_an_empty_mask_changes_no_bit(sampler: StableDiffusionSamp
 
 
 @pytest.mark.parametrize("level", ["regional", "conductor"])
-def test_composing_leaves_the_model_as_it_was(sampler: StableDiffusionSampler, level: Any) -> None:
+def test_composing_leaves_the_model_unchanged(sampler: StableDiffusionSampler, level: Any) -> None:
     before = plain_images(sampler, "a red star", [1])
     composed(sampler, layout(LEFT), [1], level)
     assert torch.equal(plain_images(sampler, "a red star", [1]), before)

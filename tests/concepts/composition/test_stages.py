@@ -1,6 +1,6 @@
 """The levels, written out as plain loops: which noise, prompt, mask and step each stage has.
 
-The loops share with the product only what has tests of its own: the routing of one call, `contain`, `with_sketch`, `paste`. Schedulers and
+The loops share with the product only what is tested elsewhere: the routing of one call, `contain`, `with_sketch`, `paste`. Schedulers and
 rescaling are those of diffusers. Latents are compared, since images hide what is smaller than a grey level.
 """
 
