@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from diffusion.guidance import Guidance
 from diffusion.step_rules import OneStateRule, step_rule
 from digits.classifier import choose_classifiers
 from digits.recipes import RECIPES
@@ -63,7 +64,7 @@ class Settings:
     steps: Annotated[int | None, shipped_default("steps")] = None
     """Sampling steps."""
     guidance: Annotated[float | None, shipped_default("guidance")] = None
-    """Guidance scale: 1 = no guidance, at half the cost."""
+    """Guidance scale: 1 = no guidance, at half the cost unless the checkpoint is distilled."""
     interval: Annotated[tuple[float, float] | None, shipped_default("interval")] = None
     """Guidance is applied only at noise levels start <= t/T < end."""
     guidance_rescale: Annotated[float | None, shipped_default("rescale")] = None
@@ -206,6 +207,7 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     check_fractions(settings, "guidance_rescale")
     if not math.isfinite(config.guidance):
         raise BadInput(f"--guidance {config.guidance}: must be a finite number")
+    network.check_guidance(Guidance(config.guidance, rescale=config.rescale))
     low, high = config.interval
     if not 0 <= low <= high <= 1:
         raise BadInput(f"--interval {low} {high}: give two fractions of T, the lower one first")

@@ -3,6 +3,7 @@
 One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN), or the classes and domains of other images (`DataSpec`).
 It is conditioned on the timestep, the digit or class, and the domain.
 Either label may be dropped (a learned null), which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+A distilled network takes the guidance scale as one more input instead, and one call per step (Meng et al. 2023, arXiv 2210.03142).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
+from diffusion.guidance import Denoise, Guidance, guided
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from diffusion.step_rules import OneStateRule
 from runtime.cli import BadInput
@@ -82,6 +84,7 @@ class ModelConfig:
     conditioning: Literal["embedding", "onehot"] = "embedding"
     timesteps: int = 1000  # T; the one-hot conditioning receives t/T
     spec: DataSpec = HOMEWORK  # of the images it is trained on
+    max_guidance: Annotated[FiniteFloat, Field(gt=1)] | None = None  # of the scales 1 .. this that it takes as an input
 
 
 PRESETS = {
@@ -143,6 +146,22 @@ class OneHotConditioning(nn.Module):
         ones = [F.one_hot(label, count + 1)[:, :count] for label, count in labels]
         context = self.context(torch.cat(ones, dim=1).float())
         embedding: Tensor = self.time((t.float() / self.timesteps)[:, None]) + context
+        return embedding
+
+
+class GuidanceEmbedding(nn.Module):
+    """Embedding of the guidance scale w, u perceptron(u) with u = (w - 1) / (max_guidance - 1): none at w = 1; starts at zero."""
+
+    def __init__(self, max_guidance: float, embedding: int):
+        super().__init__()
+        self.max_guidance = max_guidance
+        self.perceptron = perceptron(1, embedding, nn.SiLU())
+        zero(self.perceptron[-1])
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """Map scales [B] to [B,embedding]."""
+        u = ((guidance - 1) / (self.max_guidance - 1))[:, None]
+        embedding: Tensor = u * self.perceptron(u)
         return embedding
 
 
@@ -238,6 +257,7 @@ class UNet(nn.Module):
     """x [B,3,28,28], t [B] int, digit [B] int (10 = null), domain [B] int (2 = null) -> [B,3,28,28].
 
     Other images have the shape and the null labels of the config's `spec`. The schedule defines the meaning of the output (eps or v).
+    With `max_guidance` the output is the guided one at the scales `guidance` [B]. None = 1.
     """
 
     def __init__(self, config: ModelConfig):
@@ -288,10 +308,15 @@ class UNet(nn.Module):
             nn.SiLU(),
             zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
         )
+        self.guidance = GuidanceEmbedding(config.max_guidance, config.embedding) if config.max_guidance else None
 
-    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Predict eps or v; a skip connection goes from every stage of the way down to one of the way up."""
-        embedding = F.silu(self.conditioning(t, digit, domain))
+        embedding = self.conditioning(t, digit, domain)
+        if guidance is not None:
+            assert self.guidance is not None, "the network takes no guidance scale"
+            embedding = embedding + self.guidance(guidance)
+        embedding = F.silu(embedding)
         h = self.first(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for stage in self.down:
@@ -342,10 +367,36 @@ class Network:
         """The classes, domains, channels and size of the images it draws."""
         return self.unet.config.spec
 
-    def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the output for x [B,C,H,W] at step t; labels are (digit, domain), each [B]."""
-        output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels)
+    def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor], guidance: float = 1.0) -> Tensor:
+        """Return the output for x [B,C,H,W] at step t; labels are (digit, domain), each [B]. Only a distilled one takes `guidance`."""
+        scales = [] if guidance == 1 else [torch.full((len(x),), guidance, device=x.device)]
+        output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels, *scales)
         return output
+
+    def guided(self, digit: Tensor, domain: Tensor, guidance: Guidance) -> Denoise:
+        """Return a denoiser with guidance for labels [B]: uncond knows the domain, but not the digit.
+
+        A distilled network runs once a step, others twice. Raise BadInput as `check_guidance` does.
+        """
+        self.check_guidance(guidance)
+        total, labels = len(self.schedule), (digit, domain)
+        if self.unet.config.max_guidance:
+            return lambda x, t: self(x, t, labels, guidance.scale if guidance.active(t, total) else 1.0)
+        both = torch.cat([digit, torch.full_like(digit, self.spec.no_class)]), torch.cat([domain, domain])
+        return guided(self, labels, both, guidance, total)
+
+    def check_guidance(self, guidance: Guidance, flag: str = "--guidance") -> None:
+        """Raise BadInput for a guidance that a distilled network does not take."""
+        if not (largest := self.unet.config.max_guidance):
+            return
+        if not 1 <= guidance.scale <= largest:
+            raise BadInput(
+                f"{flag} {guidance.scale}: this checkpoint is distilled, it takes scales from 1 to {largest}"
+            )
+        if guidance.rescale:
+            raise BadInput(
+                f"--guidance-rescale {guidance.rescale}: this checkpoint is distilled, its one output can't be rescaled: give 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -370,10 +421,12 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 
 
 def header_json(header: Any) -> str:
-    """Return the header of a network or classifier as JSON, without the homework's spec: earlier versions know no other."""
+    """Return the header of a network or classifier as JSON, without defaults that earlier versions do not know."""
     values = asdict(header)
     if header.model.spec == HOMEWORK:
         del values["model"]["spec"]
+    if values["model"].get("max_guidance", 0) is None:
+        del values["model"]["max_guidance"]
     return json.dumps(values)
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion.guidance import Guidance
 from diffusion.noise import draw, generators
 from diffusion.schedule import add_noise
 from digits.classifier import DigitClassifier, accuracy, choose_classifiers, quality
@@ -86,6 +87,8 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     network = load_network(settings.model, machine.device)
     spec, figures = network.spec, settings.figures
+    for scale in settings.scales if "sweep" in figures else ():
+        network.check_guidance(Guidance(scale), "--scales")
     classifiers = choose_classifiers(settings.classifiers, spec, machine.device) if "sweep" in figures else []
     if "sweep" in figures and not classifiers:
         if {*figures} == {"sweep"}:

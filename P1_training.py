@@ -3,6 +3,7 @@
   python P1_training.py                              preset, precision and data are detected; continues the run folder's checkpoint
   python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
   python P1_training.py --data my/images --output runs/mine          a folder per class, or per domain and class (docs/p1.md)
+  python P1_training.py --distill runs/p1/best.safetensors --output runs/fast       folds guidance in: half the calls of an image
   accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
 
 Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same command continues from it.
@@ -13,9 +14,10 @@ from __future__ import annotations
 import runtime.interrupts  # noqa: F401
 
 # isort: split
+import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import Tensor
 from diffusion.loss import Weight, denoising_loss, min_snr_weight
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from digits.classifier import DigitClassifier, accuracy, choose_classifiers
+from digits.distillation import Teacher
 from digits.recipes import RECIPES, TrainingRecipe, preset_values
 from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_dataloader import BalancedIndex, Digits, load_digits
@@ -116,14 +119,25 @@ class Settings:
     """Steps between two reports of the loss."""
     init: Path | None = None
     """Weights to start from (best.safetensors or shipped), with a new optimizer. None = random ones."""
+    distill: Path | None = None
+    """Checkpoint whose guided output the network learns, from its weights, with the guidance scale as an input: one call per step."""
+    max_guidance: float = 7.0
+    """Largest guidance scale that --distill learns; it trains on scales from 1 to this."""
     resume: Literal["auto", "never"] = "auto"
     """auto = continue the run folder's checkpoint if there is one; never = start over."""
 
 
-def resolve_recipe(settings: Settings, preset: str) -> TrainingRecipe:
-    """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers."""
+def resolve_recipe(settings: Settings, preset: str, source: Network | None = None) -> TrainingRecipe:
+    """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers.
+
+    The network to distill decides schedule and prediction.
+    """
     flags = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **flags)
+    if source:
+        sampler = replace(recipe.sampler, guidance=min(recipe.sampler.guidance, settings.max_guidance))
+        decided: dict[str, Any] = {"schedule": source.schedule_name, "prediction": source.schedule.prediction}
+        recipe = replace(recipe, sampler=sampler, **decided)
     check_positive(recipe, "steps", "batch", "lr")
     check_not_negative(recipe, "min_snr")
     check_positive(settings, "eval_count", "candidates", "final_count")
@@ -143,8 +157,15 @@ def main(settings: Settings) -> None:
 
     # the machine and the recipe
     machine = detect(settings.device)
-    preset = settings.preset if settings.preset != "auto" else "gpu" if machine.device.type == "cuda" else "cpu"
-    recipe = resolve_recipe(settings, preset)
+    preset: str = settings.preset
+    if preset == "auto":
+        preset = "gpu" if machine.device.type == "cuda" else "cpu"
+    source = None
+    if settings.distill:
+        preset, source = "distill", network_to_distill(settings, settings.distill)
+    elif settings.max_guidance != Settings.max_guidance:
+        raise BadInput(f"--max-guidance {settings.max_guidance}: goes with --distill")
+    recipe = resolve_recipe(settings, preset, source)
     precision = set_up(settings.precision, machine, training=True)
     accelerator = Accelerator(mixed_precision="no", cpu=machine.device.type == "cpu")  # devices and processes only
     device = accelerator.device
@@ -155,30 +176,38 @@ def main(settings: Settings) -> None:
     # the data, and what the loss needs of the schedule
     with accelerator.main_process_first():  # the first decodes, the others read its cache
         data = load_digits(settings.data, "train").to(device)
-    spec, config = data.spec, replace(PRESETS[preset], spec=data.spec)
+    spec = data.spec
+    if source and source.spec != spec:
+        raise BadInput(f"--distill {settings.distill} draws {source.spec}; the data are {spec}")
+    teacher = Teacher(to_channels_last(source.unet, device), settings.max_guidance) if source else None
     if spec != HOMEWORK and settings.svhn_share not in (None, 0.5):
         raise BadInput(f"--svhn-share {settings.svhn_share}: the data are no digits of MNIST-M and SVHN, but {spec}")
     classifiers = choose_classifiers(settings.classifiers, spec, device)
     index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
+    layout = source.unet.config if source else PRESETS[preset]
+    config = replace(layout, spec=spec, max_guidance=settings.max_guidance if source else None)
     schedule = make_schedule(recipe.schedule, config.timesteps, recipe.prediction)
     alpha_bar = schedule.alpha_bar.float().to(device)
     weight = partial(min_snr_weight, gamma=recipe.min_snr, prediction=recipe.prediction) if recipe.min_snr else None
     validate = None
     if not classifiers:
-        validate = partial(validation_loss, data=load_digits(settings.data, "val").to(device), weight=weight)
+        val = load_digits(settings.data, "val").to(device)
+        validate = partial(validation_loss, data=val, weight=weight, teacher=teacher)
 
     # the network, its average and its optimizer
     torch.manual_seed(settings.seed)
     unet = UNet(config)
     if settings.init:
         unet.load_state_dict(initial_weights(settings.init, config, preset, recipe))
+    if source:  # all but the embedding of the guidance scale, which starts at zero
+        unet.load_state_dict(source.unet.state_dict(), strict=False)
     to_channels_last(unet, device)
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     compiled = should_compile(settings.compile, machine, worthwhile=recipe.steps >= COMPILE_STEPS)
-    if compiled:
-        compile_network(unet, device)
+    for each in [unet, *([teacher.unet] if teacher else [])] if compiled else []:
+        compile_network(each, device)
     model, optimizer = accelerator.prepare(unet, adamw)
 
     # the run: continues from its checkpoint where there is one
@@ -207,13 +236,18 @@ def main(settings: Settings) -> None:
         x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
         eps = draws.normal(*x0.shape[1:])
 
-        # the loss and one optimizer step
-        def network(x: Tensor, t: Tensor, digit: Tensor = digit, domain: Tensor = domain) -> Tensor:
-            output: Tensor = model(x.contiguous(memory_format=torch.channels_last), t, digit, domain)
+        labels, lesson = [digit, domain], None
+        if teacher:
+            labels.append(guidance := teacher.scales(draws.uniform()))
+            lesson = partial(teacher, digit=digit, domain=domain, guidance=guidance)
+
+        # the loss, against the data or the teacher's guided output, and one optimizer step
+        def network(x: Tensor, t: Tensor, labels: Sequence[Tensor] = labels) -> Tensor:
+            output: Tensor = model(x.contiguous(memory_format=torch.channels_last), t, *labels)
             return output
 
         with run.autocast():
-            loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight)
+            loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight, lesson)
         run.update(loss)
 
         # now and then: sample, grade, keep the weights if they are among the best
@@ -229,15 +263,31 @@ def main(settings: Settings) -> None:
     log(f"next: {shlex.join(['bash', 'hw2_1.sh', 'out', best] if spec == HOMEWORK else own)}")
 
 
+def network_to_distill(settings: Settings, path: Path) -> Network:
+    """Load the network to distill; raise BadInput for a distilled one, and for flags that it decides."""
+    for name in ("preset", "schedule", "prediction", "init"):
+        if (value := getattr(settings, name)) not in ("auto", None):
+            raise BadInput(f"--{name} {value}: the checkpoint of --distill decides it, leave it out")
+    if not 1 < settings.max_guidance < math.inf:
+        raise BadInput(f"--max-guidance {settings.max_guidance}: must be above 1")
+    network = load_network(path, torch.device("cpu"))
+    if network.unet.config.max_guidance:
+        raise BadInput(f"--distill {path} is distilled already: give the checkpoint that it was made from")
+    return network
+
+
 def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
-    """Load the weights to start from; raise BadInput unless images, layout and schedule are those of this training."""
+    """Load the weights to start from; raise BadInput unless images, layout and schedule are those of this training.
+
+    A distilled network is started from as its conditional network, which it is at guidance scale 1.
+    """
     start = load_network(path, torch.device("cpu"))
     if start.spec != config.spec:
         raise BadInput(f"--init {path} draws {start.spec}; the data are {config.spec}")
     ours = (config, recipe.schedule, recipe.prediction)
-    if (start.unet.config, start.schedule_name, start.schedule.prediction) != ours:
+    if (replace(start.unet.config, max_guidance=None), start.schedule_name, start.schedule.prediction) != ours:
         raise BadInput(f"--init {path} is of another layout or schedule than preset {preset}")
-    return start.unet.state_dict()
+    return {name: value for name, value in start.unet.state_dict().items() if not name.startswith("guidance.")}
 
 
 def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, compiled: bool) -> LoopConfig:
@@ -264,14 +314,15 @@ def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: Data
     )  # fmt: skip
     chosen = {name: getattr(settings, name) for name in names}
     recipe_facts = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "sampler")}
-    init = file_fingerprint(settings.init) if settings.init else None
+    init, distill = (file and file_fingerprint(file) for file in (settings.init, settings.distill))
+    starts = {"init": init, "distill": distill, "max_guidance": settings.max_guidance if distill else None}
     # what ranks the candidates; None = by default
     files = (
         [] if {*settings.classifiers} <= {"auto", "none"} else [file_fingerprint(Path(f)) for f in settings.classifiers]
     )
     ungraded = settings.classifiers == ("none",) and spec == HOMEWORK
     grader = files or ("none" if ungraded else None)
-    return {"preset": preset, **recipe_facts, **chosen, "init": init, "classifiers": grader}
+    return {"preset": preset, **recipe_facts, **chosen, **starts, "classifiers": grader}
 
 
 # ---------------------------------------------------------------- grading
@@ -291,7 +342,9 @@ NOISES = 8  # of every image in a validation loss, which costs less than to samp
 
 
 @torch.inference_mode()
-def validation_loss(network: Network, count: int, seed: int, data: Digits, weight: Weight | None) -> float:
+def validation_loss(
+    network: Network, count: int, seed: int, data: Digits, weight: Weight | None, teacher: Teacher | None = None
+) -> float:
     """Return the training's loss on validation images, `count` per class and domain; the same images and noise in every call."""
     schedule, device = network.schedule, data.images.device
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
@@ -300,13 +353,13 @@ def validation_loss(network: Network, count: int, seed: int, data: Digits, weigh
         draws = Draws(seed, start, slice(None), min(500, total - start), device)
         rows = index(draws.uniform(), draws.uniform())
         x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
-        eps = draws.normal(*x0.shape[1:])
-
-        def predict(x: Tensor, t: Tensor, rows: Tensor = rows) -> Tensor:
-            output: Tensor = network.unet(x, t, data.digits[rows], data.domains[rows])
-            return output
-
-        loss += float(denoising_loss(predict, x0, eps, t, alpha_bar, schedule.prediction, weight)) * len(rows)
+        eps, digit, domain = draws.normal(*x0.shape[1:]), data.digits[rows], data.domains[rows]
+        guidance, lesson = None, None
+        if teacher:
+            guidance = teacher.scales(draws.uniform())
+            lesson = partial(teacher, digit=digit, domain=domain, guidance=guidance)
+        predict = partial(network.unet, digit=digit, domain=domain, guidance=guidance)
+        loss += float(denoising_loss(predict, x0, eps, t, alpha_bar, schedule.prediction, weight, lesson)) * len(rows)
     return loss / total
 
 

@@ -19,14 +19,16 @@ def denoising_loss(
     alpha_bar: Tensor,
     prediction: Prediction = "eps",
     weight: Weight | None = None,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the mean of weight(alpha_bar_t) |network(x_t, t) - target|^2 (Ho et al. 2020, eq. 14).
 
-    x0 and eps [B,C,H,W], t [B] int, alpha_bar [T] float32 on their device.
+    x0 and eps [B,C,H,W], t [B] int, alpha_bar [T] float32 on their device. With a teacher the target is teacher(x_t, t).
     """
     level = alpha_bar[t][:, None, None, None]
-    output = network(add_noise(x0, eps, level), t).float()
-    error = (output - target(x0, eps, level, prediction)).square()
+    x = add_noise(x0, eps, level)
+    goal = teacher(x, t).float() if teacher else target(x0, eps, level, prediction)
+    error = (network(x, t).float() - goal).square()
     return (error * weight(level) if weight else error).mean()
 
 

@@ -1,4 +1,4 @@
-"""The training recipe of each preset of the network."""
+"""The training recipe of each preset of the network, and of a distillation."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ RECIPES = {
     "tiny": TrainingRecipe(steps=2_000),
     "cpu": TrainingRecipe(sampler=DigitSamplerConfig(steps=10, guidance=5.0)),
     "gpu": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
+    "distill": TrainingRecipe(steps=3_000, sampler=DigitSamplerConfig(steps=4, guidance=4.0)),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion import samplers
-from diffusion.guidance import Guidance, guided
+from diffusion.guidance import Guidance
 from diffusion.noise import draw
 from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
@@ -73,13 +73,9 @@ def sample(
     network: Network, requests: Sequence[DigitRequest], config: DigitSamplerConfig, callback: Callback = ignore
 ) -> Tensor:
     """Sample one batch: [B,3,28,28], or of the network's `spec`, float in -1..1 on the network's device."""
-    # the unconditional half knows the domain, but not the digit
-    device = next(network.unet.parameters()).device
-    digit, domain = labels_of(requests, device)
-    both = torch.cat([digit, torch.full_like(digit, network.spec.no_class)]), torch.cat([domain, domain])
+    device, schedule = next(network.unet.parameters()).device, network.schedule
     guidance = Guidance(config.guidance, config.interval, config.rescale)
-    schedule = network.schedule
-    denoise = guided(network, (digit, domain), both, guidance, len(schedule))
+    denoise = network.guided(*labels_of(requests, device), guidance)
 
     generators = make_generators([request.seed for request in requests])
     x = draw(generators, network.spec.shape, device).to(memory_format=torch.channels_last)

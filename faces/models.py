@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffusion.guidance import Denoise, Guidance, guided
+from diffusion.guidance import Denoise, Guidance
 from diffusion.schedule import Prediction, Schedule, linear
 from faces.course_unet import load_course_unet
 from P1_model import Network, load_network
@@ -118,11 +118,11 @@ def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels)
     domain = spec.no_domain if labels.domain == "any" else spec.domains.index(labels.domain)
     scale = network.sampler.get("guidance", 1.0) if labels.guidance is None else labels.guidance
     guidance = Guidance(1.0 if labels.digit is None else scale)  # without a digit there is no condition to strengthen
+    network.check_guidance(guidance)
 
     def denoiser(batch: int) -> Denoise:
-        digits, no_digits, domains = (torch.full((batch,), n, device=device) for n in (digit, spec.no_class, domain))
-        both = (torch.cat([digits, no_digits]), torch.cat([domains, domains]))
-        inner = guided(network, (digits, domains), both, guidance, len(network.schedule))
+        digits, domains = (torch.full((batch,), n, device=device) for n in (digit, domain))
+        inner = network.guided(digits, domains, guidance)
 
         def denoise(x: Tensor, t: int) -> Tensor:
             with torch.autocast(device.type, dtype, dtype != torch.float32):

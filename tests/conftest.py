@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def tiny_network() -> Network:
             torch.nn.init.normal_(parameter, std=0.05)
     sampler = {"name": "ddim", "steps": 5}
     return Network(unet, cosine(TINY.timesteps), "cosine", sampler, {"preset": "tiny", "step": 7})
+
+
+@pytest.fixture
+def distilled_network(tiny_network: Network) -> Network:
+    """Return that network with the guidance scale, 1 .. 5, as an input that moves its output."""
+    unet = UNet(replace(TINY, max_guidance=5.0)).eval().requires_grad_(False)
+    unet.load_state_dict(tiny_network.unet.state_dict(), strict=False)
+    assert unet.guidance
+    for parameter in unet.guidance.perceptron.parameters():
+        torch.nn.init.normal_(parameter)
+    return replace(tiny_network, unet=unet)
 
 
 @pytest.fixture(scope="session")

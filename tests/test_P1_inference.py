@@ -165,10 +165,11 @@ def test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none(
 
 
 @pytest.fixture
-def models(tiny_network: Network, tmp_path: Path) -> dict[str, Path]:
-    """Write two small checkpoints of T = 20 with a sampler of their own."""
-    paths: dict[str, Path] = {}
+def models(tiny_network: Network, distilled_network: Network, tmp_path: Path) -> dict[str, Path]:
+    """Write two small checkpoints of T = 20 with a sampler of their own, and a distilled one."""
+    paths = {"distilled": tmp_path / "distilled.safetensors"}
     sampler = {"name": "ddim", "steps": 5, "guidance": 2.0, "rule": "ddim"}
+    save_network(paths["distilled"], replace(distilled_network, sampler=sampler))
     for name, factor in {"usual": 1.0, "other": -1.0}.items():
         network = replace(tiny_network, sampler=sampler)
         for parameter in network.unet.last.parameters():
@@ -189,10 +190,15 @@ def plain_digit(name: str, **flags: Any) -> np.ndarray:
 
     def network_output(x: Tensor, t: int) -> Tensor:
         labels = [torch.tensor([n]) for n in (digit, 10, domain)]
+        low, high = values["interval"]
+        inside = low <= t / total < high
+        if network.unet.config.max_guidance:
+            scale = torch.tensor([values["guidance"] if inside else 1.0])
+            with torch.inference_mode():
+                return cast(Tensor, network.unet(x, torch.tensor([t]), labels[0], labels[2], scale))
         with torch.inference_mode():
             cond, uncond = (cast(Tensor, network.unet(x, torch.tensor([t]), label, labels[2])) for label in labels[:2])
-        low, high = values["interval"]
-        if not low <= t / total < high:
+        if not inside:
             return cond
         out = uncond + values["guidance"] * (cond - uncond)
         weight = values["guidance_rescale"]
@@ -242,6 +248,8 @@ CASES = [(flag, *case) for flag, case in DECIDES_PICTURES.items()] + [
     ("sampler", {"steps": 4}, "dpm"),
     ("guidance", {"sampler": "dpm"}, 4.0),
     ("guidance", {"sampler": "ddpm"}, 4.0),
+    ("guidance", {"model": "distilled"}, 4.0),
+    ("interval", {"model": "distilled"}, (0.3, 0.6)),
 ]
 
 
@@ -249,8 +257,8 @@ CASES = [(flag, *case) for flag, case in DECIDES_PICTURES.items()] + [
 def test_every_flag_that_decides_the_pictures_does_what_a_plain_loop_does_with_it(
     flag: str, others: dict[str, Any], value: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    usual: dict[str, Any] = {"model": models["usual"], "count": 1, "digits": ("3",), **others}
-    changed = usual | {flag: models["other"] if flag == "model" else value}
+    usual: dict[str, Any] = {"model": "usual", "count": 1, "digits": ("3",), **others}
+    usual, changed = (flags | {"model": models[flags["model"]]} for flags in (usual, usual | {flag: value}))
     draw(tmp_path / "out", **({"steps": None, "precision": "fp32"} | changed))
     pictures = pixels(tmp_path / "out")
     assert set(pictures) == {
@@ -388,6 +396,22 @@ def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
 def test_bad_input_is_named_and_nothing_written(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
         draw(tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"guidance": 5.5}, "--guidance 5.5: this checkpoint is distilled, it takes scales from 1 to 5.0"),
+        ({"guidance": 0.0}, "--guidance 0.0: this checkpoint is distilled"),
+        ({"guidance_rescale": 0.5}, "--guidance-rescale 0.5: this checkpoint is distilled"),
+    ],
+)
+def test_a_guidance_that_a_distilled_checkpoint_does_not_take_is_named_and_nothing_written(
+    flags: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        draw(tmp_path / "out", model=models["distilled"], **flags)
     assert not (tmp_path / "out").exists()
 
 

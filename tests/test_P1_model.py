@@ -33,6 +33,7 @@ from P1_model import (
     sinusoid,
 )
 from runtime.cli import BadInput
+from runtime.files import load_safetensors
 from runtime.images import to_uint8
 from runtime.validation import validate
 
@@ -141,6 +142,46 @@ def test_cpu_preset_stays_below_half_a_gflop_per_image() -> None:
         labels = [torch.ones(1, dtype=torch.long) for _ in range(3)]
         UNet(PRESETS["cpu"])(torch.ones(1, 3, 28, 28), *labels)
     assert 0.1e9 < counter.get_total_flops() < 0.5e9
+
+
+# ---------------------------------------------------------------- the guidance scale as an input
+
+
+@pytest.mark.parametrize("conditioning", TINY)
+def test_a_network_with_the_guidance_scale_as_an_input_starts_as_the_one_without(conditioning: str) -> None:
+    plain, distilled = UNet(TINY[conditioning]), UNet(replace(TINY[conditioning], max_guidance=7.0))
+    without_zeros(plain)
+    distilled.load_state_dict(plain.state_dict(), strict=False)
+    outputs = [distilled(*inputs(4), guidance=torch.tensor([1.0, 3.0, 5.5, 7.0])), distilled(*inputs(4))]
+    assert all(torch.equal(output, plain(*inputs(4))) for output in outputs)
+
+
+def test_a_trained_one_is_the_one_without_at_scale_1_and_another_at_every_other_scale(
+    tiny_network: Network, distilled_network: Network
+) -> None:
+    outputs = distilled_network.unet(*inputs(3), guidance=torch.tensor([1.0, 3.0, 5.0]))
+    plain = tiny_network.unet(*inputs(3))
+    torch.testing.assert_close(outputs[0], plain[0], rtol=0, atol=1e-6)
+    assert all((outputs[k] - other).abs().max() > 0.01 for k, other in ((1, plain[1]), (2, plain[2]), (2, outputs[1])))
+
+
+def test_the_largest_scale_comes_back_from_a_file(tmp_path: Path, distilled_network: Network) -> None:
+    save_network(tmp_path / "n.safetensors", distilled_network)
+    loaded = load_network(tmp_path / "n.safetensors", CPU)
+    assert loaded.unet.config.max_guidance == 5.0
+    guidance = torch.tensor([4.0])
+    expected = distilled_network.unet(*inputs(), guidance=guidance)
+    torch.testing.assert_close(loaded.unet(*inputs(), guidance=guidance), expected, rtol=0, atol=1e-5)
+
+
+def test_a_file_without_that_input_does_not_name_it(tmp_path: Path, tiny_network: Network) -> None:
+    """Earlier versions refuse keys that they do not know."""
+    save_network(tmp_path / "n.safetensors", tiny_network)
+    assert {"max_guidance", "spec"}.isdisjoint(json.loads(header_of(tmp_path / "n.safetensors"))["model"])
+
+
+def header_of(path: Path) -> str:
+    return load_safetensors(path)[1]["network"]
 
 
 # ---------------------------------------------------------------- configuration and checkpoints

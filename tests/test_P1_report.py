@@ -269,3 +269,12 @@ def test_the_effect_of_every_flag_is_tested() -> None:
 def test_a_report_of_nothing_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
         main(Settings(output=tmp_path, **flags))
+
+
+def test_a_sweep_over_scales_that_a_distilled_checkpoint_has_not_learned_is_refused(
+    tmp_path: Path, distilled_network: Network
+) -> None:
+    save_network(path := tmp_path / "distilled.safetensors", distilled_network)
+    with pytest.raises(BadInput, match="--scales 7.0: this checkpoint is distilled, it takes scales from 1 to 5.0"):
+        main(Settings(tmp_path / "report", path, ("sweep",), scales=(1.0, 7.0)))
+    assert not (tmp_path / "report").exists()

@@ -306,17 +306,22 @@ def ungraded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train as docs and papers say, in a plain loop; return the weights and their average."""
-    recipe = vars(RECIPES[flags.get("preset", "tiny")])
+    teacher = load_network(flags["distill"], torch.device("cpu")) if flags.get("distill") else None
+    recipe = vars(RECIPES["distill" if teacher else flags.get("preset", "tiny")])
     values: dict[str, Any] = vars(Settings()) | recipe | SHORT | {"steps": 6} | flags
     digits = load_digits(values["data"], "train")
     index = BalancedIndex(digits, values["svhn_share"], values["balance_digits"])
     torch.manual_seed(values["seed"])
-    unet = UNet(PRESETS[values["preset"]])
+    if teacher:
+        unet = UNet(replace(teacher.unet.config, max_guidance=values["max_guidance"]))
+        unet.load_state_dict(teacher.unet.state_dict(), strict=False)
+    else:
+        unet = UNet(PRESETS[values["preset"]])
     if values["init"]:
         unet.load_state_dict(load_network(values["init"], torch.device("cpu")).unet.state_dict())
     average = {name: value.clone() for name, value in unet.state_dict().items()}
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    total, batch, steps = PRESETS[values["preset"]].timesteps, values["batch"], values["steps"]
+    total, batch, steps = unet.config.timesteps, values["batch"], values["steps"]
     alpha_bars = make_schedule(values["schedule"], total, values["prediction"]).alpha_bar.float()
 
     for step in range(steps):
@@ -329,9 +334,15 @@ def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         eps = torch.randn(batch, 3, 28, 28, generator=stream)
         x0, alpha_bar = digits.images[rows] / 127.5 - 1, alpha_bars[t][:, None, None, None]
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        output = unet(signal * x0 + noise * eps, t, digit, domain)
-        v = values["prediction"] == "v"
-        error = (output - (signal * eps - noise * x0 if v else eps)).square()
+        x, v = signal * x0 + noise * eps, values["prediction"] == "v"
+        if teacher:
+            scale = 1 + (values["max_guidance"] - 1) * torch.rand(batch, generator=stream)
+            cond, uncond = (teacher.unet(x, t, label, domain) for label in (digit, torch.full_like(digit, 10)))
+            error = (
+                unet(x, t, digit, domain, scale) - (uncond + scale[:, None, None, None] * (cond - uncond))
+            ).square()
+        else:
+            error = (unet(x, t, digit, domain) - (signal * eps - noise * x0 if v else eps)).square()
         if values["min_snr"]:
             snr = alpha_bar / (1 - alpha_bar)
             error = error * snr.clamp(max=values["min_snr"]) / (snr + 1 if v else snr)
@@ -413,6 +424,95 @@ def test_every_flag_that_decides_the_weights_does_what_a_plain_loop_does_with_it
     assert distance(averaged(tmp_path), average) < ROUNDING
     if not fresh:
         assert max(distance(expected, usual[0]), distance(average, usual[1])) > EFFECT
+
+
+# ---------------------------------------------------------------- distillation: the student learns a teacher's guided output
+
+DISTILL: dict[str, Any] = {"preset": "auto", "distill": "usual_init"}
+
+
+@pytest.mark.usefixtures("ungraded")
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"distill": "other_init"}, {"max_guidance": 2.0}, {"min_snr": 0.5}, {"drop_digit": 0.7}, {"lr": 3e-3}],
+)
+def test_a_distillation_does_what_a_plain_loop_does(
+    change: dict[str, Any], tmp_path: Path, lesson: dict[str, Path]
+) -> None:
+    flags = {"data": lesson["usual_data"], "init": None, **DISTILL, **change}
+    usual: dict[str, Any] = {"data": lesson["usual_data"], "init": None, "distill": lesson["usual_init"]}
+    flags["distill"] = lesson[flags["distill"]]
+    train(**{"output": tmp_path, "steps": 6, **flags})
+    expected, average = plain_training(**flags)
+    assert distance(weights(tmp_path), expected) < ROUNDING
+    assert distance(averaged(tmp_path), average) < ROUNDING
+    if change:
+        assert distance(expected, plain_training(**usual)[0]) > EFFECT
+
+
+@pytest.mark.usefixtures("ungraded")
+def test_a_stopped_distillation_continues_to_the_same_weights(tmp_path: Path, lesson: dict[str, Path]) -> None:
+    flags: dict[str, Any] = {
+        "data": lesson["usual_data"],
+        "preset": "auto",
+        "distill": lesson["usual_init"],
+        "decay": 0.0,
+    }
+    train(output=tmp_path / "whole", steps=6, **flags)
+    for steps in (3, 6):
+        train(output=tmp_path / "broken", steps=steps, **flags)
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for name, value in {"distill": lesson["other_init"], "max_guidance": 3.0}.items():
+        with pytest.raises(BadInput, match=f"was trained with {name}"):
+            train(output=tmp_path / "whole", steps=8, **flags | {name: value})
+
+
+@pytest.mark.usefixtures("ungraded")
+def test_a_training_can_start_from_a_distilled_network_as_the_conditional_one(
+    tmp_path: Path, lesson: dict[str, Path]
+) -> None:
+    """The same seed, data and weights: only the embedding of the guidance scale is left out."""
+    train(lesson["usual_data"], tmp_path / "a", steps=4, preset="auto", distill=lesson["usual_init"])
+    train(lesson["usual_data"], tmp_path / "b", steps=1, lr=1e-9, init=tmp_path / "a" / "best.safetensors")
+    left, right = averaged(tmp_path / "a"), weights(tmp_path / "b")
+    assert {*left} - {*right} == {name for name in left if name.startswith("guidance.")} != set()
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=1e-3, atol=1e-5, msg=name)  # stored in half precision
+
+
+SHIPPED = ROOT / "checkpoints" / "p1_digits.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"preset": "tiny"}, "--preset tiny: the checkpoint of --distill decides it, leave it out"),
+        ({"schedule": "cosine"}, "--schedule cosine: the checkpoint of --distill"),
+        ({"prediction": "v"}, "--prediction v: the checkpoint of --distill"),
+        ({"init": SHIPPED}, "--init .*p1_digits.safetensors: the checkpoint of --distill"),
+        ({"distill": None, "max_guidance": 5.0}, "--max-guidance 5.0: goes with --distill"),
+        ({"max_guidance": 1.0}, "--max-guidance 1.0: must be above 1"),
+        ({"max_guidance": math.nan}, "--max-guidance nan"),
+        ({"max_guidance": math.inf}, "--max-guidance inf"),
+        ({"distill": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
+        ({"distill": ROOT / "checkpoints" / "judge_svhn.safetensors"}, "not a P1 checkpoint"),
+        ({"distill": "distilled"}, "distilled already: give the checkpoint that it was made from"),
+    ],
+)
+def test_bad_input_of_a_distillation_is_named(
+    flags: dict[str, Any], message: str, digits_folder: Path, tmp_path: Path, distilled_network: Network
+) -> None:
+    flags = {"preset": "auto", "distill": SHIPPED, **flags}
+    if flags["distill"] == "distilled":
+        save_network(path := tmp_path / "n.safetensors", distilled_network)
+        flags["distill"] = path
+    with pytest.raises(BadInput, match=message):
+        train(**{"data": digits_folder, "output": tmp_path / "run", **flags})
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the machine: compiled layers, precision
 
 
 @pytest.mark.usefixtures("ungraded")
@@ -616,7 +716,7 @@ def test_without_classifiers_the_least_validation_loss_chooses(
     calls: list[tuple[int, int, int]] = []
     table = next(tables)
 
-    def loss(network: Network, count: int, seed: int, data: Any, weight: Any) -> float:
+    def loss(network: Network, count: int, seed: int, data: Any, weight: Any, teacher: Any) -> float:
         nonlocal table
         table = table if count == 2 else next(tables, table)
         calls.append((network.origin["step"], count, seed))
@@ -638,6 +738,8 @@ def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:
 
 
 HELD_BY = {
+    "distill": test_a_distillation_does_what_a_plain_loop_does,
+    "max_guidance": test_a_distillation_does_what_a_plain_loop_does,
     "output": test_the_loss_falls_and_the_run_folder_is_complete,
     "device": test_bad_input_is_named,
     "precision": test_half_precision_computes_in_it_and_trains_to_nearly_the_same_weights,

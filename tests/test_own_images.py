@@ -294,8 +294,8 @@ def test_the_validation_loss_is_the_trainings_loss_with_all_labels(
     """With more draws than a batch of it holds."""
     losses: list[tuple[float, float]] = []
 
-    def compare(network: Network, count: int, seed: int, data: Digits, weight: Any) -> float:
-        value = validation_loss(network, count, seed, data, weight)
+    def compare(network: Network, count: int, seed: int, data: Digits, weight: Any, teacher: Any) -> float:
+        value = validation_loss(network, count, seed, data, weight, teacher)
         losses.append(
             (value, plain_validation_loss(network, load_digits(tmp_path / "data", "val"), count, seed, gamma))
         )
@@ -456,7 +456,7 @@ def test_bad_data_are_one_line_and_nothing_is_trained(
     flags = ("--data", tmp_path / "data", "--output", tmp_path / "run", "--preset", "tiny", "--device", "cpu")
     code, error = command(monkeypatch, capsys, P1_training, *flags)
     assert (code, message in error) == (2, True), error
-    assert error.startswith("error: ")
+    assert error.rpartition("\x1b[A")[2].startswith("error: ")  # a progress bar may have been there
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -483,6 +483,9 @@ BAD_FLAGS: dict[str, tuple[Any, tuple[str, ...], str]] = {
         "draws 3 classes (ant, bee, fly) in images, 32x32 grey; the data are 3 classes (cat, dog, owl) in images, 32x32 grey",
     ),
     "other images": (P1_training, (*TRAIN, "--init", "{root}/rgb.safetensors"), "in day, night, 24x24 RGB; the data are"),
+    "a teacher of other images": (
+        P1_training, (*TRAIN[:4], "--distill", "{root}/rgb.safetensors"), "in day, night, 24x24 RGB; the data are",
+    ),
     "a share of SVHN": (P1_training, (*TRAIN, "--svhn-share", "0.7"), "--svhn-share 0.7: the data are no digits"),
     "a classifier of other images": (
         P1_training, (*TRAIN, "--classifiers", FILE % "day"), "reads 3 classes (cat, dog, owl) in day, night, 24x24 RGB; the images",

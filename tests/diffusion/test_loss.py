@@ -52,6 +52,19 @@ def test_the_loss_is_the_weighted_mean_of_squared_errors(prediction: Prediction,
     assert float(loss) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
+def test_with_a_teacher_its_output_for_the_same_input_is_the_target() -> None:
+    (x0, eps), level = samples(), ALPHA_BAR[T][:, None, None, None]
+    x = level.sqrt() * x0 + (1 - level).sqrt() * eps
+    weight = partial(min_snr_weight, gamma=2.0, prediction="v")
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        return x.square() - 0.3 * t[:, None, None, None]
+
+    error = (halves(x, T) - teacher(x, T)).square() * weight(level)
+    ours = denoising_loss(halves, x0, eps, T, ALPHA_BAR, "v", weight, teacher)
+    assert float(ours) == pytest.approx(float(error.mean()), rel=1e-5)
+
+
 def test_without_a_cap_a_network_of_eps_has_the_loss_of_one_of_v() -> None:
     """Salimans & Ho 2022, appendix D; the cap limits the noisiest steps only."""
     x0, eps = samples()

@@ -15,6 +15,7 @@ from diffusion.schedule import Schedule, make_schedule
 from digits.classifier import DigitClassifier
 from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
+from runtime.cli import BadInput
 from runtime.images import to_uint8
 from runtime.seeds import LARGEST_SEED, derived_seed
 
@@ -37,9 +38,25 @@ def grey(digit: Tensor, domain: Tensor) -> Tensor:
     return 0.02 * digit.where(digit != NO_DIGIT, torch.tensor(-5)) + 0.3 * domain - 0.3
 
 
-def formula_network() -> Network:
+class DistilledFormula(Formula):
+    """One that takes the guidance scale, 1 .. 5, and is sure of the guided image; it records images and scale of each call."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__(schedule)
+        self.config, self.calls = replace(TINY, max_guidance=5.0), list[tuple[int, float]]()
+
+    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor, guidance: Tensor | None = None) -> Tensor:
+        scale = torch.ones(len(x)) if guidance is None else guidance
+        self.calls.append((len(x), scale.unique().item()))
+        cond, uncond = (
+            super(DistilledFormula, self).forward(x, t, d, domain) for d in (digit, torch.full_like(digit, NO_DIGIT))
+        )
+        return uncond + scale[:, None, None, None] * (cond - uncond)
+
+
+def formula_network(kind: type[Formula] = Formula) -> Network:
     schedule = make_schedule("linear", 50, "eps")
-    return Network(cast(Any, Formula(schedule)), schedule, "linear", {}, {})
+    return Network(cast(Any, kind(schedule)), schedule, "linear", {}, {})
 
 
 def sampler(batch: int = 7, **config: Any) -> DigitSampler:
@@ -60,6 +77,41 @@ def test_guidance_goes_from_the_domains_image_without_a_digit_to_the_digits_imag
     expected = uncond + guidance * (cond - uncond)
     images = sampler(name=name, guidance=guidance).images(requests, "test")
     torch.testing.assert_close(images, expected[:, None, None, None].expand(-1, *IMAGE_SHAPE), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({"name": "dpm", "steps": 4, "guidance": 3.0}, [3.0] * 4),
+        ({"name": "dpm", "steps": 4, "guidance": 1.0}, [1.0] * 4),
+        ({"name": "dpm", "steps": 5, "guidance": 5.0, "interval": (0.3, 0.7)}, [1.0, 1.0, 5.0, 5.0, 1.0]),  # t 49 .. 10
+        ({"name": "ddim", "steps": 10, "guidance": 2.0, "eta": 1.0}, [2.0] * 10),
+        ({"name": "ddim", "steps": 10, "guidance": 2.0, "rule": "homework"}, [2.0] * 10),
+        ({"name": "ddpm", "guidance": 2.5}, [2.5] * 50),
+    ],
+)
+def test_a_distilled_network_draws_the_guided_images_by_one_call_per_step_and_image(
+    config: dict[str, Any], scales: list[float]
+) -> None:
+    requests, network = graded_requests(0, 1), formula_network(DistilledFormula)
+    images = DigitSampler(network, DigitSamplerConfig(**config), 20).images(requests, "test")
+    assert cast(Any, network.unet).calls == [(20, scale) for scale in scales]
+    torch.testing.assert_close(images, sampler(batch=20, **config).images(requests, "test"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"guidance": 5.5}, "--guidance 5.5: this checkpoint is distilled, it takes scales from 1 to 5.0"),
+        ({"guidance": 0.5}, "--guidance 0.5: .* from 1 to 5.0"),
+        ({"guidance": 2.0, "rescale": 0.5}, "--guidance-rescale 0.5: this checkpoint is distilled"),
+    ],
+)
+def test_a_guidance_that_a_distilled_network_has_not_learned_is_refused(config: dict[str, Any], message: str) -> None:
+    network = formula_network(DistilledFormula)
+    with pytest.raises(BadInput, match=message):
+        DigitSampler(network, DigitSamplerConfig(**config), 20).images(graded_requests(0, 1), "test")
+    assert not cast(Any, network.unet).calls
 
 
 def test_requests_go_by_domain_digit_and_index() -> None:

@@ -389,6 +389,17 @@ def test_digit_domain_and_guidance_reach_the_network(digits: Path, tiny_network:
     torch.testing.assert_close(found, uncond + 3 * (cond - uncond), rtol=1e-4, atol=1e-5)
 
 
+def test_a_distilled_checkpoint_gets_the_guidance_scale_in_one_call(tmp_path: Path, distilled_network: Network) -> None:
+    save_network(path := tmp_path / "distilled.safetensors", distilled_network)
+    x, digit, domain = torch.randn(2, 3, 28, 28), torch.tensor([4, 4]), torch.tensor([1, 1])
+    expected = distilled_network(x, 9, (digit, domain), 3.0)
+    torch.testing.assert_close(
+        load(path, digit=4, domain="svhn", guidance=3.0).denoiser(2)(x, 9), expected, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(BadInput, match="--guidance 5.5: this checkpoint is distilled"):
+        load(path, digit=4, guidance=5.5)
+
+
 def test_without_labels_it_is_not_conditioned(digits: Path, tiny_network: Network) -> None:
     x = torch.randn(1, 3, 28, 28)
     expected = tiny_network(x, 9, (torch.tensor([10]), torch.tensor([2])))
