@@ -9,7 +9,7 @@ from P1_model import NO_DIGIT, NO_DOMAIN, Network
 
 
 def test_the_teacher_returns_each_images_guided_output_in_one_call(tiny_network: Network) -> None:
-    """The prediction without a digit is of the same domain; without a digit of its own, an image has no guidance."""
+    """The prediction without a digit is of the same domain; an image without a digit has no guidance."""
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(4, 3, 28, 28, generator=generator), torch.tensor([3, 19, 7, 12])
     digit, domain = torch.tensor([3, 8, NO_DIGIT, 5]), torch.tensor([0, 1, 1, NO_DOMAIN])
