@@ -5,6 +5,7 @@
   python P3_inference.py --input input.json --model DIR --output out --dry-run       checks everything in seconds, samples nothing
   python P3_inference.py --input input.json --model DIR --output out --candidates 50 --clip CLIP --references pictures
   python P3_inference.py --layout layout.json --model DIR --output out                concepts in their places
+  python P3_inference.py --prompt "a <new1> on a bench" --model DIR --output out --attention "<new1>" bench      where these words act
   python P3_inference.py --between "<fish>" "<cup>" --prompt "a photo of a {}" --count 7 --model DIR --output out --figure row.png
   torchrun --nproc_per_node 4 P3_inference.py --input input.json --model DIR --output out      four GPUs share the images
   python P3_inference.py --layout auto --prompt "a <new1> next to a <new2>" --words dog cat --model DIR --output out --draw-layout a.png
@@ -22,17 +23,34 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
+from concepts.attention import AttentionSampler, save_sheet
 from concepts.clip_scores import Scorer, open_images, rank
 from concepts.composition.layout import Layout, auto_layout, read_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose, passes
-from concepts.composition.scores import FIGURE_ROWS, draw_layout, levels_figure, mean_scores, scores_inside
+from concepts.composition.scores import (
+    FIGURE_ROWS,
+    attention_figure,
+    draw_layout,
+    levels_figure,
+    mean_scores,
+    scores_inside,
+)
 from concepts.course_format import IMAGES_PER_PROMPT, remove, stale_files
-from concepts.embeddings import TokenSearch, add_names, composed, install, require_width, tokenize, tokens_in
+from concepts.embeddings import (
+    TokenSearch,
+    add_names,
+    composed,
+    install,
+    require_width,
+    tokenize,
+    tokens_in,
+    word_positions,
+)
 from concepts.jobs import Job, between_jobs, between_vectors, find_job_vectors, graded_jobs, layout_job, prompt_jobs
 from concepts.sampling import Request, SamplerConfig, Solver, StableDiffusionSampler, generate_batches
 from concepts.stable_diffusion import check_model, load_pipeline, load_tokenizer
@@ -53,6 +71,9 @@ from runtime.distributed import Shard, sharing
 from runtime.files import ROOT, check_disk_space, check_writable_file, check_writable_folder, output_folder, read_json
 from runtime.images import labelled_grid, open_image, save_image
 from runtime.record import Record
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 SIZE = 512  # of Stable Diffusion v1's images
 TIMESTEPS = 1000  # of its schedule
@@ -88,7 +109,11 @@ class Settings:
     """Also write the layout as an image."""
     config: ConductorConfig = ConductorConfig()
     figure: Path | None = None
-    """Also write a figure. With --layout: layout, joint, regional, conductor side by side, masks shown. With --between: the row."""
+    """Also write a figure. With --layout: layout, joint, regional, conductor side by side, masks shown. With --attention as well: joint and
+    the --level, each with the words' maps. With --between: the row."""
+    attention: tuple[str, ...] = ()
+    """Words or learned tokens of the prompt. Also write {image}_attention.png: the image, and where it attends to each of them, from blue
+    (least) to red (most). () = off."""
     scores: bool = False
     """Also score each concept inside its mask with --clip: text, and similarity to its images if the layout names them."""
     embeddings: tuple[Path, ...] = ()
@@ -154,21 +179,27 @@ def main(settings: Settings) -> None:
     with record.timed("loading"):
         pipe = load_pipeline(settings.model, machine.device, DTYPES[set_up(settings.precision, machine)])
         install(pipe, search.vectors)
+        check_words(pipe.tokenizer, settings, jobs)
         sampler = StableDiffusionSampler(pipe, sampler_config(settings))
+        if settings.attention:
+            sampler = AttentionSampler.of(pipe, sampler.config, settings.attention)
         shape = sampler.shape  # raises BadInput for a size that the model doesn't support
         if layout:
             layout.check_resolution(*shape[1:])
         to_channels_last(pipe.unet, machine.device)
-        pays = settings.compile == "on" or machine.device.type == "cuda" and count >= COMPILE_COUNT and not layout
+        can_compile = not layout and not settings.attention
+        pays = settings.compile == "on" or machine.device.type == "cuda" and count >= COMPILE_COUNT and can_compile
         if pays and should_compile(settings.compile, machine):
             pipe.unet.compile()
         scorer = Scorer.load(settings.clip, machine.device) if settings.candidates or settings.scores else None
 
     def sample(requests: Sequence[Request]) -> Tensor:
         if layout is None:
-            return sampler.sample_images(requests)
-        layout_requests = [LayoutRequest(layout, request.seed) for request in requests]
-        return compose(sampler, layout_requests, settings.level, settings.config)
+            images = sampler.sample_images(requests)
+        else:
+            layout_requests = [LayoutRequest(layout, request.seed) for request in requests]
+            images = compose(sampler, layout_requests, settings.level, settings.config)
+        return sampler.with_maps(images) if isinstance(sampler, AttentionSampler) else images
 
     with sharing() as shard:
         if shard.main:
@@ -178,7 +209,7 @@ def main(settings: Settings) -> None:
             if scorer and settings.candidates:
                 mine = save_best(sample, scorer, jobs[shard.rank :: shard.world], settings.batch, machine)
             else:
-                mine = save_all(sample, jobs, settings.batch, machine, shard)
+                mine = save_all(sample, jobs, settings, machine, shard)
             shares = shard.gather([mine])
 
         if shard.main:
@@ -197,7 +228,12 @@ def main(settings: Settings) -> None:
             print(f"{kept} pictures of {len(jobs)} prompts in {settings.output}, {seconds:.2f} s each", flush=True)
             if layout and settings.draw_layout:
                 save_image(settings.draw_layout, draw_layout(layout))
-            if layout and settings.figure:
+            if settings.attention:
+                print(f"where {', '.join(settings.attention)} act: {settings.output}/*_attention.png", flush=True)
+            if layout and settings.figure and isinstance(sampler, AttentionSampler):
+                levels = figure_levels(settings)
+                attention_figure(settings.figure, sampler, layout, jobs[0].seeds[0], levels, settings.config)
+            elif layout and settings.figure:
                 levels_figure(settings.figure, sampler, layout, jobs[0].seeds, settings.config)
             if settings.between and settings.figure:
                 images = torch.stack([open_image(job.files[0]) for job in jobs])
@@ -221,6 +257,12 @@ def check(settings: Settings) -> None:
             raise BadInput(f"--between {words}: give two different tokens")
         if not 2 <= settings.count <= MOST_BETWEEN:
             raise BadInput(f"--count {settings.count}: --between takes 2 to {MOST_BETWEEN} images")
+    if settings.attention:
+        words = " ".join(settings.attention)
+        if settings.input or settings.between or settings.candidates:
+            raise BadInput(f"--attention {words}: not available with --input, --between or --candidates")
+        if settings.compile == "on":
+            raise BadInput(f"--compile on is not available with --attention {words}, which changes the U-Net's layers")
     if settings.layout == "auto" and not settings.prompt:
         raise BadInput("--layout auto needs a --prompt that holds the concepts' tokens")
     from_file = settings.layout not in (None, "auto")
@@ -278,6 +320,21 @@ def jobs_of(settings: Settings) -> list[Job]:
     return [layout_job(layout, settings.level, output, count, candidates, seed)]
 
 
+def check_words(tokenizer: CLIPTokenizer, settings: Settings, jobs: Sequence[Job]) -> None:
+    """Raise BadInput for a word of --attention that is in none of the prompts of an image."""
+    for job in jobs if settings.attention else ():
+        prompts = job.layout.prompts if job.layout and settings.level != "joint" else [job.prompt]
+        present = word_positions(tokenizer, prompts, settings.attention).amax((0, 1))
+        for word, is_present in zip(settings.attention, present.tolist(), strict=True):
+            if not is_present:
+                raise BadInput(f"--attention {word}: no such word in {' or '.join(map(repr, prompts))}")
+
+
+def figure_levels(settings: Settings) -> list[Level]:
+    """Return the levels that --figure shows of a layout."""
+    return list(dict.fromkeys(("joint", settings.level))) if settings.attention else list(get_args(Level))
+
+
 def sampler_config(settings: Settings) -> SamplerConfig:
     """Return the sampler that the flags describe."""
     guidance = Guidance(settings.guidance, settings.interval, settings.guidance_rescale)
@@ -300,6 +357,7 @@ def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machin
     if tokenizer := load_tokenizer(settings.model):
         add_names(tokenizer, {token: len(rows) for token, rows in search.vectors.items()})
         tokenize(tokenizer, list(dict.fromkeys([*(text for job in jobs for text in job.texts), settings.negative])))
+        check_words(tokenizer, settings, jobs)
     else:
         print(f"{settings.model}: its tokenizer is not on this machine, the texts' lengths are unchecked")
     if settings.candidates or settings.scores:
@@ -313,7 +371,8 @@ def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machin
 
     total = count * passes_per_image(settings, layout, settings.level)
     if settings.figure and layout:
-        total += min(FIGURE_ROWS, count) * sum(passes_per_image(settings, layout, level) for level in get_args(Level))
+        rows = 1 if settings.attention else min(FIGURE_ROWS, count)
+        total += rows * sum(passes_per_image(settings, layout, level) for level in figure_levels(settings))
     expected = "how long they take the first run here will tell"
     if seconds := seconds_per_pass(settings, machine):
         expected = f"about {seconds * total / 60:.1f} minutes, as the last run here went"
@@ -324,8 +383,9 @@ def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machin
 
 
 def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Return the images' size on the disk, at most: three bytes per pixel."""
-    return 3 * (settings.size or SIZE) ** 2 * sum(len(job.files) for job in jobs)
+    """Return the images' size on the disk, at most: three bytes per pixel, and as much for each cell of a sheet of --attention."""
+    cells = 2 + len(settings.attention) if settings.attention else 1
+    return 3 * (settings.size or SIZE) ** 2 * cells * sum(len(job.files) for job in jobs)
 
 
 def passes_per_image(settings: Settings, layout: Layout | None, level: Level) -> int:
@@ -354,13 +414,21 @@ def seconds_per_pass(settings: Settings, machine: Machine) -> float | None:
 
 
 def save_all(
-    sample: Callable[[Sequence[Request]], Tensor], jobs: Sequence[Job], batch: int, machine: Machine, shard: Shard
+    sample: Callable[[Sequence[Request]], Tensor],
+    jobs: Sequence[Job],
+    settings: Settings,
+    machine: Machine,
+    shard: Shard,
 ) -> int:
-    """Sample and save this process's images; return how many."""
+    """Sample and save this process's images, which `sample` returns with the words' maps if there are any; return how many."""
     files = {Request(job.prompt, seed): path for job in jobs for seed, path in zip(job.seeds, job.files, strict=True)}
     count = 0
-    for request, image in generate_batches(sample, list(files), batch, machine.device.type == "cuda", shard):
-        save_image(files[request], image)
+    for request, image in generate_batches(sample, list(files), settings.batch, machine.device.type == "cuda", shard):
+        path = files[request]
+        if settings.attention:
+            save_sheet(path.with_name(f"{path.stem}_attention.png"), image, settings.attention, request.prompt)
+            image = image[0]
+        save_image(path, image)
         count += 1
     return count
 

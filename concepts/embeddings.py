@@ -304,6 +304,18 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return torch.as_tensor(ids)
 
 
+def word_positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequence[str]) -> Tensor:
+    """Return [N,77,words] float32: 1 where a prompt's token belongs to a word, else 0. All vectors of a learned token are one word."""
+    ids, added = tokenize(tokenizer, prompts), tokenizer.get_added_vocab()
+    positions = torch.zeros(*ids.shape, len(words))
+    for column, word in enumerate(words):
+        own = tokenizer(_with_all_names(composed(word), added), add_special_tokens=False).input_ids
+        starts = (ids.unfold(1, len(own), 1) == torch.tensor(own)).all(2) if own else ids < 0
+        for prompt, start in starts.nonzero().tolist():
+            positions[prompt, start : start + len(own), column] = 1
+    return positions
+
+
 def _with_all_names(text: str, added: Collection[str]) -> str:
     """Return the text with all names of each token of several vectors: "a <new1>" -> "a <new1> <new1>_1"."""
     several = sorted((token for token in added if f"{token}_1" in added), key=len, reverse=True)

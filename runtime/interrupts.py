@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+# what ends a job on a cluster; SLURM sends SIGUSR1 some time before its own end (slurm/), and Windows has none
+STOP_SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1"))
+
 
 def end(_: int, __: FrameType | None) -> None:
     """Leave at once with exit code 130; nothing is open yet. Of several processes the first one prints."""
@@ -18,15 +21,16 @@ def end(_: int, __: FrameType | None) -> None:
 
 
 def raise_from_now_on() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, and SIGTERM too: it cleans up after the work, such as a hidden folder.
+    """Let Ctrl-C raise KeyboardInterrupt again, and SIGTERM and SIGUSR1 too: it cleans up after the work, such as a hidden folder.
 
     Of several processes the launcher ends those that are left by SIGTERM, which must not wait for another's share.
     """
     if signal.getsignal(signal.SIGINT) is end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if _is_ours and alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, partial(_raise, os.getpid()))
+    for number in STOP_SIGNALS:
+        if _is_ours and alone and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, partial(_raise, os.getpid()))
 
 
 def _raise(process: int, number: int, frame: FrameType | None) -> None:

@@ -164,17 +164,17 @@ def test_a_finished_run_is_not_trained_again(digits_folder: Path, tmp_path: Path
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path).items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_in_the_last_grading_loses_nothing_and_the_same_command_goes_on(
     number: int, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"steps": 4, "eval_every": 2, "candidates": 2}
     with monkeypatch.context() as patch:
         patch.setattr("P1_training.Grading.score", interrupted_at(3, number, Grading.score))
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as run_script leaves it
+        before = signal.signal(number, signal.default_int_handler)  # as run_script leaves it
         with pytest.raises(SystemExit, match="130"):
             train(digits_folder, tmp_path / "a", **more)
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
     assert state(tmp_path / "a")["step"] == 4
     assert len(list((tmp_path / "a" / "candidates").iterdir())) == 2
     chosen = [train(digits_folder, tmp_path / name, **more)["metrics"] for name in ("a", "b")]

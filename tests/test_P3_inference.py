@@ -23,6 +23,7 @@ from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
 from torch import Tensor
 
 from concepts import jobs
+from concepts.attention import AttentionSampler
 from concepts.clip_scores import Scorer, open_images
 from concepts.composition.layout import Layout, Region, auto_layout, read_layout
 from concepts.composition.masks import box_mask
@@ -45,6 +46,8 @@ CASES = {
     "cat": {"src_image": "David Revoy", "token_name": "<new2>", "prompt": ["A star in the style of <new2>."]},
 }
 PAIR = ("<new1>", "<new2>")  # of one and two vectors
+MOON: dict[str, Any] = {"input": None, "prompt": ("a moon", "a red star"), "attention": ("moon",)}
+IN_LAYOUT: dict[str, Any] = {"input": None, "prompt": ("a <new1> and a <new2>",), "layout": "auto"}
 BETWEEN: dict[str, Any] = {"input": None, "prompt": ("a {}",), "between": PAIR}
 
 
@@ -293,6 +296,22 @@ def test_a_dry_run_refuses_a_model_without_weights(folder: Path, model: str) -> 
         (BETWEEN | {"between": ("<3>", "<new1>")}, "--between <3>: give two learned tokens"),
         (BETWEEN, r"--between <new1> <new2>: vectors \[1, 32\] and \[2, 32\]"),
         (BETWEEN | {"dry_run": True}, "--between <new1> <new2>: vectors"),
+        ({"attention": ("star",)}, "--attention star: not available with --input, --between or --candidates"),
+        (BETWEEN | {"attention": ("a",)}, "--attention a: not available"),
+        ({"input": None, "prompt": ("a",), "attention": ("a",), "candidates": 9}, "--attention a: not available"),
+        ({"input": None, "prompt": ("a",), "attention": ("a",), "compile": "on"}, "--compile on .* --attention a"),
+        (MOON, "--attention moon: no such word in 'a red star'"),
+        (MOON | {"dry_run": True}, "--attention moon: no such word in 'a red star'"),
+        (MOON | {"attention": ("",)}, "--attention : no such word"),
+        (MOON | {"attention": ("<new1>",)}, "--attention <new1>: no such word in 'a moon'"),
+        (
+            IN_LAYOUT | {"attention": ("<new1>", "cup")},
+            "--attention cup: no such word in 'a object and a object' or 'a ph",
+        ),
+        (
+            IN_LAYOUT | {"attention": ("photo",), "level": "joint"},
+            "--attention photo: no such word in 'a <new1> and a <",
+        ),
         ({"figure": Path("a.png")}, r"--figure and --scores need a --layout \(--figure: or --between\)"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"model": "/nowhere"}, "/nowhere"),
@@ -363,6 +382,8 @@ def test_a_dry_run_refuses_a_clip_and_counts_the_figures_passes(
     conductor = 7 * 2 + 4 * 4 + 2 * 10 * 2  # around the things, the branches, each thing alone
     expected = 6 * conductor + 4 * (10 * (2 + 2) + conductor)
     assert f"{expected} passes" in capsys.readouterr().out
+    main(settings(folder, model, **more, steps=10, count=6, figure=folder / "figure.png", attention=("<new1>",)))
+    assert f"{6 * conductor + 10 * 2 + conductor} passes" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--clip /nowhere"):
         main(settings(folder, model, **more, scores=True, clip="/nowhere"))
 
@@ -452,6 +473,11 @@ class Script:
         pipe = load_pipeline(self.model, CPU, torch.float32)
         install(pipe, find_vectors(["<new1>", "<new2>"], [self.folder / "learned"]).vectors)
         return StableDiffusionSampler(pipe, replace(SamplerConfig("dpm", 4, Guidance(7.5)), **changes))
+
+    def attention_sampler(self, words: tuple[str, ...], **changes: Any) -> AttentionSampler:
+        """Return the same sampler, which maps words."""
+        plain = self.sampler(**changes)
+        return AttentionSampler.of(plain.pipe, plain.config, words)
 
     def composed(self, layout: Layout, level: Any = "conductor", config: ConductorConfig = DEFAULT) -> Tensor:
         return compose(self.sampler(), [LayoutRequest(layout, derived_seed(0, 0, 0))], level, config)[0].int()
@@ -695,6 +721,45 @@ def the_figure_shows_all_levels(script: Script) -> None:
     assert all(torch.equal(cell, draw_layout(plan, 256)) for cell in cells[::4])
 
 
+def words_are_mapped_next_to_the_images(script: Script) -> None:
+    """Write a sheet per image: the image and an overlay per word; images stay as they are, to the byte."""
+    sheets: dict[Path, Any] = {}
+    script.patch.setattr("concepts.attention.pixel_grid", lambda path, *args: sheets.update({path: args}))
+    flags: dict[str, Any] = {"prompt": ("a red star", "a star"), "count": 2}
+    plain, images = script.run(**flags), script.run(**flags, attention=("star", "a"), batch=3)
+    for n, (path, (cells, *labels)) in enumerate(sheets.items()):
+        prompt, image = divmod(n, 2)
+        assert path.name == f"{prompt}_{image}_attention.png"
+        assert labels == [[""], ["image", "star", "a"], flags["prompt"][prompt]]
+        sampler = script.attention_sampler(("star", "a"))
+        request = Request(flags["prompt"][prompt], derived_seed(0, prompt, image))
+        assert_near(cells.int(), sampler.with_maps(sampler.sample_images([request]))[0])
+        assert torch.equal(cells[0].int(), images[f"{prompt}_{image}.png"])
+    assert len(sheets) == 4
+    for name, expected in plain.items():
+        assert_near(images[name], expected)
+
+
+def words_are_mapped_in_a_layout_and_its_figure(script: Script) -> None:
+    """Draw the figure of joint and the level, of the first image; `red` is in the base prompt."""
+    grids: list[Any] = []
+    script.patch.setattr("concepts.composition.scores.pixel_grid", lambda *args: grids.append(args))
+    words, config, plan = ("<new1>", "red"), ConductorConfig(background_steps=0.8), read_layout(script.layout())
+    flags = script.composing() | {"steps": 2, "config": config, "figure": script.folder / "figure.png"}
+    files = script.run(**flags, count=2, attention=words)
+    assert list(files) == [f"conductor_{n}{sheet}.png" for n in range(2) for sheet in ("", "_attention")]
+    path, cells, rows, columns, title = grids[0]
+    assert (path, rows, columns) == (script.folder / "figure.png", ["joint", "conductor"], ["image", *words])
+    assert title == plan.joint
+    sampler, request = script.attention_sampler(words, steps=2), [LayoutRequest(plan, derived_seed(0, 0, 0))]
+    levels: tuple[Level, Level] = ("joint", "conductor")
+    for level, row in zip(levels, cells.split(3), strict=True):
+        expected = draw_outlines(sampler.with_maps(compose(sampler, request, level, config))[0], plan)
+        assert_near(row.int(), expected)
+    script.run(**flags, level="joint", attention=("<new1>",))
+    assert grids[1][2] == ["joint"]
+
+
 def concepts_are_scored_inside_their_masks(script: Script) -> None:
     clip = str(save_clip(script.folder / "clip"))
     images = script.run(**script.composing(), count=2, clip=clip, scores=True)
@@ -806,6 +871,8 @@ EFFECTS: dict[str, Callable[[Script], None]] = {  # of the other flags
     "words": words_stand_for_tokens_in_the_base_prompt,
     "draw_layout": the_layout_is_drawn,
     "figure": the_figure_shows_all_levels,
+    "attention": words_are_mapped_next_to_the_images,
+    "attention in a layout": words_are_mapped_in_a_layout_and_its_figure,
     "scores": concepts_are_scored_inside_their_masks,
     "embeddings": the_first_place_with_a_token_counts,
     "candidates": candidates_are_ranked_by_clip_with_the_references,
@@ -827,4 +894,4 @@ def test_flags_have_their_effect(script: Script, effect: Callable[[Script], None
 
 
 def test_the_tables_have_a_line_for_every_flag() -> None:
-    assert {*SAMPLED, *EFFECTS, "config"} == {field.name for field in fields(Settings)}
+    assert {*SAMPLED, *(line.split()[0] for line in EFFECTS), "config"} == {field.name for field in fields(Settings)}

@@ -45,7 +45,7 @@ SCRIPTS = sorted(
     )
     if 'if __name__ == "__main__":' in path.read_text()
 )
-STARTS = ("python ", "torchrun ", "accelerate launch ")
+STARTS = ("python ", "torchrun ", "accelerate launch ", "sbatch ")
 
 NUMBER = r"\d+(?:[.,]\d+)*(?:e-?\d+)?"
 UNIT = r"(?: ?(%|dB|s|seconds|minutes|times|GB)(?!\w))"
@@ -62,7 +62,9 @@ def commands_in(text: str) -> list[list[str]]:
     for line in text.splitlines():
         line = line.strip().lstrip("`")
         if line.startswith(STARTS):
-            words = shlex.split(re.split(r"\s{2,}|`|\s#\s", line)[0])
+            words = shlex.split(
+                re.split(r"\s{2,}|`|\s#\s", line)[0].replace("%a", "1")
+            )  # the number of an array's task
             script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
             if script is not None:
                 commands.append(words[script:])

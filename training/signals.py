@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a training after the current step, with its checkpoint written."""
+"""SIGINT, SIGTERM and SIGUSR1 stop a training after the current step, with its checkpoint written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from runtime.interrupts import STOP_SIGNALS
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, *STOP_SIGNALS)}
     try:
         yield received
     finally:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from concepts.attention import AttentionSampler
 from concepts.clip_scores import Scorer
 from concepts.composition.layout import Layout
 from concepts.composition.masks import bounds
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import read_images
 from concepts.sampling import StableDiffusionSampler
-from runtime.images import labelled_grid
+from runtime.images import labelled_grid, pixel_grid
 
 Scores = dict[str, float]
 COLOURS = ((228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178))
@@ -106,3 +107,19 @@ def levels_figure(
     cells = torch.stack([image for row in zip(*columns, strict=True) for image in (plan, *row)])
     rows = [f"picture {number}" for number in range(len(seeds))]
     labelled_grid(path, cells, rows, ["layout", *levels], layout.joint, inch=1.8)
+
+
+def attention_figure(
+    path: Path,
+    sampler: AttentionSampler,
+    layout: Layout,
+    seed: int,
+    levels: Sequence[Level],
+    config: ConductorConfig,
+) -> None:
+    """Write a figure with a row per level, all of one seed: the image, and where it attends to each word, with the regions' borders."""
+    cells = []
+    for level in levels:
+        images = compose(sampler, [LayoutRequest(layout, seed)], level, config)
+        cells.append(draw_outlines(sampler.with_maps(images)[0], layout))
+    pixel_grid(path, torch.cat(cells), list(levels), ["image", *sampler.words], layout.joint)

@@ -542,7 +542,7 @@ def test_from_any_directory_a_file_in_the_way_ends_with_one_line_and_code_2(tmp_
     assert done.stderr.splitlines() == ["error: --output file: a file is in the way, name a folder"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_leaves_no_hidden_folder(number: int, tmp_path: Path) -> None:
     script = str(ROOT / "hw2_data" / "prepare.py")
     command = [sys.executable, script, "rendered", "--count", "100000", "--output", str(tmp_path / "digits")]

@@ -281,7 +281,7 @@ def test_the_end_writes_a_record(tmp_path: Path) -> None:
     assert metrics["loss"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_the_work_of_the_last_step_ends_the_run_with_its_checkpoint(
     tmp_path: Path, number: int
 ) -> None:

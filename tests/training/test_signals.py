@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one requests a stop, and the handlers before are restored."""
+"""SIGINT, SIGTERM and SIGUSR1: the first one requests a stop, and the handlers before are restored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
+from runtime.interrupts import STOP_SIGNALS
 from training.signals import stop_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT])
 def test_a_signal_requests_a_stop_and_raises_nothing(number: int) -> None:
     with stop_signals() as received:
         assert not received
@@ -32,7 +33,7 @@ def test_a_second_sigterm_still_waits_for_the_checkpoint() -> None:
         assert received
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT])
 def test_handlers_are_restored_even_after_an_error(number: int) -> None:
     before = signal.getsignal(number)
     during = []
