@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself. `make` alone lists them.
 PYTHON ?= python3
+UV ?= $(shell command -v uv 2>/dev/null)
 RUN := .venv/bin/python
 DEMO := demo
 .DEFAULT_GOAL := help
@@ -8,14 +9,19 @@ DEMO := demo
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 
-setup: .venv/.done  ## create .venv and install requirements.txt (about 5 GB, one to five minutes)
+setup: .venv/.done  ## create .venv and install the requirements (about 5 GB, one to five minutes), by uv if there is one; UV=: by pip
 
-.venv/.done: requirements.txt requirements-dev.txt
+.venv/.done: requirements.txt requirements-dev.txt $(if $(UV),uv.lock)
+ifneq ($(UV),)
+	@echo "== setting up .venv with the releases of uv.lock (torch and its CUDA libraries are about 5 GB)"
+	$(UV) sync --frozen --inexact $(if $(filter file,$(origin PYTHON)),,--python "$(PYTHON)") || { echo "== uv failed: pip instead"; make setup UV=; }
+else
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	@echo "== setting up .venv (torch and its CUDA libraries are about 5 GB)"
 	@$(PYTHON) -m venv .venv || { echo "error: python's venv module is missing (Debian: apt install python3-venv)" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --progress-bar on -r requirements.txt -r requirements-dev.txt
+endif
 	@touch $@
 
 demo: setup  ## all three problems with the shipped weights, scores and one web page (no data, no GPU)

@@ -7,19 +7,15 @@ import importlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tokenize
-import typing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tyro
+from page_commands import commands_in, parse
 from PIL import Image
 
-from runtime.cli import split_like
 from runtime.files import ROOT
 
 PAGES = [
@@ -45,7 +41,6 @@ SCRIPTS = sorted(
     )
     if 'if __name__ == "__main__":' in path.read_text()
 )
-STARTS = ("python ", "torchrun ", "accelerate launch ", "sbatch ")
 
 NUMBER = r"\d+(?:[.,]\d+)*(?:e-?\d+)?"
 UNIT = r"(?: ?(%|dB|s|seconds|minutes|times|GB)(?!\w))"
@@ -56,40 +51,12 @@ BANNED = (
 )  # fmt: skip
 
 
-def commands_in(text: str) -> list[list[str]]:
-    """Return [script, argument, ..] of every line that starts a script, without the remark behind it."""
-    commands = []
-    for line in text.splitlines():
-        line = line.strip().lstrip("`")
-        if line.startswith(STARTS):
-            words = shlex.split(
-                re.split(r"\s{2,}|`|\s#\s", line)[0].replace("%a", "1")
-            )  # the number of an array's task
-            script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
-            if script is not None:
-                commands.append(words[script:])
-    return commands
-
-
 def blocks_of(page: Path) -> list[str]:
     """Return the code blocks of a page, and the commands in its tables."""
     text = page.read_text()
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S)
     indented = re.findall(r"^    (python .*)$", text, re.M)
     return [*blocks, *indented, *re.findall(r"`(python [^`]+)`", text)]
-
-
-def parse(command: list[str]) -> None:
-    """Parse the arguments as the script does, without running it."""
-    path = (ROOT / command[0]).resolve()
-    assert path.is_file(), f"{command[0]} does not exist"
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    main = importlib.import_module(name).main
-    kind: Any = next(iter(typing.get_type_hints(main).values()))
-    try:
-        tyro.cli(kind, args=split_like(command[1:])[0], config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as error:
-        pytest.fail(f"{shlex.join(command)}: refused ({error.code})")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
