@@ -40,7 +40,7 @@ from P1_model import DataSpec, Network, load_network
 from runtime.cli import BadInput, Seed, check_positive, log, run_script
 from runtime.device import Device, detect
 from runtime.files import output_folder
-from runtime.images import image_grid, labelled_grid, line_figure, save_animation, shorten, to_uint8
+from runtime.images import image_grid, line_figure, pixel_grid, save_animation, shorten, to_uint8
 from runtime.record import Record
 from runtime.seeds import distinct_seeds
 
@@ -136,8 +136,8 @@ def grid_figure(sampler: DigitSampler, domain: int, seed: int, folder: Path) -> 
     seeds = distinct_seeds((seed, column) for column in range(10))
     requests = [DigitRequest(digit, domain, column_seed) for digit in range(len(classes)) for column_seed in seeds]
     images = to_uint8(sampler.images(requests, f"grid {title_of(name)}"))
-    path, columns = folder / f"grid_{name}.png", [f"noise {column}" for column in range(10)]
-    labelled_grid(path, images, [shorten(c, 12) for c in classes], columns, f"{title_of(name)}: one noise per column")
+    path, columns = folder / f"grid_{name}.png", [f"{column}" for column in range(10)]
+    pixel_grid(path, images, classes, columns, f"{title_of(name)}: one noise per column")
     return path
 
 
@@ -164,7 +164,7 @@ def reverse_figure(network: Network, seed: int, folder: Path) -> Path:
     images = torch.stack(list(states.values()), dim=1).flatten(0, 1)  # a row per domain
     path, columns = folder / "reverse_process.png", [f"t = {t}" for t in states]
     title = f'The first "{shorten(spec.classes[0])}" of {"both" if len(spec.domains) == 2 else "all"} domains, T = {len(network.schedule)}'
-    labelled_grid(path, to_uint8(images), tuple(map(title_of, spec.domains)), columns, title, inch=1.1)
+    pixel_grid(path, to_uint8(images), tuple(map(title_of, spec.domains)), columns, title)
     return path
 
 

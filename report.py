@@ -5,8 +5,8 @@
   python report.py --quick --output demo                     shipped weights only, fewer images and steps: make demo
   python report.py --problems P2                             one problem
 
-The page names the missing inputs of a step. A step is kept while its command, its inputs and the code are the same, so the same command
-continues where it was stopped.
+The page is written after every part, and says what is still to come. It names the missing inputs of a step. A step is kept while its
+command, its inputs and the code are the same, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import runtime.interrupts  # noqa: F401
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pages import inversion, p1, p2, zeroshot
+from pages.duration import minutes_text
 from pages.elements import Score, Section
 from pages.inputs import DIGITS, Inputs
-from pages.page import RenderedSection, render_section, write_page
+from pages.page import RenderedSection, pending_section, render_section, write_page
 from runtime.cli import BadInput, log, run_script
 from runtime.device import Device, detect
 from runtime.files import ROOT, output_folder
@@ -107,17 +108,19 @@ def sections_of(settings: Settings, inputs: Inputs) -> list[Section]:
     ]
 
 
-def run_sections(sections: Sequence[Section], folder: Path, fresh: bool) -> list[RenderedSection]:
-    """Run every step in turn. If one fails, its section's fallback is run as well."""
-    runner = Runner(folder, sum(len(section.steps) for section in sections), fresh)
+def run_sections(
+    sections: Sequence[Section], runner: Runner, write: Callable[[Sequence[RenderedSection]], None]
+) -> list[RenderedSection]:
+    """Run every step in turn and `write` the page after every section. If a step fails, its section's fallback is run as well."""
     rendered, waiting = [], list(sections)
     while waiting:
         section = waiting.pop(0)
         outcomes = [runner.run(step) for step in section.steps]
-        rendered.append(render_section(section, folder, runner.outcomes))
+        rendered.append(render_section(section, runner.folder, runner.outcomes))
         if section.fallback and any(outcome.reason for outcome in outcomes):
             runner.total += len(section.fallback.steps)
             waiting.insert(0, section.fallback)
+        write([*rendered, *map(pending_section, waiting)])
     return rendered
 
 
@@ -126,8 +129,7 @@ def print_scores(rendered: Sequence[RenderedSection]) -> None:
     for one in rendered:
         for score in one.elements:
             if isinstance(score, Score):
-                target = f"  (wanted: {score.target})" if score.target else ""
-                print(f"{one.section.problem}  {score.what:<58} {score.value}{target}")
+                print(f"{one.section.problem}  {score.what:<58} {score.value}")
         if one.reason:
             print(f"{one.section.problem}  {one.section.title}: not there. {one.reason.splitlines()[0]}")
 
@@ -139,9 +141,24 @@ def main(settings: Settings) -> None:
     sections = sections_of(settings, inputs)
     output_folder(settings.output)
 
-    rendered = run_sections(sections, inputs.steps, settings.fresh)
-    page = settings.output.resolve() / "index.html"
-    write_page(page, rendered, shlex.join(["python", "report.py", *sys.argv[1:]]))
+    # how long it will take
+    steps = [step for section in sections for step in section.steps]
+    runner = Runner(inputs.steps, len(steps), settings.fresh)
+    waiting = [step for step in steps if not runner.is_kept(step)]
+    shipped = [step for section in sections if section.shipped for step in section.steps if step in waiting]
+    minutes = minutes_text(shipped, len(waiting) - len(shipped), settings.quick) if waiting else "all are kept"
+    log(f"{len(waiting)} of {len(steps)} steps to run: {minutes}")
+
+    # the page, after every part
+    page, command = settings.output.resolve() / "index.html", shlex.join(["python", "report.py", *sys.argv[1:]])
+
+    def write(rendered: Sequence[RenderedSection]) -> None:
+        write_page(page, rendered, command, minutes)
+        log(f"   page so far: {relative(page)}")
+
+    if not page.is_file():
+        write([pending_section(section) for section in sections])
+    rendered = run_sections(sections, runner, write)
 
     log("")
     print_scores(rendered)

@@ -2,6 +2,7 @@
 
   python benchmarks/p3_strict.py styles --count 40         renders of each style, other styles, half a style, turned, enlarged
   python benchmarks/p3_strict.py composition --count 60    right, malformed, collapsed and leaking renders of the composition's cases
+  python benchmarks/p3_strict.py images DIR --kind fish --colour green --background white       images of one prompt, by shape and colours
 
 An image is right, strictly, if the scene classifier reads every object in its box, and every silhouette there has at least 0.9 of the
 fidelity that the autoencoder leaves of renders of that kind, at that size and in that style. A style must pass as well
@@ -22,6 +23,7 @@ from typing import Any
 import repository_root  # noqa: F401  # isort: split
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, scene_of
@@ -31,11 +33,13 @@ from miniature.diffusion_parts import PARTS
 from miniature.judge_model import SceneClassifier, erase, load_scene_classifier
 from miniature.scenery.malformed import MALFORMED, drawn_as
 from miniature.scenery.render import render_scenes
-from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, GROUNDS, SIDE, Scene, Thing
+from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, SIDE, Scene, Thing
 from miniature.silhouettes import PASSING, shape_fidelity
 from miniature.style_fidelity import StyleMeasure, blend, sample_scenes
-from runtime.cli import check_positive, log, run_script
+from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect
+from runtime.files import list_files
+from runtime.images import SUFFIXES, open_image
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
@@ -214,6 +218,51 @@ class Composition:
     record: Path = BENCH / "p3_strict_composition.json"
 
 
+@dataclass(frozen=True)
+class Images:
+    """Measure images of single objects: how many are right, strictly and by the scene classifier."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of 64x64 images; all images of a folder have one prompt."""
+    kind: tuple[str, ...]
+    """Object of each folder's prompt."""
+    colour: tuple[str, ...]
+    """Its colour."""
+    background: tuple[str, ...]
+    """The background's colour."""
+    parts: Path = PARTS
+    """Folder that holds vae/, for the fidelity that an object can have."""
+    device: Device = "auto"
+    record: Path = BENCH / "p3_strict_images.json"
+
+
+def grade_images(settings: Images, record: Record) -> None:
+    """Add an entry per folder: the verdicts of its images in the order of their names."""
+    columns = {"kind": settings.kind, "colour": settings.colour, "background": settings.background}
+    words = {"kind": ALL_KINDS, "colour": COLOURS, "background": BACKGROUNDS}
+    for name, values in columns.items():
+        if len(values) != len(settings.folders):
+            raise BadInput(f"--{name} {' '.join(values)}: give one for each of the {len(settings.folders)} folders")
+        if unknown := [value for value in values if value not in words[name]]:
+            raise BadInput(f"--{name} {unknown[0]}: the miniature has {', '.join(words[name])}")
+    files = {folder: list_files(folder, SUFFIXES) for folder in settings.folders}
+    if empty := [folder for folder, paths in files.items() if not paths]:
+        raise BadInput(f"{empty[0]} holds no images")
+    images = [torch.stack([open_image(path) for path in paths]) for paths in files.values()]
+    if wrong := [folder for folder, own in zip(files, images, strict=True) if own.shape[2:] != (SIDE, SIDE)]:
+        raise BadInput(f"{wrong[0]}: the images are not {SIDE}x{SIDE}, as the miniature's are")
+
+    device = record.machine.device
+    measure = PartMeasure(load_scene_classifier(device), open_autoencoder(settings.parts, device))
+    entries = record.metrics["folders"] = []
+    for own, *answer in zip(images, *columns.values(), strict=True):
+        answers = dict(zip(columns, answer, strict=True))
+        verdicts = {name: each.tolist() for name, each in measure.verdicts(own, [answers] * len(own)).items()}
+        entries.append(answers | verdicts)
+        counts = ", ".join(f"{name} {sum(values)} of {len(values)}" for name, values in verdicts.items())
+        print(f"{' '.join(answer)}: {counts}", flush=True)
+
+
 def calibrate_styles(settings: Styles, record: Record) -> None:
     """Add a row per style: the share of images that pass for it."""
     through = open_autoencoder(settings.parts, record.machine.device)
@@ -320,15 +369,18 @@ GROUPS: dict[str, Callable[[LayoutCase, int], Tensor | None]] = {
 }
 
 
-def main(command: Styles | Composition) -> None:
-    """Run the chosen calibration, and write its record."""
-    check_positive(command, "count")
+def main(command: Styles | Composition | Images) -> None:
+    """Run the chosen calibration or grade images, and write the record."""
     record = Record(command, detect(command.device))
-    calibrate_styles(command, record) if isinstance(command, Styles) else calibrate_composition(command, record)
+    if isinstance(command, Images):
+        grade_images(command, record)
+    else:
+        check_positive(command, "count")
+        calibrate_styles(command, record) if isinstance(command, Styles) else calibrate_composition(command, record)
     record.save(command.record)
     log(f"record: {command.record}")
 
 
 if __name__ == "__main__":
-    command: Any = Styles | Composition  # tyro makes a subcommand of each
+    command: Any = Styles | Composition | Images  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

@@ -17,7 +17,7 @@ from concepts.sampling import Request, SamplerConfig, StableDiffusionSampler
 from diffusion.guidance import Guidance
 from runtime import cli
 from runtime.batches import in_batches
-from runtime.images import decoration, labelled_grid, line_figure
+from runtime.images import decoration, line_figure, pixel_grid
 from runtime.seeds import derived_seed
 from training.log import TrainingLog
 
@@ -128,7 +128,7 @@ class Validator:
             rows = [f"{v.step:,}{score}" for v, score in zip(self.validations, scores, strict=True)]
             images = torch.cat([v.images[token] for v in self.validations])
             columns, title = [f"{k + 1}" for k in range(IMAGES)], f"{' / '.join(self._prompts(data))}, by step"
-            labelled_grid(self.folder / f"progress_{token.strip('<>')}.png", images, rows, columns, title, inch=1.2)
+            pixel_grid(self.folder / f"progress_{token.strip('<>')}.png", images, rows, columns, title)
         steps = [v.step for v in self.validations if v.scores]
         if len(steps) > 1:
             lines = {token: list(scores.values()) for token, scores in self.scores().items()}

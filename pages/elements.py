@@ -12,10 +12,27 @@ from runtime.steps import Step
 
 @dataclass(frozen=True)
 class Figure:
-    """Images under one caption; several are laid out as a gallery."""
+    """Images under one caption; several are laid out as a gallery, row by row."""
 
     caption: str
     paths: tuple[Path, ...]
+    labels: tuple[str, ...] = ()
+    """A text below each image."""
+    columns: int = 0
+    """Images in a row of the gallery; fewer where the window is narrow and there are labels. 0 = as many as fit."""
+    half: bool = False
+    """Stands next to another half figure where the window is wide."""
+    plot: bool = False
+    """Lines on white, which become lines on black in dark mode."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Images for the top of the page, with an arrow between those of `before` and of `paths`."""
+
+    title: str
+    paths: tuple[Path, ...]
+    before: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,8 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    settings: bool = False
+    """Belongs to the settings at the end of the page."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +52,14 @@ class Score:
 
     what: str
     value: str
-    target: str = ""
+    bar: str = ""
+    row: str = ""
+    """Row of docs/results.md that the number repeats."""
+    quoted: str = ""
+    """The row's value."""
 
 
-Element = Figure | Table | Score
+Element = Figure | Strip | Table | Score
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,8 @@ class Section:
     steps: tuple[Step, ...]
     elements: Callable[[], list[Element]]
     """Reads the steps' results."""
+    question: str = ""
+    """What it answers of the homework's report."""
     hint: str = ""
     """How to have the section with the course's files."""
     fallback: Section | None = None
@@ -66,13 +91,17 @@ def percent(value: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """Return a value as text, floats with six digits."""
+    """Return a value as text: floats with six digits, yes and no, names and values of a mapping."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(each)}" for name, each in value.items())
     return ", ".join(map(plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def settings_table(caption: str, values: Mapping[str, Any]) -> Table:
-    """Return a table of names and values without the empty ones."""
+    """Return a table of names and values without the empty ones, for the settings at the end of the page."""
     rows = tuple((name, plain(value)) for name, value in values.items() if value not in (None, "", [], {}))
-    return Table(caption, ("setting", "value"), rows)
+    return Table(caption, ("setting", "value"), rows, settings=True)

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from pages.elements import Element, Figure, Score, Section, Table, percent, plain, settings_table
+from pages.elements import Element, Figure, Score, Section, Strip, Table, percent, plain, settings_table
 from pages.inputs import DIGITS, Inputs
+from pages.results import quoted_percent
 from runtime.files import load_safetensors, read_json
 from runtime.steps import Command, Step, relative
 
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN"}
-MODES = {"plain": "first try", "retries": "after retries, selected by the shipped classifiers (graded)"}
+MODES = {"plain": "first try", "retries": "after retries"}
+SELECTED = "selected by the shipped classifiers (graded)"
+ROWS = {"mnistm": "p1-accuracy-mnistm", "svhn": "p1-accuracy-svhn", "mean": "p1-accuracy-mean"}  # of the first try
 RECIPE = ("schedule", "prediction", "steps", "batch", "lr", "min_snr", "ema", "drop_digit", "drop_domain", "svhn_share")
-GRID = "{}: a row per digit, one noise for each whole column."
 FIGURES = {
-    "grid_mnistm.png": GRID.format("MNIST-M"),
-    "grid_svhn.png": GRID.format("SVHN"),
-    "reverse_process.png": "The reverse process: the first “0” of both styles on its way from noise (left) to image (right), all "
-    "steps of DDPM. The moments are those of the original report, t = 500 .. 1 of 500, scaled to this T.",
+    "grid_mnistm.png": "MNIST-M, a row per digit.",
+    "grid_svhn.png": "SVHN, a row per digit.",
+    "reverse_process.png": "From noise (left) to image (right), all steps of DDPM. The moments are those of the original report, "
+    "t = 500 .. 1 of 500, scaled to this T.",
     "denoising.webp": "The animation: every digit on its way from noise, in 30 steps of DDIM, MNIST-M above and SVHN below.",
-    "label_effects.png": "The labels: how far another digit or domain, and none, moves the image that the network predicts from its noised "
-    "version. A distance of 0 means that the label is ignored; the error is the distance of the prediction to the image itself.",
-    "guidance_sweep.png": "Guidance: with more of it, digits are read more reliably and vary less.",
+    "label_effects.png": "Another digit or domain, and none: how far they move the image that the network predicts from noise. "
+    "A distance of 0 means that the label is ignored; the error is the distance of the prediction to the image itself.",
+    "guidance_sweep.png": "With more guidance digits are read more reliably and vary less.",
 }
+HALVES, PLOTS = {"grid_mnistm.png", "grid_svhn.png"}, {"label_effects.png", "guidance_sweep.png"}
+STRIP = ("mnistm/3_001", "svhn/3_001", "mnistm/7_001", "svhn/7_001", "mnistm/8_001")
 
 
 def sections(inputs: Inputs) -> list[Section]:
     """Return the section of the scores and that of the figures."""
     shipped, classifier, figures = inputs.digits == DIGITS, inputs.mnistm_classifier, inputs.steps / "p1_figures"
-    weights = f"{'shipped' if shipped else 'your'} weights {relative(inputs.digits)}"
+    weights = f"{'' if shipped else 'your '}weights {relative(inputs.digits)}"
     modes = ["retries"] if inputs.quick else ["plain", "retries"]
     kinds = ["grid", "reverse"] if inputs.quick else ["grid", "reverse", "animation", "diagnose", "sweep"]
     draw = ("P1_report.py", "--model", inputs.digits, "--output", figures, "--device", inputs.device, "--figures")
@@ -40,6 +44,7 @@ def sections(inputs: Inputs) -> list[Section]:
             name="p1-scores",
             problem="P1",
             title="1,000 digits on demand",
+            question="accuracy of the generated digits",
             text="One network draws a requested digit in one of two styles: MNIST-M, digits blended with photographs, or SVHN, house "
             "numbers. A classifier trained on real digits reads 50 images of every digit in both styles. The score is how often it reads "
             "the requested digit. As in hw2_1.sh, images that the shipped classifiers misread are drawn again with another seed, at most "
@@ -58,13 +63,16 @@ def sections(inputs: Inputs) -> list[Section]:
             name="p1-figures",
             problem="P1",
             title="Digits, noise and guidance",
+            question="ten images of every digit of both domains, and the first “0” at six timesteps",
             text="Every image starts as pure noise and is denoised step by step. One noise serves a whole column of the grids: colour and "
             "background follow the noise, the shape follows the digit.",
             inputs=weights,
             shipped=shipped,
             steps=(Step("p1_figures", "P1: figures", ((*draw, *kinds),), (inputs.digits,)),),
             elements=lambda: [
-                Figure(text, (figures / name,)) for name, text in FIGURES.items() if (figures / name).is_file()
+                Figure(text, (figures / name,), half=name in HALVES, plot=name in PLOTS)
+                for name, text in FIGURES.items()
+                if (figures / name).is_file()
             ],
         ),
     ]
@@ -90,7 +98,7 @@ def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
     """Return the accuracies, the quality measures and the settings of sampling and training."""
     grades = {mode: read_json(inputs.steps / f"p1_grades_{mode}" / "record.json")["metrics"] for mode in modes}
     sampling = read_json(inputs.steps / "p1_digits_retries" / "record.json")["metrics"]
-    retries, target = grades["retries"], "0.90 simple, 0.95 strong" if inputs.mnistm_classifier else ""
+    retries, shipped = grades["retries"], inputs.digits == DIGITS
     scores = {mode: {domain: float(grade[domain]["accuracy"]) for domain in NAMES} for mode, grade in grades.items()}
     if "plain" not in scores:  # the record of sampling has the first try's misread digits, by the shipped classifiers
         wrong = sampling["misread"]["first_try"]
@@ -107,28 +115,41 @@ def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
         for domain in NAMES
     )
     closeness = "Closeness to real digits in the classifier's features: Frechet distance (lower is closer), share of realistic images "
-    closeness += "(precision), share of the real variety (recall), share of copies of training images"
+    closeness += "(precision), share of the real variety (recall), share memorised from the training images"
+    rows = ROWS | ({"mnistm": "p1-accuracy-mnistm-course"} if inputs.mnistm_classifier else {})
+    known = {name: {"row": row, "quoted": quoted_percent(row)} for name, row in rows.items() if shipped}
+    bars = "90 % simple, 95 % strong"
+    images = inputs.steps / "p1_digits_retries" / "images"
     return [
+        Strip("digits on demand", tuple(images / f"{name}.png" for name in STRIP)),
         *(
-            Score(f"{NAMES[domain]} digits read right, {MODES[mode]}", percent(score[domain]), target)
-            for mode, score in scores.items()
-            for domain in NAMES
+            Score(f"{NAMES[domain]} digits read right, {MODES['plain']}", percent(share), bars, **known.get(domain, {}))
+            for domain, share in scores["plain"].items()
         ),
-        *(
-            Score(f"mean of both, {MODES[mode]}", percent(mean(score.values())), "90 % simple, 95 % strong")
-            for mode, score in scores.items()
+        Score(
+            f"mean of both, {MODES['plain']}", percent(mean(scores["plain"].values())), bars, **known.get("mean", {})
         ),
+        Score(f"mean of both, {MODES['retries']}, {SELECTED}", percent(mean(scores["retries"].values()))),
         Table("Share of digits that the classifiers read right", ("", *NAMES.values(), "mean"), accuracies),
         Table(closeness, ("", "", *(name.replace("_", " ") for name in measures)), qualities),
         settings_table("Sampling", sampling["sampler"] | {"images": sampling["pictures"]}),
-        settings_table("Training of the network, from its file", training_settings(inputs.digits)),
+        *training_tables(inputs.digits),
     ]
 
 
-def training_settings(path: Path) -> dict[str, Any]:
-    """Return the recipe in the header of a checkpoint."""
+def training_tables(path: Path) -> list[Table]:
+    """Return the recipe in a checkpoint's header; for the shipped one also the stages of its card, of which the header has the last."""
     header = json.loads(load_safetensors(path)[1]["network"])
     origin = header["origin"]
     settings = origin.get("settings", {}) | origin.get("recipe", {})
     about = {"preset": origin.get("preset"), "T": header["timesteps"], "seed": settings.get("seed")}
-    return about | {name: settings.get(name) for name in RECIPE}
+    about |= {name: settings.get(name) for name in RECIPE}
+    if path != DIGITS:
+        return [settings_table("Training of the network, from its file", about)]
+    card = path.with_suffix(".md").read_text(encoding="utf-8")
+    stages = re.findall(r"(?:^\|.*\n)+", card, re.M)[0]  # its first table
+    head, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in stages.splitlines())
+    return [
+        Table("Training of the network: every stage, from its card", head, tuple(rows), settings=True),
+        settings_table("Settings of the last stage, from its file", about),
+    ]

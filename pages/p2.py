@@ -5,18 +5,21 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pages.elements import Element, Figure, Score, Section, Table
+from pages.elements import Element, Figure, Score, Section, Strip, Table
 from pages.inputs import FACES, Inputs
+from pages.results import quoted
 from runtime.files import read_json
 from runtime.steps import Command, Step, relative
 
 HINT = "The course's faces: UNET=face/UNet.pt DATA=hw2_data with face/noise and face/GT in it (or all three there)."
 FIGURES = {
-    "eta.png": "Rows: eta. Columns: the first four noises.",
-    "eta_mse.png": "How far eta moves each image from that of eta 0, mean squared error on 0..255.",
-    "interpolation.png": "Slerp and linear interpolation between the first two noises, in steps of a tenth.",
-    "noise_norm.png": "Length of the noise on both ways; in training it was always 1.",
+    "eta.png": "A row per eta, a column per noise.",
+    "interpolation.png": "Above by slerp, below by linear interpolation, in steps of a tenth.",
+    "eta_mse.png": "Mean squared error on 0..255 against the image of eta 0, a line per noise.",
+    "noise_norm.png": "In training the length was always 1.",
 }
+PLOTS = {"eta_mse.png", "noise_norm.png"}
+HALFWAY = {"linear": 0, "slerp": 1}  # places in the row p2-noise-halfway of docs/results.md
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -30,13 +33,14 @@ def sections(inputs: Inputs) -> list[Section]:
         sample += ("--reference", inputs.reference)
     draw: Command = ("P2_report.py", *flags, "--output", figures)
     files = tuple(path for path in (unet or FACES, noise, inputs.reference) if path)
-    weights = relative(unet) if unet else f"shipped weights {relative(FACES)} (64x64, grey)"
+    weights = relative(unet) if unet else f"weights {relative(FACES)}"
     noises = f"noises of {relative(noise)}" if unet and noise else "noises of seeds 0 to 9"
     section = partial(Section, problem="P2", inputs=f"{weights}, {noises}", shipped=not unet, hint="" if unet else HINT)
     return [
         section(
             name="p2-faces",
             title="Noise in, face out",
+            question="the faces of the given noises, at eta 0",
             text="A diffusion model for faces is sampled by DDIM: 50 of its 1,000 steps, and with eta 0 no further randomness, so the "
             "noise alone decides who appears. The homework hands out ten noises, the network and the faces that must come out.",
             steps=(Step("p2_faces", "P2: a face from each noise", (sample,), files),),
@@ -45,6 +49,7 @@ def sections(inputs: Inputs) -> list[Section]:
         section(
             name="p2-figures",
             title="Eta, slerp and linear interpolation",
+            question="noises 00 to 03 at five values of eta; slerp and linear interpolation between 00 and 01",
             text="With eta above 0 every step adds fresh noise, and the same start leads elsewhere. Between two noises the way matters: "
             "slerp turns one into the other and keeps its length; linear interpolation cuts the corner, and half way the noise is shorter "
             "than any noise in training.",
@@ -59,10 +64,11 @@ def face_elements(folder: Path) -> list[Element]:
     record = read_json(folder / "record.json")
     errors, steps = record["metrics"]["reference"], record["settings"]["steps"]
     paths = tuple(sorted((folder / "images").glob("*.png")))
-    faces = Figure(f"{len(paths)} noises, {len(paths)} faces, eta 0, {steps} steps.", paths)
+    faces = Figure(f"{len(paths)} noises, {len(paths)} faces, eta 0, {steps} steps.", paths, columns=5)
+    strip = Strip("faces from given noises", paths[:5])
     if not errors:
         seconds = record["timings_s"]["drawing"] / len(paths)
-        return [Score(f"faces drawn by DDIM in {steps} steps", f"{len(paths)}, {seconds:.2f} s each"), faces]
+        return [Score(f"faces drawn by DDIM in {steps} steps", f"{len(paths)}, {seconds:.2f} s each"), strip, faces]
     rows = tuple(
         (stem, f"{error['mse']:.4f}", f"{error['largest']:.0f}", "PASS" if error["pass"] else "FAIL")
         for stem, error in errors.items()
@@ -72,6 +78,7 @@ def face_elements(folder: Path) -> list[Element]:
     return [
         Score("faces within the grader's error", f"{passed} of {len(errors)}", "all"),
         Score("mean squared error against the course's faces", f"{mean / len(errors):.4f}", "below 20"),
+        strip,
         faces,
         Table("Against the course's faces, on 0..255", head, rows),
     ]
@@ -80,5 +87,12 @@ def face_elements(folder: Path) -> list[Element]:
 def figure_elements(folder: Path) -> list[Element]:
     """Return the four figures and the two noise lengths behind them."""
     norms = read_json(folder / "record.json")["metrics"]["interpolation"]
-    scores = [Score(f"length of the noise half way, {way}", f"{n[len(n) // 2]:.2f}", "1") for way, n in norms.items()]
-    return [*scores, *(Figure(text, (folder / name,)) for name, text in FIGURES.items())]
+    row = "p2-noise-halfway"
+    scores = [
+        Score(
+            f"length of the noise half way, {way}", f"{n[len(n) // 2]:.2f}", row=row, quoted=quoted(row, HALFWAY[way])
+        )
+        for way, n in norms.items()
+    ]
+    figures = (Figure(text, (folder / name,), half=name in PLOTS, plot=name in PLOTS) for name, text in FIGURES.items())
+    return [*scores, *figures]

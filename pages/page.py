@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from pages.elements import Element, Section, plain
+from pages.elements import Element, Figure, Score, Section, Strip, Table, plain
 from runtime.device import detect
-from runtime.files import atomic, read_json
+from runtime.files import ROOT, atomic, read_json
 from runtime.record import git_revision, versions
-from runtime.steps import Outcome, Step, command_line, relative
+from runtime.steps import Outcome, Step, command_line
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROBLEMS = {
@@ -39,6 +40,34 @@ class RenderedSection:
     """Each step with what became of it and with its records, by `record_of`."""
     elements: list[Element]
     reason: str
+    pending: bool = False
+    """Its steps have not had their turn."""
+
+    @property
+    def scores(self) -> list[Score]:
+        """For the table at the top."""
+        return [element for element in self.elements if isinstance(element, Score)]
+
+    @property
+    def strips(self) -> list[Strip]:
+        """For the images at the top."""
+        return [element for element in self.elements if isinstance(element, Strip)]
+
+    @property
+    def settings(self) -> list[Table]:
+        """For the end of the page."""
+        return [element for element in self.elements if isinstance(element, Table) and element.settings]
+
+    @property
+    def body(self) -> list[Figure | Table]:
+        """Figures and the other tables, for the section itself."""
+        settings = self.settings
+        return [one for one in self.elements if isinstance(one, Figure | Table) and one not in settings]
+
+
+def pending_section(section: Section) -> RenderedSection:
+    """Return a section that is still to come."""
+    return RenderedSection(section, [], [], "", pending=True)
 
 
 def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcome]) -> RenderedSection:
@@ -62,9 +91,19 @@ def record_of(path: Path) -> dict[str, Any]:
     """Return a record.json as rows of texts: seed, device and revision, then every setting with a value."""
     record = read_json(path)
     rows = {name: plain(record[name]) for name in RECORD_FACTS if record.get(name) is not None}
-    settings = {name: value for name, value in record["settings"].items() if value not in (None, "", [])}
-    rows |= {name: relative(plain(value)) for name, value in settings.items()}
+    rows |= setting_rows(record["settings"])
     return {"title": f"{record['script']}, settings and seed", "rows": list(rows.items())}
+
+
+def setting_rows(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return {name: text} of every setting with a value; settings of settings are named as their flags are: config.inject."""
+    rows: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows |= setting_rows(value, f"{prefix}{name}.")
+        elif value not in (None, "", []):
+            rows[f"{prefix}{name}"] = plain(value).replace(f"{ROOT}{os.sep}", "")
+    return rows
 
 
 @cache
@@ -76,24 +115,27 @@ def embedded(path: Path) -> dict[str, Any]:
     return {"uri": f"data:image/{kind};base64,{content}", "width": width, "height": height}
 
 
-def write_page(path: Path, rendered: Sequence[RenderedSection], command: str) -> None:
+def write_page(path: Path, rendered: Sequence[RenderedSection], command: str, minutes: str = "") -> None:
     """Write the page atomically; `command` is the one that makes it."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **options)
     steps = {step.name for one in rendered for step, *_ in one.steps}
-    present = sum(not one.reason for one in rendered)
+    present = sum(not (one.reason or one.pending) for one in rendered)
     html = environment.get_template("page.html").render(
         title=TITLE,
         problems={key: name for key, name in PROBLEMS.items() if any(one.section.problem == key for one in rendered)},
         rendered=rendered,
         embedded=embedded,
         command_line=command_line,
+        minutes=minutes,
         style=Markup((TEMPLATES / "style.css").read_text()),
         script=Markup((TEMPLATES / "enlarge.js").read_text()),
         date=time.strftime("%d %B %Y, %H:%M"),
         machine=detect("auto").name,
         revision=git_revision(),
         summary=f"{present} of {len(rendered)} sections have results, made by {len(steps)} steps.",
+        waiting=sum(one.pending for one in rendered),
+        strips=[(one.section, strip) for one in rendered for strip in one.strips],
         command=command,
         versions=versions(),
     )

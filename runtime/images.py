@@ -224,7 +224,7 @@ def pixel_grid(path: Path, images: Tensor, rows: Sequence[str], columns: Sequenc
 def line_figure(
     path: Path, x: Sequence[float], panels: dict[str, dict[str, list[float]]], x_label: str, title: str
 ) -> None:
-    """Draw one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side."""
+    """Draw one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side; one alone has it at its y axis."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(4 * len(panels), 3.2))
@@ -232,7 +232,7 @@ def line_figure(
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=True):
         for label, values in lines.items():
             axis.plot(x, values, marker="o", label=shorten(label))
-        axis.set(title=name, xlabel=x_label)
+        axis.set(xlabel=x_label, **{"title" if len(panels) > 1 else "ylabel": name})
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     figure.suptitle(title, fontsize=11)

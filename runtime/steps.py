@@ -54,6 +54,12 @@ class Runner:
     def __init__(self, folder: Path, total: int, fresh: bool = False):
         self.folder, self.total, self.fresh = output_folder(folder), total, fresh
         self.outcomes: dict[str, Outcome] = {}
+        self.keys: dict[str, str] = {}
+
+    def is_kept(self, step: Step) -> bool:
+        """Return whether the results of a step are there and up to date. Takes the steps that it needs first."""
+        last = self._last(step)
+        return bool(last.get("key") == self._key(step) and last["done"])
 
     def run(self, step: Step, limit: float | None = None) -> Outcome:
         """Run a step for at most `limit` seconds, or keep its results. A failure is returned, not raised."""
@@ -63,17 +69,27 @@ class Runner:
         log(f"   {how}" + (f": {outcome.reason}" if outcome.reason else ""))
         return outcome
 
-    def _outcome(self, step: Step, limit: float | None) -> Outcome:
+    def _key(self, step: Step) -> str:
+        """Return and remember a digest of what decides a step's results."""
         code = [ROOT / script for script, *_ in step.commands] + [init.parent for init in ROOT.glob("*/__init__.py")]
         contents = [(path, content) for path, content in step.files.items() if not callable(content)]
-        before = [self.outcomes[name].key for name in step.after]
+        before = [self.keys[name] for name in step.after]
         facts = json.dumps([file_facts([*code, *step.inputs]), step.commands, contents, before], default=str)
-        key = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        self.keys[step.name] = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        return self.keys[step.name]
+
+    def _last(self, step: Step) -> dict[str, Any]:
+        """Return the mark of the step's last run, empty if there is none that counts."""
+        mark = self.folder / step.name / "step.json"
+        last: dict[str, Any] = json.loads(mark.read_text()) if mark.is_file() and not self.fresh else {}
+        return last
+
+    def _outcome(self, step: Step, limit: float | None) -> Outcome:
+        key = self._key(step)
         if missing := [name for name in step.after if self.outcomes[name].reason]:
             return Outcome("lacking", key, reason=f"it needs {', '.join(missing)}, of which there is no result")
 
-        mark = self.folder / step.name / "step.json"
-        last = json.loads(mark.read_text()) if mark.is_file() and not self.fresh else {}
+        mark, last = self.folder / step.name / "step.json", self._last(step)
         if last.get("key") == key and last["done"]:
             return Outcome("kept", key, last["seconds"])
         if last.get("key") != key:  # else it was interrupted: a command that can continue does

@@ -705,12 +705,12 @@ def the_layout_is_drawn(script: Script) -> None:
 def the_figure_shows_all_levels(script: Script) -> None:
     """Draw a row per image: the layout, joint, regional, conductor."""
     grids: list[Any] = []
-    script.patch.setattr("concepts.composition.scores.labelled_grid", lambda *args, **_: grids.append(args))
+    script.patch.setattr("concepts.composition.scores.pixel_grid", lambda *args: grids.append(args))
     config, flags = ConductorConfig(background_steps=0.8), script.composing() | {"count": 5, "steps": 2}
     script.run(**flags, config=config, figure=script.folder / "figure.png")
     path, cells, rows, columns, title = grids[0]
     assert path == script.folder / "figure.png"
-    assert rows == [f"picture {n}" for n in range(4)]
+    assert rows == [""] * 4
     assert columns == ["layout", "joint", "regional", "conductor"]
     plan, sampler = read_layout(script.layout()), script.sampler(steps=2)
     requests = [LayoutRequest(plan, derived_seed(0, 0, n)) for n in range(4)]

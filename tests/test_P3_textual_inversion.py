@@ -718,7 +718,7 @@ def test_figures_cost_no_vectors(
         raise ValueError("no room")
 
     if fails:
-        monkeypatch.setattr("concepts.validation.labelled_grid", fail)
+        monkeypatch.setattr("concepts.validation.pixel_grid", fail)
         monkeypatch.setattr("P3_textual_inversion.line_figure", fail)
     main(settings(tmp_path, model, images, validate=("a {} for $x_{$",)))
     assert (tmp_path / "learned" / "learned_new1.safetensors").is_file()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CASES = 5
+MOST_COUNTED = 20  # classes of a confusion matrix with numbers
 
 
 @dataclass
@@ -175,22 +176,29 @@ def _draw_case(photo: Axes, bars: Axes, result: Result, row: int) -> None:
 
 @plain_text()
 def confusion_figure(path: Path, result: Result, title: str) -> None:
-    """Draw the confusion matrix in shares of each row; rows are the truth."""
+    """Draw the confusion matrix in shares of each row; rows are the truth. Few classes have their counts written in."""
     from matplotlib.figure import Figure
 
     names, counts = list(map(shorten, result.images.names)), result.confusion.double()
-    size = 8 if len(names) <= 60 else 5
+    few = len(names) <= MOST_COUNTED
+    size = 12 if few else 8 if len(names) <= 60 else 5
     longest = max(map(len, names))
     margin = 0.5 + 0.0085 * size * longest  # inches; measuring texts takes longer than drawing
-    side = min(24.0, 2.5 + margin + 0.0225 * size * len(names))
+    side = min(24.0, (0.5 if few else 2.5) + margin + 0.0225 * size * (len(names) + 4 * few))
     figure = Figure(figsize=(side, side))
     axis = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    image = axis.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
+    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.set(xlabel="predicted", ylabel="truth")
     axis.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, label="share of the class's pictures")
-    figure.subplots_adjust(margin / side, margin / side, 1 - 0.8 / side, 1 - 0.6 / side)
+    if few:
+        for row, column in counts.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=size)
+    else:
+        figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, label="share of the class's pictures")
+    right = 0.1 if few else 0.8
+    figure.subplots_adjust(margin / side, margin / side, 1 - right / side, 1 - 0.6 / side)
     save_figure(path, figure, 130)

@@ -19,7 +19,7 @@ from concepts.composition.masks import bounds
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose
 from concepts.dataset import read_images
 from concepts.sampling import StableDiffusionSampler
-from runtime.images import labelled_grid, pixel_grid
+from runtime.images import pixel_grid
 
 Scores = dict[str, float]
 COLOURS = ((228, 87, 86), (84, 162, 75), (76, 120, 168), (238, 202, 59), (178, 121, 162), (114, 183, 178))
@@ -105,8 +105,7 @@ def levels_figure(
     columns = [draw_outlines(compose(sampler, requests, level, config), layout) for level in levels]
     plan = draw_layout(layout, columns[0].shape[2])
     cells = torch.stack([image for row in zip(*columns, strict=True) for image in (plan, *row)])
-    rows = [f"picture {number}" for number in range(len(seeds))]
-    labelled_grid(path, cells, rows, ["layout", *levels], layout.joint, inch=1.8)
+    pixel_grid(path, cells, [""] * len(seeds), ["layout", *levels], layout.joint)
 
 
 def attention_figure(

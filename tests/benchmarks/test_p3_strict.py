@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, scene_of
 from benchmarks.p3_shape import renders
 from benchmarks.p3_strict import (
+    Images,
     PartMeasure,
     StrictMeasure,
     Verdict,
     collapsed,
     half_styled,
     leaking,
+    main,
     malformed,
     rendered,
     shares_of,
 )
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.malformed import drawn_as, fish_without_tail
-from miniature.scenery.scenes import HELD_OUT_KINDS, KINDS, fits
+from miniature.scenery.render import render_scenes
+from miniature.scenery.scenes import HELD_OUT_KINDS, KINDS, SceneSpec, fits, sample_scene
+from runtime.cli import BadInput
+from runtime.images import save_image
 
 COUNT = 12
 
@@ -150,6 +159,55 @@ def test_a_part_alone_passes_strictly_with_its_shape_only() -> None:
     verdicts = measure.verdicts(wrong, answers)
     assert verdicts["strict"].float().mean() <= 0.1
     assert verdicts["scene classifier"].float().mean() >= 0.5
+
+
+@pytest.mark.parametrize("colour", ["green", "red"])
+def test_folders_of_images_are_graded_each_by_its_own_prompt(
+    colour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of right fish and one of fish without tails; red is another colour than that of the images."""
+    monkeypatch.setattr("benchmarks.p3_strict.open_autoencoder", lambda *_: same)
+    spec = SceneSpec(kinds=("fish",), colours=("green",), background="white", style="flat")
+    scenes = [sample_scene(seed, spec) for seed in range(6)]
+    folders = {"right": render_scenes(scenes)}
+    with drawn_as("fish", fish_without_tail):
+        folders["wrong"] = render_scenes(scenes)
+    for name, images in folders.items():
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(images):
+            save_image(tmp_path / name / f"{index}.png", image)
+    paths = tuple(tmp_path / name for name in folders)
+    main(Images(paths, ("fish", "fish"), (colour, "green"), ("white", "white"), record=tmp_path / "record.json"))
+    right, wrong = json.loads((tmp_path / "record.json").read_text())["metrics"]["folders"]
+    assert (right["kind"], right["colour"], right["background"]) == ("fish", colour, "white")
+    assert len(right["strict"]) == len(wrong["strict"]) == 6
+    assert sum(right["strict"]) >= 4 if colour == "green" else not any(right["strict"])
+    assert sum(wrong["strict"]) == 0
+    assert sum(wrong["scene classifier"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": ()}, "--kind .*each of the 1 folders"),
+        ({"kind": ("whale",)}, "--kind whale: the miniature has three"),
+        ({"colour": ("mauve",)}, "--colour mauve"),
+        ({"background": ("night",)}, "--background night"),
+        ({"folders": (Path("empty"),)}, "empty holds no images"),
+        ({"folders": (Path("small"),)}, "small: the images are not 64x64"),
+    ],
+)
+def test_folders_that_cannot_be_graded_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, side in (("fine", 64), ("small", 32), ("empty", 0)):
+        (tmp_path / name).mkdir()
+        if side:
+            save_image(tmp_path / name / "0.png", torch.zeros(3, side, side, dtype=torch.uint8))
+    images = Images((Path("fine"),), ("fish",), ("red",), ("white",), record=tmp_path / "record.json")
+    with pytest.raises(BadInput, match=message):
+        main(replace(images, **changes))
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_the_figures_show_the_images_and_scores_of_their_steps(
 ) -> None:
     grids: dict[str, tuple[Any, ...]] = {}
     lines: dict[str, tuple[Any, ...]] = {}
-    monkeypatch.setattr(validation, "labelled_grid", lambda path, *rest, **_: grids.update({path.name: rest}))
+    monkeypatch.setattr(validation, "pixel_grid", lambda path, *rest: grids.update({path.name: rest}))
     monkeypatch.setattr(validation, "line_figure", lambda path, *rest: lines.update({path.name: rest}))
     scorer = ScriptedScorer(71.25, 60.0, 73.5, 50.0)
     concepts = ConceptSet(TOKEN, images, "star"), ConceptSet("<new2>", images, "moon", "style")

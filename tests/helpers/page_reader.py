@@ -20,13 +20,20 @@ Row = tuple[str, ...]
 
 
 class PageReader(HTMLParser):
-    """The texts of a page: `tables` caption -> rows (head first), `marks` the cells in green and red, `figures` caption -> widths."""
+    """The texts of a page: `tables` caption -> rows (head first), `marks` the cells in green and red, `figures` caption -> widths.
+
+    `labels` caption -> texts below the images of a figure; `strips` title -> widths of the images at the top.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tables: dict[str, list[Row]] = {}
         self.marks: list[tuple[str, str]] = []
         self.figures: dict[str, tuple[int, ...]] = {}
+        self.labels: dict[str, list[str]] = {}
+        self.strips: dict[str, tuple[int, ...]] = {}
+        self.texts: list[str] = []
+        self.in_strip = False
         self.text = ""
         self.open: list[str] = []
         self.row: list[str] = []
@@ -45,7 +52,13 @@ class PageReader(HTMLParser):
             self.row.append("")
             self.mark = values.get("class", "")
         elif tag == "figure":
-            self.widths, self.caption = [], ""
+            self.widths, self.caption, self.texts = [], "", []
+        elif tag in ("div", "p"):
+            self.in_strip = values.get("class") == "strip"
+        elif tag == "a" and self.in_strip:
+            self.widths, self.texts = [], []
+        elif tag == "span" and values.get("class", "").startswith("label"):
+            self.texts.append("")
         elif tag == "img" and values.get("src", "").startswith("data:image/"):
             with Image.open(io.BytesIO(base64.b64decode(values["src"].split(",", 1)[1]))) as image:
                 self.widths.append(image.width)
@@ -59,7 +72,9 @@ class PageReader(HTMLParser):
         elif tag in ("td", "th") and self.mark in ("pass", "fail"):
             self.marks.append((self.mark, self.row[-1]))
         elif tag == "figure":
-            self.figures[self.caption] = tuple(self.widths)
+            self.figures[self.caption], self.labels[self.caption] = tuple(self.widths), self.texts
+        elif tag == "a" and self.in_strip:
+            self.strips["".join(self.texts)] = tuple(self.widths)
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -67,11 +82,18 @@ class PageReader(HTMLParser):
             self.row[-1] += data
         elif "figcaption" in self.open:
             self.caption += data
+        elif self.texts and self.open[-1:] == ["span"]:
+            self.texts[-1] += data
 
     @property
     def scores(self) -> dict[str, tuple[str, str]]:
-        """what -> (measured, wanted) of the table at the top."""
-        return {what: (measured, wanted) for _, what, measured, wanted, _ in self.tables["Scores"][1:]}
+        """what -> (measured, bar) of the table at the top."""
+        return {what: (measured, bar) for _, what, measured, bar, *_ in self.tables["Scores"][1:]}
+
+    @property
+    def quoted(self) -> dict[str, str]:
+        """what -> value and name of the row of docs/results.md in the table at the top."""
+        return {what: row for _, what, _, _, row, _ in self.tables["Scores"][1:] if row}
 
     def pairs(self, caption: str) -> dict[str, str]:
         """First column -> second column of a table without its head."""

@@ -9,6 +9,7 @@ from page_reader import commands_of, flag, inputs_of, rendered, section_named, w
 
 from pages import p2
 from pages.inputs import FACES
+from pages.results import rows
 
 ERRORS = {
     "00": {"mse": 1.25, "largest": 31.0, "pass": True},
@@ -40,6 +41,7 @@ def test_errors_against_the_courses_faces_and_their_verdicts(tmp_path: Path) -> 
     ]
     assert page.marks == [("pass", "PASS"), ("fail", "FAIL"), ("pass", "PASS")]
     assert page.figures == {"3 noises, 3 faces, eta 0, 47 steps.": (10, 11, 12)}
+    assert page.strips == {"P2: faces from given noises": (10, 11, 12)}
 
 
 def test_without_a_reference_the_faces_are_counted_and_timed(tmp_path: Path) -> None:
@@ -56,11 +58,16 @@ def test_the_length_of_the_noise_half_way_on_both_ways(tmp_path: Path) -> None:
         write_image(tmp_path / "p2_figures" / f"{name}.png", width)
     page = rendered(section_named(p2.sections(inputs_of(tmp_path)), "p2-figures"), tmp_path)
     assert page.scores == {
-        "length of the noise half way, slerp": ("0.97", "1"),
-        "length of the noise half way, linear": ("0.71", "1"),
+        "length of the noise half way, slerp": ("0.97", ""),
+        "length of the noise half way, linear": ("0.71", ""),
+    }
+    linear, slerp = (value.strip() for value in rows()["p2-noise-halfway"][1].split(";"))
+    assert page.quoted == {
+        "length of the noise half way, slerp": f"{slerp} p2-noise-halfway",
+        "length of the noise half way, linear": f"{linear} p2-noise-halfway",
     }
     starts = {caption.split()[0]: widths for caption, widths in page.figures.items()}
-    assert starts == {"Rows:": (10,), "How": (11,), "Slerp": (12,), "Length": (13,)}
+    assert starts == {"A": (10,), "Mean": (11,), "Above": (12,), "In": (13,)}
 
 
 def test_the_courses_network_gets_the_courses_noises_and_the_shipped_one_seeds(tmp_path: Path) -> None:

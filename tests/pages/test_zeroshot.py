@@ -21,6 +21,11 @@ METRICS: dict[str, Any] = {
         {"truth": "boy", "predicted": "girl", "times": 13, "pictures": 52},
         {"truth": "pine_tree", "predicted": "oak_tree", "times": 11, "pictures": 49},
     ],
+    "cases": [
+        "Successful Cases: ('7_2.png', 'bee')",
+        "Successful Cases: ('7_1.png', 'bee')",
+        "Failed Cases: ('9_1.png', 'GT:girl', 'Predicted:boy')",
+    ],
     "model": "ViT-B-32:openai",
     "precision": "bf16",
     "prompts": "report",
@@ -31,18 +36,30 @@ METRICS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "wanted"),
-    [("p3-zeroshot", "p3_zeroshot", "58.6 %"), ("miniature-zeroshot", "miniature_zeroshot", "95 %")],
+    ("name", "step", "bar", "row"),
+    [
+        ("p3-zeroshot", "p3_zeroshot", "58.6 %", "not measured zeroshot-course"),
+        ("miniature-zeroshot", "miniature_zeroshot", "95 %", "98.8 % miniature-clip-held-out"),
+    ],
 )
-def test_accuracies_mistakes_and_settings(name: str, step: str, wanted: str, tmp_path: Path) -> None:
+def test_accuracies_cases_mistakes_and_settings(name: str, step: str, bar: str, row: str, tmp_path: Path) -> None:
     other = {"p3_zeroshot", "miniature_zeroshot"} - {step}
     write_record(tmp_path / other.pop(), METRICS | {"top1": 0.1111})  # the other section's record
     write_record(tmp_path / step, METRICS)
-    write_image(tmp_path / step / "cases.png", 10)
+    images = tmp_path / ("val" if name == "p3-zeroshot" else "miniature_pictures/val")
+    for file, width in (("7_1.png", 21), ("7_2.png", 22), ("9_1.png", 23)):
+        write_image(images / file, width)
+    (tmp_path / step / "predictions.csv").write_text(
+        "file,truth,predicted,probability,top5,top5_probability\n"
+        "9_1.png,girl,boy,0.61,boy|girl|man|bee,0.61|0.38|0.006|0.004\n"
+        "7_1.png,bee,bee,0.999,bee|boy|man|girl,0.999|0.001|0.0|0.0\n"
+        "7_2.png,bee,bee,0.50,bee|boy|man|girl,0.50|0.20|0.18|0.12\n"
+    )
     write_image(tmp_path / step / "confusion.png", 11)
     photographs = tmp_path / "val" if name == "p3-zeroshot" else None
     page = rendered(section_named(zeroshot.sections(inputs_of(tmp_path, photographs=photographs)), name), tmp_path)
-    assert page.scores == {"zero-shot accuracy, 2,500 images": ("58.6 %", wanted)}
+    assert page.scores == {"zero-shot accuracy, 2,500 images": ("58.6 %", bar)}
+    assert page.quoted == {"zero-shot accuracy, 2,500 images": row}
     assert page.tables["Right answers"][1:] == [
         ("top 1", "58.6 %"),
         ("top 5", "81.2 %"),
@@ -55,9 +72,16 @@ def test_accuracies_mistakes_and_settings(name: str, step: str, wanted: str, tmp
     ]
     assert page.pairs("Settings") == {
         "model": "ViT-B-32:openai", "precision": "bf16", "prompts": "report", "templates": "A photo of {}", "names": "raw",
-        "pictures": "2500", "classes": "50", "quickgelu_forced": "True",
+        "pictures": "2500", "classes": "50", "quickgelu_forced": "yes",
     }  # fmt: skip
-    assert {caption.split()[0]: widths for caption, widths in page.figures.items()} == {"Right": (10,), "Rows:": (11,)}
+    right, wrong, confusion = page.figures
+    assert (page.figures[right], page.figures[wrong], page.figures[confusion]) == ((22, 21), (23,), (11,))
+    assert (right[:5], wrong[:5], confusion[:5]) == ("Right", "Wrong", "Rows:")
+    assert [label.replace("\N{NO-BREAK SPACE}", " ") for label in (*page.labels[right], *page.labels[wrong])] == [
+        "shows bee; read as bee 50 %, boy 20 %, man 18 %",
+        "shows bee; read as bee 100 %",
+        "shows girl; read as boy 61 %, girl 38 %, man 1 %",
+    ]
 
 
 @pytest.mark.parametrize(("quick", "count"), [(False, "1200"), (True, "340")])

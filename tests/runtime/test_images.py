@@ -357,6 +357,13 @@ def test_a_line_figure_has_a_panel_per_measure_and_a_line_per_label(figures: lis
     assert legends[1] is None
 
 
+def test_a_single_panel_has_its_measure_at_the_axis_and_one_title(figures: list[Any]) -> None:
+    line_figure(Path("a.png"), [0.0, 1.0], {"loss": {"mean": [0.2, 0.1]}}, "step", "A title")
+    (axis,) = figures[0].axes
+    assert (figures[0].get_suptitle(), axis.get_title(), axis.get_ylabel()) == ("A title", "", "loss")
+    assert_readable(figures[0], used=0.8)
+
+
 def test_a_figure_has_160_dots_per_inch(tmp_path: Path) -> None:
     labelled_grid(tmp_path / "a.png", some_pictures(6), ["a", "b", "c"], ["d", "e"], "title", inch=0.5)
     assert Image.open(tmp_path / "a.png").size == (round(160 * (2 * 0.5 + 1)), round(160 * (3 * 0.5 + 0.7)))

@@ -90,6 +90,19 @@ def test_the_confusion_figure_has_truth_in_rows_as_shares_of_the_row(figures: li
         assert [label.get_text() for label in labels] == result.images.names
 
 
+def test_a_confusion_figure_of_few_classes_names_its_counts_where_there_are_any(figures: list[Any]) -> None:
+    def sure(best: int) -> list[float]:
+        return [1.0 if index == best else 0.0 for index in range(7)]
+
+    confusion_figure(Path("x"), result_of([sure(0), sure(1), sure(1), sure(1), sure(2)], [0, 0, 0, 0, 2]), "title")
+    (axis,) = figures[0].axes  # numbers need no colour bar
+    counts = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axis.texts}
+    assert counts == {(0, 0): "1", (0, 1): "3", (2, 2): "1"}  # truth, prediction
+    many = LabelledImages([Path("0_0.png")], torch.tensor([0]), {n: f"{n}" for n in range(21)})
+    confusion_figure(Path("x"), Result(many, torch.eye(21)[:1]), "title")
+    assert not figures[1].axes[0].texts
+
+
 @pytest.mark.parametrize(("classes", "size", "side"), [(50, 8, 13.02), (60, 8, 14.82), (61, 5, 10.5), (300, 5, 24)])
 def test_the_confusion_figure_grows_with_its_classes_up_to_two_feet(
     classes: int, size: int, side: float, figures: list[Any]
