@@ -58,6 +58,7 @@ from training.draws import Draws
 from training.ema import Ema
 from training.loop import LoopConfig, Trained, TrainingRun
 from training.schedule import LearningRate
+from training.tracking import Track, check_tracker
 
 # settings that decide the weights; a classifier file holds them
 RECIPE = ("epochs", "recolour", "fold", "batch", "lr", "weight_decay", "smoothing", "ema", "seed")
@@ -104,6 +105,7 @@ class Train:
     device: Device = "auto"
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    track: Track = None
 
 
 def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Tensor:
@@ -147,6 +149,7 @@ def train(settings: Train) -> None:
     check_positive(settings, "epochs", "batch", "lr")
     check_not_negative(settings, "weight_decay", "save_every")
     check_fractions(settings, "recolour", "smoothing", "ema")
+    check_tracker(settings.track)
     folder = output_folder(settings.output or Path("runs/p1_classifier") / settings.domain)
     file = folder / "classifier.safetensors"
     check_writable_file(file, "--output")
@@ -177,6 +180,7 @@ def train(settings: Train) -> None:
         log_every=100,
         save_every=settings.save_every,
         precision=precision,
+        track=settings.track,
     )
     recipe = {name: getattr(settings, name) for name in RECIPE}
     facts = {k: v for k, v in recipe.items() if k != "epochs"} | {"domain": settings.domain, "data": data.fingerprint()}

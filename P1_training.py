@@ -54,6 +54,7 @@ from training.draws import Draws, process_rows
 from training.ema import Ema
 from training.loop import LoopConfig, Trained, TrainingRun
 from training.schedule import LearningRate
+from training.tracking import Track, check_tracker
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Settings:
     """Steps between two checkpoints. 0 = only at the end."""
     log_every: int = 50
     """Steps between two reports of the loss."""
+    track: Track = None
     init: Path | None = None
     """Weights to start from (best.safetensors or shipped), with a new optimizer. None = random ones."""
     distill: Path | None = None
@@ -156,6 +158,7 @@ def main(settings: Settings) -> None:
     from accelerate import Accelerator  # slow to import
 
     # the machine and the recipe
+    check_tracker(settings.track)
     machine = detect(settings.device)
     preset: str = settings.preset
     if preset == "auto":
@@ -304,6 +307,7 @@ def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, comp
         compiled=compiled,
         elsewhere="--output OTHER (with --init to start from trained weights), or --resume never",
         precision=precision,
+        track=settings.track,
     )
 
 
@@ -332,7 +336,7 @@ def averaged_network(
     ema: Ema, schedule: Schedule, preset: str, recipe: TrainingRecipe, settings: Settings, step: int
 ) -> Network:
     """Return the averaged weights with all that sampling needs."""
-    plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path) and k != "classifiers"}
+    plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path) and k not in ("classifiers", "track")}
     origin = {"preset": preset, "step": step, "recipe": asdict(recipe), "settings": plain}
     return Network(cast(UNet, ema.module.eval()), schedule, recipe.schedule, asdict(recipe.sampler), origin)
 

@@ -50,6 +50,7 @@ from runtime.record import Record
 from training.draws import process_rows
 from training.loop import LoopConfig, Trained, TrainingRun
 from training.schedule import LearningRate
+from training.tracking import Track, check_tracker
 
 RUNS = ROOT / "runs" / "p3_textual_inversion"
 
@@ -120,6 +121,7 @@ class Settings:
     """Steps between two readings of the loss."""
     save_every: int = 50
     """Steps between two checkpoints."""
+    track: Track = None
 
 
 def main(settings: Settings) -> None:
@@ -173,6 +175,7 @@ def main(settings: Settings) -> None:
         compiled=compiled,
         elsewhere="--run OTHER",
         precision=precision,
+        track=settings.track,
     )
     log(f"recipe {name}, with the flags: " + ", ".join(f"{key} {value}" for key, value in asdict(recipe).items()))
     validator = Validator(inversion, data, settings.validate, scorer, folder)
@@ -226,6 +229,7 @@ def check(settings: Settings) -> None:
             raise BadInput(f"--{name} and --concepts: give one of them")
     if not settings.concepts and not (settings.images and settings.init):
         raise BadInput("name the pictures and a word for what they show: --images DIR --init WORD (or --concepts FILE)")
+    check_tracker(settings.track)
     check_positive(settings, "accumulate", "save_every", "log_every")
     check_not_negative(settings, "seed", "validate_every")
 

@@ -2,6 +2,7 @@
 
   python benchmarks/p1_training.py                       on hw2_data/digits
   python benchmarks/p1_training.py --data DIR --rounds 5 --steps 10
+  python benchmarks/p1_training.py --preset gpu --precisions fp32 bf16 fp16 --compile off      precisions side by side
 
 plain: images read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step,
        memory as the C library manages it.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +26,24 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from benchmarks.plain_p1 import DigitFolder
-from benchmarks.timing import BENCH, ratios, report, seconds
+from benchmarks.timing import BENCH, first_steps, ratios, report, resolved, seconds
 from diffusion.loss import denoising_loss
 from diffusion.schedule import Schedule, add_noise, make_schedule, target
 from digits.recipes import RECIPES, TrainingRecipe
 from P1_dataloader import BalancedIndex, load_digits, split_tables
 from P1_model import DOMAINS, NO_DIGIT, NO_DOMAIN, PRESETS, ModelConfig, UNet
-from runtime.cli import log, progress, run_script
-from runtime.device import Device, Machine, detect, keep_freed_memory, set_up, should_compile, to_channels_last
+from runtime.cli import progress, run_script
+from runtime.device import (
+    AutoOnOff,
+    Device,
+    Machine,
+    Precision,
+    detect,
+    keep_freed_memory,
+    set_up,
+    should_compile,
+    to_channels_last,
+)
 from runtime.files import ROOT
 from runtime.images import to_float
 from runtime.record import Record
@@ -55,6 +67,10 @@ class Settings:
     """Steps per round."""
     rounds: int = 5
     """Rounds of each way, in turn."""
+    precisions: tuple[Precision, ...] = ("auto",)
+    """Precisions of our step, each a way. auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    compile: AutoOnOff = "auto"
+    """torch.compile of our step. auto = on CUDA, and on CPUs with bf16."""
     device: Device = "auto"
     record: Path = BENCH / "p1_training.json"
 
@@ -86,18 +102,18 @@ def plain_step(
 
 
 def our_step(
-    settings: Settings, recipe: TrainingRecipe, schedule: Schedule, machine: Machine, folder: Path
+    settings: Settings, recipe: TrainingRecipe, schedule: Schedule, machine: Machine, precision: Precision, folder: Path
 ) -> Callable[[], None]:
     """Return the step of P1_training.py: the same data, draws, loss, layers and update."""
     device = machine.device
-    precision = set_up("auto", machine, training=True)
+    set_up(precision, machine, training=True)
     data = load_digits(settings.data, "train").to(device)
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
     unet = to_channels_last(UNet(PRESETS[settings.preset]), device)
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    if should_compile("auto", machine):
+    if should_compile(settings.compile, machine):
         compile_network(unet, device)
     rate = LearningRate(recipe.lr, 200, 0.5)
     config = LoopConfig(
@@ -126,27 +142,34 @@ def our_step(
 
 
 def main(settings: Settings) -> None:
-    """Print images per second of both, mean and spread, and the ratio."""
+    """Print images per second of every way, mean and spread, and the ratios; on a GPU the peak memory too."""
     machine, recipe = detect(settings.device), RECIPES[settings.preset]
     device, layout = machine.device, PRESETS[settings.preset]
+    kinds = resolved(settings.precisions, machine)
     schedule = make_schedule(recipe.schedule, layout.timesteps, recipe.prediction)
+    record = Record(settings, machine)
+    print(f"batches of {recipe.batch}, {machine.name}")
     with tempfile.TemporaryDirectory() as folder:
-        ours = our_step(settings, recipe, schedule, machine, Path(folder))
-        steps = {"plain": plain_step(settings.data, layout, schedule, recipe.batch, device), "ours": ours}
+        precisions: dict[str, Precision] = {"plain": "fp32"}
+        ways = {"plain": partial(plain_step, settings.data, layout, schedule, recipe.batch, device)}
+        for kind in kinds:
+            name = "ours" if len(kinds) == 1 else f"ours, {kind}"
+            precisions[name] = kind
+            ways[name] = partial(our_step, settings, recipe, schedule, machine, kind, Path(folder) / kind)
+        steps = {name: first_steps(record, name, build) for name, build in ways.items()}
+
         speeds: dict[str, list[float]] = {name: [] for name in steps}
-        for name, step in steps.items():
-            log(f"{name}: first two steps took {seconds(step, device, 2):.1f} s")
         for _ in progress(range(settings.rounds), "rounds"):
             for name, step in steps.items():
-                set_up("fp32" if name == "plain" else "auto", machine, training=name == "ours")
-                keep_freed_memory(name == "ours")
+                set_up(precisions[name], machine, training=name != "plain")
+                keep_freed_memory(name != "plain")
                 seconds(step, device)
                 speeds[name].append(settings.steps * recipe.batch / seconds(step, device, settings.steps))
-
-    print(f"batches of {recipe.batch}, {machine.name}")
-    record = Record(settings, machine)
-    record.add_repeats({f"{name}, images/s": values for name, values in speeds.items()})
-    record.add_repeats({"times faster": ratios(speeds["ours"], speeds["plain"])})
+            for name, values in speeds.items():
+                record.add_repeats({f"{name}, images/s": values})
+                if name != "plain":
+                    record.add_repeats({name.replace("ours", "times faster"): ratios(values, speeds["plain"])})
+            record.save(settings.record)  # for one that is stopped at its limit
     report(record, settings.record)
 
 

@@ -4,13 +4,16 @@
   python benchmarks/p2_ddim.py --unet face/UNet.pt      the course's weights in the place of random, well-conditioned ones
 
 Baseline: benchmarks/plain_p2.py, the network and the rule as described, eager, TF32 off for convolutions too.
+The images of every precision are compared with the baseline's.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +24,11 @@ from torch import Tensor
 from benchmarks.plain_p2 import PlainFaceUNet, plain_homework_ddim, well_conditioned_weights
 from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds, timed
 from diffusion.step_rules import step_rule
-from faces.models import load_model
+from faces.models import Model, load_model
 from faces.noises import Noise, seeded_noises
 from faces.sampling import DdimConfig, compare, sample_all, to_image
 from runtime.cli import check_positive, log, run_script
-from runtime.device import DTYPES, Device, Machine, allow_tf32, detect, keep_freed_memory, set_up
+from runtime.device import DTYPES, Device, allow_tf32, detect, keep_freed_memory, set_up
 from runtime.files import load_tensors
 from runtime.record import Record
 
@@ -52,14 +55,14 @@ class Settings:
     record: Path = BENCH / "p2_ddim.json"
 
 
-def side_by_side(
-    source: Path, kind: Kind, noises: list[Noise], steps: int, repeats: int, machine: Machine
-) -> dict[str, list[float]]:
-    """Return the measurements of baseline and ours, in turn after a warm-up of one step each, and how their images differ."""
-    device = machine.device
+def side_by_side(source: Path, kinds: Sequence[Kind], noises: list[Noise], steps: int, record: Record) -> None:
+    """Add the times and memory of the baseline and of ours in every precision to the record, and how their images differ.
+
+    They take turns after a warm-up of one step each. The record is saved after every turn, for a run that is stopped.
+    """
+    machine, device = record.machine, record.machine.device
     plain = PlainFaceUNet().to(device).eval()
     plain.load_state_dict(load_tensors(source))
-    model = load_model(str(source), device, DTYPES[kind])
 
     @torch.inference_mode()
     def baseline(steps: int = steps) -> list[Tensor]:
@@ -67,28 +70,42 @@ def side_by_side(
         keep_freed_memory(False)
         return [plain_homework_ddim(plain, noise.x[None].to(device), steps)[0].cpu() for noise in noises]
 
-    def ours(steps: int = steps) -> list[Tensor]:
+    def ours(kind: Kind, model: Model, steps: int = steps) -> list[Tensor]:
         set_up(kind, machine)
         config = DdimConfig(step_rule("homework", len(model.schedule), steps), 0.0, 0)
-        return [image for _, image in sample_all(model, noises, config, len(noises), "ours")]
+        return [image for _, image in sample_all(model, noises, config, len(noises), kind)]
 
-    results: dict[str, list[float]] = {}
-    images: dict[str, list[Tensor]] = {}
-    baseline(1)
-    ours(1)
-    for repeat in range(repeats):
-        log(f"{kind}: repeat {repeat + 1} of {repeats}")
-        for name, way in (("baseline", baseline), ("ours", ours)):
+    ways: dict[str, Callable[..., list[Tensor]]] = {"baseline": baseline}
+    ways |= {kind: partial(ours, kind, load_model(str(source), device, DTYPES[kind])) for kind in kinds}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(steps=1)
+    for repeat in range(record.settings.repeats):
+        for name, way in ways.items():
+            log(f"{name}: repeat {repeat + 1} of {record.settings.repeats}")
             weights = peak_memory(device, reset=True)
-            time, images[name] = timed(way, device)
-            results.setdefault(f"{name}, s", []).append(time)
-            results.setdefault(f"{name}, GB", []).append(peak_memory(device) - weights)
-    graded = zip(images["ours"], images["baseline"], strict=True)
-    differences = [compare(to_image(a, "minmax"), to_image(b, "minmax")) for a, b in graded]
-    return results | {
-        "times faster": ratios(results["baseline, s"], results["ours, s"]),
-        "MSE on 0..255": [statistics.mean(difference["mse"] for difference in differences)],
-        "largest difference on 0..255": [max(difference["largest"] for difference in differences)],
+            time, images = timed(way, device)
+            times[name].append(time)
+            memory[name].append(peak_memory(device) - weights)
+            record.add_repeats({f"{name}, s": times[name], f"{name}, GB": memory[name]})
+            if name == "baseline":
+                expected = images
+            else:
+                record.add_repeats({f"{name}, times faster": ratios(times["baseline"], times[name])})
+                record.add_repeats(
+                    {f"{name}, {what}": [value] for what, value in differences(images, expected).items()}
+                )
+            record.save(record.settings.record)
+
+
+def differences(images: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
+    """Return how 8-bit images differ from the baseline's."""
+    pairs = zip(images, expected, strict=True)
+    rows = [compare(to_image(a, "minmax"), to_image(b, "minmax")) for a, b in pairs]
+    return {
+        "MSE on 0..255": statistics.mean(row["mse"] for row in rows),
+        "largest difference on 0..255": max(row["largest"] for row in rows),
     }
 
 
@@ -105,9 +122,9 @@ def main(settings: Settings) -> None:
     machine = detect(settings.device)
     device, on_gpu = machine.device, machine.device.type == "cuda"
     count, steps = settings.count or (10 if on_gpu else 2), settings.steps or (50 if on_gpu else 3)
-    kinds: tuple[Kind, ...] = ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")
+    native: tuple[Kind, ...] = ("fp32", "tf32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
     without: tuple[Kind, ...] = ("fp32", "fp16") if on_gpu else ("fp32",)
-    kinds = settings.precisions or (kinds if machine.native_bf16 else without)
+    kinds = settings.precisions or (native if machine.native_bf16 else without)
     record = Record(settings, machine)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -117,15 +134,12 @@ def main(settings: Settings) -> None:
         noises = seeded_noises(range(count), load_model(str(source), torch.device("cpu"), torch.float32), settings.size)
         weights = settings.unet or "random weights"
         print(f"{count} images of {settings.size}x{settings.size}, {steps} steps, {weights}, {machine.name}")
-        ceiling = matmul_ceiling(device) if on_gpu else 0.0
-
-        for kind in kinds:
-            results = side_by_side(source, kind, noises, steps, settings.repeats, machine)
-            if on_gpu and kind == "bf16" and settings.size == 256:
-                shares = [count * steps * GFLOP / 1e3 / time / ceiling for time in results["ours, s"]]
-                results[f"share of the {ceiling:.0f} TFLOP/s of a large matrix multiplication"] = shares
-            record.add_repeats({f"{kind}: {name}": values for name, values in results.items()})
-            record.save(settings.record)
+        side_by_side(source, kinds, noises, steps, record)
+    if on_gpu and "bf16" in kinds and settings.size == 256:
+        ceiling = matmul_ceiling(device)
+        times = record.metrics["repeats"]["bf16, s"]
+        shares = [count * steps * GFLOP / 1e3 / time / ceiling for time in times]
+        record.add_repeats({f"bf16, share of the {ceiling:.0f} TFLOP/s of a large matrix multiplication": shares})
     report(record, settings.record)
 
 

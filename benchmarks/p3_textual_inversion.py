@@ -2,6 +2,7 @@
 
   python benchmarks/p3_textual_inversion.py speed                    steps/s and gradient, side by side
   python benchmarks/p3_textual_inversion.py speed --model random-v1 --init dog --batch 4 --device cuda       memory too
+  python benchmarks/p3_textual_inversion.py speed --model random-v1 --init dog --batch 4 --precisions fp32 bf16 fp16 --compile off
   python benchmarks/p3_textual_inversion.py concepts                 every held-out concept, several seeds; continues where it stopped
   python benchmarks/p3_textual_inversion.py concepts --names key fish --seeds 1 --more-vectors 2 4
   python benchmarks/p3_textual_inversion.py concepts --method plain --seconds 30      the plain method, for as long as ours takes
@@ -50,7 +51,7 @@ from benchmarks.p3_learning import (
 from benchmarks.p3_shape import STYLE, open_autoencoder
 from benchmarks.p3_strict import PartMeasure
 from benchmarks.plain_p3 import Plain, save_random_v1
-from benchmarks.timing import BENCH, peak_memory, ratios, report, seconds
+from benchmarks.timing import BENCH, first_steps, ratios, report, resolved, seconds
 from concepts.dataset import Augmentation, ConceptData, ConceptSet, InversionBatch, Kind, image_files
 from concepts.embeddings import file_of, install, read_vectors, save_vectors
 from concepts.inversion import TextualInversion, prepare_frozen, weights_fingerprint
@@ -102,8 +103,8 @@ class Speed:
     batch: int = 8
     repeats: int = 5
     device: Device = "auto"
-    precision: Precision = "auto"
-    """Precision of our way."""
+    precisions: tuple[Precision, ...] = ("auto",)
+    """Precisions of our way, one after another. auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
     """torch.compile of our way. auto = on CUDA. The first step, which compiles, is timed apart."""
     seed: int = 0
@@ -169,7 +170,7 @@ def main(settings: Speed | Concepts | Graded) -> None:
     record = Record(settings, machine)
     if isinstance(settings, Speed):
         check_positive(settings, "steps", "batch", "repeats")
-        record.add_repeats(compare_speed(settings, machine))
+        compare_speed(settings, record)
     else:
         if unknown := set(settings.names) - set(CONCEPTS):
             raise BadInput(f"--names {', '.join(sorted(unknown))}: known are {', '.join(CONCEPTS)}")
@@ -182,39 +183,40 @@ def main(settings: Speed | Concepts | Graded) -> None:
 # ---------------------------------------------------------------- speed
 
 
-def compare_speed(settings: Speed, machine: Machine) -> dict[str, list[float]]:
-    """Return seconds per step, ratios, the difference of the gradients, and on a GPU the peak memory of each way alone.
+def compare_speed(settings: Speed, record: Record) -> None:
+    """Add seconds per step, ratios, the difference of the gradients, and on a GPU the peak memory of each way to the record.
 
     The ways take turns, so that a busy machine slows both alike.
     """
-    device = machine.device
+    machine, device = record.machine, record.machine.device
+    kinds = resolved(settings.precisions, machine)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = save_random_v1(folder / "v1") if settings.model == "random-v1" else settings.model
         settings = replace(settings, model=model)
         concept = ConceptSet(TOKEN, write_images("fish", folder, False), settings.init)
         set_up("fp32", machine)  # without TF32, which would round both
-        results = {"gradient, relative difference": [gradient_difference(settings, concept, device)]}
-        precision = set_up(settings.precision, machine)
-        ways = {
-            "plain": partial(plain_step, settings, concept, samples_of(settings, concept, device)),
-            "ours": partial(our_step, settings, concept, machine, folder / "run"),
-        }
-        if device.type == "cuda":
-            results |= {f"{name}, GB": [memory_alone(build, device)] for name, build in ways.items()}
-        steps = {name: build() for name, build in ways.items()}
-        log(f"first step: {', '.join(f'{name} {seconds(step, device):.1f} s' for name, step in steps.items())}")
+        record.add_repeats({"gradient, relative difference": [gradient_difference(settings, concept, device)]})
+        samples = samples_of(settings, concept, device)
+        plain = first_steps(record, "plain", partial(plain_step, settings, concept, samples))
 
-        wall: dict[str, list[float]] = {name: [] for name in ways}
-        cpu: dict[str, list[float]] = {name: [] for name in ways}  # which other programs don't affect
-        for _ in range(settings.repeats):
-            for name, step in steps.items():
-                start = time.process_time()
-                wall[name].append(seconds(step, device, settings.steps) / settings.steps)
-                cpu[name].append((time.process_time() - start) / settings.steps)
-    results |= {"plain, s per step, fp32": wall["plain"], f"ours, s per step, {precision}": wall["ours"]}
-    results["times faster"] = ratios(wall["plain"], wall["ours"])
-    return results | {"times faster, by processor time": ratios(cpu["plain"], cpu["ours"])}
+        for kind in kinds:
+            only = "" if len(kinds) == 1 else f", {kind}"
+            build = partial(our_step, settings, concept, machine, kind, folder / kind)
+            steps = {"plain": plain, "ours": first_steps(record, f"ours{only}", build)}
+            wall: dict[str, list[float]] = {name: [] for name in steps}
+            cpu: dict[str, list[float]] = {name: [] for name in steps}  # which other programs don't affect
+            for _ in range(settings.repeats):
+                for name, step in steps.items():
+                    start = time.process_time()
+                    wall[name].append(seconds(step, device, settings.steps) / settings.steps)
+                    cpu[name].append((time.process_time() - start) / settings.steps)
+            record.add_repeats({"plain, s per step, fp32": wall["plain"], f"ours, s per step, {kind}": wall["ours"]})
+            record.add_repeats({f"times faster{only}": ratios(wall["plain"], wall["ours"])})
+            record.add_repeats({f"times faster, by processor time{only}": ratios(cpu["plain"], cpu["ours"])})
+            record.save(settings.record)  # for one that is stopped at its limit
+            del steps, step  # before the next one is loaded
+            gc.collect()
 
 
 def prepare(
@@ -240,10 +242,12 @@ def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[Inversion
     return lambda: method.step(next(batches))
 
 
-def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Path) -> Callable[[], None]:
+def our_step(
+    settings: Speed, concept: ConceptSet, machine: Machine, precision: Precision, folder: Path
+) -> Callable[[], None]:
     """Return the step of P3_textual_inversion.py with its defaults."""
     device, batch = machine.device, settings.batch
-    precision = set_up(settings.precision, machine)
+    set_up(precision, machine)
     inversion, data = prepare(settings, concept, device, DTYPES[precision])
     worthwhile = settings.compile == "on" or device.type == "cuda"
     prepare_frozen(inversion.pipe, precision, worthwhile and should_compile(settings.compile, machine))
@@ -258,15 +262,6 @@ def our_step(settings: Speed, concept: ConceptSet, machine: Machine, folder: Pat
         run.update(inversion.loss(samples), after_step=partial(inversion.cap_norms, 1.0))
 
     return step
-
-
-def memory_alone(build: Callable[[], Callable[[], None]], device: torch.device) -> float:
-    """Return the peak GB of a GPU while nothing else is loaded: loading and two steps."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    peak_memory(device, reset=True)
-    seconds(build(), device, 2)
-    return peak_memory(device)
 
 
 def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.device) -> float:

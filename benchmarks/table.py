@@ -101,16 +101,27 @@ ENTRIES = (
     ),
     Measurement("p3_composition", "benchmarks/p3_composition.py", "--count 3 --alone 5 --learn 20", ASSEMBLE),
 )
+GPU_SPEED = f"{INVERSION} speed --model random-v1 --init dog --batch 4 --steps 5 --repeats 3 --compile off"
 GPU_ENTRIES = (  # in order of worth; none needs a network
     Measurement("p1_training", "benchmarks/p1_training.py --preset gpu", "--preset tiny --rounds 1", seconds=150),
-    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2", seconds=60),
-    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--count 1 --steps 1 --size 64", seconds=120),
+    Measurement(
+        "p1_digits", "benchmarks/p1_sampling.py --count 50 --steps 2 --repeats 5", "--count 1 --repeats 2", seconds=60
+    ),
+    Measurement("p2_ddim", "benchmarks/p2_ddim.py", "--count 1 --steps 1 --size 64 --repeats 1", seconds=120),
     Measurement(
         "p3_speed",
-        f"{INVERSION} speed --model random-v1 --init dog --batch 4 --steps 5 --repeats 3 --compile off",
-        f"--model {DIFFUSION} --init fish --steps 2 --repeats 2",
-        seconds=120,
+        f"{GPU_SPEED} --precisions auto fp32 fp16",
+        f"--model {DIFFUSION} --init object --steps 2 --repeats 2 --precisions auto fp32",
+        seconds=150,
     ),
+    Measurement(
+        "p1_precisions",
+        "benchmarks/p1_training.py --preset gpu --precisions auto fp32 fp16 --compile off --rounds 3",
+        "--preset tiny --rounds 1 --steps 2",
+        seconds=60,
+    ),
+    Measurement("p1_time", "benchmarks/p1_time.py", "--accuracy 0 --steps 2 --batch 8 --eval-count 1", seconds=150),
+    Measurement("p1_sampling", "benchmarks/p1_sampling.py", "--count 1 --steps 20 --repeats 2", seconds=60),
     Measurement(
         "p3_large", "benchmarks/p3_composition.py --large", f"--model {DIFFUSION} --steps 2 --repeats 1", seconds=120
     ),
@@ -125,7 +136,9 @@ def select(settings: Settings, output: Path) -> list[Measurement]:
     selected = []
     for name in settings.only or entries:
         command, setup = entries[name].command, entries[name].setup
-        if name == "p1_training" and not (ROOT / "hw2_data" / "digits").is_dir():  # train on digits drawn by code
+        if (
+            command.startswith("benchmarks/p1_training.py") and not (ROOT / "hw2_data" / "digits").is_dir()
+        ):  # train on digits drawn by code
             setup += ("hw2_data/prepare.py rendered --output {output}/digits --overwrite",)
             command += " --data {output}/digits"
         if settings.quick:

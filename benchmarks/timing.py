@@ -7,10 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
+from runtime.cli import log
+from runtime.device import Machine, Precision, resolve_precision
 from runtime.files import ROOT
 from runtime.record import Record
 
@@ -53,6 +55,22 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         switch.write_text("5")
     (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak) * 1024 / 1e9
+
+
+def first_steps(record: Record, name: str, build: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """Return the step that `build` makes, after two calls; on a GPU, add the peak GB of building it and of these to the record."""
+    device = record.machine.device
+    before = peak_memory(device, reset=True)
+    step = build()
+    log(f"{name}: first two steps took {seconds(step, device, 2):.1f} s")
+    if device.type == "cuda":
+        record.add_repeats({f"{name}, GB": [peak_memory(device) - before]})
+    return step
+
+
+def resolved(precisions: Sequence[Precision], machine: Machine) -> list[Precision]:
+    """Return the precisions without auto, each once."""
+    return [*dict.fromkeys(cast(Precision, resolve_precision(precision, machine)) for precision in precisions)]
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ from runtime.files import check_writable_folder, file_fingerprint
 from runtime.images import save_image
 from training.loop import LoopConfig, TrainingRun
 from training.schedule import LearningRate
+from training.tracking import Track, check_tracker
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class TrainingFlags:
     """Model of the same layout to start from, such as the shipped one, with a new optimizer; None = random weights."""
     seed: int = 0
     device: Device = "auto"
+    track: Track = None
 
     def check(self, *positive: str) -> None:
         """Raise BadInput for a number out of range, or a run folder that can't be made."""
         check_positive(self, "steps", "batch", "lr", "log_every", "save_every", *positive)
         check_not_negative(self, "seed")
         check_fractions(self, "ema")
+        check_tracker(self.track)
         check_writable_folder(self.run, "--run")
 
     def facts(self, weights: str, *names: str, **more: Any) -> dict[str, Any]:
@@ -61,8 +64,9 @@ class TrainingFlags:
         often = self.log_every, self.save_every
         elsewhere = "--run OTHER (with --init to start from trained weights)"
         return LoopConfig(
-            kind, self.run, self.steps, self.batch, lr, max_grad_norm, *often, compiled, elsewhere, precision=precision
-        )
+            kind, self.run, self.steps, self.batch, lr, max_grad_norm, *often, compiled, elsewhere,
+            precision=precision, track=self.track,
+        )  # fmt: skip
 
 
 def save_sheet(run: TrainingRun, sheet: Tensor) -> None:

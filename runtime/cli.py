@@ -44,6 +44,7 @@ RENAMED = (
     ("--embeddings", "--features"),
     ("--judge", "--mnistm-classifier"),
     ("--output", "--record"),
+    ("--precision", "--precisions"),
 )
 
 # tyro's words for what its frames hold, and ours

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from stand_in_tracker import stand_in, without
 from torch import Tensor
 from torchvision import transforms
 
@@ -516,6 +517,26 @@ def test_checkpoints_come_as_often_as_asked(
     assert sorted(set(saved)) == steps
 
 
+def test_the_curves_go_to_a_tracker_whose_absence_is_named_first(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Train(
+        "svhn", data=digits_folder, output=tmp_path / "run", epochs=1, batch=10, device="cpu", track="trackio"
+    )
+    with monkeypatch.context() as patch:
+        without("trackio", patch)
+        with pytest.raises(BadInput, match="--track trackio: .* pip install trackio"):
+            train(settings)
+    assert not (tmp_path / "run").exists()
+    tracker = stand_in(tmp_path, monkeypatch, "trackio")
+    train(settings)
+    (_, options), (_, step, values), finish = tracker.calls
+    assert (options["project"], options["name"]) == ("P1 classifier of svhn", "run")
+    assert step == 2
+    assert "loss" in values
+    assert finish == ("finish",)
+
+
 def test_the_validation_accuracy_is_that_of_the_file_on_val_csv(
     digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -808,6 +829,7 @@ HELD_BY = {
     "save_every": test_checkpoints_come_as_often_as_asked,
     "precision": test_half_precision_computes_in_it_and_stores_fp32_vectors,
     "device": test_an_absent_device_is_named,
+    "track": test_the_curves_go_to_a_tracker_whose_absence_is_named_first,
     "folder": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
     "record": test_grading_prints_three_numbers_with_four_decimals_and_leaves_the_folder_unchanged,
     "classifiers": test_classifiers_of_all_domains_may_be_named_at_once,

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_digits import TINY, write_images
+from stand_in_tracker import stand_in, without
 from torch import Tensor
 
 from diffusion.schedule import make_schedule
@@ -737,6 +738,26 @@ def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:
     assert centres[9].tolist() == [*range(108, 118), *range(228, 238)]
 
 
+def test_the_curves_go_to_a_tracker_and_the_weights_file_stays(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        without("wandb", patch)
+        with pytest.raises(BadInput, match="--track wandb: .* pip install wandb"):
+            train(digits_folder, tmp_path / "run", track="wandb")
+    assert not (tmp_path / "run").exists()
+    tracker = stand_in(tmp_path, monkeypatch)
+    train(digits_folder, tmp_path / "run", track="wandb")
+    train(digits_folder, tmp_path / "other" / "run")
+    options, logged = tracker.calls[0][1], [call for call in tracker.calls if call[0] == "log"]
+    assert (options["project"], options["name"], options["config"]["track"]) == ("P1 training", "run", "wandb")
+    assert [step for _, step, values in logged if "loss" in values] == [5, 10]
+    assert [step for _, step, values in logged if "accuracy" in values] == [10]
+    assert [call[0] for call in tracker.calls].count("init") == 1
+    best = [(tmp_path / name / "best.safetensors").read_bytes() for name in ("run", "other/run")]
+    assert best[0] == best[1]
+
+
 HELD_BY = {
     "distill": test_a_distillation_does_what_a_plain_loop_does,
     "max_guidance": test_a_distillation_does_what_a_plain_loop_does,
@@ -751,6 +772,7 @@ HELD_BY = {
     "final_count": test_the_best_of_the_second_grading_becomes_the_result,
     "save_every": test_checkpoints_and_reports_come_as_often_as_asked,
     "log_every": test_checkpoints_and_reports_come_as_often_as_asked,
+    "track": test_the_curves_go_to_a_tracker_and_the_weights_file_stays,
     "resume": test_a_restart_deletes_the_candidates_of_the_earlier_run,
 }
 

@@ -23,6 +23,7 @@ from plain_inversion import PlainInversion
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_pipeline import WIDTH, save_clip, save_pictures, save_pipeline
+from stand_in_tracker import stand_in, without
 from torch import Tensor
 
 import P3_textual_inversion
@@ -478,6 +479,26 @@ def save_every_flag(trial: Trial) -> None:
 
 
 SAMPLE = "concepts.sampling.StableDiffusionSampler.sample_images"
+
+
+def track_flag(trial: Trial) -> None:
+    """Expect the record's losses at the tracker; without one nothing is loaded or written."""
+    with trial.patch.context() as patch:
+        without("wandb", patch)
+        loaded = trial.record_calls("P3_textual_inversion.load_pipeline", lambda *_: True)
+        with pytest.raises(BadInput, match="--track wandb: .* pip install wandb"):
+            trial.train(track="wandb")
+    assert not loaded
+    assert not (trial.folder / "run1").exists()
+    tracker = stand_in(trial.folder, trial.patch)
+    chosen = trial.train(track="wandb", log_every=2)
+    trial.assert_plain(chosen)
+    assert chosen.run
+    assert tracker.calls[0][1]["project"] == "textual inversion"
+    losses = {str(step): values["loss"] for _, step, values in tracker.calls[1:-1] if "loss" in values}
+    assert losses == record_of(chosen.run)["metrics"]["losses"]
+
+
 EFFECTS: dict[str, Callable[[Trial], None]] = {
     "images": images_flag,
     "concepts": concepts_flag,
@@ -493,6 +514,7 @@ EFFECTS: dict[str, Callable[[Trial], None]] = {
     "compile": compile_flag,
     "low_memory": low_memory_flag,
     "log_every": log_every_flag,
+    "track": track_flag,
     "save_every": save_every_flag,
 }
 

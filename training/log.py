@@ -1,4 +1,4 @@
-"""Progress bar, TensorBoard and running means of a training, without a device sync per step."""
+"""Progress bar, TensorBoard, a tracker and running means of a training, without a device sync per step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime.cli import log, progress
+from training.tracking import Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,18 +29,21 @@ def _hide_writers_errors(arguments: threading.ExceptHookArgs) -> None:
 class TrainingLog:
     """Running mean of the loss and the speed; only the main process shows and writes them.
 
-    `start` once, `add` every step, `read` every N steps (the only sync). Without `shown` there is no bar and no TensorBoard.
+    `start` once, `add` every step, `read` every N steps (the only sync). Without `shown` there is no bar, no TensorBoard and no tracker.
     """
 
-    def __init__(self, folder: Path, title: str, first: int, total: int, shown: bool):
+    def __init__(self, folder: Path, title: str, first: int, total: int, shown: bool, tracker: Tracker | None = None):
         self.folder, self.title, self.first, self.total, self.shown = folder, title, first, total, shown
+        self.tracker = tracker if shown else None
         self.bar: tqdm[int] | None = None
         self.writer: SummaryWriter | None = None
         self.sum: Tensor | float = 0.0
         self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
 
     def start(self) -> None:
-        """Open TensorBoard's writer and say how to see it, show the bar and start the clock."""
+        """Open the tracker's run and TensorBoard's writer, say how to see the latter, show the bar and start the clock."""
+        if self.tracker:
+            self.tracker.start()
         if self.shown:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -78,7 +82,9 @@ class TrainingLog:
         self.since += time.perf_counter() - self.paused
 
     def show(self, step: int, **values: float) -> None:
-        """Show values on the bar and write them to TensorBoard under their names."""
+        """Show values on the bar, and write them to TensorBoard and the tracker under their names."""
+        if self.tracker:
+            self.tracker.log(step, values)
         if self.bar is not None:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         with self._courtesy():
@@ -93,7 +99,9 @@ class TrainingLog:
                 self.writer.add_image(name, image, step)
 
     def close(self) -> None:
-        """Flush TensorBoard and end the bar."""
+        """Flush TensorBoard, end the tracker's run and the bar."""
+        if self.tracker:
+            self.tracker.close()
         if self.bar is not None:
             self.bar.close()
         with self._courtesy():

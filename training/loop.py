@@ -38,6 +38,7 @@ from training.log import TrainingLog
 from training.loss_scaling import LossScaler
 from training.schedule import LearningRate
 from training.signals import stop_signals
+from training.tracking import Track, Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,6 +60,7 @@ class LoopConfig:
     elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
     show: bool = True  # progress bar, TensorBoard, and the estimate of the time to go
     precision: str = "fp32"  # of `TrainingRun.autocast`; fp16 scales the loss
+    track: Track = None
 
 
 @dataclass
@@ -111,7 +113,9 @@ class TrainingRun:
         elif self.is_main:
             self.checkpoint.unlink(missing_ok=True)
         shown = config.show and self.is_main
-        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, shown)
+        run = config.folder.resolve().name
+        tracker = Tracker(config.track, config.kind, run, record.settings) if config.track else None
+        self.log = TrainingLog(config.folder / "tensorboard", config.kind, self.step, config.steps, shown, tracker)
         self.step_started = 0.0
 
     # ------------------------------------------------ checkpoint

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from small_clip import NAMES as CLASSES
 
+import P1_training
 from benchmarks import (
     outside_view,
     p1_accuracy,
     p1_sampling,
+    p1_time,
     p1_training,
     p2_ddim,
     p2_round_trip,
@@ -34,6 +40,7 @@ from P1_model import Network, load_network, save_network
 from runtime.cli import BadInput
 from runtime.device import detect
 from runtime.images import save_image
+from runtime.record import Record
 
 CPU = detect("cpu")
 WAYS: tuple[tuple[str, Rule], ...] = (("bdia from x_T alone", "bdia"), ("plain ddim", "ddim"))
@@ -123,21 +130,46 @@ def test_p1_accuracy_grades_before_the_retries_and_after(
 def test_p1_training_compares_images_per_second_each_way_in_its_own_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    took, setups = {"plain": 4.0, "ours": 1.0}, []
+    took, setups, own = {"plain": 4.0, "ours": 1.0, "slower": 2.0}, [], {"fp32": "slower"}
     monkeypatch.setattr(p1_training, "plain_step", lambda *_: lambda: "plain")
-    monkeypatch.setattr(p1_training, "our_step", lambda *_: lambda: "ours")
+    monkeypatch.setattr(p1_training, "our_step", lambda *arguments: lambda: own.get(arguments[4], "ours"))
     monkeypatch.setattr(p1_training, "seconds", lambda step, _, count=1: count * took[step()])
     monkeypatch.setattr(p1_training, "set_up", lambda kind, machine, training: setups.append((kind, training)))
     monkeypatch.setattr(p1_training, "keep_freed_memory", setups.append)
     record = tmp_path / "record.json"
-    p1_training.main(p1_training.Settings(preset="tiny", steps=3, rounds=2, device="cpu", record=record))
+    settings = p1_training.Settings(preset="tiny", steps=3, rounds=2, precisions=("bf16",), device="cpu", record=record)
+    p1_training.main(settings)
     batch = RECIPES["tiny"].batch
     assert repeats(record) == {
         "plain, images/s": [batch / 4] * 2,
         "ours, images/s": [batch] * 2,
         "times faster": [4.0] * 2,
     }
-    assert setups == [("fp32", False), False, ("auto", True), True] * 2
+    assert setups == [("fp32", False), False, ("bf16", True), True] * 2
+
+    p1_training.main(replace(settings, rounds=1, precisions=("fp32", "bf16", "fp32")))
+    assert repeats(record) == {
+        "plain, images/s": [batch / 4],
+        "ours, fp32, images/s": [batch / 2],
+        "ours, bf16, images/s": [batch],
+        "times faster, fp32": [2.0],
+        "times faster, bf16": [4.0],
+    }
+
+
+def test_p1_training_runs_in_every_precision_of_a_gpu(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], batch=4))
+    kinds: Any = ("fp32", "bf16", "fp16")
+    small: Any = {"preset": "tiny", "steps": 1, "rounds": 1, "compile": "off", "device": "cpu"}
+    record = tmp_path / "record.json"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    p1_training.main(p1_training.Settings(digits_folder, precisions=kinds, record=record, **small))
+    gc.collect()  # its loops stay open, and hold the signals
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert {f"ours, {kind}, images/s" for kind in kinds} < set(repeats(record))
 
 
 class AnyNetwork:
@@ -147,33 +179,88 @@ class AnyNetwork:
         return [0] * 1000 if name == "schedule" else lambda *_, **__: self
 
 
-def test_p2_compares_times_memory_and_images_of_ours_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = iter([1.0, 5.0, 1.0, 3.0] * 2)
-    clocks = {0.0: iter([12.0, 10.0]), 1.0: iter([3.0, 5.0])}  # by the first value of the baseline's image, and of ours
+def test_p2_compares_times_memory_and_images_of_every_precision_with_the_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of baseline, fp32 and bf16, twice; the record is written after every one."""
+    memory = iter([1.0, 5.0, 1.0, 3.0, 1.0, 2.0] * 2)
+    times, saved = iter([12.0, 3.0, 2.0, 10.0, 5.0, 4.0]), []
 
-    def timed(work: Callable[[], list[torch.Tensor]], device: Any) -> tuple[float, list[torch.Tensor]]:
-        images = work()
-        return next(clocks[float(images[0][0])]), images
+    def sample_all(model: Any, noises: Any, config: Any, batch: int, kind: str) -> Any:
+        return [(noise, torch.tensor([1.0, 2.0 if kind == "fp32" else 5.0])) for noise in noises]
 
-    monkeypatch.setattr(p2_ddim, "timed", timed)
+    monkeypatch.setattr(p2_ddim, "timed", lambda work, _: (next(times), work()))
     monkeypatch.setattr(p2_ddim, "peak_memory", lambda device, reset=False: next(memory))
     for name in ("PlainFaceUNet", "load_tensors", "load_model"):
         monkeypatch.setattr(p2_ddim, name, lambda *_: AnyNetwork())
     monkeypatch.setattr(p2_ddim, "plain_homework_ddim", lambda *_: torch.tensor([[0.0, 2.0]]))
-    monkeypatch.setattr(
-        p2_ddim, "sample_all", lambda model, noises, *_: [(noise, torch.tensor([1.0, 2.0])) for noise in noises]
-    )
+    monkeypatch.setattr(p2_ddim, "sample_all", sample_all)
     monkeypatch.setattr(p2_ddim, "to_image", lambda image, _: image)
     noises: Any = [SimpleNamespace(x=torch.zeros(2))]
-    assert p2_ddim.side_by_side(Path("x"), "fp32", noises, 5, 2, CPU) == {
+    record = Record(p2_ddim.Settings(repeats=2, record=tmp_path / "record.json"), CPU)
+    save = record.save
+
+    def save_and_count(path: Path) -> None:
+        saved.append(len(record.metrics["repeats"]))
+        save(path)
+
+    monkeypatch.setattr(record, "save", save_and_count)
+    p2_ddim.side_by_side(Path("x"), ("fp32", "bf16"), noises, 5, record)
+    assert repeats(tmp_path / "record.json") == {
         "baseline, s": [12.0, 10.0],
         "baseline, GB": [4.0, 4.0],
-        "ours, s": [3.0, 5.0],
-        "ours, GB": [2.0, 2.0],
-        "times faster": [4.0, 2.0],
-        "MSE on 0..255": [0.5],
-        "largest difference on 0..255": [1.0],
+        "fp32, s": [3.0, 5.0],
+        "fp32, GB": [2.0, 2.0],
+        "fp32, times faster": [4.0, 2.0],
+        "fp32, MSE on 0..255": [0.5],
+        "fp32, largest difference on 0..255": [1.0],
+        "bf16, s": [2.0, 4.0],
+        "bf16, GB": [1.0, 1.0],
+        "bf16, times faster": [6.0, 2.5],
+        "bf16, MSE on 0..255": [5.0],
+        "bf16, largest difference on 0..255": [3.0],
     }
+    assert saved == [2, 7, 12, 12, 12, 12]
+
+
+def test_p1s_time_is_that_of_the_first_grading_that_reaches_the_accuracy(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is P1_training's; it starts over, in a folder that does not stay."""
+    history = [
+        {"seconds": 40.0, "accuracy": 0.9},
+        {"seconds": 80.5, "accuracy": 0.99},
+        {"seconds": 120.0, "accuracy": 0.995},
+    ]
+    flags: list[P1_training.Settings] = []
+
+    run = subprocess.run
+
+    def train(command: list[str], **options: Any) -> Any:
+        if command[0] == "git":  # of the record
+            return run(command, **options)
+        assert Path(command[1]).name == "P1_training.py"
+        flags.append(tyro.cli(P1_training.Settings, args=command[2:]))
+        (flags[-1].output / "record.json").write_text(json.dumps({"metrics": {"history": history}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("benchmarks.p1_time.subprocess.run", train)
+    settings = p1_time.Settings(digits_folder, device="cpu", record=tmp_path / "record.json")
+    p1_time.main(settings)
+    measured = repeats(tmp_path / "record.json")
+    assert measured.pop("whole run, s")[0] < 60
+    assert measured == {"best mean accuracy": [0.995], "to a mean accuracy of 0.99, s": [80.5]}
+    (used,) = flags
+    assert (used.data, used.steps, used.batch, used.lr, used.resume) == (digits_folder, 1600, 1024, 2e-3, "never")
+    assert (used.eval_every, used.eval_count, used.final_count, used.candidates) == (200, 50, 50, 1)
+    assert not used.output.exists()
+    with pytest.raises(BadInput, match="--accuracy 1 was not reached in 1600 steps: the best is 0.9950"):
+        p1_time.main(replace(settings, accuracy=1.0))
+
+
+def test_p1s_time_needs_digits(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no data folder nowhere"):
+        p1_time.main(p1_time.Settings(Path("nowhere"), device="cpu", record=tmp_path / "record.json"))
 
 
 def test_p2_round_trip_takes_the_first_pictures_each_way_and_back(
@@ -246,22 +333,32 @@ def test_p3_clips_second_run_is_compared_with_its_first(tmp_path: Path, monkeypa
     assert repeats(tmp_path / "record.json") == expected
 
 
-def test_inversions_speed_is_the_plain_time_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    took, clock = {"plain": 6.0, "ours": 2.0}, iter([0.0, 20.0, 30.0, 35.0] * 2)
+def test_inversions_speed_is_the_plain_time_over_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took, clock = {"plain": 6.0, "fp32": 2.0, "fp16": 3.0}, iter([0.0, 20.0, 30.0, 35.0] * 6)
     monkeypatch.setattr(inversion, "write_images", lambda *_: Path("x"))
     monkeypatch.setattr(inversion, "gradient_difference", lambda *_: 1e-5)
     monkeypatch.setattr(inversion, "samples_of", lambda *_: [])
     monkeypatch.setattr(inversion, "plain_step", lambda *_: lambda: "plain")
-    monkeypatch.setattr(inversion, "our_step", lambda *_: lambda: "ours")
+    monkeypatch.setattr(inversion, "our_step", lambda *arguments: lambda: arguments[3])
     monkeypatch.setattr(inversion, "seconds", lambda step, _, count=1: count * took[step()])
     monkeypatch.setattr(inversion, "time", SimpleNamespace(process_time=lambda: next(clock)))
-    settings = inversion.Speed(steps=5, repeats=2, device="cpu", precision="fp32")
-    assert inversion.compare_speed(settings, CPU) == {
-        "gradient, relative difference": [1e-5],
-        "plain, s per step, fp32": [6.0, 6.0],
+    settings = inversion.Speed(steps=5, repeats=2, device="cpu", precisions=("fp32",), record=tmp_path / "record.json")
+    inversion.compare_speed(settings, Record(settings, CPU))
+    same = {"gradient, relative difference": [1e-5], "plain, s per step, fp32": [6.0, 6.0]}
+    assert repeats(settings.record) == same | {
         "ours, s per step, fp32": [2.0, 2.0],
         "times faster": [3.0, 3.0],
         "times faster, by processor time": [4.0, 4.0],
+    }
+    settings = replace(settings, precisions=("fp16", "fp32"))
+    inversion.compare_speed(settings, Record(settings, CPU))
+    assert repeats(settings.record) == same | {
+        "ours, s per step, fp16": [3.0, 3.0],
+        "times faster, fp16": [2.0, 2.0],
+        "times faster, by processor time, fp16": [4.0, 4.0],
+        "ours, s per step, fp32": [2.0, 2.0],
+        "times faster, fp32": [3.0, 3.0],
+        "times faster, by processor time, fp32": [4.0, 4.0],
     }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import time
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tyro
 
 from benchmarks import p3_composition, table
 from benchmarks.table import ENTRIES, GPU_ENTRIES, Measurement, Settings, main, markdown, select, step_of
@@ -80,6 +83,24 @@ def test_every_benchmark_has_a_quick_form_and_a_record_that_its_script_knows(ent
     assert entry.quick
     assert "record.add_repeats(" in fields
     assert all(f"    {flag}: " in fields for flag in flags)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", [entry.name for entry in GPU_ENTRIES])
+def test_a_gpus_command_parses_as_its_script_reads_it(name: str, quick: bool, tmp_path: Path) -> None:
+    (entry,) = select(Settings(gpu=True, quick=quick, only=(name,), device="cpu"), tmp_path)
+    script, *flags = map(str, step_of(entry, tmp_path).commands[-1])
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    kind: Any = next(iter(typing.get_type_hints(main).values()))
+    settings: Any = tyro.cli(kind, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+    assert settings.device == "cpu"
+    assert settings.record == tmp_path / name / "record.json"
+
+
+def test_a_gpus_table_compares_fp16_with_fp32_and_what_auto_takes() -> None:
+    commands = {entry.name: entry.command for entry in GPU_ENTRIES}
+    assert all("--precisions auto fp32 fp16" in commands[name] for name in ("p1_precisions", "p3_speed"))
+    assert "--precisions" not in commands["p2_ddim"]  # all that the GPU has
 
 
 def test_a_change_of_the_code_measured_counts() -> None:
