@@ -3,8 +3,8 @@
   python benchmarks/p2_factors.py                                     the shipped face model: 200 noises, 50 pairs
   python benchmarks/p2_factors.py --count 8 --pairs 2 --steps 10      a short form
 
-eta     share of the noises at which a factor differs from that of eta 0, among faces that are valid at both. The last column is another
-        noise's face at eta 0: what a factor has when nothing of the noise is left.
+eta     share of the noises at which a factor differs from that of eta 0, among faces whose factors are all read with confidence at both.
+        The last column is another noise's face at eta 0: what a factor has when nothing of the noise is left.
 paths   frames from one noise to another, by slerp and by linear interpolation: the share that are valid faces, how many of the 14
         factors change on the whole way, local contrast (standard deviation of 5x5 pixels, grey levels), length of the noise, and the
         perceptual path length (Karras et al. 2019): squared distance of neighbouring frames over the squared step, in EfficientNet-Lite0's
@@ -118,10 +118,10 @@ def factor_changes(readings: dict[float, FaceReading]) -> dict[str, dict[str, fl
     columns["another noise"] = FaceReading(*(part.roll(1, 0) for part in start))
     changed = {}
     for name, reading in columns.items():
-        both = start.valid & reading.valid
+        both = start.certain & reading.certain
         if not both.any():
             raise BadInput(
-                f"{name}: no noise whose face is valid there and at eta 0; is this a model of the face world?"
+                f"{name}: no noise whose face is read with confidence there and at eta 0; is this a model of the face world?"
             )
         differs = (start.rows != reading.rows)[both].float().mean(0).tolist()
         changed[name] = dict(zip(FACTORS, differs, strict=True)) | {"valid": float(reading.valid.float().mean())}

@@ -96,6 +96,11 @@ class FaceReading(NamedTuple):
     distance: Tensor  # [N], `local_distance` from the face that these values describe
     valid: Tensor  # [N] bool
 
+    @property
+    def certain(self) -> Tensor:
+        """Whether every factor is read with confidence [N], however far the face is from what the factors say."""
+        return self.confidence >= CONFIDENCE
+
 
 class FaceReader:
     """The classifier and the face world's renderer on one device; images are [N,3,64,64] uint8."""

@@ -233,10 +233,11 @@ def nearest(images: Tensor, trained: Tensor, renderer: FaceRenderer) -> tuple[Te
 
 
 def figures(reading: FaceReading, samples: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Return the share of valid faces, medians of distances, the held-out 1st percentile, and the share of samples below that."""
+    """Return shares of faces by their reading, medians of distances, the held-out 1st percentile, the share of samples below that."""
     bar = held_out.quantile(0.01)
     return {
         "drawn faces that are valid": float(reading.valid.float().mean()),
+        "drawn faces whose factors are read with confidence": float(reading.certain.float().mean()),
         "drawn faces, distance from what their factors say, median": float(reading.distance.median()),
         "drawn faces to nearest training image, median": float(samples.median()),
         "held-out faces to nearest training image, median": float(held_out.median()),

@@ -31,7 +31,7 @@ from runtime.images import open_image
 
 
 def reading(rows: torch.Tensor, valid: list[bool]) -> FaceReading:
-    return FaceReading(rows, torch.ones(len(rows)), torch.zeros(len(rows)), torch.tensor(valid))
+    return FaceReading(rows, 0.5 * torch.tensor(valid), torch.zeros(len(rows)), torch.tensor(valid))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def reader() -> FaceReader:
     return FaceReader(load_face_classifier())
 
 
-def test_a_factor_changes_where_it_differs_from_eta_0_among_faces_valid_at_both() -> None:
+def test_a_factor_changes_where_it_differs_from_eta_0_among_faces_read_at_both() -> None:
     start = torch.zeros(4, len(FACTORS), dtype=torch.long)
     later = start.clone()
     later[0, COLUMN["eyes"]] = 1
@@ -60,9 +60,9 @@ def test_the_last_column_compares_with_another_noise() -> None:
     assert changed["another noise"]["hair"] == 0.0
 
 
-def test_faces_that_are_never_valid_end_in_one_line() -> None:
+def test_faces_that_are_never_read_end_in_one_line() -> None:
     rows = torch.zeros(2, len(FACTORS), dtype=torch.long)
-    with pytest.raises(BadInput, match="eta 0.5: no noise whose face is valid"):
+    with pytest.raises(BadInput, match="eta 0.5: no noise whose face is read with confidence"):
         factor_changes({0.0: reading(rows, [True, False]), 0.5: reading(rows, [False, True])})
 
 

@@ -206,10 +206,11 @@ def test_the_distance_is_in_grey_levels() -> None:
 
 def test_the_figures_are_shares_and_medians() -> None:
     valid = torch.tensor([True, True, True, False])
-    reading = FaceReading(torch.zeros(4, 14), torch.ones(4), torch.tensor([1.0, 3.0, 5.0, 90.0]), valid)
+    confidence = torch.tensor([1.0, 0.5, 0.4, 0.3])
+    reading = FaceReading(torch.zeros(4, 14), confidence, torch.tensor([1.0, 3.0, 5.0, 90.0]), valid)
     held_out = torch.arange(101.0)
     assert list(figures(reading, torch.tensor([0.0, 0.5, 2.0, 70.0]), held_out).values()) == [
-        0.75, 3.0, 0.5, 50.0, 1.0, 0.5
+        0.75, 0.5, 3.0, 0.5, 50.0, 1.0, 0.5
     ]  # fmt: skip
 
 
