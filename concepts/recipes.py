@@ -58,7 +58,7 @@ def resolve_recipe(name: str, kinds: Collection[Kind], flags: dict[str, Any]) ->
 
 
 def recipe_values(field: str) -> str:
-    """Return a field's value in every recipe, for --help: "v1 500, small object 200, small style 800"."""
+    """Return a field's value in every recipe, for --help: "v1 500, small object 600, small style 800"."""
     values: dict[str, Any] = {}
     for name, recipes in RECIPES.items():
         by_kind = {kind: getattr(recipe, field) for kind, recipe in recipes.items()}
