@@ -35,7 +35,7 @@ PACKAGES = (
 )
 # settings that name what a run reads, of any script
 INPUTS = {
-    "backgrounds", "classifier", "classifiers", "clip", "concepts", "distill", "data", "embeddings", "ends", "folder", "images", "init",
+    "backgrounds", "classifier", "classifiers", "clip", "concepts", "data", "distill", "embeddings", "ends", "folder", "images", "init",
     "input", "invert", "judge", "labels", "layout", "mnistm_classifier", "model", "noise", "parts", "pictures", "prompts",
     "reference", "references", "svhn_classifier", "unet", "weights",
 }  # fmt: skip
