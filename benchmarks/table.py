@@ -136,9 +136,8 @@ def select(settings: Settings, output: Path) -> list[Measurement]:
     selected = []
     for name in settings.only or entries:
         command, setup = entries[name].command, entries[name].setup
-        if (
-            command.startswith("benchmarks/p1_training.py") and not (ROOT / "hw2_data" / "digits").is_dir()
-        ):  # train on digits drawn by code
+        trains = command.startswith("benchmarks/p1_training.py")
+        if trains and not (ROOT / "hw2_data" / "digits").is_dir():  # on digits drawn by code
             setup += ("hw2_data/prepare.py rendered --output {output}/digits --overwrite",)
             command += " --data {output}/digits"
         if settings.quick:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from source_files import PYTHON_FILES
 
 from runtime.files import ROOT
 
@@ -31,12 +32,7 @@ SLOW = {
     "accelerate", "diffusers", "huggingface_hub", "matplotlib", "open_clip", "pandas", "scipy", "tensorboard", "timm",
     "torch._dynamo", "torchvision", "transformers",
 }  # fmt: skip
-SOURCES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not {".venv", "tests", "runs", "out"} & set(path.relative_to(ROOT).parts)
-    and path.relative_to(ROOT).parts[0] != "demo"
-)
+SOURCES = [path for path in PYTHON_FILES if path.relative_to(ROOT).parts[0] != "tests"]
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in MODULES)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from page_commands import commands_in, parse
 from PIL import Image
+from source_files import PYTHON_FILES
 
 from runtime.files import ROOT
 
@@ -26,11 +27,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CARDS = sorted((ROOT / "checkpoints").rglob("*.md"))
-SOURCES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not {".venv", "runs", "out", "demo", "report"} & set(path.relative_to(ROOT).parts)
-)
 SCRIPTS = sorted(
     path
     for path in (
@@ -188,7 +184,7 @@ def test_prose_is_plain(page: Path) -> None:
     assert not banned_words(without_code(page.read_text()))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("source", PYTHON_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_of_the_code_is_plain(source: Path) -> None:
     """Of docstrings, helps and messages (strings of four words or more), comments, and names of functions."""
     text = source.read_text()
