@@ -46,8 +46,8 @@ doctor: setup  ## what this machine has and how long sampling and training take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## every side-by-side measurement, one table (hours on two cores; continues where it was stopped); QUICK=1: all of them short
-	@$(RUN) benchmarks/table.py $(if $(QUICK),--quick)
+bench: setup  ## every side-by-side measurement, one table, also in docs/results.md (hours on two cores; continues); QUICK=1: all of them short
+	@$(RUN) benchmarks/table.py $(if $(QUICK),--quick,--results docs/results.md)
 
 gpu: setup  ## what a GPU measures in at most eight minutes, one table, no network; MINUTES=N: another limit
 	@$(RUN) benchmarks/table.py --gpu $(if $(MINUTES),--minutes $(MINUTES))

@@ -4,6 +4,7 @@
   python benchmarks/table.py --quick                       the same with few images, steps and repeats: minutes, rough figures
   python benchmarks/table.py --only p1_sampling p2_ddim    some
   python benchmarks/table.py --collect                     the table of earlier measurements, without measuring
+  python benchmarks/table.py --results docs/results.md     also writes it into that file, between its two marks
   python benchmarks/table.py --gpu                         what a GPU measures in at most eight minutes, the most important first
   python benchmarks/table.py --gpu --device cpu --quick --minutes 2      a rehearsal without a GPU
 
@@ -13,6 +14,7 @@ benchmark. It names the reason of one that failed or was stopped at its limit, w
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 import time
@@ -25,7 +27,7 @@ import repository_root  # noqa: F401  # isort: split
 
 from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect
-from runtime.files import ROOT, atomic, output_folder, read_json, write_json
+from runtime.files import ROOT, atomic, output_folder, read_json, read_text, write_json
 from runtime.steps import Command, Runner, Step, command_line
 
 RUNS = ROOT / "runs" / "bench"
@@ -34,6 +36,7 @@ ASSEMBLE = (
     f"miniature/train_clip.py convert --output {CLIP}",
     f"miniature/train_diffusion.py assemble --clip {CLIP} --output {DIFFUSION}",
 )
+MARKS = "<!-- make bench -->\n", "<!-- end of make bench -->\n"  # around the table in docs/results.md
 GRACE = 20  # seconds kept for start-up and for a benchmark that is slow to stop; none is started with less
 
 
@@ -57,6 +60,8 @@ class Settings:
     """Measure again what was measured before."""
     output: Path | None = None
     """Folder for table.md, table.json and a folder per benchmark. None = runs/bench/table, quick or gpu."""
+    results: Path | None = None
+    """Markdown file whose lines between <!-- make bench --> and <!-- end of make bench --> become the table."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +208,32 @@ def write_table(entries: Sequence[Measurement], output: Path, failed: Mapping[st
     return text
 
 
+def around_the_table(results: Path) -> tuple[str, str]:
+    """Return the text up to the first mark and from the second on. Raises BadInput if a mark is absent or repeated."""
+    text = read_text(results)
+    if [text.count(mark) for mark in MARKS] != [1, 1] or text.index(MARKS[0]) > text.index(MARKS[1]):
+        raise BadInput(
+            f"--results {results}: needs one line {MARKS[0].strip()} and, after it, one line {MARKS[1].strip()}"
+        )
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0], MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def write_into(results: Path, table: str) -> None:
+    """Replace the lines between the two marks by the table, its headings a level lower."""
+    before, after = around_the_table(results)
+    sections = re.sub("^#", "##", table.partition("\n\n")[2], flags=re.M)
+    with atomic(results) as temporary:
+        temporary.write_text(f"{before}\n{sections}\n{after}", encoding="utf-8")
+
+
 def main(settings: Settings) -> None:
     """Measure, write the table after every benchmark, print it. Exit code 1 if a benchmark failed."""
     check_positive(settings, "minutes")
     default = RUNS / ("gpu" if settings.gpu else "quick" if settings.quick else "table")
     folder = (settings.output or default).resolve()
+    if settings.results:
+        around_the_table(settings.results)
     entries = select(settings, folder)
     if settings.gpu and not settings.collect:
         detect(settings.device)
@@ -229,7 +255,9 @@ def main(settings: Settings) -> None:
                 failed[entry.name] = reason
         write_table(entries, output, failed)
 
-    print(write_table(entries, output, failed))
+    print(text := write_table(entries, output, failed))
+    if settings.results:
+        write_into(settings.results, text)
     log(f"table: {output / 'table.md'} and table.json")
     if failed:
         raise SystemExit(1)

@@ -16,7 +16,18 @@ import torch
 import tyro
 
 from benchmarks import p3_composition, table
-from benchmarks.table import ENTRIES, GPU_ENTRIES, Measurement, Settings, main, markdown, select, step_of
+from benchmarks.table import (
+    ENTRIES,
+    GPU_ENTRIES,
+    MARKS,
+    Measurement,
+    Settings,
+    around_the_table,
+    main,
+    markdown,
+    select,
+    step_of,
+)
 from concepts.composition.multipath import ConductorConfig
 from runtime.cli import BadInput
 from runtime.device import detect
@@ -49,6 +60,30 @@ def test_the_table_has_mean_spread_and_repeats_of_what_a_record_measured(
     assert text.strip() == capsys.readouterr().out.strip()
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [(row["what"], row["mean"], row["spread"]) for row in rows][0] == ("times faster", 30.0, 10.0)
+
+
+def test_the_table_replaces_the_lines_between_two_marks_of_a_file(tmp_path: Path) -> None:
+    write_record(tmp_path / "out", "p1_sampling")
+    (results := tmp_path / "results.md").write_text(f"# Results\n\nmine\n{MARKS[0]}old\n{MARKS[1]}mine too\n")
+    for _ in range(2):  # the second time over its own
+        main(Settings(collect=True, output=tmp_path / "out", results=results))
+    sections = (tmp_path / "out" / "table.md").read_text().replace("# Benchmarks\n\n", "").replace("\n## ", "\n### ")
+    assert "\n### p1_sampling\n" in sections
+    assert results.read_text() == f"# Results\n\nmine\n{MARKS[0]}\n{sections}\n{MARKS[1]}mine too\n"
+
+
+@pytest.mark.parametrize("text", ["", "".join(reversed(MARKS)), 2 * "".join(MARKS), MARKS[0]])
+def test_a_file_without_a_place_for_the_table_is_refused_before_measuring(text: str, tmp_path: Path) -> None:
+    (results := tmp_path / "results.md").write_text(text)
+    with pytest.raises(BadInput, match="--results .*results.md: needs one line <!-- make bench -->"):
+        main(Settings(output=tmp_path / "out", results=results))
+    assert results.read_text() == text
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_bench_has_its_place_in_the_results() -> None:
+    assert "--results docs/results.md" in (ROOT / "Makefile").read_text()
+    assert around_the_table(ROOT / "docs" / "results.md")
 
 
 def test_a_failed_benchmark_is_in_the_table() -> None:
