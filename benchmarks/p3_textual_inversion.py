@@ -6,6 +6,7 @@
   python benchmarks/p3_textual_inversion.py concepts                 every held-out concept, several seeds; continues where it stopped
   python benchmarks/p3_textual_inversion.py concepts --names key fish --seeds 1 --more-vectors 2 4
   python benchmarks/p3_textual_inversion.py concepts --method plain --seconds 30      the plain method, for as long as ours takes
+  python benchmarks/p3_textual_inversion.py concepts --ablation --no-captions --seeds 1      objects, parts of the recipe on and off
   python benchmarks/p3_textual_inversion.py graded                   the vectors of `concepts`, graded as in the course
 
 speed     plain_p3.py is the plain method. random-v1 is Stable Diffusion v1 with random weights, on which speed does not depend.
@@ -86,6 +87,19 @@ PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # with the token; graded a
         ("a yellow house in the style of {}", "a yellow house in the style of something unusual"),
     ),
 }
+ABLATION: dict[str, dict[str, Any]] = {  # what is changed in the recipe of an object
+    "the recipe": {},
+    "unweighted loss": {"max_loss_weight": 1.0},
+    "without zoom-out": {"zoom_out": 0.0},
+    "without mirroring": {"flip": False},
+    "norm limit": {"max_norm": 1.0},
+    "embedding noise": {"embedding_noise": 1.0},
+    "half the learning rate": {"lr": 5e-3},
+    "60 steps": {"steps": 60},
+    "300 steps": {"steps": 300},
+    "1,200 steps": {"steps": 1200},
+    "4 vectors": {"vectors": 4},
+}
 Scores = dict[str, list[list[float]]]  # concept -> image and text score of each prompt
 Margins = dict[Kind, list[float]]  # what is added to the ordinary word's image and text score
 
@@ -122,6 +136,8 @@ class Concepts(SamplerFlags):
     """Trainings of each concept: one vector for an object, two for a style."""
     more_vectors: tuple[int, ...] = (2, 4)
     """Further numbers of vectors with which each object is learned once."""
+    ablation: bool = False
+    """Learn the objects with parts of the recipe on and off instead."""
     count: int = 25
     """Images per question."""
     steps: int = 0
@@ -284,34 +300,37 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
     check_not_negative(settings, "steps", "batch", "seconds")
     if settings.seconds and settings.method == "ours":
         raise BadInput(f"--seconds {settings.seconds}: goes with --method plain")
+    if settings.ablation and settings.method == "plain":
+        raise BadInput("--ablation: changes our recipe, leave --method plain out")
     set_up("fp32", record.machine)
     device = record.machine.device
     measure = PartMeasure(load_scene_classifier(device), open_autoencoder(settings.parts, device))
     weights = weights_fingerprint(Path(settings.model))
-    trials = [(name, RECIPE[kind_of(name)].vectors, seed) for name in settings.names for seed in range(settings.seeds)]
-    trials += [(name, more, 0) for more in settings.more_vectors for name in settings.names if name in NAMES["object"]]
     outcomes: list[dict[str, Any]] = []
     results: dict[str, list[float]] = {}
-    for name, vectors, seed in trials:
+    for name, seed, label, change in trials_of(settings):
         kind = kind_of(name)
-        facts = {
+        recipe = asdict(RECIPE[kind]) | change
+        facts = recipe | {
             "name": name,
-            "vectors": vectors,
+            "change": change,
             "seed": settings.seed + seed,
-            "steps": settings.steps or RECIPE[kind].steps,
-            "batch": settings.batch or RECIPE[kind].batch,
+            "steps": settings.steps or recipe["steps"],
+            "batch": settings.batch or recipe["batch"],
             "count": settings.count,
-            "initial": vectors == RECIPE[kind].vectors and seed == 0,  # ask about the initial word too
+            "initial": not label and seed == 0,  # ask about the initial word too
             "weights": weights,
             "method": settings.method,
             "limit": settings.seconds,
             "captions": settings.captions,
             "sampler": [settings.solver, settings.sampling_steps, settings.guidance],
         }
-        outcomes.append(outcome(asdict(RECIPE[kind]) | facts, settings, measure))
+        outcomes.append(outcome(facts, settings, measure))
+        vectors = recipe["vectors"]
         for question, words in outcomes[-1]["shares"].items():
             for word, shares in words.items():
-                who = f"{vectors} vector{'s' * (vectors > 1)}" if word == "learned" else "initial word"
+                learned = label or f"{vectors} vector{'s' * (vectors > 1)}"
+                who = learned if word == "learned" else "initial word"
                 for name_of_measure, share in shares.items():
                     results.setdefault(f"{question}, {name_of_measure}: {who}", []).append(share)
         results.setdefault(f"training of one {kind}, s", []).append(outcomes[-1]["seconds"])
@@ -319,11 +338,23 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
     record.add_repeats(results)
 
 
+def trials_of(settings: Concepts) -> list[tuple[str, int, str, dict[str, Any]]]:
+    """Return a concept, a seed, a label and a change of the recipe for every training."""
+    objects = [name for name in settings.names if kind_of(name) == "object"]
+    seeds = range(settings.seeds)
+    if settings.ablation:
+        return [(name, seed, label, change) for label, change in ABLATION.items() for name in objects for seed in seeds]
+    own = [(name, seed, "", dict[str, Any]()) for name in settings.names for seed in seeds]
+    more = [(name, 0, f"{n} vectors", {"vectors": n}) for n in settings.more_vectors for name in objects]
+    return own + more
+
+
 def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> dict[str, Any]:
     """Return seconds and shares of one training: from its folder if the facts are the same, else learn and ask."""
     name, vectors, seed = facts["name"], facts["vectors"], facts["seed"]
-    way = "-".join(["plain"] * (facts["method"] == "plain") + ["bare"] * (not facts["captions"]))
-    folder = settings.folder / f"{name}-{vectors}-{seed}{'-' * bool(way)}{way}"
+    way = ["plain"] * (facts["method"] == "plain") + ["bare"] * (not facts["captions"])
+    way += [f"{flag}_{value}" for flag, value in facts["change"].items() if flag != "vectors"]
+    folder = settings.folder / "-".join([name, str(vectors), str(seed), *way])
     file = folder / "outcome.json"
     if file.is_file() and (earlier := read_json(file))["facts"] == facts:
         log(f"{folder}: kept from before")
@@ -334,7 +365,7 @@ def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> 
     if facts["method"] == "plain":
         taken = learn_plainly(settings.model, concept, folder, facts, measure.classifier.device)
     else:
-        flags = {flag: facts[flag] for flag in ("steps", "batch", "seed")}
+        flags = {flag: facts[flag] for flag in {"steps", "batch", "seed", *facts["change"]} - {"vectors"}}
         timings = learn([concept], folder, model=settings.model, device=settings.device, **flags)["timings_s"]
         taken = timings["training"] - timings["validation"]
 

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from benchmarks import (
     p3_strict,
 )
 from benchmarks import p3_textual_inversion as inversion
+from benchmarks.p3_learning import RECIPE
 from concepts.dataset import ConceptSet
 from diffusion.samplers import bdia, ddim
 from diffusion.step_rules import Rule, step_rule
@@ -388,6 +389,22 @@ def test_shares_of_learned_and_of_initial_words_are_kept_apart(tmp_path: Path, m
     }
 
 
+def test_an_ablation_learns_every_object_with_one_change_of_the_recipe_at_a_time() -> None:
+    settings = inversion.Concepts(names=("fish", "relief", "cup"), seeds=2, ablation=True)
+    trials = inversion.trials_of(settings)
+    assert [trial[:3] for trial in trials[:4]] == [
+        (name, seed, "the recipe") for name in ("fish", "cup") for seed in (0, 1)
+    ]
+    recipe = asdict(RECIPE["object"])
+    changes = {label: change for _, _, label, change in trials}
+    assert len(trials) == 4 * len(changes)
+    assert changes.pop("the recipe") == {}
+    assert all(len(change) == 1 and not change.items() <= recipe.items() for change in changes.values())
+    assert all(change.keys() <= recipe.keys() for change in changes.values())
+    with pytest.raises(BadInput, match="--ablation"):
+        inversion.measure_concepts(replace(settings, method="plain"), None)  # type: ignore[arg-type]
+
+
 def test_an_outcome_grades_the_token_and_the_initial_word_and_leaves_out_the_time_of_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,10 +432,10 @@ def test_an_outcome_grades_the_token_and_the_initial_word_and_leaves_out_the_tim
     monkeypatch.setattr(inversion, "StableDiffusionSampler", lambda *_: SimpleNamespace(sample_images=sample))
     measure: Any = SimpleNamespace(classifier=SimpleNamespace(device="cpu"), verdicts=verdicts)
     facts = {"name": "fish", "vectors": 2, "seed": 3, "steps": 7, "batch": 5, "count": 8, "initial": True}
-    facts |= {"method": "ours", "captions": True, "limit": 0}
+    facts |= {"method": "ours", "captions": False, "limit": 0, "flip": False, "change": {"flip": False, "vectors": 2}}
     settings = inversion.Concepts(folder=tmp_path, model="model", device="cpu")
     result = inversion.outcome(facts, settings, measure)
-    assert learnt == {"model": "model", "device": "cpu", "steps": 7, "batch": 5, "seed": 3}
+    assert learnt == {"model": "model", "device": "cpu", "steps": 7, "batch": 5, "seed": 3, "flip": False}
     assert result["seconds"] == 70.0
     assert set(result["shares"]) == {
         "object",
@@ -429,8 +446,8 @@ def test_an_outcome_grades_the_token_and_the_initial_word_and_leaves_out_the_tim
     }
     learned, initial = ({"strict": x, "scene classifier": 1.0, "copies": x} for x in (1.0, 0.25))
     assert all(shares == {"learned": learned, "initial": initial} for shares in result["shares"].values())
-    assert (tmp_path / "fish-2-3" / "images.png").is_file()
-    assert json.loads((tmp_path / "fish-2-3" / "outcome.json").read_text()) == result
+    assert (tmp_path / "fish-2-3-bare-flip_False" / "images.png").is_file()
+    assert json.loads((tmp_path / "fish-2-3-bare-flip_False" / "outcome.json").read_text()) == result
 
 
 def test_a_copy_is_nearer_to_a_given_image_than_twenty_decibels() -> None:
