@@ -87,15 +87,17 @@ class ModelConfig:
     max_guidance: Annotated[FiniteFloat, Field(gt=1)] | None = None  # of the scales 1 .. this that it takes as an input
 
 
+SHIPPED = ModelConfig((64, 160), (False, True), blocks=1, patch=2)  # on 14x14 patches of 2x2 pixels
 PRESETS = {
     # the report's recipe: full resolution, 128 features, 12-way one-hot context times a mask, t/T in
     "report": ModelConfig((128, 256, 256), (False, False, True), conditioning="onehot", timesteps=500),
-    # the shipped size: works on 14x14 patches of 2x2 pixels, where two CPU cores can train it
-    "cpu": ModelConfig((64, 160), (False, True), blocks=1, patch=2),
+    # the shipped size, which two CPU cores can train
+    "cpu": SHIPPED,
+    "gpu": SHIPPED,
     # trains within minutes on a laptop: a first try, and the tests
     "tiny": ModelConfig((16, 32), (False, True), blocks=1, patch=2, embedding=64, head_channels=16),
-    # for a data-centre GPU
-    "gpu": ModelConfig((128, 256, 256), (False, True, True), embedding=512, head_channels=64),
+    # for a data-centre GPU and hours
+    "large": ModelConfig((128, 256, 256), (False, True, True), embedding=512, head_channels=64),
 }
 
 

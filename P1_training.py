@@ -44,7 +44,7 @@ from runtime.cli import (
     log,
     run_script,
 )
-from runtime.device import COMPILE_STEPS, AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
+from runtime.device import AutoOnOff, Device, Precision, detect, set_up, should_compile, to_channels_last
 from runtime.files import ROOT, file_fingerprint, output_folder
 from runtime.images import decoration, image_grid, save_image, to_float, to_uint8
 from runtime.record import Record
@@ -65,7 +65,7 @@ class Settings:
     """Folder with mnistm/ and svhn/ (see hw2_data/README.md), or with a folder per class, or per domain and class."""
     output: Path = Path("runs/p1")
     """Run folder: checkpoint, best weights, sample sheets, TensorBoard, record.json."""
-    preset: Literal["auto", "report", "tiny", "cpu", "gpu"] = "auto"
+    preset: Literal["auto", "report", "tiny", "cpu", "gpu", "large"] = "auto"
     """Network and recipe. auto = gpu if there is a GPU, else cpu."""
     steps: Annotated[int | None, default_hint(preset_values("steps"))] = None
     """Optimizer steps in all; more may be given when a run continues."""
@@ -88,7 +88,7 @@ class Settings:
     """Share of images trained without their digit, which guidance needs."""
     drop_domain: float = 0.1
     """Share of images trained without their domain."""
-    svhn_share: float | None = 0.5
+    svhn_share: float | None = 0.6
     """Share of SVHN, the harder domain, in every batch; domains of other data are sampled equally often. None = as in the data."""
     balance_digits: bool = True
     """Sample the digits of SVHN, which is unbalanced, equally often, and the classes of other data."""
@@ -102,7 +102,7 @@ class Settings:
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile. auto = where it pays (CUDA, or a CPU with bf16; 500 steps or more) and a compiler works."""
+    """torch.compile. auto = where it pays (2,000 steps or more on CUDA, 500 on a CPU with bf16) and a compiler works."""
     classifiers: tuple[str, ...] = ("auto",)
     """Files of P1_classifier.py, one per domain, whose accuracy chooses the weights. none = the validation loss chooses.
     auto = the shipped ones for the homework's digits, none for other data."""
@@ -183,7 +183,7 @@ def main(settings: Settings) -> None:
     if source and source.spec != spec:
         raise BadInput(f"--distill {settings.distill} draws {source.spec}; the data are {spec}")
     teacher = Teacher(to_channels_last(source.unet, device), settings.max_guidance) if source else None
-    if spec != HOMEWORK and settings.svhn_share not in (None, 0.5):
+    if spec != HOMEWORK and settings.svhn_share not in (None, Settings.svhn_share):
         raise BadInput(f"--svhn-share {settings.svhn_share}: the data are no digits of MNIST-M and SVHN, but {spec}")
     classifiers = choose_classifiers(settings.classifiers, spec, device)
     index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
@@ -208,7 +208,7 @@ def main(settings: Settings) -> None:
     ema = Ema(unet, recipe.ema)
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(unet.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    compiled = should_compile(settings.compile, machine, worthwhile=recipe.steps >= COMPILE_STEPS)
+    compiled = should_compile(settings.compile, machine, worthwhile=recipe.steps >= machine.compile_steps)
     for each in [unet, *([teacher.unet] if teacher else [])] if compiled else []:
         compile_network(each, device)
     model, optimizer = accelerator.prepare(unet, adamw)

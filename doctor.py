@@ -23,7 +23,6 @@ from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig
 from P1_model import PRESETS, UNet, load_network
 from runtime.cli import BadInput, run_script
 from runtime.device import (
-    COMPILE_STEPS,
     AutoOnOff,
     Device,
     Machine,
@@ -138,7 +137,7 @@ def main(settings: Settings) -> None:
         print(f"weights  {name:24s}{f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'absent'}")
 
     preset = "gpu" if machine.device.type == "cuda" else "cpu"
-    compiled = should_compile(settings.compile, machine, worthwhile=RECIPES[preset].steps >= COMPILE_STEPS)
+    compiled = should_compile(settings.compile, machine, worthwhile=RECIPES[preset].steps >= machine.compile_steps)
     set_up("auto", machine)
     print("\nexpected on this machine (measured on a few steps just now):")
     try:

@@ -25,7 +25,7 @@ from runtime.device import Device, detect
 from runtime.files import ROOT, read_json
 from runtime.record import Record
 
-RECIPE = "--preset cpu --lr 2e-3 --ema 0.998 --svhn-share 0.6 --candidates 1 --compile off --resume never"
+RECIPE = "--preset gpu --candidates 1 --resume never"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
   python benchmarks/p1_training.py                       on hw2_data/digits
   python benchmarks/p1_training.py --data DIR --rounds 5 --steps 10
-  python benchmarks/p1_training.py --preset gpu --precisions fp32 bf16 fp16 --compile off      precisions side by side
+  python benchmarks/p1_training.py --preset large --precisions fp32 bf16 fp16 --compile off      precisions side by side
 
 plain: images read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step,
        memory as the C library manages it.
@@ -62,7 +62,7 @@ class Settings:
 
     data: Path = ROOT / "hw2_data" / "digits"
     """Folder with mnistm/ and svhn/."""
-    preset: Literal["report", "tiny", "cpu", "gpu"] = "cpu"
+    preset: Literal["report", "tiny", "cpu", "gpu", "large"] = "cpu"
     steps: int = 8
     """Steps per round."""
     rounds: int = 5

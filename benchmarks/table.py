@@ -108,7 +108,7 @@ ENTRIES = (
 )
 GPU_SPEED = f"{INVERSION} speed --model random-v1 --init dog --batch 4 --steps 5 --repeats 3 --compile off"
 GPU_ENTRIES = (  # in order of worth; none needs a network
-    Measurement("p1_training", "benchmarks/p1_training.py --preset gpu", "--preset tiny --rounds 1", seconds=150),
+    Measurement("p1_training", "benchmarks/p1_training.py --preset large", "--preset tiny --rounds 1", seconds=150),
     Measurement(
         "p1_digits", "benchmarks/p1_sampling.py --count 50 --steps 2 --repeats 5", "--count 1 --repeats 2", seconds=60
     ),
@@ -121,7 +121,7 @@ GPU_ENTRIES = (  # in order of worth; none needs a network
     ),
     Measurement(
         "p1_precisions",
-        "benchmarks/p1_training.py --preset gpu --precisions auto fp32 fp16 --compile off --rounds 3",
+        "benchmarks/p1_training.py --preset large --precisions auto fp32 fp16 --compile off --rounds 3",
         "--preset tiny --rounds 1 --steps 2",
         seconds=60,
     ),

@@ -23,7 +23,6 @@ from miniature.scenery.scenes import ANY_PAIR
 from miniature.training_flags import TrainingFlags, save_sheet
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
 from runtime.device import (
-    COMPILE_STEPS,
     AutoOnOff,
     Device,
     Precision,
@@ -127,7 +126,7 @@ def train(settings: TrainAutoencoder) -> None:
     ema = Ema(network, settings.ema)
     averaged = cast(Reconstruction, ema.module.eval()).vae
     adamw = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
-    compiled = should_compile(settings.compile, machine, settings.steps >= COMPILE_STEPS)
+    compiled = should_compile(settings.compile, machine, settings.steps >= machine.compile_steps)
     if compiled:
         network.compile()
 

@@ -46,7 +46,6 @@ from miniature.scenery.scenes import SIZES, SceneSpec
 from miniature.training_flags import TrainingFlags, save_sheet
 from runtime.cli import BadInput, check_fractions, check_not_negative, check_positive, log, run_script
 from runtime.device import (
-    COMPILE_STEPS,
     AutoOnOff,
     Precision,
     detect,
@@ -189,7 +188,7 @@ def train(settings: TrainDiffusion) -> None:
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
     adamw = torch.optim.AdamW(unet.parameters(), settings.lr, weight_decay=0.01, fused=device.type != "mps")
-    compiled = should_compile(settings.compile, machine, settings.steps >= COMPILE_STEPS)
+    compiled = should_compile(settings.compile, machine, settings.steps >= machine.compile_steps)
     if compiled:
         unet.compile()
     model, optimizer = accelerator.prepare(unet, adamw)

@@ -30,7 +30,6 @@ from miniature.faces_model import ORIGIN, SHIPPED, STEPS, WEIGHTS, make_network,
 from miniature.training_flags import TrainingFlags, save_sheet
 from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
 from runtime.device import (
-    COMPILE_STEPS,
     AutoOnOff,
     Device,
     Precision,
@@ -133,7 +132,7 @@ def train(settings: TrainFaces) -> None:
     ema = Ema(unet, settings.ema)
     averaged: Any = ema.module.eval()
     adamw = torch.optim.AdamW(unet.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    compiled = should_compile(settings.compile, machine, on_gpu and settings.steps >= COMPILE_STEPS)
+    compiled = should_compile(settings.compile, machine, on_gpu and settings.steps >= machine.compile_steps)
     if compiled:
         unet.compile()
 

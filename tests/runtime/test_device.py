@@ -205,6 +205,11 @@ def test_a_network_that_only_the_compiler_fails_for_runs_eagerly_with_auto(choic
     assert len(lines) == 2, done.stderr
 
 
+def test_a_training_repays_compiling_from_more_steps_on_where_steps_are_short() -> None:
+    machines = {name: Machine(torch.device(name), "", native_bf16=True, compiler=True) for name in ("cpu", "cuda")}
+    assert {name: machine.compile_steps for name, machine in machines.items()} == {"cpu": 500, "cuda": 2000}
+
+
 @pytest.mark.parametrize(
     ("choice", "worthwhile", "native", "compiles"),
     [
