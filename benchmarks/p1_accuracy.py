@@ -2,6 +2,7 @@
 
   python benchmarks/p1_accuracy.py                                        5 seeds, graded by the shipped classifiers
   python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's classifier too
+  python benchmarks/p1_accuracy.py --model MINE.safetensors --steps 4 --guidance 3
   python benchmarks/p1_accuracy.py --data hw2_data/digits                 an outside view too: in features of EfficientNet-Lite0
 
 The images of each seed are those of hw2_1.sh. They are graded without retries, then with them.
@@ -40,6 +41,10 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     count: int = 50
     """Images per digit and domain."""
+    steps: int | None = None
+    """Sampling steps. None = the checkpoint's."""
+    guidance: float | None = None
+    """Guidance scale. None = the checkpoint's."""
     retries: int = 3
     """New images at most for a digit that a shipped classifier misreads."""
     batch: int = 100
@@ -55,7 +60,9 @@ def main(settings: Settings) -> None:
     network, classifiers = load_network(settings.model, machine.device), shipped_classifiers(machine.device)
     course = load_classifier(settings.mnistm_classifier, machine.device) if settings.mnistm_classifier else None
     outside = outside_classifiers(settings.data, machine.device) if settings.data else None
-    sampler = DigitSampler(network, DigitSamplerConfig.from_dict(network.sampler), settings.batch)
+    given = {name: value for name in ("steps", "guidance") if (value := getattr(settings, name)) is not None}
+    config = DigitSamplerConfig.from_dict(network.sampler | given)
+    sampler = DigitSampler(network, config, settings.batch)
     results: dict[str, list[float]] = {}
 
     for seed in settings.seeds:

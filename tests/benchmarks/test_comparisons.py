@@ -37,7 +37,7 @@ from diffusion.samplers import bdia, ddim
 from diffusion.step_rules import Rule, step_rule
 from digits.recipes import RECIPES
 from faces.models import load_model
-from P1_model import Network, load_network, save_network
+from P1_model import DigitSamplerConfig, Network, load_network, save_network
 from runtime.cli import BadInput
 from runtime.device import detect
 from runtime.images import save_image
@@ -88,7 +88,10 @@ def test_p1_sampling_compares_the_default_sampler_with_two_pass_ddpm(
 def test_p1_accuracy_grades_before_the_retries_and_after(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configs = []
+
     def redraw(sampler: Any, classifiers: Any, requests: Any, images: dict[int, torch.Tensor], count: int) -> None:
+        configs.append((sampler.config.steps, sampler.config.guidance))
         images.update({row: torch.full_like(image, 100 + count) for row, image in images.items()})
 
     def accuracy(classifiers: Any, images: torch.Tensor, *_: Any) -> list[float]:
@@ -106,6 +109,9 @@ def test_p1_accuracy_grades_before_the_retries_and_after(
     settings = p1_accuracy.Settings(model=digits, seeds=(0, 1), count=1, retries=2, device="cpu", record=record)
     p1_accuracy.main(settings)
     measured = repeats(record)
+    own = load_network(digits, torch.device("cpu")).sampler
+    p1_accuracy.main(replace(settings, seeds=(0,), steps=3, guidance=0.0))
+    assert configs == [(own["steps"], own.get("guidance", DigitSamplerConfig.guidance))] * 2 + [(3, 0.0)]
     p1_accuracy.main(replace(settings, data=Path("real"), mnistm_classifier=Path("Classifier.pth")))
     more = {name: values[0] for name, values in repeats(record).items() if name not in measured}
     assert {name: value for name, value in more.items() if "accuracy" in name and "with retries" in name} == {
