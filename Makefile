@@ -32,8 +32,9 @@ report: setup  ## every figure and table on one web page: make report [DATA=hw2_
 	@$(RUN) report.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 		$(if $(UNET),--unet "$(UNET)") $(if $(CLASSIFIER),--mnistm-classifier "$(CLASSIFIER)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
 
-test: setup  ## all tests (a few minutes)
-	$(RUN) -m pytest
+# A thread per process: two processes of two threads each on two cores are 50 times slower than one after the other.
+test: setup  ## all tests (minutes; a process per core)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check .
