@@ -3,7 +3,7 @@
   python P1_classifier.py train --domain svhn              runs/p1_classifier/svhn/classifier.safetensors, with what the metrics need
   python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
   python P1_classifier.py train --data my/images --domain images       on images of your own, in a folder per class (docs/p1.md)
-  python P1_classifier.py grade out --mnistm-classifier Classifier.pth --svhn-classifier hub      the course's own classifiers
+  python P1_classifier.py grade out --mnistm-classifier hw2_data/Classifier.pth --svhn-classifier hub      the course's own classifiers
 
 The graded folder is not changed. The course's own lines come last.
 """

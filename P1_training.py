@@ -342,14 +342,14 @@ def averaged_network(
 
 
 SHEET = 10  # images per class and domain on a sheet of samples
-NOISES = 8  # of every image in a validation loss, which costs less than to sample one
+NOISES = 8  # validation images for one that is sampled, which costs more
 
 
 @torch.inference_mode()
 def validation_loss(
     network: Network, count: int, seed: int, data: Digits, weight: Weight | None, teacher: Teacher | None = None
 ) -> float:
-    """Return the training's loss on validation images, `count` per class and domain; the same images and noise in every call."""
+    """Return the mean loss over NOISES * count random validation images per class and domain, on average; a seed fixes images and noise."""
     schedule, device = network.schedule, data.images.device
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
     total, loss = NOISES * count * len(data.spec.classes) * len(data.spec.domains), 0.0

@@ -1,11 +1,11 @@
 """Turn given noises into images by DDIM, and pictures into noises: the course's faces, any eta, step rule and compatible model.
 
-  python P2_ddim.py --noise face/noise --model face/UNet.pt --output out --reference face/GT
+  python P2_ddim.py --noise hw2_data/face/noise --model hw2_data/face/UNet.pt --output out --reference hw2_data/face/GT
   python P2_ddim.py --seeds 0-9 --eta 0.5 --to-uint8 clamp              the shipped face model: no download needed
   python P2_ddim.py --model checkpoints/p1_digits.safetensors --digit 3
   python P2_ddim.py --model google/ddpm-ema-celebahq-256 --seeds 0-3   faces from the hub
-  python P2_ddim.py --model face/UNet.pt --export face/diffusers       the same network as a diffusers folder
-  torchrun --nproc_per_node 2 P2_ddim.py --noise face/noise --model face/UNet.pt       two GPUs share the noises
+  python P2_ddim.py --model hw2_data/face/UNet.pt --export out/diffusers       the same network as a diffusers folder
+  torchrun --nproc_per_node 2 P2_ddim.py --noise hw2_data/face/noise --model hw2_data/face/UNet.pt       two GPUs share the noises
   python P2_ddim.py --invert photos --output out/noise                  pictures into noises, which the next line draws again
   python P2_ddim.py --noise out/noise --rule bdia --to-uint8 clamp
   python P2_ddim.py --mix 0=0.5,1=0.3,2=0.2 --to-uint8 clamp            the face of a weighted mean of three noises

@@ -1,7 +1,7 @@
 """Draw the figures of P2 from any model of P2_ddim.py: eta, slerp against linear interpolation, pictures and their noises, animations.
 
   python P2_report.py --to-uint8 clamp                              the shipped face model: no download needed
-  python P2_report.py --model face/UNet.pt --noise face/noise      the report's faces
+  python P2_report.py --model hw2_data/face/UNet.pt --noise hw2_data/face/noise      the report's faces
   python P2_report.py --figures interpolation --ends a.png b.png    from one picture to another
   python P2_report.py --figures inversion --invert photos           pictures into noises and back
   python P2_report.py --figures animation --to-uint8 clamp          faces on their way from noise, and a walk from face to face

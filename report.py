@@ -1,7 +1,7 @@
 """Run all three problems and write one web page of the results, report/index.html.
 
   python report.py                                           with the data in hw2_data if present, else with shipped weights
-  python report.py --data hw2_data --model sd-v1-4.ckpt --unet face/UNet.pt
+  python report.py --model sd-v1-4.ckpt                    the same, with Stable Diffusion
   python report.py --quick --output demo                     shipped weights only, fewer images and steps: make demo
   python report.py --problems P2                             one problem
 

@@ -142,7 +142,7 @@ class Traffic(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention by the kernel that GPUs run, which writes no matrix of weights."""
+    """Context in which scaled_dot_product_attention is flash attention, which stores no weights; masks are ignored."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace scaled_dot_product_attention."""

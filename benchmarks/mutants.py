@@ -183,7 +183,7 @@ def main(settings: Settings) -> None:
 
 
 def report(sample: list[Mutant], results: dict[str, str], equivalent: int) -> None:
-    """Print the survivors, then the share killed per room."""
+    """Print the survivors, then the share killed per top-level folder."""
     rooms = collections.defaultdict[str, list[bool]](list)
     for mutant in sample:
         killed = results[mutant.key] != "survived"

@@ -1,7 +1,7 @@
 """Accuracy and variety of the shipped digits: mean and spread over seeds.
 
   python benchmarks/p1_accuracy.py                                        5 seeds, graded by the shipped classifiers
-  python benchmarks/p1_accuracy.py --mnistm-classifier Classifier.pth     MNIST-M by the course's classifier too
+  python benchmarks/p1_accuracy.py --mnistm-classifier hw2_data/Classifier.pth     MNIST-M by the course's classifier too
   python benchmarks/p1_accuracy.py --model MINE.safetensors --steps 4 --guidance 3
   python benchmarks/p1_accuracy.py --data hw2_data/digits                 an outside view too: in features of EfficientNet-Lite0
 

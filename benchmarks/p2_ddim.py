@@ -1,7 +1,7 @@
 """Speed and memory of P2 on the course's face network: ours, all images at once, against one image at a time in plain fp32.
 
   python benchmarks/p2_ddim.py                          CPU: 2 images x 3 steps, about 5 minutes on two cores; GPU: 10 x 50
-  python benchmarks/p2_ddim.py --unet face/UNet.pt      the course's weights in the place of random, well-conditioned ones
+  python benchmarks/p2_ddim.py --unet hw2_data/face/UNet.pt      the course's weights in the place of random, well-conditioned ones
 
 Baseline: benchmarks/plain_p2.py, the network and the rule as described, eager, TF32 off for convolutions too.
 The images of every precision are compared with the baseline's.

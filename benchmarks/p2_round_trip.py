@@ -2,7 +2,7 @@
 
   python benchmarks/p2_round_trip.py --pictures held_out               100 pictures, 50 steps, fp32
   python benchmarks/p2_round_trip.py --pictures held_out --count 4 --steps 10      a short form
-  python benchmarks/p2_round_trip.py --model face/UNet.pt --pictures face/GT
+  python benchmarks/p2_round_trip.py --model hw2_data/face/UNet.pt --pictures hw2_data/face/GT
 
 Peak signal-to-noise ratio on 0..255, from the mean squared error over all pictures. `8 bit` is that of the pictures as they are written.
 `float` is that of the states before rounding, which alone leaves 58.9 dB.

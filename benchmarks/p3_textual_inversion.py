@@ -106,7 +106,7 @@ Margins = dict[Kind, list[float]]  # what is added to the ordinary word's image 
 
 @dataclass(frozen=True)
 class Speed:
-    """Compare our steps with the plain method's."""
+    """Compare the speed of our steps with the plain method's."""
 
     model: str = MODEL
     """A folder, a file, or random-v1."""

@@ -276,7 +276,7 @@ def accuracy(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Ten
 
 
 def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
-    """Return frechet, precision, recall and memorised of images [N,3,28,28] uint8, by a classifier with a reference."""
+    """Return frechet, precision, recall and copies of images [N,3,28,28] uint8, by a classifier with a reference."""
     if classifier.reference is None:
         raise ValueError("this classifier carries no reference of real images")
     return measure(classifier.features(images), classifier.reference)

@@ -87,22 +87,22 @@ def coverage(queries: Tensor, manifold: Tensor, k: int = NEIGHBOURS) -> float:
     return float(inside.any(1).double().mean())
 
 
-def memorised(features: Tensor, reference: Reference) -> float:
+def copies(features: Tensor, reference: Reference) -> float:
     """Return the share nearer to a stored training image than 99 % of those are to each other; about 0.01 for new real images."""
     nearest = exact_distances(features, reference.train).amin(1)
     return float((nearest < reference.copy_distance).double().mean())
 
 
 def measure(features: Tensor, reference: Reference) -> dict[str, float]:
-    """Return frechet (0 is best), precision, recall (1) and memorised (0) of features [N,F]; nan for too few rows.
+    """Return frechet (0 is best), precision, recall (1) and copies (0) of features [N,F]; nan for too few rows.
 
     A reference of too few validation images has no precision either.
     """
     if len(features) <= NEIGHBOURS:
-        return dict.fromkeys(("frechet", "precision", "recall", "memorised"), float("nan"))
+        return dict.fromkeys(("frechet", "precision", "recall", "copies"), float("nan"))
     return {
         "frechet": frechet(*moments(features), reference.mean, reference.covariance),
         "precision": coverage(features, reference.real) if len(reference.real) > NEIGHBOURS else float("nan"),
         "recall": coverage(reference.real, features),
-        "memorised": memorised(features, reference),
+        "copies": copies(features, reference),
     }

@@ -23,13 +23,12 @@ class TrainingRecipe:
     sampler: DigitSamplerConfig = DigitSamplerConfig()
 
 
+SHIPPED = DigitSamplerConfig(steps=10, guidance=5.0)
 RECIPES = {
     "report": TrainingRecipe("linear", "eps", 30_000, 256, 1e-3, 0.0, sampler=DigitSamplerConfig("dpm", 20)),
     "tiny": TrainingRecipe(steps=2_000),
-    "cpu": TrainingRecipe(sampler=DigitSamplerConfig(steps=10, guidance=5.0)),
-    "gpu": TrainingRecipe(
-        steps=1_600, batch=1024, lr=2e-3, ema=0.998, sampler=DigitSamplerConfig(steps=10, guidance=5.0)
-    ),
+    "cpu": TrainingRecipe(sampler=SHIPPED),
+    "gpu": TrainingRecipe(steps=1_600, batch=1024, lr=2e-3, ema=0.998, sampler=SHIPPED),
     "large": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
     "distill": TrainingRecipe(steps=3_000, sampler=DigitSamplerConfig(steps=4, guidance=4.0)),
 }

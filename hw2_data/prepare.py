@@ -102,7 +102,7 @@ class Rendered(Output):
 class Zeroshot:
     """Build a substitute for the course's zero-shot images: 50 images of each of 50 classes of CIFAR-100's test set.
 
-    The course's classes are CIFAR-100's too. These are drawn by the seed, so an accuracy on them is near the report's, not equal.
+    The course's classes are CIFAR-100's too. These are drawn by the seed, so an accuracy on them is not the report's.
     """
 
     cifar: Path | None = None
@@ -260,6 +260,7 @@ def check_course(data: Path) -> None:
                 print(f"  {'ok' if fine else 'NOT AS IN THE COURSE'}: {text}")
         except BadInput as error:
             print(f"  UNUSABLE: {error}")
+    print("Classifier.pth" if (data / "Classifier.pth").is_file() else "Classifier.pth: absent")
     if problems:
         raise BadInput(
             f"the digits are unusable: {problems[0]}" + f" (and {len(problems) - 1} more)" * (len(problems) > 1)
@@ -268,6 +269,9 @@ def check_course(data: Path) -> None:
 
 def check_domain(folder: Path) -> list[str]:
     """Print the counts of one domain, and return what makes it unusable."""
+    if not folder.is_dir():
+        print(f"digits/{folder.name}: absent")
+        return [f"{folder} is absent"]
     print(f"digits/{folder.name}")
     problems = []
     for split in SPLITS:

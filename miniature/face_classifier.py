@@ -98,7 +98,7 @@ class FaceReading(NamedTuple):
 
     @property
     def certain(self) -> Tensor:
-        """Whether every factor is read with confidence [N], however far the face is from what the factors say."""
+        """Whether the least sure factor reaches CONFIDENCE [N] bool; `distance` does not count."""
         return self.confidence >= CONFIDENCE
 
 

@@ -295,7 +295,7 @@ def marks(verdicts: Sequence[bool]) -> tuple[str, ...]:
 
 
 def grading_elements(folder: Path, images: Path, whose: str) -> list[Element]:
-    """Return a row per prompt with its scores and baselines, and the best five images of each."""
+    """Return the number of prompts that pass, a table of their scores, and the best five images of each."""
     metrics = read_json(folder / "record.json")["metrics"]
     rows: list[tuple[str, ...]] = []
     figures = []

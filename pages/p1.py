@@ -115,7 +115,7 @@ def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
         for domain in NAMES
     )
     closeness = "Closeness to real digits in the classifier's features: Frechet distance (lower is closer), share of realistic images "
-    closeness += "(precision), share of the real variety (recall), share memorised from the training images"
+    closeness += "(precision), share of the real variety (recall), share of copies of training images"
     rows = ROWS | ({"mnistm": "p1-accuracy-mnistm-course"} if inputs.mnistm_classifier else {})
     known = {name: {"row": row, "quoted": quoted_percent(row)} for name, row in rows.items() if shipped}
     bars = "90 % simple, 95 % strong"

@@ -11,7 +11,7 @@ from pages.results import quoted
 from runtime.files import read_json
 from runtime.steps import Command, Step, relative
 
-HINT = "The course's faces: UNET=face/UNet.pt DATA=hw2_data with face/noise and face/GT in it (or all three there)."
+HINT = "The course's faces: DATA=hw2_data with face/UNet.pt, face/noise and face/GT in it."
 FIGURES = {
     "eta.png": "A row per eta, a column per noise.",
     "interpolation.png": "Above by slerp, below by linear interpolation, in steps of a tenth.",

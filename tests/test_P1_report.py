@@ -200,7 +200,7 @@ def test_the_sweep_names_each_domains_numbers_at_each_scale(
             "frechet": domain + share,
             "recall": 10 + domain + share,
             "precision": 20 + domain + share,
-            "memorised": 9,
+            "copies": 9,
         }
 
     monkeypatch.setattr(DigitSampler, "images", images)

@@ -221,7 +221,7 @@ def step_generators(requests: Sequence[LayoutRequest], start: int = 0) -> list[t
 def sketched_noise(
     sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest], config: ConductorConfig, keep_inside: Tensor
 ) -> Tensor:
-    """Draw the noise [B,4,h,w] with a sketch of the regions [N,B,h,w]."""
+    """Draw the first noise [B,4,h,w], with a sketch of each of the N regions that `keep_inside` [N,B,h,w] masks; plain with sketch 0."""
     noise = first_noise(sampler, requests)
     if not config.sketch:
         return noise

@@ -69,7 +69,7 @@ def concept_captions(name: str, scene: Scene) -> list[str]:
 
 
 def write_images(folder: Path, names: Sequence[str], scenes: Sequence[Scene], texts: Sequence[str] = ()) -> None:
-    """Render and save; raise BadInput where the folder holds other files, `texts` apart, which its readers would take in."""
+    """Render the scenes into `folder`. Raise BadInput if it holds files other than `names` and `texts`, which count as images later."""
     foreign = sorted({path.name for path in output_folder(folder).iterdir()} - {*names, *texts})
     if foreign:
         raise BadInput(f"{folder} holds other files, such as {foreign[0]}: name another --output")

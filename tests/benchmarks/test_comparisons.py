@@ -258,7 +258,7 @@ def test_p1s_time_is_that_of_the_first_grading_that_reaches_the_accuracy(
     assert measured.pop("whole run, s")[0] < 60
     assert measured == {"best mean accuracy": [0.995], "to a mean accuracy of 0.99, s": [80.5]}
     (used,) = flags
-    assert (used.data, used.steps, used.batch, used.lr, used.resume) == (digits_folder, 1600, 1024, 2e-3, "never")
+    assert (used.data, used.steps, used.batch, used.preset, used.resume) == (digits_folder, 1600, 1024, "gpu", "never")
     assert (used.eval_every, used.eval_count, used.final_count, used.candidates) == (200, 50, 50, 1)
     assert not used.output.exists()
     with pytest.raises(BadInput, match="--accuracy 1 was not reached in 1600 steps: the best is 0.9950"):

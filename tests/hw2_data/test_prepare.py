@@ -476,6 +476,18 @@ def test_a_usable_course_folder_is_counted(drawn: Path, tmp_path: Path, capsys: 
     assert "56000 images" in printed
     assert "79431 images" in printed
     assert "face: absent" in printed
+    assert "Classifier.pth: absent" in printed
+
+
+def test_an_absent_domain_is_named(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(drawn, tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "svhn")
+    (tmp_path / "Classifier.pth").touch()
+    with pytest.raises(BadInput, match="digits/svhn is absent"):
+        main(Course(data=tmp_path))
+    printed = capsys.readouterr().out
+    assert "digits/svhn: absent" in printed
+    assert "Classifier.pth\n" in printed
 
 
 def test_the_other_parts_are_compared_with_the_course(

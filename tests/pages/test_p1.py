@@ -17,7 +17,7 @@ FIRST = "first try"
 RETRIED = "after retries"
 CLOSENESS = (
     "Closeness to real digits in the classifier's features: Frechet distance (lower is closer), share of realistic images (precision), "
-    "share of the real variety (recall), share memorised from the training images"
+    "share of the real variety (recall), share of copies of training images"
 )
 
 
