@@ -30,7 +30,7 @@ RECIPES = {
     "cpu": TrainingRecipe(sampler=SHIPPED),
     "gpu": TrainingRecipe(steps=1_600, batch=1024, lr=2e-3, ema=0.998, sampler=SHIPPED),
     "large": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
-    "distill": TrainingRecipe(steps=3_000, sampler=DigitSamplerConfig(steps=4, guidance=4.0)),
+    "distill": TrainingRecipe(steps=3_000, sampler=SHIPPED),
 }
 
 
