@@ -43,6 +43,8 @@ from training.tracking import Track, Tracker
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MEASURED = ("loss", "images_per_s", "loss_scale", "skipped_steps")  # metrics that the checkpoint keeps
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -100,6 +102,8 @@ class TrainingRun:
         self.is_main = accelerator is None or accelerator.is_main_process
         self.checkpoint = config.folder / "checkpoint.pt"
         self.history: dict[str, Any] = {}  # plain values of the script that the checkpoint keeps
+        self.precisions: dict[str, int] = {}  # steps by precision
+        self.announced = False  # how long this process will take
         several = accelerator is not None and accelerator.num_processes > 1
         # the processes agree on stops through their CPUs; the others may wait long for the main one's grading
         agreement = dist.new_group(timeout=timedelta(days=7), backend="gloo") if several else None
@@ -126,9 +130,9 @@ class TrainingRun:
             parts = {name: part.state_dict() for name, part in self.trained.parts().items()}
             parts |= {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
             state = {"kind": self.config.kind, "facts": self.facts, "step": self.step, "steps": self.config.steps}
-            save_state(
-                self.checkpoint, state | {"history": self.history, "timings": self.record.timings, "parts": parts}
-            )
+            measured = {name: self.record.metrics[name] for name in MEASURED if name in self.record.metrics}
+            state |= {"timings": self.record.timings, "measured": measured, "precisions": self.precisions}
+            save_state(self.checkpoint, state | {"history": self.history, "parts": parts})
 
     def _restore(self, state: dict[str, Any]) -> None:
         if not {"facts", "step", "steps", "history", "timings", "parts"} <= set(state):
@@ -154,6 +158,8 @@ class TrainingRun:
             ) from None
         self.step, self.history = state["step"], state["history"]
         self.record.timings.update(state["timings"])
+        self.record.metrics.update(state.get("measured", {}))  # which a finished run does not measure again
+        self.precisions = dict(state.get("precisions", {}))
         if self.is_main:
             log(f"going on at step {self.step:,} from {self.checkpoint}")
 
@@ -232,6 +238,7 @@ class TrainingRun:
             trained.ema.update_parameters(trained.network)
 
         self.step += 1
+        self.precisions[config.precision] = self.precisions.get(config.precision, 0) + 1
         self.log.add(total if taken else None, config.batch)
         if not taken and self.scaler.get_scale() < 1:
             self._stop("in fp16 the gradients overflow")
@@ -250,8 +257,8 @@ class TrainingRun:
         loss, speed = self.log.read()
         if not math.isfinite(loss):
             self._stop(f"the loss is {loss}")
-        first = not self.record.metrics.get("images_per_s")  # of this process, once a step is not left out of the speed
-        if self.log.shown and first and speed and not self.done:
+        if self.log.shown and not self.announced and speed and not self.done:  # a step is not left out of the speed
+            self.announced = True
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
         scaling = self._scaling()
@@ -284,7 +291,8 @@ class TrainingRun:
         """Write record.json; after a signal, name the checkpoint and exit with code 130, once all processes are here."""
         if self.is_main:
             processes = self.accelerator.num_processes if self.accelerator else 1
-            self.record.metrics |= {"step": self.step, "processes": processes, **self._scaling(), **metrics}
+            steps = {"step": self.step, "steps_by_precision": self.precisions}
+            self.record.metrics |= steps | {"processes": processes, **self._scaling(), **metrics}
             self.record.save(self.config.folder / "record.json")
             if self.scaler.skipped:
                 log(f"{self.scaler.skipped:,} of {self.step:,} steps skipped: their gradients overflowed in fp16")

@@ -106,6 +106,21 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(
     assert make_run(tmp_path, 3).step == 3
 
 
+def test_a_finished_run_keeps_what_it_measured_when_its_command_is_repeated(tmp_path: Path) -> None:
+    """Also in another precision, in which no step is taken."""
+
+    def metrics(**changes: Any) -> dict[str, Any]:
+        train(make_run(tmp_path, 4, **changes)).finish()
+        return dict(json.loads((tmp_path / "record.json").read_text())["metrics"])
+
+    first = metrics(precision="fp16")
+    assert {"loss", "images_per_s", "loss_scale", "skipped_steps"} <= first.keys()
+    assert first["steps_by_precision"] == {"fp16": 4}
+    assert metrics(precision="fp16") == metrics(precision="fp32") == first
+    train(longer := make_run(tmp_path, 6, precision="fp32"))
+    assert longer.precisions == {"fp16": 4, "fp32": 2}
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = train(make_run(tmp_path / "whole", 9))
     stopped = train(make_run(tmp_path / "parts", 9), stop_at=4)
