@@ -164,6 +164,28 @@ def test_the_courses_files_and_a_hub_name_are_what_the_scripts_get(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"DATA": "nowhere"}, "DATA = nowhere is not a folder"),
+        ({"DATA": "{folder}"}, "DATA = .* holds none of digits, face, clip_zeroshot, textual_inversion"),
+        ({"CHECKPOINT": "mine/best"}, "CHECKPOINT = mine/best does not exist"),
+        ({"UNET": "UNet.pt"}, "UNET = UNet.pt does not exist"),
+        ({"MODEL": "/nowhere/model", "IMAGES": "{folder}"}, "MODEL = /nowhere/model does not exist"),
+        ({"MODEL": "some/hub-name"}, "MODEL needs images to learn from"),
+        ({"IMAGES": "{folder}"}, "IMAGES needs MODEL"),
+    ],
+)
+def test_wrong_parameters_are_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, str], message: str
+) -> None:
+    (folder := tmp_path / "folder").mkdir()
+    filled = {name: value.format(folder=folder) for name, value in parameters.items()}
+    monkeypatch.setattr(Recorder, "system", lambda *_: pytest.fail("a command ran"))
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        commands_of(notebook(OUTPUT=str(tmp_path / "results"), **filled), tmp_path, monkeypatch)
+
+
 def up_to_the_installation(output: Path) -> Any:
     pages = notebook(OUTPUT=str(output))
     (last,) = [k for k, cell in enumerate(pages.cells) if cell.id == "requirements"]
