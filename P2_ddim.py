@@ -43,7 +43,7 @@ from faces.inversion import at_guidance_1, invert_all, read_pictures
 from faces.models import Model, export
 from faces.noises import SEEDS, Noise, mix, open_noises, save_noises, with_pairs
 from faces.sampling import PASS_BELOW, SamplingArgs, compare, make_config, open_model, sample_all, to_image
-from runtime.cli import BadInput, check_not_negative, is_main_process, run_script
+from runtime.cli import BadInput, check_not_negative, is_main_process, log, run_script
 from runtime.device import detect
 from runtime.distributed import sharing
 from runtime.files import ROOT, check_writable_folder, list_files, output_folder, require_file
@@ -155,6 +155,8 @@ def invert(settings: Settings, folder: Path, model: Model, record: Record) -> No
     config = make_config(model, settings.rule, settings.steps, 0.0, settings.seed)
     pictures = read_pictures(folder, model, settings.size)
     output_folder(settings.output)
+    if settings.rule == "bdia" and settings.precision != "fp32":
+        log(f"warning: --precision {settings.precision}: the way back is some grey levels off; in fp32 it is exact")
     lengths: dict[str, float] = {}
     with sharing() as shard:
         with record.timed("inverting"):

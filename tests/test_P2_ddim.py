@@ -550,6 +550,14 @@ def test_pictures_come_back_to_the_bit_from_the_pairs_of_the_exact_rule(
         assert np.array_equal(drawn[stem], picture)
 
 
+@pytest.mark.parametrize(("precision", "warns"), [("fp32", False), ("bf16", True)])
+def test_a_precision_in_which_the_exact_rule_is_not_exact_is_a_warning(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, warns: bool
+) -> None:
+    run("noise", invert=write_pictures(tmp_path / "photos", "a.png"), steps=2, precision=precision)
+    assert ("warning: --precision bf16: the way back" in capsys.readouterr().err) == warns
+
+
 def test_the_plain_rule_leaves_noises_without_pairs_that_lead_nearly_back(run: Any, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"model": str(SHIPPED_FACES), "rule": "ddim", "steps": 100}
     faces = run("faces", seeds="0", to_uint8="clamp", **flags)
