@@ -88,6 +88,7 @@ LARGE_LAYOUT = make_layout(
     ],
     joint="a photo of a dog next to a cat",
 )
+SHOWN = 8  # images of a level on the sheet
 Results = dict[str, list[float]]
 
 
@@ -255,9 +256,9 @@ def case_shares(
         images = sample(partial(compose, sampler, level=level, config=config), requests, f"{name}, {way}")
         own = shares_of([measure.verdict(case, image) for case, image in zip(cases, images.split(1), strict=True)])
         shares |= {f"{name}, {verdict}: {way}": [share] for verdict, share in own.items()}
-        sheet.append(images[:12])
+        sheet.append(images[:SHOWN])
         log(f"{name}, {way}: " + ", ".join(f"{verdict} {share:.3f}" for verdict, share in own.items()))
-    columns = [f"{index}" for index in range(len(sheet[0]))]
+    columns = [case.title for case in cases[:SHOWN]]
     path = settings.record.with_name(f"{settings.record.stem}_{name}.png")
     labelled_grid(path, torch.cat(sheet), list(ways), columns, name, 1.0)
     return shares

@@ -58,6 +58,12 @@ class LayoutCase:
     """What has to succeed, in the form that `question` takes."""
 
     @property
+    def title(self) -> str:
+        """Return its objects with their colours, and its style, a line each."""
+        objects = [f"{colour or ''} {kind}".strip() for colour, kind in zip(self.colours, self.kinds, strict=True)]
+        return "\n".join([*objects, *([f"in {style}"] if (style := self.whole.get("style")) else [])])
+
+    @property
     def pixels(self) -> list[tuple[int, int, int, int]]:
         """Return the boxes in pixels: left, top, right, bottom."""
         return [(round(a * SIDE), round(b * SIDE), round(c * SIDE), round(d * SIDE)) for a, b, c, d in self.boxes]

@@ -175,7 +175,9 @@ def labelled_grid(
     """
     from matplotlib.figure import Figure  # slow to import
 
-    width, height = inch * len(columns) + 1.0, inch * len(rows) + 0.7  # room for labels and title
+    lines = max((column.count("\n") for column in columns), default=0)
+    top = 0.6 + 0.15 * lines
+    width, height = inch * len(columns) + 1.0, inch * len(rows) + top + 0.1  # room for labels and title
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for index, axis in enumerate(axes.flat):
@@ -188,7 +190,7 @@ def labelled_grid(
         if row == 0:
             axis.set_title(columns[column], fontsize=9)
     figure.suptitle(title, fontsize=11, y=1 - 0.08 / height)
-    figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - 0.6 / height, 0.06, 0.06)
+    figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - top / height, 0.06, 0.06)
     save_figure(path, figure)
 
 
