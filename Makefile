@@ -33,8 +33,8 @@ report: setup  ## every figure and table on one web page: make report [DATA=hw2_
 		$(if $(UNET),--unet "$(UNET)") $(if $(CLASSIFIER),--mnistm-classifier "$(CLASSIFIER)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
 
 # A thread per process: two processes of two threads each on two cores are 50 times slower than one after the other.
-test: setup  ## all tests (minutes; a process per core)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+test: setup  ## all tests (minutes; a process per core, four at most)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check .
