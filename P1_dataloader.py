@@ -274,7 +274,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def cache_header(key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return the header of a cache file that is up to date and undamaged."""
+    """Return the header that a valid cache of these tensors has."""
     return {"key": key, "crc32": str(checksum(tensors[name] for name in sorted(tensors)))}
 
 

@@ -89,7 +89,7 @@ class Command:
     like: Command | None = None  # the command whose efficiency is taken
 
     def limit(self, card: Card) -> float:
-        """Return the seconds at the card's peak or bandwidth, the larger ones."""
+        """Return the larger of computing time and memory time on the card, in seconds."""
         peak = card.half if self.half else card.fp32
         return max(self.work.flops / (peak * 1e12), self.work.traffic / (card.bandwidth * 1e9))
 
@@ -114,7 +114,7 @@ class Command:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, and the most that were alive at once, of tensors made inside."""
+    """Counts the bytes that operations read and write, and the peak bytes of the tensors that they made."""
 
     bytes: int = 0
     alive: int = 0

@@ -228,5 +228,5 @@ def question(part: str, random: Random) -> tuple[str, dict[str, str]]:
 
 
 def possible(cases: Sequence[LayoutCase], rates: dict[str, float]) -> float:
-    """Return the mean over cases of the product of their parts' rates."""
+    """Return the success rate to expect if the parts of a case succeed independently: the mean of the products of their rates."""
     return sum(prod(rates[part] for part in case.parts) for case in cases) / len(cases)

@@ -195,7 +195,7 @@ class SceneClassifier(nn.Module):
     def leaked(
         self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
     ) -> Tensor:
-        """Return whether an object of the kind, or of the colour unless None, lies outside its box, which is painted over.
+        """Return whether the kind, or the colour unless None, is still seen once its box is painted over.
 
         Objects that are meant to be there must be of other kinds and colours.
         """

@@ -80,7 +80,7 @@ def _best(clusters: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def bounding_box(mask: Tensor) -> Tensor:
-    """Return the bounding box [H,W] bool of a mask [H,W] bool; nothing for an empty one."""
+    """Return the bounding box [H,W] bool of a mask [H,W] bool; all False for an empty one."""
     box = torch.zeros_like(mask)
     if mask.any():
         box[bounds(mask)] = True

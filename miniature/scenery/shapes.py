@@ -163,7 +163,7 @@ def fish(p: Array) -> Parts:
 
 
 def mushroom(p: Array) -> Parts:
-    """Draw a round cap with light spots on a light stem."""
+    """Return the distances of points p to the parts of a mushroom: a round cap with light spots on a light stem."""
     cap = polygon(p, ellipse(0, 0.12, 0.97, 1.05, -180, 0))
     stem = polygon(p, [(-0.26, 0.05), (0.26, 0.05), (0.36, 0.95), (-0.36, 0.95)])
     spots = [circle(p, -0.42, -0.28, 0.17), circle(p, 0.1, -0.52, 0.2), circle(p, 0.52, -0.14, 0.16)]
