@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from concepts.attention import AttentionSampler, save_sheet
+from concepts.attention import AttentionSampler, save_sheet, sheet_path
 from concepts.clip_scores import Scorer, open_images, rank
 from concepts.composition.layout import Layout, auto_layout, read_layout
 from concepts.composition.multipath import ConductorConfig, LayoutRequest, Level, compose, passes
@@ -162,7 +162,8 @@ def main(settings: Settings) -> None:
     search = find_job_vectors(texts, settings.embeddings, settings.model, settings.input, settings.references)
     if settings.between:
         search.vectors |= between_vectors(search.vectors, settings.between, settings.count)
-    stale = stale_files(settings.output, [path for job in jobs for path in job.files], bool(settings.input))
+    files = [each for job in jobs for path in job.files for each in (path, sheet_path(path))]
+    stale = stale_files(settings.output, files, bool(settings.input))
     check_disk_space(settings.output, bytes_needed(settings, jobs))
     for folder in {path.parent for job in jobs for path in job.files}:
         check_writable_folder(folder)
@@ -426,7 +427,7 @@ def save_all(
     for request, image in generate_batches(sample, list(files), settings.batch, machine.device.type == "cuda", shard):
         path = files[request]
         if settings.attention:
-            save_sheet(path.with_name(f"{path.stem}_attention.png"), image, settings.attention, request.prompt)
+            save_sheet(sheet_path(path), image, settings.attention, request.prompt)
             image = image[0]
         save_image(path, image)
         count += 1

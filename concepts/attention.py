@@ -144,6 +144,11 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
     return (0.5 * grey + 127.5 * colour).round().to(torch.uint8)
 
 
+def sheet_path(image: Path) -> Path:
+    """Return where the sheet of an image lies."""
+    return image.with_name(f"{image.stem}_attention.png")
+
+
 def save_sheet(path: Path, cells: Tensor, words: Sequence[str], prompt: str) -> None:
     """Write an image and its overlays [1 + words,3,H,W] uint8 in one row, labelled."""
     pixel_grid(path, cells, [""], ["image", *words], prompt)

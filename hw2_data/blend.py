@@ -163,9 +163,10 @@ def svhn_maker(folder: Path, split: Split, download: bool) -> Maker:
     try:
         svhn = SVHN(str(folder), part, download=download)
     except RuntimeError as error:
-        advice = "or give --svhn DIR" if download else "leave --svhn out to download it"
         file = folder / SVHN.split_list[part][1]
-        raise BadInput(f"{file}: {first_line(error)}; {advice}") from None
+        if download:
+            raise BadInput(f"{file}: {first_line(error)}; or give --svhn DIR") from None
+        raise BadInput(f"--svhn: {file} is absent or not the original; leave the flag out to download it") from None
     return Maker(len(svhn.labels), lambda index: (svhn_image(svhn.data[index]), int(svhn.labels[index])))
 
 

@@ -239,8 +239,11 @@ def cifar100(folder: Path, download: bool) -> Any:
     try:
         return CIFAR100(str(folder), train=False, download=download or packed)
     except (RuntimeError, OSError) as error:
-        advice = "or give --cifar DIR" if download else f"it needs {CIFAR100.base_folder}/ or {CIFAR100.filename}"
-        raise BadInput(f"CIFAR-100 in {folder}: {first_line(error)}; {advice}") from None
+        if download or packed:
+            advice = "; or give --cifar DIR" if download else ""
+            raise BadInput(f"CIFAR-100 in {folder}: {first_line(error)}{advice}") from None
+        files = f"{CIFAR100.base_folder}/ with train, test and meta, or the original {CIFAR100.filename}"
+        raise BadInput(f"--cifar {folder} holds no CIFAR-100 that is whole: put there {files}") from None
 
 
 # ---------------------------------------------------------------- the course's data

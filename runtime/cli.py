@@ -137,6 +137,8 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
                 f"{LIKE} {like} is a record of another subcommand, with the settings of {type(default).__name__}"
             )
         refuse_empty_paths(options, arguments)
+        if default is None:  # with --like, a flag without a value takes the record's away
+            refuse_empty_lists(options, arguments)
         _check_seeds(options)
         main(options)
     except BadInput as error:
@@ -270,6 +272,14 @@ def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
         flag = f"--{field.name.replace('_', '-')}"
         if getattr(settings, field.name) == Path() and flag in _names(arguments) and not _value(flag, arguments):
             raise BadInput(f"{flag} is empty: name a file or folder (. for the current one)")
+
+
+def refuse_empty_lists(settings: Any, arguments: Sequence[str]) -> None:
+    """Raise BadInput for a flag of any number of values that has none on the command line: it would be as if left out."""
+    for field in fields(settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        if getattr(settings, field.name) == () and flag in _names(arguments):
+            raise BadInput(f"{flag}: its value is missing")
 
 
 def _names(arguments: Sequence[str]) -> list[str]:

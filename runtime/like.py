@@ -19,6 +19,9 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_object(path)
     if not isinstance(record.get("settings"), dict) or not isinstance(record.get("script"), str):
         raise BadInput(f"{LIKE} {path} is no record of a run: name the record.json that a script wrote")
+    for name, kind in (("versions", dict[str, Any]), ("inputs", dict[str, Any]), ("root", str)):
+        if name in record:  # those of an earlier version lack some
+            validate(kind, record[name], f"{LIKE} {path}, {name}")
     return record
 
 
@@ -66,7 +69,7 @@ def _unknown(kind: Any, values: Mapping[str, Any]) -> list[str]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line each for the versions, parts of the machine and data that two records differ in."""
+    """Return a line each for the versions, parts of the machine and data that two records differ in; `now` has its settings too."""
     there, here = _facts(then), _facts(now)
     lines = [
         f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
@@ -78,7 +81,15 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [
         name for name in {**then["inputs"], **now["inputs"]} if then["inputs"].get(name) != now["inputs"].get(name)
     ]
-    return lines + [f"--{name.replace('_', '-')} holds other data than there" for name in names]
+    return lines + [f"--{name.replace('_', '-')} holds other data than there{_place(now, name)}" for name in names]
+
+
+def _place(record: Mapping[str, Any], name: str) -> str:
+    """Return where relative paths of a setting lead, which a run in another folder may not mean; "" without one."""
+    value = record["settings"].get(name)
+    paths = [str(path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None]
+    relative = next((path for path in paths if not Path(path.removeprefix("local-dir:")).is_absolute()), "")
+    return f": {relative} is relative to the present folder, {Path.cwd()}" if relative else ""
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class Record:
         if like := split_like(sys.argv[1:])[1]:
             from runtime.like import differences, read_record  # pydantic is slow to import
 
-            lines = differences(read_record(like), self.facts()) or ["the same versions, device and data"]
+            now = self.facts() | {"settings": asdict(self.settings)}
+            lines = differences(read_record(like), now) or ["the same versions, device and data"]
             for line in lines:
                 log(f"{LIKE} {like}: {line}")
 

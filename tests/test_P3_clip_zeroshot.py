@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -653,10 +654,44 @@ def test_bad_settings_are_named_and_nothing_is_written(
 
 def test_an_empty_folder_and_absent_labels_are_named(tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
+    for labels in (None, labelled.parent / "id2label.json"):
+        with pytest.raises(BadInput, match="val holds no picture"):
+            run(tmp_path, tmp_path / "val", tiny_clip, labels=labels)
+    shutil.copy(next(labelled.glob("*.png")), tmp_path / "val")
     with pytest.raises(BadInput, match="no id2label.json or id.json"):
         run(tmp_path, tmp_path / "val", tiny_clip)
-    with pytest.raises(BadInput, match="holds no picture"):
-        run(tmp_path, tmp_path / "val", tiny_clip, labels=labelled.parent / "id2label.json")
+
+
+@pytest.mark.parametrize(("transduce", "count"), [(False, 1), (True, 1), (True, 2)])
+def test_one_class_has_all_results(transduce: bool, count: int, tiny_clip: str, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    for picture in sorted(labelled.glob("*.png"))[:count]:
+        shutil.copy(picture, tmp_path / "val" / "cat")
+    run(tmp_path, tmp_path / "val", tiny_clip, transduce=transduce)
+    assert predicted(tmp_path / "out") == ["cat"] * count
+
+
+def test_prompts_longer_than_the_model_reads_are_one_warning(
+    tiny_clip: str, by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *others = sorted(path.name for path in by_class.iterdir())
+    fits, long = "red " * 75, "blue " * 76  # with start and end 77 and 78 tokens
+    sentences = {first: [fits], second: ["a cup", long], **{name: [long] for name in others}}
+    (tmp_path / "s.json").write_text(json.dumps(sentences))
+    (tmp_path / "t.txt").write_text(f"a {{}}\n{long} {{}}\n")
+    (tmp_path / "short.txt").write_text("red " * 70 + "{}")
+    lines = {}
+    for name in ("s.json", "t.txt", "short.txt"):
+        run(tmp_path, by_class, tiny_clip, prompts=str(tmp_path / name))
+        lines[name] = [line for line in capsys.readouterr().err.splitlines() if "cut at" in line]
+    count = len(others)
+    assert lines["s.json"] == [
+        f"warning: {count + 1} of {count + 3} prompts are cut at 77 tokens, the first of {second}: {long[:60]!r} .."
+    ]
+    assert lines["t.txt"] == [
+        f"warning: {count + 2} of {2 * count + 4} prompts are cut at 77 tokens, the first of {first}: {long[:60]!r} .."
+    ]
+    assert not lines["short.txt"]
 
 
 @pytest.mark.parametrize("flag", ["features", "cache"])

@@ -113,6 +113,14 @@ def test_pictures_of_an_earlier_run_are_replaced(folder: Path, model: str) -> No
     assert len(files_in(folder / "out")) == 75
 
 
+def test_the_sheet_of_an_image_that_is_replaced_goes_and_no_other(script: Script) -> None:
+    flags: dict[str, Any] = {"output": script.folder / "out", "steps": 1}
+    script.run(**flags, count=2, attention=("star",))
+    assert files_in(script.folder / "out") == ["0_0.png", "0_0_attention.png", "0_1.png", "0_1_attention.png"]
+    script.run(**flags)
+    assert files_in(script.folder / "out") == ["0_0.png", "0_1.png", "0_1_attention.png"]
+
+
 def test_a_file_that_does_not_belong_is_named_and_kept(folder: Path, model: str) -> None:
     foreign = folder / "out" / "0" / "0" / "mine.png"
     foreign.parent.mkdir(parents=True)

@@ -129,7 +129,8 @@ def test_a_training_that_ends_by_itself_gives_its_exit_code(queue: Path, program
 
 
 @pytest.mark.parametrize(
-    ("task", "arguments"), [("3", "--seed 3 --output out/3/3"), ("", "--seed %a --output out/%a/%a")]
+    ("task", "arguments"),
+    [("3", "--seed 3 --output out/3/3 --record=a_3.json"), ("", "--seed %a --output out/%a/%a --record=a_%a.json")],
 )
 @pytest.mark.parametrize("suffix", ["py", "sh"])
 def test_a_task_of_an_array_has_its_number_in_its_arguments(
@@ -137,10 +138,11 @@ def test_a_task_of_an_array_has_its_number_in_its_arguments(
 ) -> None:
     program = {"py": "import sys\nprint(*sys.argv[1:], sep='|', file=sys.stderr)", "sh": 'IFS="|"; echo "$*" >&2'}
     (queue / f"script.{suffix}").write_text(program[suffix])
-    words = ["--prompt", "a & {} 100 %", "--seed", "%a", "--output", "out/%a/%a"]
+    texts = ["--prompt", "a & {} 100 %", "a 100%acid <new1>", "100%a\nb"]
+    words = [*texts, "--seed", "%a", "--output", "out/%a/%a", "--record=a_%a.json"]
     variables = {"SLURM_ARRAY_TASK_ID": task} if task else {}
     code, errors = finish(submit(queue, "generate.sbatch", f"script.{suffix}", *words, folder=queue, **variables))
-    assert (code, errors) == (0, "|".join(["--prompt", "a & {} 100 %", *arguments.split()]) + "\n")
+    assert (code, errors) == (0, "|".join([*texts, *arguments.split()]) + "\n")
 
 
 def test_a_drawing_whose_time_is_up_receives_the_signal(queue: Path) -> None:
@@ -159,3 +161,15 @@ def test_a_script_that_is_not_there_is_one_line(queue: Path, job: str, arguments
     assert code == 2
     assert errors.startswith(f"error: {(arguments or ['no script'])[0]}: no such file here")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "script", "message"),
+    [
+        ("train.sbatch", "hw2_1.sh", "a training is a .py file; hw2_*.sh go with slurm/generate.sbatch"),
+        ("train.sbatch", "README.md", "a training is a .py file; hw2_*.sh go with slurm/generate.sbatch"),
+        ("generate.sbatch", "README.md", "neither a .py nor a .sh file"),
+    ],
+)
+def test_a_file_that_is_no_script_is_one_line(queue: Path, job: str, script: str, message: str) -> None:
+    assert finish(submit(queue, job, script, "out")) == (2, f"error: {script}: {message}\n")

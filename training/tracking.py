@@ -25,7 +25,7 @@ Track = Annotated[
 
 
 def check_tracker(track: Track) -> None:
-    """Raise BadInput where the tracker's package is not installed."""
+    """Raise BadInput where the tracker's package is not installed or fails on import."""
     if track:
         _package(track)
 
@@ -33,7 +33,7 @@ def check_tracker(track: Track) -> None:
 def _package(track: str) -> Any:
     try:
         package = importlib.import_module(track)
-    except ImportError as error:
+    except Exception as error:  # absent, or it fails on import, with any error
         raise BadInput(f"--track {track}: {first_line(error)}; pip install {track}, or leave the flag out") from None
     if not hasattr(package, "init"):  # a folder of that name, such as wandb's own of earlier runs
         raise BadInput(f"--track {track}: the package is not installed; pip install {track}, or leave the flag out")

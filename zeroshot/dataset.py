@@ -135,6 +135,8 @@ def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
             f"--images {folder} holds pictures, such as {files[0].name}, and folders of pictures, such as {filled.name}:"
             " give {class}_{image}.png, or a folder per class"
         )
+    if not files:
+        raise BadInput(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     labels = labels or find_labels(folder)
     classes = read_labels(labels)
     rows = {number: row for row, number in enumerate(classes)}
@@ -151,8 +153,6 @@ def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
         # digits compare as numbers, so that 0_9 comes before 0_10
         parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
         images.append((rows[number], parts, path))
-    if not images:
-        raise BadInput(f"--images {folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     images.sort()
     return LabelledImages([path for *_, path in images], torch.tensor([row for row, *_ in images]), classes)
 

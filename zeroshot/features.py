@@ -21,7 +21,7 @@ from runtime.distributed import ALONE, Shard
 from runtime.files import load_safetensors, save_safetensors
 from runtime.record import Record
 from zeroshot.dataset import LabelledImages
-from zeroshot.prompts import Names, Texts, fillers
+from zeroshot.prompts import Names, Texts, fill, fillers
 
 if TYPE_CHECKING:
     from zeroshot.model import Classifier, Clip
@@ -148,6 +148,9 @@ class FeatureExtractor:
                 pass  # a damaged file is replaced
         clip = self.clip
         with self.record.timed("text"):
+            clip.log_cut(
+                texts if isinstance(texts, dict) else {name: [fill(t, names, name) for t in texts] for name in classes}
+            )
             classifier = (
                 clip.sentence_classifier(texts)
                 if isinstance(texts, dict)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, log
 from runtime.device import DTYPES
 from runtime.files import foreign_file, load_tensors
 from runtime.hub import first_line, hub
@@ -46,7 +46,7 @@ class Clip:
     per_image: Callable[[Image.Image], Image.Image]
     mean: Tensor
     std: Tensor
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Any
     device: torch.device
     dtype: torch.dtype
 
@@ -67,6 +67,17 @@ class Clip:
         scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)  # SigLIP has one
         return Classifier(weight.float().cpu(), scale, 0.0 if bias is None else float(bias.detach()))
+
+    def log_cut(self, prompts: Mapping[str, Sequence[str]]) -> None:
+        """Log the first prompt {class: prompts} that is longer than the model reads; open_clip cuts it silently."""
+        pairs = [(name, text) for name, texts in prompts.items() for text in texts]
+        texts, most = [text for _, text in pairs], self.tokenizer.context_length
+        cut = (self.tokenizer(texts) != self.tokenizer(texts, most + 1)[:, :most]).any(1)
+        if count := int(cut.sum()):
+            name, text = pairs[int(cut.int().argmax())]
+            log(
+                f"warning: {count} of {len(pairs)} prompts are cut at {most} tokens, the first of {name}: {text[:60]!r} .."
+            )
 
     def sentence_classifier(self, sentences: Mapping[str, Sequence[str]]) -> Classifier:
         """Build the classifier whose class is the mean of its sentences' features, of unit length each."""

@@ -101,12 +101,12 @@ def predictions(result: Result) -> pd.DataFrame:
     import pandas as pd  # slow to import
 
     names = np.array(result.images.names)
-    best = names[result.best]
+    best = names[result.best.numpy()]  # numpy takes a tensor of one element for a number
     shares = [[f"{share:.6f}" for share in row] for row in result.probabilities.gather(1, result.best).tolist()]
     return pd.DataFrame(
         {
             "file": [result.images.file(row) for row in range(len(result.images))],
-            "truth": names[result.images.truth],
+            "truth": names[result.images.truth.numpy()],
             "predicted": best[:, 0],
             "probability": [row[0] for row in shares],
             "top5": list(map("|".join, best)),

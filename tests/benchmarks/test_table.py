@@ -120,6 +120,11 @@ def test_every_benchmark_has_a_quick_form_and_a_record_that_its_script_knows(ent
     assert all(f"    {flag}: " in fields for flag in flags)
 
 
+def test_the_docs_say_how_long_all_parts_of_a_gpu_may_take() -> None:
+    total = sum(entry.seconds or 0 for entry in GPU_ENTRIES)
+    assert f"The limits of the parts add up to {total:g} s" in (ROOT / "docs" / "gpu.md").read_text()
+
+
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", [entry.name for entry in GPU_ENTRIES])
 def test_a_gpus_command_parses_as_its_script_reads_it(name: str, quick: bool, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Settings:
     inner: Inner = field(default_factory=Inner)
     interval: tuple[float, float] = (0.0, 1.0)
     rule: Literal["ddim", "ddpm"] = "ddim"
+    words: tuple[str, ...] = ()
     size: int | None = None
     resized: bool = False
     max_grad_norm: float = 1.0
@@ -98,6 +99,12 @@ def test_every_setting_of_a_record_comes_back_and_flags_count_more(start: Callab
     assert (other.model, other.interval, other.rule, other.max_grad_norm) == ("m", (0.25, 0.5), "ddpm", float("inf"))
 
 
+def test_a_list_without_values_takes_those_of_the_record_away(start: Callable[..., Any]) -> None:
+    start("--model m --words a b")
+    assert start("--like r.json --words")[0].words == ()
+    assert start("--model m --words") == (2, ["error: --words: its value is missing"])
+
+
 def test_a_record_of_a_subcommand_serves_this_subcommand(start: Callable[..., Any]) -> None:
     kind = Settings | Grade
     first, _ = start("grade f --count 5", kind)
@@ -132,8 +139,17 @@ def test_what_differs_is_said_in_a_line_each(start: Callable[..., Any], tmp_path
         "--like r.json: gone 2 there, absent here",
         "--like r.json: device cuda there, cpu here",
         f"--like r.json: threads 64 there, {torch.get_num_threads()} here",
-        "--like r.json: --data holds other data than there",
+        f"--like r.json: --data holds other data than there: d is relative to the present folder, {tmp_path}",
     ]
+
+
+def test_a_whole_path_that_holds_other_data_is_said_without_the_folder(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name in ("m", "n"):
+        (tmp_path / name).write_text(name)
+    start(f"--model {tmp_path}/m --data d")
+    assert start(f"--like r.json --model {tmp_path}/n")[1] == ["--like r.json: --model holds other data than there"]
 
 
 def test_settings_that_a_record_lacks_are_named_and_an_earlier_version_says_nothing_of_data(
@@ -163,6 +179,10 @@ def test_settings_that_a_record_lacks_are_named_and_an_earlier_version_says_noth
         ),
         ({"settings": {"model": "m", "inner": {"x": 1}}}, "--like r.json: the setting x no longer exists; remove or"),
         ({"settings": {}}, "--like r.json, settings, model is missing"),
+        ({"versions": 5}, "--like r.json, versions: must be a valid dictionary, it is 5"),
+        ({"versions": None}, "--like r.json, versions: must be a valid dictionary, it is None"),
+        ({"inputs": 7}, "--like r.json, inputs: must be a valid dictionary, it is 7"),
+        ({"root": None}, "--like r.json, root: must be a valid string, it is None"),
         ({"settings": {"model": "m", "size": "big"}}, "--like r.json, settings, size: must be a valid integer"),
         (
             {"settings": {"model": "m", "rule": "x"}},

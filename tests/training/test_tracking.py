@@ -97,6 +97,16 @@ def test_an_absent_tracker_is_named_with_the_way_to_install_it(name: Any, monkey
         check_tracker(name)
 
 
+def test_a_tracker_that_fails_on_import_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text('raise AttributeError("numpy has no float_\\nsee the notes")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(
+        BadInput, match="^--track wandb: numpy has no float_; pip install wandb, or leave the flag out$"
+    ):
+        check_tracker("wandb")
+
+
 def test_a_folder_of_a_trackers_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wandb leaves one where it is run."""
     (tmp_path / "wandb").mkdir()

@@ -20,6 +20,7 @@ from zeroshot.results import (
     confused_pairs,
     confusion_figure,
     per_class,
+    predictions,
     write_csv,
 )
 
@@ -54,6 +55,12 @@ def test_accuracies_recall_and_pairs_of_a_known_case() -> None:
 def test_fewer_than_five_classes_have_a_top_five() -> None:
     images = LabelledImages([Path("0_1.png")], torch.tensor([1]), {0: "cat", 1: "dog"})
     assert accuracies(Result(images, torch.tensor([[0.9, 0.1]])))["top5"] == 1
+
+
+def test_one_image_of_one_class_has_its_row() -> None:
+    images = LabelledImages([Path("0_1.png")], torch.tensor([0]), {0: "cat"})
+    row = predictions(Result(images, torch.ones(1, 1))).iloc[0]
+    assert row.tolist() == ["0_1.png", "cat", "cat", "1.000000", "cat", "1.000000"]
 
 
 def test_cases_are_drawn_by_the_seed() -> None:
