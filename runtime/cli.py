@@ -275,10 +275,10 @@ def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
 
 
 def refuse_empty_lists(settings: Any, arguments: Sequence[str]) -> None:
-    """Raise BadInput for a flag of any number of values that has none on the command line: it would be as if left out."""
+    """Raise BadInput for a flag without a value that has none by default: it would be as if left out."""
     for field in fields(settings):
         flag = f"--{field.name.replace('_', '-')}"
-        if getattr(settings, field.name) == () and flag in _names(arguments):
+        if field.default == getattr(settings, field.name) == () and flag in _names(arguments):
             raise BadInput(f"{flag}: its value is missing")
 
 

@@ -112,6 +112,7 @@ class Train:
     share: float | None = None
     overwrite: bool = False
     folds: tuple[Literal[1, 2], ...] = (1,)
+    more: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Grade:
         ("train --domain svhn --share " + "x" * 200, f"--share {'x' * 200}: must be None or a number"),
         ("train --domain svhn --overwrite yes", "yes: no flag takes this value"),
         ("train --domain", "--domain: its value is missing"),
-        ("train --domain svhn --folds", "--folds: its value is missing"),
-        ("train --folds --domain svhn", "--folds: its value is missing"),
+        ("train --domain svhn --more", "--more: its value is missing"),
+        ("train --more --domain svhn", "--more: its value is missing"),
         ("train --domain svhn --record x", "--record: script.py train has no such flag"),
         ("grade", "Missing from script.py grade: PATH The graded folder. (required)"),
         ("grade a b", "b: no flag takes this value"),
