@@ -261,7 +261,7 @@ def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[Inversion
 def our_step(
     settings: Speed, concept: ConceptSet, machine: Machine, precision: Precision, folder: Path
 ) -> Callable[[], None]:
-    """Return the step of P3_textual_inversion.py with its defaults."""
+    """Return a step of P3_textual_inversion.py with the learning rate, norm limit and loss of recipe v1."""
     device, batch = machine.device, settings.batch
     set_up(precision, machine)
     inversion, data = prepare(settings, concept, device, DTYPES[precision])

@@ -53,7 +53,7 @@ class CourseConcept(BaseModel):
 
     @model_validator(mode="after")
     def check(self) -> CourseConcept:
-        """Refuse a prompt without the token, and gradings for more or fewer prompts."""
+        """Refuse a prompt without the token, and clip_prompts or baselines whose number differs from the prompts'."""
         for index, prompt in enumerate(self.prompts):
             if self.token not in prompt:
                 raise ValueError(f"prompt[{index}] doesn't hold the token {self.token}: {prompt!r}")

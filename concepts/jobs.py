@@ -47,7 +47,7 @@ class Job:
 
     @property
     def texts(self) -> list[str]:
-        """Every text that the text encoder reads for it."""
+        """The job's prompts, its layout's included; the negative prompt is not among them."""
         layout = [*self.layout.prompts, self.layout.reference_prompt] if self.layout else []
         return [self.prompt, *layout]
 

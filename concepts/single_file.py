@@ -169,7 +169,7 @@ def load_parts(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Read all tensors of a safetensors or torch file, Lightning's included; raise BadInput if it is truncated or holds code."""
+    """Return the named tensors of a safetensors, torch or Lightning file; raise BadInput if it is truncated or holds code."""
     with safe_globals([(Ignored, name) for name in LIGHTNING]):
         content = load_tensors(path, mapped=True)
     state = named_tensors(content, path, PREFIXES["unet"] + "input_blocks.0.0.weight")

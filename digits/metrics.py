@@ -88,7 +88,10 @@ def coverage(queries: Tensor, manifold: Tensor, k: int = NEIGHBOURS) -> float:
 
 
 def copies(features: Tensor, reference: Reference) -> float:
-    """Return the share nearer to a stored training image than 99 % of those are to each other; about 0.01 for new real images."""
+    """Return the share of rows that copy a training image: nearer to one than 99 % of these are to their own nearest neighbour.
+
+    About 0.01 for new real images.
+    """
     nearest = exact_distances(features, reference.train).amin(1)
     return float((nearest < reference.copy_distance).double().mean())
 

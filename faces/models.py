@@ -44,7 +44,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Model:
-    """A network ready to sample: `denoiser(batch)` returns (x [batch,C,H,W] float32, t) -> prediction, float32."""
+    """A network ready to sample: `denoiser(batch)` returns a function (x, t) -> prediction of x [batch,C,H,W], all float32."""
 
     name: str
     network: nn.Module

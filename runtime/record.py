@@ -138,7 +138,7 @@ def inputs_of(settings: Any) -> dict[str, str]:
 
 
 def path_fingerprint(path: Path) -> str:
-    """Return a hash of a file, or of the names and files of a folder; of more than FEW_FILES, of names and sizes."""
+    """Return a hash of a file, or of a folder's visible files: of their names and content, for more than FEW_FILES of names and sizes."""
     if path.is_file():
         return file_fingerprint(path)
     files = list(_files_below(path))
