@@ -25,10 +25,18 @@ import torch
 import tyro
 
 from diffusion.guidance import Guidance
-from diffusion.step_rules import OneStateRule, step_rule
+from diffusion.step_rules import OneStateRule
 from digits.classifier import choose_classifiers
 from digits.recipes import RECIPES
-from digits.sampling import CHECKPOINT, DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, redraw
+from digits.sampling import (
+    CHECKPOINT,
+    DigitRequest,
+    DigitSampler,
+    DigitSamplerConfig,
+    check_steps,
+    graded_requests,
+    redraw,
+)
 from P1_model import HOMEWORK, Network, load_network
 from runtime.cli import BadInput, Seed, check_fractions, default_hint, log, run_script
 from runtime.device import Device, Precision, autocast, detect, set_up
@@ -214,10 +222,7 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     for flag, sampler in (("eta", "ddim"), ("rule", "ddim"), ("steps", "dpm or ddim")):
         if getattr(settings, flag) is not None and config.name not in sampler:
             raise BadInput(f"--{flag} has no effect on --sampler {config.name}: it goes with {sampler}")
-    try:
-        step_rule(config.rule, len(network.schedule), config.steps)
-    except ValueError as error:
-        raise BadInput(f"--steps: {error}") from None
+    check_steps(network, config)
     return config
 
 

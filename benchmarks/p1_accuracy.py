@@ -11,7 +11,7 @@ benchmarks/p1_views.py compares both views.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import repository_root  # noqa: F401  # isort: split
@@ -20,7 +20,15 @@ import torch
 from benchmarks.outside_view import grades, outside_classifiers
 from benchmarks.timing import BENCH, report
 from digits.classifier import accuracy, load_classifier, shipped_classifiers
-from digits.sampling import CHECKPOINT, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
+from digits.sampling import (
+    CHECKPOINT,
+    DigitSampler,
+    DigitSamplerConfig,
+    check_steps,
+    graded_requests,
+    labels_of,
+    redraw,
+)
 from P1_model import load_network
 from runtime.cli import run_script
 from runtime.device import Device, detect
@@ -61,7 +69,8 @@ def main(settings: Settings) -> None:
     course = load_classifier(settings.mnistm_classifier, machine.device) if settings.mnistm_classifier else None
     outside = outside_classifiers(settings.data, machine.device) if settings.data else None
     given = {name: value for name in ("steps", "guidance") if (value := getattr(settings, name)) is not None}
-    config = DigitSamplerConfig.from_dict(network.sampler | given)
+    config = replace(DigitSamplerConfig.from_dict(network.sampler), **given)
+    check_steps(network, config)
     sampler = DigitSampler(network, config, settings.batch)
     results: dict[str, list[float]] = {}
 

@@ -19,6 +19,7 @@ import repository_root  # noqa: F401  # isort: split
 import torch
 
 from benchmarks.timing import BENCH, report, timed
+from digits.recipes import RECIPES
 from P1_dataloader import describe_data
 from runtime.cli import BadInput, check_fractions, run_script
 from runtime.device import Device, detect
@@ -36,9 +37,9 @@ class Settings:
     """Folder with mnistm/ and svhn/."""
     accuracy: float = 0.99
     """Mean accuracy of both domains to reach."""
-    steps: int = 1600
+    steps: int = RECIPES["gpu"].steps
     """Steps of the training."""
-    batch: int = 1024
+    batch: int = RECIPES["gpu"].batch
     eval_every: int = 200
     """Steps between two gradings."""
     eval_count: int = 50

@@ -142,10 +142,8 @@ def select(settings: Settings, output: Path) -> list[Measurement]:
     for name in settings.only or entries:
         command, setup = entries[name].command, entries[name].setup
         trains = command.startswith("benchmarks/p1_training.py")
-        if trains and not (ROOT / "hw2_data" / "digits").is_dir():  # on digits drawn by code
-            setup += (
-                "hw2_data/prepare.py rendered --count 600 --output {output}/digits --overwrite",
-            )  # few: speed alone is measured
+        if trains and not (ROOT / "hw2_data" / "digits").is_dir():  # a few digits drawn by code, for speed alone
+            setup += ("hw2_data/prepare.py rendered --count 600 --output {output}/digits --overwrite",)
             command += " --data {output}/digits"
         if settings.quick:
             command += f" {entries[name].quick}"

@@ -21,7 +21,7 @@ from digits.classifier import DigitClassifier, misclassified
 from P1_model import HOMEWORK, DataSpec, Network
 from P1_model import DigitSamplerConfig as DigitSamplerConfig
 from runtime.batches import in_batches
-from runtime.cli import progress_bar
+from runtime.cli import BadInput, progress_bar
 from runtime.distributed import ALONE, Shard
 from runtime.files import ROOT
 from runtime.images import to_uint8
@@ -66,6 +66,14 @@ def labels_of(requests: Sequence[DigitRequest], device: torch.device | str = "cp
     """Return the digits [N] and domains [N]."""
     digits = torch.tensor([request.digit for request in requests], device=device)
     return digits, torch.tensor([request.domain for request in requests], device=device)
+
+
+def check_steps(network: Network, config: DigitSamplerConfig) -> None:
+    """Raise BadInput for a number of steps that the rule does not have."""
+    try:
+        step_rule(config.rule, len(network.schedule), config.steps)
+    except ValueError as error:
+        raise BadInput(f"--steps: {error}") from None
 
 
 @torch.inference_mode()

@@ -20,7 +20,6 @@ from torch import nn
 
 from runtime.cli import BadInput, log
 
-COMPILE_STEPS = {"cuda": 2000}  # of a training; fewer are done before compiling is
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = ("bf16", "fp16")
@@ -40,8 +39,8 @@ class Machine:
 
     @property
     def compile_steps(self) -> int:
-        """Steps from which on a training repays compiling: 500, on CUDA 2,000, which are shorter there."""
-        return COMPILE_STEPS.get(self.device.type, 500)
+        """Number of steps from which on a training repays compiling. On CUDA steps are shorter."""
+        return 2000 if self.device.type == "cuda" else 500
 
 
 def detect(device: str = "auto") -> Machine:

@@ -148,14 +148,12 @@ class FeatureExtractor:
                 pass  # a damaged file is replaced
         clip = self.clip
         with self.record.timed("text"):
-            clip.log_cut(
-                texts if isinstance(texts, dict) else {name: [fill(t, names, name) for t in texts] for name in classes}
-            )
-            classifier = (
-                clip.sentence_classifier(texts)
-                if isinstance(texts, dict)
-                else clip.classifier(classes, fillers(texts, names))
-            )
+            if isinstance(texts, dict):
+                clip.log_cut(texts)
+                classifier = clip.sentence_classifier(texts)
+            else:
+                clip.log_cut({name: [fill(template, names, name) for template in texts] for name in classes})
+                classifier = clip.classifier(classes, fillers(texts, names))
         numbers = torch.tensor([classifier.scale, classifier.bias], dtype=torch.float64)
         tensors = {"classifier": classifier.weight.contiguous(), "scale_and_bias": numbers}
         try:

@@ -112,6 +112,8 @@ def test_p1_accuracy_grades_before_the_retries_and_after(
     own = load_network(digits, torch.device("cpu")).sampler
     p1_accuracy.main(replace(settings, seeds=(0,), steps=3, guidance=0.0))
     assert configs == [(own["steps"], own.get("guidance", DigitSamplerConfig.guidance))] * 2 + [(3, 0.0)]
+    with pytest.raises(BadInput, match="--steps: 0 steps: give 1 to"):
+        p1_accuracy.main(replace(settings, steps=0))
     p1_accuracy.main(replace(settings, data=Path("real"), mnistm_classifier=Path("Classifier.pth")))
     more = {name: values[0] for name, values in repeats(record).items() if name not in measured}
     assert {name: value for name, value in more.items() if "accuracy" in name and "with retries" in name} == {
