@@ -53,6 +53,7 @@ PARSER_MESSAGES = (
     (r"^Unrecognized options: ([^,]*).*", r"\1: no flag takes this value"),
     (r"^Unrecognized or misplaced options: (\S+) \(applied to (.*?)\).*", r"\1: \2 has no such flag"),
 )
+HINTS = ("For full", "Argument help", "Arguments similar", "Perhaps")  # rows that begin tyro's hints
 WAIT_FOR_MAIN = 20.0  # seconds
 LIKE = "--like"
 LIKE_HELP = f"{LIKE} RECORD takes a record.json's settings; flags win."
@@ -222,7 +223,7 @@ def _refusal(box: str, arguments: Sequence[str], flags: set[str]) -> str:
     """Return tyro's framed message as one line: the flag, the value, and the choices, the type or the closest flag."""
     rows = [row.strip(" │") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()]
     rows = [row for row in rows if row and not re.fullmatch("[╭╰]?[─-]{5,}╯?", row)][1:]  # the first is the title
-    text = " ".join(itertools.takewhile(lambda row: not row.startswith(("For full", "Argument help", "Perhaps")), rows))
+    text = " ".join(itertools.takewhile(lambda row: not row.startswith(HINTS), rows))
 
     possible = flags | {flag.replace("--", "--no-", 1) for flag in flags}
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]

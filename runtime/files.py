@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -140,10 +141,19 @@ def require_file(path: Path, hint: str = "") -> Path:
 
 
 def output_folder(path: Path, flag: str = "--output") -> Path:
-    """Create the folder; raise BadInput as `check_writable_folder` does."""
+    """Create the folder; raise BadInput as `check_writable_folder` does. If it is still empty when the process ends, it is removed."""
     check_writable_folder(path, flag)
-    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+    resolved = Path(os.path.realpath(path))
+    missing = [folder for folder in (resolved, *resolved.parents) if not folder.exists()]
+    resolved.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        atexit.register(_remove_if_empty, folder)  # these run in reverse: a folder before its parent
     return path
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_writable_folder(path: Path, flag: str = "--output") -> None:

@@ -145,6 +145,7 @@ class Grade:
         ("grade --checkpont x", "--checkpont: there is no such flag, the closest is --checkpoint"),
         ("grade --foldr x", "--foldr: there is no such flag, the closest is --folds"),  # not the positional folder
         ("", "Expected one of {train, grade}."),
+        ("--domain svhn --overwrite", "--domain: name a command first, one of train, grade"),
         ("trian", "trian: name a command first, one of train, grade"),
     ],
 )

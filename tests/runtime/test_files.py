@@ -214,6 +214,20 @@ def test_output_folder_may_exist(tmp_path: Path) -> None:
     assert output_folder(tmp_path) == tmp_path
 
 
+def test_output_folders_that_stay_empty_are_removed_at_exit(tmp_path: Path) -> None:
+    """A command that is refused after its folder was made leaves nothing."""
+    (tmp_path / "existing").mkdir()
+    names = ("new/empty", "new/deep/empty", "full", "existing")
+    script = "from runtime.files import output_folder\nfrom pathlib import Path\n" + "".join(
+        f"output_folder(Path({str(tmp_path / name)!r}))\n" for name in names
+    )
+    script += (
+        f"Path({str(tmp_path / 'full/file')!r}).touch()\nassert Path({str(tmp_path / 'new/deep/empty')!r}).is_dir()"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"existing", "full", "full/file"}
+
+
 @pytest.mark.parametrize("inside", ["file", "file/below"])
 def test_output_folder_refuses_a_file_in_the_way(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").touch()
