@@ -1,11 +1,11 @@
 """Train a digit classifier, load the course's, and grade a folder of images as the course does.
 
-  python P1_classifier.py train --domain svhn              runs/p1_classifier/svhn/classifier.safetensors, with what the metrics need
+  python P1_classifier.py train --domain svhn              writes runs/p1_classifier/svhn/classifier.safetensors
   python P1_classifier.py grade out                        accuracy per domain, their mean, confusion, quality
   python P1_classifier.py train --data my/images --domain images       on images of your own, in a folder per class (docs/p1.md)
-  python P1_classifier.py grade out --mnistm-classifier hw2_data/Classifier.pth --svhn-classifier hub      the course's own classifiers
+  python P1_classifier.py grade out --mnistm-classifier hw2_data/Classifier.pth --svhn-classifier hub      the course's classifiers
 
-The graded folder is not changed. The course's own lines come last.
+`grade` changes nothing in the folder. The last lines it prints are those of the course's grader: the accuracies and their mean.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mnistm": {"epochs": 24, "recolour": 0.2, "fold": 1},
     "svhn": {"epochs": 43, "recolour": 1.0, "fold": 2},
 }
-OTHERS = DEFAULTS["svhn"]  # of other domains
+OTHERS = DEFAULTS["svhn"]  # for other domains
 BANK, REAL = 4000, 1000  # training and validation images whose features a classifier file keeps
 
 
@@ -79,26 +79,26 @@ class Train:
     """Train a classifier on one domain's training images; the same command continues a stopped training."""
 
     domain: str
-    """Whose digits: mnistm or svhn. Of your own images: the domain's folder, or `images` if the data folder holds the classes."""
+    """Domain to train on: mnistm or svhn. For your own images: the domain's folder in --data, or `images` if --data holds the classes."""
     data: Path = ROOT / "hw2_data" / "digits"
-    """Folder with mnistm/ and svhn/ (see hw2_data/README.md), or with a folder per class, or per domain and class."""
+    """Folder with mnistm/ and svhn/ (see hw2_data/README.md). For your own images: with CLASS/ or DOMAIN/CLASS/ folders."""
     output: Annotated[Path | None, default_hint("runs/p1_classifier/DOMAIN")] = None
     """Run folder for classifier.safetensors, checkpoint, TensorBoard and record.json."""
-    epochs: Annotated[int | None, default_hint("24 for mnistm, 43 for svhn, the smaller set, and others")] = None
+    epochs: Annotated[int | None, default_hint("24 for mnistm, 43 for svhn (the smaller set) and others")] = None
     """Passes over the training images."""
     recolour: Annotated[float | None, default_hint("0.2 for mnistm, 1 for svhn and others")] = None
     """Strength of the colour augmentation, 0..1."""
     fold: Annotated[Literal[1, 2] | None, default_hint("1 for mnistm, 2 for svhn and others")] = None
-    """2 folds patches of 2x2 pixels into channels first, which is three times as fast."""
+    """Side of the pixel patches that are folded into channels before the first layer. 2 = three times as fast; 1 = no folding."""
     batch: int = 128
     """Images per step."""
     lr: float = 4e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
     smoothing: float = 0.1
-    """Share of every label that is spread over all digits."""
+    """Label smoothing, 0..1: share of each label that is spread over all digits."""
     ema: float = 0.998
-    """Decay of the averaged weights, which the classifier file holds."""
+    """Decay per step of the weights' moving average (EMA). The classifier file holds this average."""
     save_every: int = 200
     """Steps between two checkpoints. 0 = only at the end."""
     seed: Seed = 0
@@ -109,13 +109,16 @@ class Train:
 
 
 def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Tensor:
-    """Return x [B,C,H,W] in -1..1 moved, turned, scaled, perhaps inverted, recoloured and noised, in -1..1."""
+    """Return x [B,C,H,W] in -1..1 augmented at random, in the same shape and range.
+
+    Images are warped, recoloured (strength 0..1) and noised; with `invert`, about half of them are negated.
+    """
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
 
     x = warp(x, draws)
-    if invert:  # a digit stays itself
+    if invert:  # the negative shows the same digit
         x = torch.where(between(0, 1) < 0.5, -x, x)
     grey = x.mean(1, keepdim=True)
     x = grey + between(1 - recolour, 1 + 0.2 * recolour) * (x - grey)
@@ -125,7 +128,7 @@ def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Te
 
 
 def warp(x: Tensor, draws: Draws) -> Tensor:
-    """Shift by up to 3 pixels, turn by up to 12 degrees, scale each side by up to 15 %."""
+    """Return x [B,C,H,W] at random shifted by up to 3 pixels, rotated by up to 12 degrees, each side scaled by up to 15 %."""
 
     def within(largest: float) -> Tensor:
         return largest * (2 * draws.uniform() - 1)
@@ -139,7 +142,7 @@ def warp(x: Tensor, draws: Draws) -> Tensor:
 
 
 def train(settings: Train) -> None:
-    """Train, grade on the validation images, write the classifier and record.json."""
+    """Train a classifier, measure its validation accuracy, and write classifier.safetensors and record.json."""
     # settings: None becomes the domain's default
     defaults = DEFAULTS.get(settings.domain, OTHERS)
     settings = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
@@ -214,12 +217,12 @@ def train(settings: Train) -> None:
 
 
 def with_reference(classifier: DigitClassifier, train: Digits, val: Digits, seed: int) -> DigitClassifier:
-    """Return the classifier with rounded weights, and the reference features made with them."""
+    """Round the classifier's weights to those that its file stores, set its `reference` (features of real images), and return it."""
     classifier.network.load_state_dict(round_weights(classifier.network))
     shuffle = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(split), generator=shuffle) for split in (train, val)]
     digits = torch.cat([train.digits[orders[0]], val.digits[orders[1]]])
-    even = 1 / digits.bincount()[digits]  # a graded folder holds every digit equally often, SVHN doesn't
+    even = 1 / digits.bincount()[digits]  # a graded folder holds every digit equally often, unlike SVHN
     real = [classifier.features(split.images[order]) for split, order in zip((train, val), orders, strict=True)]
     classifier.reference = make_reference(real[0], real[1], BANK, REAL, even)
     return classifier
@@ -230,23 +233,23 @@ def with_reference(classifier: DigitClassifier, train: Digits, val: Digits, seed
 
 @dataclass(frozen=True)
 class Grade:
-    """Grade a folder that holds mnistm/ and svhn/ with images named {digit}_{nnn}.png, or domains with {class}_{nnn}.png."""
+    """Grade a folder that holds mnistm/ and svhn/ with {digit}_{nnn}.png, or for your own images DOMAIN/{class}_{nnn}.png."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The graded folder; nothing is written into it."""
     mnistm_classifier: Path | None = None
     """The course's Classifier.pth or one of our classifier files; None = the shipped classifier."""
     svhn_classifier: Path | None = None
-    """Weights of timm's resnet34_svhn, the word hub (downloads them), or one of our classifier files; None = the shipped classifier."""
+    """Weights of timm's resnet34_svhn, `hub` to download them, or one of our classifier files; None = the shipped classifier."""
     classifiers: tuple[Path, ...] = ()
-    """For images of your own: files of the subcommand train, one per domain, in their order."""
+    """For images of your own: files written by the subcommand train, one per domain, in alphabetical order of the domains."""
     record: Path = Path("runs/grade/record.json")
     """JSON file for the results."""
     device: Device = "auto"
 
 
 def chosen_classifiers(settings: Grade, device: torch.device) -> list[DigitClassifier]:
-    """Load one classifier per domain; raise BadInput when a file holds the other domain's."""
+    """Load the classifiers that the flags name, one per domain; raise BadInput if one is for another domain or other images."""
     if settings.classifiers:
         if settings.mnistm_classifier or settings.svhn_classifier:
             raise BadInput("--classifiers names all classifiers: leave out --mnistm-classifier and --svhn-classifier")
@@ -268,7 +271,7 @@ def chosen_classifiers(settings: Grade, device: torch.device) -> list[DigitClass
 
 
 def grade(settings: Grade) -> None:
-    """Print accuracies, confusion and quality, and write the record."""
+    """Grade the folder: print confusion, quality metrics and accuracies, and write the record."""
     from pandas import DataFrame  # slow to import
 
     if settings.record.resolve().is_relative_to(settings.folder.resolve()):

@@ -1,7 +1,7 @@
-"""Digits of both domains: folders of PNG + CSV -> verified uint8 tensors -> balanced batches, indexed where the tensors live.
+"""Load the digits of both domains (MNIST-M, SVHN) as uint8 tensors from PNG and CSV files, and draw balanced batches.
 
 Other images may lie in the same layout or in a folder per class; `describe_data` returns what they are.
-Every image is decoded once into a memory-mapped cache.
+Images are decoded once, into a cache below the data folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SPLITS = {"train", "val", "valid", "validation", "test"}
 class Digits:
     """Labelled images [N,3,28,28] uint8, digits [N] int64 (0..9), domains [N] int64 (0 = mnistm, 1 = svhn).
 
-    Other images have the shape, classes and domains of `spec`.
+    Other images have the shape of `spec`, and as labels indices into its classes and domains.
     """
 
     images: Tensor
@@ -53,7 +53,6 @@ class Digits:
         return len(self.images)
 
     def to(self, device: torch.device) -> Digits:
-        """Return all three on `device`."""
         return Digits(self.images.to(device), self.digits.to(device), self.domains.to(device), self.spec)
 
     def fingerprint(self) -> int:
@@ -65,9 +64,10 @@ class Digits:
 
 
 def describe_data(root: Path) -> DataSpec:
-    """Return the classes, domains, channels and size of the images below `root`, judged by the first image.
+    """Return the DataSpec of the images below `root`: HOMEWORK for the homework's layout.
 
-    Raise BadInput for a folder in no layout that is read here.
+    For other images, the first one gives channels and size.
+    Raise BadInput for an unknown layout, a first image that is not square, or domains with different classes.
     """
     folders = domain_folders(root)
     if is_homework(root):
@@ -88,15 +88,16 @@ def describe_data(root: Path) -> DataSpec:
 
 
 def is_homework(root: Path) -> bool:
-    """Return whether `root` has the homework's layout, perhaps incomplete: mnistm/ or svhn/ with train.csv or data/, or no folder."""
+    """Return whether `root` has the homework's layout (mnistm/ or svhn/ with train.csv or data/) or holds no folder at all."""
     started = any((root / name / part).exists() for name in DOMAINS for part in ("train.csv", "data"))
     return started or not any(path.is_dir() for path in visible(root))
 
 
 def domain_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of every domain by name; `root` itself is the only domain if its folders are classes.
+    """Return {domain: folder}. If `root` itself holds one domain, that is {"images": root}.
 
-    A domain holds train.csv and data/, or a folder per class.
+    A domain's folder holds train.csv and data/, or a folder per class.
+    Raise BadInput if `root` is absent, if only some of its folders are domains, or if they are splits (train, val ..).
     """
     if not root.is_dir():
         raise BadInput(
@@ -119,21 +120,21 @@ def domain_folders(root: Path) -> dict[str, Path]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Return the classes of one domain, sorted: the labels of train.csv, or the names of the folders."""
+    """Return the sorted classes of the domain in `folder`: the labels in its train.csv, or else the names of its subfolders."""
     if (folder / "train.csv").is_file():
         return sorted(set(read_rows(folder / "train.csv").label))
     return [path.name for path in visible(folder) if path.is_dir()]
 
 
 def first_image(folder: Path) -> Path:
-    """Return the first image of one domain."""
+    """Return the path of the first image of the domain in `folder`."""
     csv = folder / "train.csv"
     table = read_rows(csv) if csv.is_file() else class_folders(folder)
     return images_folder(folder) / str(table.image_name.iloc[0])
 
 
 def images_folder(folder: Path) -> Path:
-    """Return the folder of one domain that its tables name images in."""
+    """Return the folder to which image names of a domain are relative: data/ if there is a train.csv, else `folder` itself."""
     return folder / "data" if (folder / "train.csv").is_file() else folder
 
 
@@ -141,7 +142,7 @@ def images_folder(folder: Path) -> Path:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Return the rows of a csv: image_name and label, both str, under their row number less 2."""
+    """Return the rows of a csv: image_name and label, both str, indexed by line number minus 2; raise BadInput for a malformed file."""
     import pandas as pd  # slow to import
 
     if not path.is_file():
@@ -165,7 +166,10 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_csv(path: Path, classes: Sequence[str] = HOMEWORK.classes) -> pd.DataFrame:
-    """Return the rows of a homework csv: image_name (str), label (int, a place in `classes`). Raise BadInput that names the row."""
+    """Return the rows of a csv: image_name (str) and label (int index into `classes`), indexed as by `read_rows`.
+
+    Raise BadInput for an unknown label or a repeated image.
+    """
     table = read_rows(path)
     valid = table.label.isin(classes)
     if not valid.all():
@@ -179,7 +183,10 @@ def read_csv(path: Path, classes: Sequence[str] = HOMEWORK.classes) -> pd.DataFr
 
 
 def class_folders(folder: Path) -> pd.DataFrame:
-    """Return the images below a folder per class as `read_csv` does; raise BadInput for a class without images."""
+    """Return a table like that of `read_csv`, with image_name CLASS/FILE, of the images in folder/CLASS/.
+
+    A label is the index of CLASS in sorted order. Raise BadInput for a class without images.
+    """
     import pandas as pd
 
     classes = images_by_class(folder)
@@ -188,7 +195,7 @@ def class_folders(folder: Path) -> pd.DataFrame:
 
 
 def read_any(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Read [C,H,W] uint8, C = 1 for a grey image, and (C, width, height). Raise BadInput on a broken file."""
+    """Return an image as [C,H,W] uint8, C = 1 for grey and else 3, and (C, width, height). Raise BadInput for a broken file."""
     with image_file(path) as file:
         channels = 1 if file.mode[0] in "1LI" else 3  # I: 16 bits of grey
         image = to_rgb(file)
@@ -196,7 +203,7 @@ def read_any(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
 
 
 def read_exactly(path: Path, spec: DataSpec) -> np.ndarray:
-    """Read [C,H,W] uint8; raise BadInput for an image of another size or number of channels."""
+    """Return an image as [C,H,W] uint8; raise BadInput unless it has the size and channels of `spec`."""
     pixels, (channels, width, height) = read_any(path)
     if (channels, width, height) != (spec.channels, spec.size, spec.size):
         raise BadInput(
@@ -207,7 +214,10 @@ def read_exactly(path: Path, spec: DataSpec) -> np.ndarray:
 
 
 def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
-    """Read [3,28,28] uint8 RGB; resize another size and append it to `resized`. Raise BadInput on a broken file."""
+    """Return an image as RGB [3,28,28] uint8; raise BadInput for a broken file.
+
+    An image of another size is resized, and a line about it is appended to `resized`, if given.
+    """
     image = read_image(path)
     if (image.width, image.height) != (SIZE, SIZE):
         if resized is not None:
@@ -220,7 +230,10 @@ def read_digit(path: Path, resized: list[str] | None = None) -> np.ndarray:
 
 
 def split_tables(folder: Path, spec: DataSpec = HOMEWORK) -> dict[Split, pd.DataFrame]:
-    """Return train and val rows of one domain; without val.csv a seeded 5 % of train is held out."""
+    """Return the train and val tables of the domain in `folder`, each as `read_csv` does.
+
+    Without val.csv, a fixed random 5 % of train are moved to val.
+    """
     by_class = spec != HOMEWORK and not (folder / "train.csv").is_file()
     train = class_folders(folder) if by_class else read_csv(folder / "train.csv", spec.classes)
     if (folder / "val.csv").is_file():
@@ -240,7 +253,7 @@ def split_tables(folder: Path, spec: DataSpec = HOMEWORK) -> dict[Split, pd.Data
 
 def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
     """Return a hash of every row and of every file's name, size and time; raise BadInput for a missing image."""
-    digest, images = hashlib.sha256(b"2"), images_folder(folder)  # 2: the cache's format
+    digest, images = hashlib.sha256(b"2"), images_folder(folder)  # 2: version of the cache's format
     for split, table in tables.items():
         digest.update(split.encode())
         for row, name, label in zip(table.index, table.image_name, table.label, strict=True):
@@ -255,7 +268,10 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
 
 
 def decode(paths: Sequence[Path], spec: DataSpec, title: str, resized: list[str]) -> Tensor:
-    """Read images in parallel: [N,C,H,W] uint8. Other sizes than the homework's are resized, and appended to `resized`."""
+    """Return the images as [N,C,H,W] uint8, read in parallel with the progress bar `title`.
+
+    The homework's are read by `read_digit`, with its list `resized`, others by `read_exactly`.
+    """
     images = np.empty((len(paths), *spec.shape), dtype=np.uint8)
     read = partial(read_digit, resized=resized) if spec == HOMEWORK else partial(read_exactly, spec=spec)
     with ThreadPoolExecutor() as pool:
@@ -274,12 +290,15 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def cache_header(key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return the header that a valid cache of these tensors has."""
+    """Return the header of a valid cache file: `key` and the checksum of the tensors."""
     return {"key": key, "crc32": str(checksum(tensors[name] for name in sorted(tensors)))}
 
 
 def load_domain(root: Path, domain: int, spec: DataSpec = HOMEWORK) -> dict[str, Tensor]:
-    """Load train_images, train_digits, val_images, val_digits (uint8) of one domain, from the cache if it is valid."""
+    """Return a dict of train_images, train_digits, val_images, val_digits, all uint8, for the domain with this index in `spec`.
+
+    They are read from the cache, or decoded and written to it.
+    """
     name = spec.domains[domain]
     folder = domain_folders(root)[name]
     tables = split_tables(folder, spec)
@@ -307,7 +326,7 @@ def load_domain(root: Path, domain: int, spec: DataSpec = HOMEWORK) -> dict[str,
 
 
 def load_digits(root: Path, split: Split, domains: Sequence[int] | None = None) -> Digits:
-    """Load one split of these domains (None: all) on the CPU; raise BadInput that names what is wrong with the data."""
+    """Load one split of the domains with these indices (None = all) on the CPU; raise BadInput that names a fault in the data."""
     spec = describe_data(root)
     domains = range(len(spec.domains)) if domains is None else domains
     parts = [load_domain(root, domain, spec) for domain in domains]
@@ -324,10 +343,10 @@ def load_digits(root: Path, split: Split, domains: Sequence[int] | None = None) 
 
 
 class BalancedIndex:
-    """A map from uniform numbers to rows, without a device sync.
+    """A random choice of images, as row numbers of `data`, balanced over domains and classes, without a device sync.
 
-    SVHN gets its share of a batch (None: as in the data), and its digits come equally often.
-    Of other images so do all domains, and the classes in each of them.
+    `svhn_share`: expected share of SVHN in a batch; for other images, all domains come equally often. None = as in the data.
+    `balance_digits`: SVHN's digits come equally often; for other images, so do the classes of each domain.
     """
 
     def __init__(self, data: Digits, svhn_share: float | None, balance_digits: bool):
@@ -349,7 +368,10 @@ class BalancedIndex:
         self.starts = (counts.cumsum(0) - counts).long().to(device)
 
     def __call__(self, which: Tensor, member: Tensor) -> Tensor:
-        """Map two uniform [B] in [0, 1) to row numbers [B]: `which` picks the group, `member` the image in it."""
+        """Return row numbers [B] int64 for two tensors [B] of uniform random numbers in [0, 1).
+
+        `which` picks a domain and class, `member` one of their images.
+        """
         group = torch.searchsorted(self.edges, which, right=True).clamp(max=len(self.edges) - 1)
         inside = (member * self.counts[group]).long()
         inside = torch.minimum(inside, self.counts[group].long() - 1)

@@ -47,13 +47,13 @@ from runtime.record import Record
 
 
 def shipped_default(name: str) -> Any:
-    """Return the help's default of a sampler flag: the checkpoint's value, and which it is for the shipped one."""
+    """Return the default that --help shows for a sampler flag: the checkpoint's value, with that of the shipped checkpoint."""
     return default_hint(f"the checkpoint's; shipped: {getattr(RECIPES['cpu'].sampler, name)}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags; sampler flags that are left out come from the checkpoint."""
+    """Flags of sampling. Sampler flags that are left out take the checkpoint's values."""
 
     output: Path
     """Folder for mnistm/ and svhn/, or for the checkpoint's domains. Files of the same names are replaced, others stay."""
@@ -64,27 +64,27 @@ class Settings:
     digits: Annotated[tuple[str, ...] | None, tyro.conf.arg(aliases=("--classes",)), default_hint("all, 0 1 .. 9")] = (
         None
     )
-    """Digits, or classes of other images by name."""
+    """Digits to sample. For a checkpoint of other images: names of its classes."""
     domains: Annotated[tuple[str, ...] | None, default_hint("all, mnistm svhn")] = None
-    """Domains, by name."""
+    """Names of the domains to sample."""
     sampler: Annotated[Literal["dpm", "ddim", "ddpm"] | None, shipped_default("name")] = None
-    """dpm = DPM-Solver++ in few steps; ddim = any eta and rule; ddpm = all T steps."""
+    """dpm = DPM-Solver++ in few steps; ddim = DDIM with any --eta and --rule; ddpm = DDPM over all T steps."""
     steps: Annotated[int | None, shipped_default("steps")] = None
-    """Sampling steps."""
+    """Sampling steps of dpm and ddim."""
     guidance: Annotated[float | None, shipped_default("guidance")] = None
     """Guidance scale: 1 = no guidance, at half the cost unless the checkpoint is distilled."""
     interval: Annotated[tuple[float, float] | None, shipped_default("interval")] = None
-    """Guidance is applied only at noise levels start <= t/T < end."""
+    """Two fractions: guidance is applied only at noise levels start <= t/T < end."""
     guidance_rescale: Annotated[float | None, shipped_default("rescale")] = None
-    """0..1, pulls the guided contrast back to the unguided one's."""
+    """0..1: pulls the contrast (standard deviation) of the guided output back to that of the unguided one. 0 = off."""
     eta: Annotated[float | None, shipped_default("eta")] = None
     """Randomness of ddim: 0 = none, 1 = as much as ddpm."""
     rule: Annotated[OneStateRule | None, shipped_default("rule")] = None
-    """Step rule of ddim."""
+    """Step rule of ddim, as listed by P2_ddim.py --help."""
     retries: int = 3
-    """An image that its classifier misreads is redrawn from another seed, at most so many times. 0 = off."""
+    """Most times that an image is redrawn from another seed because its domain's classifier misreads it. 0 = off."""
     classifiers: tuple[str, ...] = ("auto",)
-    """Files of P1_classifier.py, one per domain, for --retries. none = draw without.
+    """Files of P1_classifier.py, one per domain, for --retries. none = no retries.
     auto = the shipped ones for digits, none for other images."""
     seed: Seed = 0
     batch: int = 0
@@ -93,15 +93,15 @@ class Settings:
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     grid: Path | None = None
-    """Also save all images as one PNG: a row per domain and digit."""
+    """Also save all images as this one PNG: a row per domain and digit. None = no grid."""
     record: Path = ROOT / "runs" / "p1_inference" / "record.json"
     """JSON file for settings, timings and results."""
     dry_run: bool = False
-    """Check checkpoint, classifiers, disk and time, then stop."""
+    """Check checkpoint, classifiers and disk space, estimate the time, and stop without sampling."""
 
 
 def main(settings: Settings) -> None:
-    """Sample, redraw what is misread, write, record; several processes share the images."""
+    """Sample the images, redraw misread ones, write them and the record; several processes share the images."""
     check(settings)
     machine = detect(settings.device)
     precision = set_up(settings.precision, machine)
@@ -138,7 +138,7 @@ def main(settings: Settings) -> None:
     if settings.grid and settings.grid.resolve() in {name.resolve() for name in names}:
         raise BadInput(f"--grid {settings.grid} is the name of one of the pictures: name another file")
     classifiers = []
-    if settings.retries:  # a missing one shows before the work
+    if settings.retries:  # loaded now, so that a missing one is reported before the work
         classifiers = choose_classifiers(settings.classifiers, spec, machine.device)
         if not classifiers:
             log("no classifiers: no picture is redrawn")
@@ -181,7 +181,7 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise BadInput for counts, digits and batches that request nothing, and for places where nothing can be written."""
+    """Raise BadInput for an invalid --count, --retries or --batch, and for a --grid that can't be written."""
     if settings.count < 1:
         raise BadInput(f"--count {settings.count}: no pictures asked for")
     if settings.count > 999:
@@ -195,7 +195,7 @@ def check(settings: Settings) -> None:
 
 
 def chosen_labels(flag: str, names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the classes or domains that a flag names, each once; raise BadInput for one that the checkpoint lacks."""
+    """Return the names in `names` (None = all of `known`), each once; raise BadInput for an unknown one and for an empty list."""
     if names is None:
         return tuple(known)
     if not names:
@@ -207,7 +207,7 @@ def chosen_labels(flag: str, names: Sequence[str] | None, known: Sequence[str]) 
 
 
 def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
-    """Return the checkpoint's sampler with the flags that were given; raise BadInput for impossible numbers."""
+    """Return the checkpoint's sampler settings, changed by the flags; raise BadInput for an invalid value or a flag without effect."""
     flags = {f.name: f.name for f in fields(DigitSamplerConfig)} | {"name": "sampler", "rescale": "guidance_rescale"}
     changes = {name: value for name, flag in flags.items() if (value := getattr(settings, flag)) is not None}
     config = replace(DigitSamplerConfig.from_dict(network.sampler), **changes)
@@ -229,7 +229,10 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
 def count_misread(
     requests: Sequence[DigitRequest], first: Sequence[int], left: Sequence[int], domains: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Return how many images per domain the classifiers misread at the first try and after the retries, which they selected."""
+    """Return {"first_try": {domain: count}, "after_retries": {domain: count}} of misread images.
+
+    `first` and `left` are the rows of `requests` misread at the first try and after the retries.
+    """
 
     def per_domain(rows: Sequence[int]) -> dict[str, int]:
         counts = Counter(requests[row].domain for row in rows)
@@ -239,7 +242,7 @@ def count_misread(
 
 
 def warn_extra_files(names: Sequence[Path]) -> None:
-    """Print one line if the folders hold files that this run doesn't write."""
+    """Log one line if the folders of `names` hold files other than these."""
     ours, folders = set(names), sorted({name.parent for name in names})
     extra = sorted(path for folder in folders for path in folder.iterdir() if path not in ours)
     if extra:

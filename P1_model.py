@@ -1,9 +1,9 @@
-"""The conditional U-Net of P1 and its named presets.
+"""The conditional U-Net of P1, its named presets, and its checkpoint files.
 
 One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN), or the classes and domains of other images (`DataSpec`).
 It is conditioned on the timestep, the digit or class, and the domain.
-Either label may be dropped (a learned null), which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
-A distilled network takes the guidance scale as one more input instead, and one call per step (Meng et al. 2023, arXiv 2210.03142).
+Either label may be replaced by a null label, which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+A distilled network takes the guidance scale as an input. So guidance costs one call per step (Meng et al. 2023, arXiv 2210.03142).
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from runtime.validation import validate, validate_json
 from runtime.weights import describe, is_safetensors
 
 Module = TypeVar("Module", bound=nn.Module)
-FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # outputs are named by it
+FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # sampled images get it as folder or file name
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What the images of a data folder are: their classes, domains, channels and size in pixels. A label is a place in these lists."""
+    """Classes, domains, channels and size (height and width in pixels) of the images in a data folder.
+
+    A domain is a set of images in one style. Labels are indices into `classes` and `domains`.
+    """
 
     classes: Annotated[tuple[FolderName, ...], Field(min_length=1, max_length=256)]
     domains: Annotated[tuple[FolderName, ...], Field(min_length=1)]
@@ -49,12 +52,12 @@ class DataSpec:
 
     @property
     def no_class(self) -> int:
-        """The null label in the place of a class."""
+        """The null label of the class: one more than the last index."""
         return len(self.classes)
 
     @property
     def no_domain(self) -> int:
-        """The null label in the place of a domain."""
+        """The null label of the domain: one more than the last index."""
         return len(self.domains)
 
     @property
@@ -65,7 +68,7 @@ class DataSpec:
 
 COLOURS = {1: "grey", 3: "RGB"}
 HOMEWORK = DataSpec(tuple("0123456789"), ("mnistm", "svhn"))
-# of the homework's data alone
+# shorthands for the homework's data
 DIGITS, DOMAINS = len(HOMEWORK.classes), HOMEWORK.domains
 NO_DIGIT, NO_DOMAIN, IMAGE_SHAPE = HOMEWORK.no_class, HOMEWORK.no_domain, HOMEWORK.shape
 
@@ -83,13 +86,13 @@ class ModelConfig:
     head_channels: int = 32
     conditioning: Literal["embedding", "onehot"] = "embedding"
     timesteps: int = 1000  # T; the one-hot conditioning receives t/T
-    spec: DataSpec = HOMEWORK  # of the images it is trained on
-    max_guidance: Annotated[FiniteFloat, Field(gt=1)] | None = None  # of the scales 1 .. this that it takes as an input
+    spec: DataSpec = HOMEWORK  # of the training images
+    max_guidance: Annotated[FiniteFloat, Field(gt=1)] | None = None  # a distilled network takes scales 1 .. this
 
 
 SHIPPED = ModelConfig((64, 160), (False, True), blocks=1, patch=2)  # on 14x14 patches of 2x2 pixels
 PRESETS = {
-    # the report's recipe: full resolution, 128 features, 12-way one-hot context times a mask, t/T in
+    # the report's recipe: full resolution, 128 features, 12 one-hot label inputs times a mask, t/T as an input
     "report": ModelConfig((128, 256, 256), (False, False, True), conditioning="onehot", timesteps=500),
     # the shipped size, which two CPU cores can train
     "cpu": SHIPPED,
@@ -112,12 +115,12 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 def perceptron(inputs: int, outputs: int, activation: nn.Module) -> nn.Sequential:
-    """Return two linear layers around an activation: [B,inputs] -> [B,outputs]."""
+    """Return two linear layers with an activation in between: [B,inputs] -> [B,outputs]."""
     return nn.Sequential(nn.Linear(inputs, outputs), activation, nn.Linear(outputs, outputs))
 
 
 class EmbeddingConditioning(nn.Module):
-    """Sum of a timestep embedding and learned digit and domain embeddings, each table with one more row for the null label."""
+    """Sum of a timestep embedding and of learned digit and domain embeddings. A null label has a learned embedding, too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -133,7 +136,7 @@ class EmbeddingConditioning(nn.Module):
 
 
 class OneHotConditioning(nn.Module):
-    """The report's conditioning: one-hot digit and domain (10 and 2), all zeros for the null label, and t/T as one number."""
+    """Conditioning of the preset `report`: perceptrons of t/T and of one-hot digit and domain. A null label is all zeros."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -143,7 +146,7 @@ class OneHotConditioning(nn.Module):
 
     def forward(self, t: Tensor, digit: Tensor, domain: Tensor) -> Tensor:
         """Map t, digit, domain, each [B] int64, to [B,embedding]."""
-        # the null label, one more than there are, becomes all zeros
+        # the null label, whose index is `count`, becomes all zeros
         labels = zip((digit, domain), self.counts, strict=True)
         ones = [F.one_hot(label, count + 1)[:, :count] for label, count in labels]
         context = self.context(torch.cat(ones, dim=1).float())
@@ -152,7 +155,10 @@ class OneHotConditioning(nn.Module):
 
 
 class GuidanceEmbedding(nn.Module):
-    """Embedding of the guidance scale w, u perceptron(u) with u = (w - 1) / (max_guidance - 1): none at w = 1; starts at zero."""
+    """Embedding u * perceptron(u) of the guidance scale w, with u = (w - 1) / (max_guidance - 1).
+
+    It is zero at w = 1. Before training it is zero for every w.
+    """
 
     def __init__(self, max_guidance: float, embedding: int):
         super().__init__()
@@ -171,7 +177,7 @@ class GuidanceEmbedding(nn.Module):
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Zero-initialise a module, so that its residual branch starts as the identity."""
+    """Set the module's parameters to zero and return it. A residual branch that ends in it then starts at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -183,7 +189,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice; the embedding scales and shifts in between (Dhariwal & Nichol 2021)."""
+    """Residual block: twice GroupNorm, SiLU, conv. The embedding scales and shifts the second norm's output (Dhariwal & Nichol 2021)."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int):
         super().__init__()
@@ -202,7 +208,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over all positions."""
+    """Multi-head self-attention over all positions, as a residual branch."""
 
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
@@ -222,24 +228,23 @@ class SelfAttention(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Double the resolution: [B,C,H,W] -> [B,C',2H,2W]."""
+    """Nearest-neighbour upsampling, then a 3x3 convolution: [B,inputs,H,W] -> [B,outputs,2H,2W]."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
         self.upsample: Callable[[Tensor], Tensor] = double  # training/cpu_layers.py may replace it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Upsample, then convolve."""
         return super().forward(self.upsample(x))
 
 
 def double(x: Tensor) -> Tensor:
-    """[B,C,H,W] -> [B,C,2H,2W], nearest neighbour."""
+    """Return x [B,C,H,W] as [B,C,2H,2W], by nearest neighbour."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Stage(nn.Module):
-    """A sequence of modules, of which the residual blocks take the embedding."""
+    """A sequence of modules that passes the embedding to its residual blocks only."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
@@ -256,10 +261,10 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B,3,28,28], t [B] int, digit [B] int (10 = null), domain [B] int (2 = null) -> [B,3,28,28].
+    """The network: x [B,3,28,28], t [B] int, digit [B] int (10 = null), domain [B] int (2 = null) -> eps or v [B,3,28,28].
 
-    Other images have the shape and the null labels of the config's `spec`. The schedule defines the meaning of the output (eps or v).
-    With `max_guidance` the output is the guided one at the scales `guidance` [B]. None = 1.
+    For other images, config.spec gives the shape and the null labels. The network's schedule says which of eps and v it is.
+    A distilled network (config.max_guidance is set) returns the guided output at the scales `guidance` [B]. None = scale 1.
     """
 
     def __init__(self, config: ModelConfig):
@@ -285,7 +290,7 @@ class UNet(nn.Module):
                 self.down.append(Stage(nn.Conv2d(width, channels, 3, stride=2, padding=1)))
                 skips.append(width := channels)
             for _ in range(config.blocks):
-                attentions = [attention(channels)] if attend else []  # made first: the order fixes a seed's weights
+                attentions = [attention(channels)] if attend else []  # made first: weights are drawn in this order
                 self.down.append(Stage(residual(width, channels), *attentions))
                 skips.append(width := channels)
 
@@ -313,7 +318,7 @@ class UNet(nn.Module):
         self.guidance = GuidanceEmbedding(config.max_guidance, config.embedding) if config.max_guidance else None
 
     def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Predict eps or v; a skip connection goes from every stage of the way down to one of the way up."""
+        """Return the prediction [B,C,H,W], eps or v, for x [B,C,H,W]; t, digit, domain and guidance are [B]."""
         embedding = self.conditioning(t, digit, domain)
         if guidance is not None:
             assert self.guidance is not None, "the network takes no guidance scale"
@@ -334,29 +339,29 @@ class UNet(nn.Module):
 
 @dataclass(frozen=True)
 class DigitSamplerConfig:
-    """How noise becomes a digit; a checkpoint holds its default."""
+    """Settings of sampling. A checkpoint stores those that are the default for its network."""
 
-    name: Literal["dpm", "ddim", "ddpm"] = "dpm"  # DPM-Solver++ (2M); any eta and rule; all T steps
+    name: Literal["dpm", "ddim", "ddpm"] = "dpm"  # DPM-Solver++ (2M); DDIM; DDPM over all T steps
     steps: PositiveInt = 12
     guidance: FiniteFloat = 2.5  # scale: 0 ignores the digit, 1 is no guidance
     interval: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)  # of t/T in which guidance is applied
     rescale: FiniteFloat = 0.0  # guidance rescale
-    eta: FiniteFloat = 0.0
-    rule: OneStateRule = "trailing"
+    eta: FiniteFloat = 0.0  # of ddim
+    rule: OneStateRule = "trailing"  # of ddim
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DigitSamplerConfig:
-        """Return the settings that a checkpoint carries; unknown keys are ignored, unknown samplers refused."""
+        """Return the settings in a checkpoint's `sampler`. Unknown keys are ignored; raise BadInput for an unknown value."""
         return validate(DigitSamplerConfig, values, "sampler of the checkpoint")
 
     def passes(self, timesteps: int) -> int:
-        """Return the number of network calls: ancestral sampling takes all T."""
+        """Return the number of sampling steps: all `timesteps` for ddpm, else `steps`."""
         return timesteps if self.name == "ddpm" else self.steps
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network with its schedule, default sampler settings and origin."""
+    """A trained U-Net with its noise schedule, its default sampler settings, and facts about its training (`origin`)."""
 
     unet: UNet
     schedule: Schedule
@@ -370,15 +375,19 @@ class Network:
         return self.unet.config.spec
 
     def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor], guidance: float = 1.0) -> Tensor:
-        """Return the output for x [B,C,H,W] at step t; labels are (digit, domain), each [B]. Only a distilled one takes `guidance`."""
+        """Return the prediction for x [B,C,H,W] at timestep t; labels are (digit, domain), each [B].
+
+        Only a distilled network takes a `guidance` scale other than 1.
+        """
         scales = [] if guidance == 1 else [torch.full((len(x),), guidance, device=x.device)]
         output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels, *scales)
         return output
 
     def guided(self, digit: Tensor, domain: Tensor, guidance: Guidance) -> Denoise:
-        """Return a denoiser with guidance for labels [B]: uncond knows the domain, but not the digit.
+        """Return a denoiser (x, t) -> guided prediction for the labels digit and domain, each [B].
 
-        A distilled network runs once a step, others twice. Raise BadInput as `check_guidance` does.
+        The unconditional prediction keeps the domain, but not the digit. It doubles a step's cost, except in a distilled network.
+        Raise BadInput as `check_guidance` does.
         """
         self.check_guidance(guidance)
         total, labels = len(self.schedule), (digit, domain)
@@ -388,7 +397,7 @@ class Network:
         return guided(self, labels, both, guidance, total)
 
     def check_guidance(self, guidance: Guidance, flag: str = "--guidance") -> None:
-        """Raise BadInput for a guidance that a distilled network does not take."""
+        """Raise BadInput if the network is distilled and the scale is outside 1 .. max_guidance, or rescale is not 0."""
         if not (largest := self.unet.config.max_guidance):
             return
         if not 1 <= guidance.scale <= largest:
@@ -415,7 +424,7 @@ class NetworkHeader:
 
 
 def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float32) -> None:
-    """Write one safetensors file; everything but the weights is JSON in its header."""
+    """Write one safetensors file: the weights in `dtype`, and everything else as JSON in its header."""
     schedule = network.schedule_name, len(network.schedule), network.schedule.prediction
     header = NetworkHeader("P1 digit diffusion", network.unet.config, *schedule, network.sampler, network.origin)
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in network.unet.state_dict().items()}
@@ -423,7 +432,10 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 
 
 def header_json(header: Any) -> str:
-    """Return the header of a network or classifier as JSON, without defaults that earlier versions do not know."""
+    """Return the header of a network or classifier as JSON.
+
+    `spec` and `max_guidance` are left out at their defaults, because earlier versions refuse these keys.
+    """
     values = asdict(header)
     if header.model.spec == HOMEWORK:
         del values["model"]["spec"]
@@ -433,7 +445,7 @@ def header_json(header: Any) -> str:
 
 
 def load_network(path: Path, device: torch.device) -> Network:
-    """Load a network in fp32, channels_last; raise BadInput for a file of another kind or layout."""
+    """Load a checkpoint with fp32 weights, without gradients; raise BadInput for a file of another kind or layout."""
     if "network" not in safetensors_metadata(path):
         kind = describe(load_tensors(path)) or "no header"
         form = "safetensors" if is_safetensors(path) else "torch"
@@ -453,7 +465,7 @@ def load_network(path: Path, device: torch.device) -> Network:
 
 
 def load_weights(network: Module, weights: dict[str, Tensor], path: Path) -> Module:
-    """Load weights into the network and return it; raise BadInput that names missing, unexpected, misshapen or infinite ones."""
+    """Load weights into the network and return it; raise BadInput that names a missing, unexpected, misshapen or non-finite one."""
     try:
         network.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:  # torch's first line names only the class

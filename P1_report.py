@@ -2,7 +2,7 @@
 
   python P1_report.py --output runs/p1_report                all of them
   python P1_report.py --output runs/p1_report --figures grid reverse
-  python P1_report.py --model runs/p1/best.safetensors --figures diagnose animation      does one's own training obey its labels?
+  python P1_report.py --model runs/p1/best.safetensors --figures diagnose animation      does your training obey its labels?
   python P1_report.py --model runs/p1/best.safetensors --scales 1 2 4 --sweep-count 50
 
 Classes and domains are those of the checkpoint. Without classifiers there is no sweep.
@@ -62,8 +62,8 @@ class Settings:
     figures: tuple[Literal["grid", "reverse", "animation", "diagnose", "sweep"], ...] = (
         "grid", "reverse", "animation", "diagnose", "sweep",
     )  # fmt: skip
-    """grid = digits by noise; reverse = six moments of DDPM; animation = every digit from noise to image, a WebP;
-    diagnose = how far other labels move the prediction, at ten timesteps; sweep = accuracy and variety by guidance scale."""
+    """grid = digits from ten shared noises; reverse = six states of DDPM; animation = every digit from noise to image (WebP);
+    diagnose = how far other labels move the predicted image, at ten timesteps; sweep = accuracy and variety per guidance scale."""
     scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
     """Guidance scales of the sweep."""
     sweep_count: int = 20
@@ -78,7 +78,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Draw the figures."""
+    """Draw the figures and write record.json."""
     check_positive(settings, "sweep_count", "batch")
     if not settings.figures:
         raise BadInput("--figures names none: nothing to draw")
@@ -119,7 +119,7 @@ def main(settings: Settings) -> None:
                 rows = sweep(sampler, classifiers, requests, settings.scales)
             record.metrics["sweep"] = rows
             paths.append(sweep_figure(rows, settings.sweep_count * len(spec.classes), spec, folder))
-    finally:  # a figure that fails costs no numbers
+    finally:  # the numbers are saved even if a figure fails
         record.metrics["figures"] = [path.name for path in paths]
         record.save(folder / "record.json")
     print("\n".join(map(str, paths)))
@@ -131,7 +131,7 @@ def title_of(domain: str) -> str:
 
 
 def grid_figure(sampler: DigitSampler, domain: int, seed: int, folder: Path) -> Path:
-    """Draw 10x10 digits of one domain: a row per digit, one noise for each whole column."""
+    """Draw 10x10 digits of one domain, a row per digit, all of a column from the same noise; return the path."""
     classes, name = sampler.network.spec.classes, sampler.network.spec.domains[domain]
     seeds = distinct_seeds((seed, column) for column in range(10))
     requests = [DigitRequest(digit, domain, column_seed) for digit in range(len(classes)) for column_seed in seeds]
@@ -142,7 +142,10 @@ def grid_figure(sampler: DigitSampler, domain: int, seed: int, folder: Path) -> 
 
 
 def reverse_process(network: Network, requests: Sequence[DigitRequest]) -> dict[int, Tensor]:
-    """Return x_t of every image [B,3,28,28] at the report's timesteps, scaled to this T, by ancestral sampling (DDPM)."""
+    """Sample by DDPM and return {t: x_t [B,3,28,28]} at six timesteps from noise to image.
+
+    These are TIMESTEPS, the report's, rescaled to the network's T.
+    """
     total = len(network.schedule)
     timesteps = [max(1, round(t * total / TIMESTEPS[0])) for t in TIMESTEPS]
     states = {total: draw(generators([request.seed for request in requests]), network.spec.shape, torch.device("cpu"))}
@@ -156,7 +159,7 @@ def reverse_process(network: Network, requests: Sequence[DigitRequest]) -> dict[
 
 
 def reverse_figure(network: Network, seed: int, folder: Path) -> Path:
-    """Draw the first "0" of both domains, or the first class of all, from noise to image."""
+    """Draw one image of the first class (the digit 0) per domain at six timesteps, from noise to image; return the path."""
     spec = network.spec
     requests = graded_requests(seed, 1, [0], spec=spec)
     log("reverse process: all steps of DDPM")
@@ -169,7 +172,7 @@ def reverse_figure(network: Network, seed: int, folder: Path) -> Path:
 
 
 def animation(network: Network, seed: int, folder: Path) -> Path:
-    """Write every digit of both domains on its way from noise to image, by DDIM: a row per domain."""
+    """Write an animation of one image per digit and domain, from noise to image by DDIM, a row per domain; return the path."""
     requests = graded_requests(seed, 1, spec=network.spec)
     states = [draw(generators([request.seed for request in requests]), network.spec.shape, torch.device("cpu"))]
     steps = min(ANIMATION_STEPS, len(network.schedule))
@@ -181,14 +184,15 @@ def animation(network: Network, seed: int, folder: Path) -> Path:
     return path
 
 
-Effects = dict[str, dict[str, list[float]]]  # {domain: {"t": timesteps, change of the labels: distances}}
+Effects = dict[str, dict[str, list[float]]]  # {domain: {"t": timesteps, name of a change: distances}}
 
 
 @torch.inference_mode()
 def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequest]) -> Effects:
-    """Return how far another label, and none, moves the x0 that the network predicts for the noised images [N,3,28,28].
+    """Return per domain how far another or a null label moves the x0 that the network predicts from noised `images` [N,3,28,28].
 
-    Distances are root mean squares over pixels in -1..1. "error" is the distance of the prediction to the image itself.
+    The distances are root mean squares over pixels in -1..1, at ten timesteps.
+    "error" is the distance between the image and the x0 predicted with its right labels.
     """
     spec, (digit, domain) = network.spec, labels_of(requests, images.device)
     classes, domains = len(spec.classes), len(spec.domains)
@@ -202,7 +206,7 @@ def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequ
     for name, count in {"another digit": classes, "another domain": domains}.items():
         if count == 1:
             del changes[name]
-    # other noise than that which the images came from
+    # not the noise that the images were sampled from
     seeds = distinct_seeds([(request.seed, 1) for request in requests], [request.seed for request in requests])
     eps, schedule = draw(generators(seeds), spec.shape, images.device), network.schedule
     effects: Effects = {name: {"t": []} for name in spec.domains}
@@ -221,7 +225,7 @@ def label_effects(network: Network, images: Tensor, requests: Sequence[DigitRequ
 
 
 def diagnose(sampler: DigitSampler, seed: int) -> Effects:
-    """Sample a few digits; print and return the effects of their labels."""
+    """Sample two images per digit and domain; print and return their `label_effects`."""
     requests = graded_requests(seed, DIAGNOSED, spec=sampler.network.spec)
     images = sampler.images(requests, "digits to diagnose")
     effects = label_effects(sampler.network, images.to(next(sampler.network.unet.parameters()).device), requests)
@@ -234,7 +238,7 @@ def diagnose(sampler: DigitSampler, seed: int) -> Effects:
 
 
 def effects_figure(effects: Effects, folder: Path) -> Path:
-    """Draw the distances over t, a panel per domain."""
+    """Draw the distances of `label_effects` over t, a panel per domain; return the path."""
     path, timesteps = folder / "label_effects.png", next(iter(effects.values()))["t"]
     panels = {
         title_of(domain): {name: values for name, values in columns.items() if name != "t"}
@@ -250,7 +254,10 @@ def sweep(
     requests: Sequence[DigitRequest],
     scales: Sequence[float],
 ) -> list[dict[str, float]]:
-    """Print and return accuracy, Frechet distance, recall and precision per domain for every guidance scale."""
+    """Sample the requests at every guidance scale; print and return one row per scale.
+
+    A row holds "scale" and, per domain, accuracy, frechet, recall and precision.
+    """
     rows = []
     digits, domains = labels_of(requests)
     for scale in scales:
@@ -268,7 +275,7 @@ def sweep(
 
 
 def sweep_figure(rows: list[dict[str, float]], count: int, spec: DataSpec, folder: Path) -> Path:
-    """Draw accuracy, Frechet distance and recall against the guidance scale, a line per domain."""
+    """Draw accuracy, Frechet distance and recall over the guidance scale, a line per domain; return the path."""
     path = folder / "guidance_sweep.png"
     panels = {
         name: {title_of(domain): [row[f"{domain}_{key}"] for row in rows] for domain in spec.domains}

@@ -1,9 +1,9 @@
 """Train one conditional diffusion model for the digits of both domains, or for images of your own.
 
-  python P1_training.py                              preset, precision and data are detected; continues the run folder's checkpoint
+  python P1_training.py                              detects preset, precision and data; continues the run folder's checkpoint
   python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
   python P1_training.py --data my/images --output runs/mine          a folder per class, or per domain and class (docs/p1.md)
-  python P1_training.py --distill runs/p1/best.safetensors --output runs/fast       folds guidance in: half the calls of an image
+  python P1_training.py --distill runs/p1/best.safetensors --output runs/fast       distills guidance into one call per step: half the cost
   accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
 
 Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same command continues from it.
@@ -62,19 +62,19 @@ class Settings:
     """Flags of a training; None takes the preset's value."""
 
     data: Path = ROOT / "hw2_data" / "digits"
-    """Folder with mnistm/ and svhn/ (see hw2_data/README.md), or with a folder per class, or per domain and class."""
+    """Folder with mnistm/ and svhn/ (see hw2_data/README.md). For your own images: with CLASS/ or DOMAIN/CLASS/ folders."""
     output: Path = Path("runs/p1")
     """Run folder: checkpoint, best weights, sample sheets, TensorBoard, record.json."""
     preset: Literal["auto", "report", "tiny", "cpu", "gpu", "large"] = "auto"
     """Network and recipe. auto = gpu if there is a GPU, else cpu."""
     steps: Annotated[int | None, default_hint(preset_values("steps"))] = None
-    """Optimizer steps in all; more may be given when a run continues."""
+    """Optimizer steps in total. A run that continues may be given more."""
     batch: Annotated[int | None, default_hint(preset_values("batch"))] = None
     """Images per step over all processes."""
     lr: Annotated[float | None, default_hint(preset_values("lr"))] = None
     """Peak learning rate of AdamW."""
     warmup: int = 200
-    """Steps over which the learning rate rises."""
+    """Steps at the start over which the learning rate rises to --lr."""
     decay: float = 0.5
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     decay_shape: Literal["linear", "cosine"] = "linear"
@@ -85,33 +85,33 @@ class Settings:
     min_snr: Annotated[float | None, default_hint(preset_values("min_snr"))] = None
     """Gamma of the min-SNR loss weight (Hang et al. 2023). 0 = off."""
     drop_digit: float = 0.15
-    """Share of images trained without their digit, which guidance needs."""
+    """Share of images trained with the null label as digit, 0..1. Guidance needs it above 0."""
     drop_domain: float = 0.1
-    """Share of images trained without their domain."""
+    """Share of images trained with the null label as domain, 0..1."""
     svhn_share: float | None = 0.6
-    """Share of SVHN, the harder domain, in every batch; domains of other data are sampled equally often. None = as in the data."""
+    """Expected share of SVHN, the harder domain, in a batch, 0..1. For other data: all domains equally often. None = as in the data."""
     balance_digits: bool = True
-    """Sample the digits of SVHN, which is unbalanced, equally often, and the classes of other data."""
+    """Sample SVHN's digits, which are unbalanced, equally often. For other data: the classes of each domain."""
     ema: Annotated[float | None, default_hint(preset_values("ema"))] = None
-    """Decay of the weights' average (EMA), which is what is graded and kept."""
+    """Decay per step of the weights' average (EMA), which is graded and saved."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm. inf = any."""
+    """Gradients are clipped to this norm. inf = no clipping."""
     seed: Seed = 0
     """Seed of the initial weights and of all random numbers of the training."""
     device: Device = "auto"
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile. auto = where it pays (2,000 steps or more on CUDA, 500 on a CPU with bf16) and a compiler works."""
+    """torch.compile. auto = on from 2,000 steps on CUDA, from 500 on a CPU with bf16, if a compiler works; else off."""
     classifiers: tuple[str, ...] = ("auto",)
-    """Files of P1_classifier.py, one per domain, whose accuracy chooses the weights. none = the validation loss chooses.
+    """Files of P1_classifier.py, one per domain, whose accuracy chooses the best weights. none = the validation loss chooses.
     auto = the shipped ones for the homework's digits, none for other data."""
     eval_every: int = 1000
-    """Steps between two gradings. 0 = only at the end."""
+    """Steps between two gradings of samples. 0 = only at the end."""
     eval_count: int = 10
     """Images per digit and domain in each of these gradings."""
     candidates: int = 3
-    """Weights with the best gradings, which are graded again with more images at the end."""
+    """Number of best-graded weights to grade again at the end, with more images."""
     final_count: int = 50
     """Images per digit and domain in that last grading."""
     save_every: int = 500
@@ -120,9 +120,9 @@ class Settings:
     """Steps between two reports of the loss."""
     track: Track = None
     init: Path | None = None
-    """Weights to start from (best.safetensors or shipped), with a new optimizer. None = random ones."""
+    """Checkpoint with weights to start from (best.safetensors or shipped), with a new optimizer. None = random weights."""
     distill: Path | None = None
-    """Checkpoint whose guided output the network learns, from its weights, with the guidance scale as an input: one call per step."""
+    """Checkpoint to distill: the network starts from its weights and learns its guided output, at one call per step. None = off."""
     max_guidance: float = 7.0
     """Largest guidance scale that --distill learns; it trains on scales from 1 to this."""
     resume: Literal["auto", "never"] = "auto"
@@ -130,9 +130,9 @@ class Settings:
 
 
 def resolve_recipe(settings: Settings, preset: str, source: Network | None = None) -> TrainingRecipe:
-    """Return the preset's recipe with the flags that were given; raise BadInput for impossible numbers.
+    """Return the preset's recipe, with the values replaced that flags set; raise BadInput for an invalid value.
 
-    The network to distill decides schedule and prediction.
+    `source` is the network to distill, which decides schedule and prediction. None = no distillation.
     """
     flags = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **flags)
@@ -154,7 +154,7 @@ def resolve_recipe(settings: Settings, preset: str, source: Network | None = Non
 
 
 def main(settings: Settings) -> None:
-    """Train, grade on the way, keep the best candidate."""
+    """Train, grade the averaged weights at intervals, and save the best ones as best.safetensors."""
     from accelerate import Accelerator  # slow to import
 
     # the machine and the recipe
@@ -213,7 +213,7 @@ def main(settings: Settings) -> None:
         compile_network(each, device)
     model, optimizer = accelerator.prepare(unet, adamw)
 
-    # the run: continues from its checkpoint where there is one
+    # the run: continues from its checkpoint if there is one
     facts = facts_of(settings, preset, recipe, spec) | {"data": data.fingerprint()}
     loop, trained = loop_config(settings, recipe, precision, compiled), Trained(unet, optimizer, ema)
     run = TrainingRun(loop, facts, trained, record, accelerator, resume=settings.resume == "auto")
@@ -267,7 +267,7 @@ def main(settings: Settings) -> None:
 
 
 def network_to_distill(settings: Settings, path: Path) -> Network:
-    """Load the network to distill; raise BadInput for a distilled one, and for flags that it decides."""
+    """Load the network to distill; raise BadInput if it is distilled already, or if a flag sets what this network decides."""
     for name in ("preset", "schedule", "prediction", "init"):
         if (value := getattr(settings, name)) not in ("auto", None):
             raise BadInput(f"--{name} {value}: the checkpoint of --distill decides it, leave it out")
@@ -280,9 +280,9 @@ def network_to_distill(settings: Settings, path: Path) -> Network:
 
 
 def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
-    """Load the weights to start from; raise BadInput unless images, layout and schedule are those of this training.
+    """Return the weights of the checkpoint `path`; raise BadInput unless its images, layout and schedule are those of this training.
 
-    A distilled network is started from as its conditional network, which it is at guidance scale 1.
+    The embedding of the guidance scale is left out of a distilled checkpoint. The rest is the conditional network.
     """
     start = load_network(path, torch.device("cpu"))
     if start.spec != config.spec:
@@ -294,7 +294,7 @@ def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: Traini
 
 
 def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, compiled: bool) -> LoopConfig:
-    """Return how the shared loop runs this training."""
+    """Return the settings with which the shared training loop runs this training."""
     return LoopConfig(
         "P1 training",
         settings.output,
@@ -312,7 +312,7 @@ def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, comp
 
 
 def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: DataSpec) -> dict[str, Any]:
-    """Return what decides the weights, apart from the data: a run may only continue with the same."""
+    """Return the settings that decide the weights, apart from the data. A run continues only if they are unchanged."""
     names = (
         "warmup", "decay", "decay_shape", "drop_digit", "drop_domain", "svhn_share", "balance_digits", "max_grad_norm", "seed",
     )  # fmt: skip
@@ -320,7 +320,7 @@ def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: Data
     recipe_facts = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "sampler")}
     init, distill = (file and file_fingerprint(file) for file in (settings.init, settings.distill))
     starts = {"init": init, "distill": distill, "max_guidance": settings.max_guidance if distill else None}
-    # what ranks the candidates; None = by default
+    # what ranks the candidates; None = the default
     files = (
         [] if {*settings.classifiers} <= {"auto", "none"} else [file_fingerprint(Path(f)) for f in settings.classifiers]
     )
@@ -335,21 +335,24 @@ def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: Data
 def averaged_network(
     ema: Ema, schedule: Schedule, preset: str, recipe: TrainingRecipe, settings: Settings, step: int
 ) -> Network:
-    """Return the averaged weights with all that sampling needs."""
+    """Return the averaged weights (no copy) as a Network with all that sampling needs."""
     plain = {k: v for k, v in asdict(settings).items() if not isinstance(v, Path) and k not in ("classifiers", "track")}
     origin = {"preset": preset, "step": step, "recipe": asdict(recipe), "settings": plain}
     return Network(cast(UNet, ema.module.eval()), schedule, recipe.schedule, asdict(recipe.sampler), origin)
 
 
 SHEET = 10  # images per class and domain on a sheet of samples
-NOISES = 8  # validation images for one that is sampled, which costs more
+NOISES = 8  # validation images per sampled image: a loss costs less than a sample
 
 
 @torch.inference_mode()
 def validation_loss(
     network: Network, count: int, seed: int, data: Digits, weight: Weight | None, teacher: Teacher | None = None
 ) -> float:
-    """Return the mean loss over NOISES * count random validation images per class and domain, on average; a seed fixes images and noise."""
+    """Return the mean loss over NOISES * count * classes * domains random validation images.
+
+    The seed fixes all random numbers. With a teacher, the target is its guided output.
+    """
     schedule, device = network.schedule, data.images.device
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
     total, loss = NOISES * count * len(data.spec.classes) * len(data.spec.domains), 0.0
@@ -368,9 +371,9 @@ def validation_loss(
 
 
 class Grading:
-    """Samples of the averaged weights, the classifiers' accuracies on them, and the weights with the best ones.
+    """The gradings of a training: samples of the averaged weights, their scores, and the best weights as files.
 
-    Without classifiers the best weights are those with the least validation loss.
+    The score is the classifiers' mean accuracy on the samples, or without classifiers the validation loss.
     """
 
     def __init__(
@@ -382,7 +385,10 @@ class Grading:
         classifiers: list[DigitClassifier],
         validate: Callable[[Network, int, int], float] | None,
     ):
-        """`averaged` returns the network of a step, `validate` its loss; only the main process grades."""
+        """Delete the candidates of an earlier run, unless this run continues it.
+
+        `averaged(step)` returns the network to grade, `validate(network, count, seed)` its loss (None = use classifiers).
+        """
         self.settings, self.run, self.averaged, self.device = settings, run, averaged, device
         self.classifiers, self.validate = classifiers, validate
         self.history: list[dict[str, Any]] = run.history.setdefault("gradings", [])
@@ -392,9 +398,9 @@ class Grading:
         self.started = time.perf_counter()
 
     def score(self, network: Network, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
-        """Sample `count` images per digit and domain; return the accuracies and the images [N,C,H,W] uint8.
+        """Sample `count` images per digit and domain; return the accuracies (per domain and mean) and the images [N,C,H,W] uint8.
 
-        Without classifiers sample what a sheet shows, and return the validation loss.
+        Without classifiers return the validation loss instead, and at most SHEET images per digit and domain.
         """
         requests = graded_requests(seed, min(count, SHEET) if self.validate else count, spec=network.spec)
         config = DigitSamplerConfig.from_dict(network.sampler)
@@ -406,7 +412,7 @@ class Grading:
         return scores | {"accuracy": sum(shares) / len(shares)}, images
 
     def evaluate(self) -> None:
-        """Grade this step's weights, save their samples, and keep them if they are among the best."""
+        """Grade the averaged weights of this step, save a sheet of their samples, and save the weights if they are among the best."""
         step, seconds = self.run.step, time.perf_counter() - self.started
         network = self.averaged(step)
         scores, images = self.score(network, self.settings.eval_count, self.settings.seed)
@@ -419,9 +425,9 @@ class Grading:
             save_network(self.settings.output / "best.safetensors", network, torch.float16)
 
     def choose_best(self) -> dict[str, float]:
-        """Grade the candidates again with more images, keep the best as best.safetensors and return its accuracies.
+        """Grade the candidates again with more images, save the best as best.safetensors, and return its scores.
 
-        200 images carry a standard error of 0.7 points, too much for a choice.
+        An accuracy over the 200 images of one grading has a standard error of 0.7 points, too much for a choice.
         """
         if not self.candidates.ranked():  # stopped between the last step and its grading
             self.candidates.offer(self.run.step, 0.0, partial(save_network, network=self.averaged(self.run.step)))
@@ -444,12 +450,12 @@ class Grading:
 
 
 def rank(scores: dict[str, float]) -> float:
-    """Return what is largest for the best weights: the mean accuracy, or minus the validation loss."""
+    """Return the score that ranks weights, higher is better: the mean accuracy, or minus the validation loss."""
     return scores["accuracy"] if "accuracy" in scores else -scores["val_loss"]
 
 
 def digit_sheet(images: Tensor, spec: DataSpec = HOMEWORK) -> Tensor:
-    """[2*10*count,3,28,28] -> at most ten images per digit: a row per digit, MNIST-M left and SVHN right."""
+    """Return samples [2*10*count,3,28,28] as one image: per digit a row of up to ten images of MNIST-M, then of SVHN."""
     sets = images.view(len(spec.domains), len(spec.classes), -1, *images.shape[1:])[:, :, :SHEET]
     return image_grid(torch.cat(list(sets), dim=1).flatten(0, 1), columns=len(sets) * sets.shape[2], scale=2)
 

@@ -1,4 +1,4 @@
-"""Turn given noises into images by DDIM, and pictures into noises: the course's faces, any eta, step rule and compatible model.
+"""Turn noises into images by DDIM, or pictures into noises, with the course's face model or another: any eta and step rule.
 
   python P2_ddim.py --noise hw2_data/face/noise --model hw2_data/face/UNet.pt --output out --reference hw2_data/face/GT
   python P2_ddim.py --seeds 0-9 --eta 0.5 --to-uint8 clamp              the shipped face model: no download needed
@@ -15,16 +15,16 @@ Step rules, for 50 of 1,000 steps:
   ddim        visits 980, 960 .. 0 and ends at alpha_bar = 1, no clamp
   diffusers   as ddim, x0 clamped
   trailing    visits 999, 979 .. 19 and so starts at pure noise, x0 clamped
-  bdia        as homework, no clamp: each step starts from the last two states, and can be undone
+  bdia        visits the timesteps of homework, no clamp. Each step starts from the last two states, and can be undone
 
---invert walks the same way back, at guidance 1. A picture, -1..1, is the state at alpha_bar[0].
-  bdia, or no --rule   exact: leaves x_T as NN.pt and both first states as NN.pair.safetensors, which --noise --rule bdia reads.
-                       Without its pair this x_T is no good start.
-  ddim                 approximate: leaves a NN.pt that is complete by itself, for --noise --rule ddim
+--invert runs the steps of a rule in reverse, at guidance 1. It starts from the picture (-1..1) as the state at alpha_bar[0].
+  bdia, or no --rule   exact: writes x_T as NN.pt, and x_T with the state after it as NN.pair.safetensors.
+                       --noise --rule bdia reads both. Without the pair, x_T does not lead back to the picture.
+  ddim                 approximate: writes x_T as NN.pt. --noise --rule ddim needs nothing else.
 
-Draw these with the --steps of the inversion and --to-uint8 clamp.
+To draw these noises, give the --steps of the inversion and --to-uint8 clamp.
 
-With eta > 0 each image has its own noise stream, from --seed and its name. The batch does not change an image.
+With eta > 0, each image has a stream of random numbers, seeded by --seed and the noise's name. The batch does not change an image.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from runtime.record import Record
 
 @dataclass(frozen=True)
 class Settings(SamplingArgs):
-    """Sampling, and what is done with the images."""
+    """Flags of sampling, inversion and their outputs."""
 
     output: Path = Path("runs/p2_ddim/pictures")
     """Folder for one PNG per noise, or with --invert for the noises. Files of the same names are replaced, others stay."""
     eta: float = 0.0
-    """Fresh noise per step: 0 = none, the start decides the image; 1 = as random as DDPM."""
+    """Fresh noise per step, 0..1: 0 = none, so the first noise decides the image; 1 = as random as DDPM."""
     reference: Path | None = None
-    """Folder of images of the same stems to compare with: MSE on 0..255, largest difference, PASS below 20. None = no comparison."""
+    """Folder of PNGs named as the noises, to compare with: MSE on 0..255 (PASS below 20), largest difference. None = no comparison."""
     save_noise: Path | None = None
     """Folder for the noises as NN.pt, as --noise reads them. None = not saved."""
     invert: Path | None = None
-    """Folder of pictures to turn into noises in --output, without drawing. Other sizes are resized. None = draw."""
+    """Folder of pictures to turn into noises in --output; no image is drawn. Other sizes are resized. None = draw images."""
     mix: str | None = None
-    """Draw one image, mix.png, from the mean of noises by weights of any scale, such as 0=0.5,1=0.3,2=0.2. None = each noise."""
+    """Draw only mix.png, from the mean of noises with weights such as 0=0.5,1=0.3,2=0.2 (any sum). None = draw each noise."""
     export: Path | None = None
-    """Only save the face model there as a diffusers folder (safetensors), without sampling. None = sample."""
+    """New folder to save the face model to in diffusers' format (safetensors), without sampling. None = sample."""
     record: Path = ROOT / "runs" / "p2_ddim" / "record.json"
     """JSON file for settings, versions, timings and metrics."""
 
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
     if settings.invert:
         settings = settings_of_inversion(settings)
 
-    # The model, which --export saves under other names
+    # The model, which --export saves under diffusers' names
     machine = detect(settings.device)
     record = Record(settings, machine)
     model = open_model(settings, machine)
@@ -135,7 +135,7 @@ def main(settings: Settings) -> None:
 
 
 def settings_of_inversion(settings: Settings) -> Settings:
-    """Return the settings that --invert runs with; raise BadInput for flags that it has no use for, and for eta above 0."""
+    """Return the settings for --invert: rule ddim if given, else bdia; guidance 1. Raise BadInput for flags that do not go with it."""
     if settings.eta:
         raise BadInput(
             f"--eta {settings.eta} and --invert: fresh noise in every step leaves no way back, leave --eta out"
@@ -151,7 +151,7 @@ def settings_of_inversion(settings: Settings) -> Settings:
 
 
 def invert(settings: Settings, folder: Path, model: Model, record: Record) -> None:
-    """Write the noise of each picture as its batch finishes, record the run, and print the command that draws them again."""
+    """Write the noise of each picture in `folder` as its batch finishes, record the run, and print the command for the way back."""
     config = make_config(model, settings.rule, settings.steps, 0.0, settings.seed)
     pictures = read_pictures(folder, model, settings.size)
     output_folder(settings.output)
@@ -176,7 +176,7 @@ def invert(settings: Settings, folder: Path, model: Model, record: Record) -> No
 
 
 def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
-    """Return {stem: [3,H,W] uint8}; raise BadInput for a noise without a reference, or with one of another size."""
+    """Return {stem: reference image [3,H,W] uint8}; raise BadInput for a noise without a reference or with one of another size."""
     references = {}
     files = {path.stem: path for path in list_files(folder, {".png"})} if folder.is_dir() else {}
     for noise in noises:
@@ -190,7 +190,7 @@ def read_references(folder: Path, noises: Sequence[Noise]) -> dict[str, Tensor]:
 
 
 def print_table(rows: dict[str, dict[str, float | bool]]) -> None:
-    """Print a line per image, and the mean."""
+    """Print a line per image, and the mean MSE."""
     print(f"{'picture':<12}{'MSE':>12}{'largest':>9}  below {PASS_BELOW:.0f}")
     for stem, row in rows.items():
         print(f"{stem:<12}{row['mse']:>12.4f}{row['largest']:>9.0f}  {'PASS' if row['pass'] else 'FAIL'}")

@@ -11,12 +11,13 @@ eta.png         one row per eta, one column for each of the first four noises
 eta_mse.png     distance of the images to those of the first eta
 slerp.png, linear.png     from the first noise to the second, in equal steps; interpolation.png shows both
 noise_norm.png  norm of the interpolated noises: why linear interpolation fails
-inversion.png   pictures, their noises, and what rules bdia (exact) and ddim (approximate) of P2_ddim.py draw from these
+inversion.png   pictures, their noises by the rules bdia (exact) and ddim (approximate), and the images drawn from these noises
 denoising.webp  the first four noises on their way to images; walk.webp: from each of them to the next by slerp, and back to the first
-mix.png         the noises of --mix and their mean, with the noise's length renormalised, and without
+mix.png         images of the noises of --mix, of their mean renormalised to unit variance, and of their plain mean
 
-Pictures are inverted at guidance 1, and leave by clamping. --ends inverts by rule ddim, whose x_T is complete by itself.
-Slerp then takes the direction, and the length goes linearly from one end's to the other's, so that both ends stay as they are.
+Pictures are inverted at guidance 1. Images drawn from their noises are converted as by --to-uint8 clamp.
+--ends inverts by rule ddim, whose x_T needs no pair file. Between these two noises, slerp gives the direction only.
+Their length is interpolated linearly, so both ends stay unchanged.
 """
 
 from __future__ import annotations
@@ -61,24 +62,24 @@ Draw = Callable[[list[Noise], str], Tensor]  # noises and a title for the progre
 
 @dataclass(frozen=True)
 class Settings(SamplingArgs):
-    """Sampling, and the figures to draw."""
+    """Flags of sampling and of the figures."""
 
     output: Path = Path("runs/p2_report")
     """Folder for the PNG files and record.json."""
     figures: tuple[Literal["eta", "interpolation", "inversion", "animation"], ...] = ("eta", "interpolation")
-    """Which figures to draw."""
+    """Which figures to draw. animation = denoising.webp and walk.webp."""
     etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Rows of the eta grid, each 0 .. 1."""
     columns: int = 4
-    """Noises in the eta grid and the animations, pictures in the grid of inversion."""
+    """Number of noises in the eta grid and the animations, and of pictures in the grid of inversion."""
     frames: int = 11
-    """Images from one noise to the next, both ends included."""
+    """Number of images from one noise to the next, both ends included."""
     ends: tuple[Path, Path] | None = None
-    """Two pictures to interpolate between, in the place of two noises. None = the first two noises."""
+    """Two pictures whose noises to interpolate between. None = the first two noises of --noise or --seeds."""
     invert: Path | None = None
-    """Folder of the pictures of --figures inversion; the first --columns of them are shown."""
+    """Folder of pictures for --figures inversion, which requires it; the first --columns of them are shown."""
     mix: str | None = None
-    """Draw mix.png too: the mean of noises by weights of any scale, such as 0=0.5,1=0.3,2=0.2. None = not drawn."""
+    """Also draw mix.png, from the mean of noises with weights such as 0=0.5,1=0.3,2=0.2 (any sum). None = not drawn."""
 
 
 def main(settings: Settings) -> None:
@@ -179,7 +180,10 @@ def sample_images(
 def draw_interpolations(
     folder: Path, ends: Sequence[Noise], interpolate: Interpolate, count: int, draw: Draw
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Draw slerp.png, linear.png, both in one, and the noises' lengths; return slerp's images and {way: norm / sqrt(dimensions)}."""
+    """Draw slerp.png (by `interpolate`), linear.png, interpolation.png (both) and noise_norm.png.
+
+    Return slerp's images [count,C,H,W] uint8 and {"slerp" or "linear": norm / sqrt(dimensions) of each noise}.
+    """
     alphas = [index / (count - 1) for index in range(count)]
     labels, rows, norms = [f"{alpha:g}" for alpha in alphas], {}, {}
     title = f"from {ends[0].stem} (0) to {ends[1].stem} (1)"
@@ -195,7 +199,7 @@ def draw_interpolations(
 
 
 def slerp_between_lengths(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Return slerp's direction, with a length that goes linearly from that of a to that of b."""
+    """Return the direction of slerp, with a length interpolated linearly between those of a and b."""
     direction, length = slerp(a, b, alpha), linear(a.norm(), b.norm(), alpha)
     return direction.mul(length / direction.norm())
 
@@ -203,7 +207,10 @@ def slerp_between_lengths(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 def draw_inversion(
     folder: Path, model: Model, pictures: dict[str, Tensor], rules: list[DdimConfig], batch: int
 ) -> dict[str, dict[str, float]]:
-    """Draw inversion.png of pictures {stem: [3,H,W] uint8}; return {rule: {stem: MSE on 0..255 of the way there and back}}."""
+    """Draw inversion.png: pictures {stem: [3,H,W] uint8}, their noises, and the images drawn from these.
+
+    `rules`: the settings of bdia and ddim. Return {"bdia" or "ddim": {stem: MSE on 0..255 between picture and image}}.
+    """
     originals = torch.stack([*pictures.values()])
     rows, labels, errors = [originals], ["picture"], {}
     for name, config in zip(("bdia", "ddim"), rules, strict=True):
@@ -222,7 +229,7 @@ def draw_inversion(
 
 
 def draw_denoising(path: Path, model: Model, noises: Sequence[Noise], config: DdimConfig) -> None:
-    """Write the states of all noises side by side, from x_T to the images, clamped to -1..1."""
+    """Write an animation of all noises side by side: a frame per state from x_T to the images, clamped to -1..1."""
     states = [torch.stack([noise.x for noise in noises])]
     walk(model, [(noise, 0) for noise in noises], config, lambda t, x: states.append(x.float().cpu()))
     frames = [image_grid(torch.stack([to_image(image, "clamp") for image in state]), len(noises)) for state in states]
@@ -230,16 +237,19 @@ def draw_denoising(path: Path, model: Model, noises: Sequence[Noise], config: Dd
 
 
 def draw_walk(path: Path, noises: Sequence[Noise], frames: int, draw: Draw) -> None:
-    """Write a closed walk by slerp: from each noise to the next, and from the last to the first."""
+    """Write an animation by slerp from each noise to the next, and from the last to the first, `frames` images per pair with both ends."""
     ends = zip(noises, [*noises[1:], noises[0]], strict=True)
     way = [
         noise for a, b in ends for noise in noises_between(a, b, frames, slerp)[:-1]
-    ]  # the end is the next one's start
+    ]  # without the end: the next pair starts there
     save_animation(path, draw(way, "walk").expand(-1, 3, -1, -1), 120, 120)
 
 
 def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], draw: Draw) -> dict[str, float]:
-    """Draw mix.png of the weighted noises and of their means, renormalised and plain; return the lengths of both means."""
+    """Draw mix.png: images of the weighted noises, of their mean renormalised to unit variance, and of their plain mean.
+
+    Return {"mean" or "plain": root mean square of that mean noise}.
+    """
     parts = [noise for noise in noises if noise.stem in weights]
     shares = torch.tensor([weights[noise.stem] for noise in parts])
     x = torch.stack([noise.x for noise in parts])
@@ -252,7 +262,7 @@ def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], d
 
 
 def eta_distances(noises: list[Noise], rows: list[Tensor]) -> dict[str, list[float]]:
-    """Return {stem: MSE on 0..255 to the first eta's image, per eta} of images [N,C,H,W] uint8 per eta."""
+    """Return {stem: MSE on 0..255, for each eta, to the image at the first eta}; `rows` holds the images [N,C,H,W] of each eta."""
     return {
         noise.stem: [float(compare(row[column], rows[0][column])["mse"]) for row in rows]
         for column, noise in enumerate(noises)
@@ -260,7 +270,7 @@ def eta_distances(noises: list[Noise], rows: list[Tensor]) -> dict[str, list[flo
 
 
 def eta_figures(folder: Path, etas: tuple[float, ...], rows: list[Tensor], distances: dict[str, list[float]]) -> None:
-    """Draw the grid of the images [N,C,H,W] uint8 per eta, and their distances."""
+    """Draw eta.png, with a row of images [N,C,H,W] uint8 per eta, and eta_mse.png, with their distances over eta."""
     labels, title = [f"eta {eta:g}" for eta in etas], "Same noise down each column, more randomness per row"
     pixel_grid(folder / "eta.png", torch.cat(rows), labels, [*distances], title)
     panel = {f"MSE (0..255) to eta {etas[0]:g}": distances}

@@ -1,4 +1,4 @@
-"""Digit classifiers: our own network, the course's, their files, and accuracy. P1_classifier.py is the command."""
+"""Digit classifiers: our network, the course's two, their files, and the grading of images. P1_classifier.py is the command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BATCH = 500  # images per forward pass
 
 
 class Block(nn.Module):
-    """conv, BatchNorm, ReLU, twice, around a skip connection (He et al. 2016)."""
+    """Residual block: conv, BatchNorm, ReLU, conv, BatchNorm, skip connection added, ReLU (He et al. 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -59,12 +59,15 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Layout of our own classifier; `fold` 2 folds patches of 2x2 pixels into channels first, three times as fast."""
+    """Layout of our own classifier.
+
+    `fold` is the side of the pixel patches folded into channels before the first layer. 2 is three times as fast as 1.
+    """
 
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (1, 2, 2)
     fold: int = 2
-    spec: DataSpec = HOMEWORK  # of the images it reads
+    spec: DataSpec = HOMEWORK  # of the images it classifies
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class ClassifierHeader:
 
 
 def make_resnet(config: ClassifierConfig) -> nn.Sequential:
-    """Return a small residual network on 14x14, 7x7, 4x4 positions, unfolded on 28x28, 14x14, 7x7."""
+    """Return our classifier, a small residual network with levels of 14x14, 7x7, 4x4 positions; with fold 1: 28x28, 14x14, 7x7."""
     width, fold = config.channels[0], config.fold
     pixels = config.spec.channels * fold**2
     layers: list[nn.Module] = [nn.PixelUnshuffle(fold), nn.Conv2d(pixels, width, 3, padding=1), nn.ReLU()]
@@ -91,7 +94,7 @@ def make_resnet(config: ClassifierConfig) -> nn.Sequential:
 
 
 def make_lenet() -> nn.Sequential:
-    """Return the course's MNIST-M classifier, with the names of its file."""
+    """Return the course's MNIST-M classifier, untrained, with layers named as in its file Classifier.pth."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 6, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
@@ -103,7 +106,7 @@ def make_lenet() -> nn.Sequential:
 
 
 def make_resnet34() -> nn.Sequential:
-    """Return the course's SVHN classifier: timm's resnet34 with a stem for small images (conv1 3x3, no max pool)."""
+    """Return the course's SVHN classifier, untrained: timm's resnet34 with a stem for small images (conv1 3x3, no max pool)."""
     import timm  # slow to import
 
     network = timm.create_model("resnet34", num_classes=DIGITS)
@@ -116,9 +119,10 @@ def make_resnet34() -> nn.Sequential:
 
 
 class DigitClassifier(nn.Module):
-    """A classifier of one domain (0 = mnistm, 1 = svhn) for uint8 images; `reference`: features of real images.
+    """A classifier for uint8 images of one domain (0 = mnistm, 1 = svhn).
 
-    One of other images has their `spec`, which [N,3,28,28] and ten digits in the methods below stand for.
+    `reference`: features of real images, which the quality metrics need.
+    A classifier of other images has the shape and classes of its `spec` in the place of [N,3,28,28] and ten digits.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class DigitClassifier(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Map [N,3,28,28] uint8 on any device to the last layer's input [N,F], in batches, in float32 as the grader does."""
+        """Map [N,3,28,28] uint8 on any device to the last layer's input [N,F], in float32 as the course's grader does."""
         device, body = next(self.parameters()).device, self.network[:-1]
         floats = (to_float(chunk.to(device)) for chunk in images.split(BATCH))
         with full_precision(device):
@@ -145,7 +149,7 @@ class DigitClassifier(nn.Module):
         return logits
 
     def read(self, images: Tensor) -> Tensor:
-        """Return the digits [N] int64 on the CPU that images [N,3,28,28] uint8 are read as."""
+        """Return the predicted digits [N] int64 of images [N,3,28,28] uint8, on the CPU."""
         logits: Tensor = self(images)
         return logits.argmax(1).cpu()
 
@@ -154,7 +158,7 @@ class DigitClassifier(nn.Module):
 
 
 def round_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return the state that a file stores: matrices and kernels in half precision, vectors (norms, biases) in full."""
+    """Return the state dict as a file stores it: matrices and kernels in half precision, vectors (norms, biases) in full."""
     state = network.state_dict()
     return {k: (v.half() if v.dim() > 1 else v).cpu().contiguous() for k, v in state.items()}
 
@@ -173,7 +177,7 @@ HINT = "the course's Classifier.pth is in ntudlcv/DLCV-Fall-2024-HW2 at github.c
 
 
 def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
-    """Load one of our files, the course's Classifier.pth, or weights of timm's resnet34_svhn; raise BadInput otherwise."""
+    """Load one of our files, the course's Classifier.pth, or weights of timm's resnet34_svhn; raise BadInput for another file."""
     if "judge" not in safetensors_metadata(require_file(path, HINT)):
         return course_classifier(load_tensors(path), path, device)
     tensors, metadata = load_safetensors(path)
@@ -194,7 +198,7 @@ def load_classifier(path: Path, device: torch.device) -> DigitClassifier:
 
 
 def course_classifier(state: Any, path: Path, device: torch.device) -> DigitClassifier:
-    """Return the course's classifier, recognised by the names of its weights: LeNet for mnistm, resnet34 for svhn."""
+    """Return the course's classifier with the weights `state`, recognised by their names: LeNet for mnistm, resnet34 for svhn."""
     weights = named_tensors(state, path, "fc3.weight", "layer1.0.conv1.weight")
     weights = weights if isinstance(weights, dict) else {}
     if "fc3.weight" in weights:
@@ -222,7 +226,7 @@ def hub_classifier(device: torch.device) -> DigitClassifier:
 
 
 def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors under `prefix.`, without it."""
+    """Return the tensors whose names start with `prefix.`, under their names without it."""
     return {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
 
@@ -232,9 +236,10 @@ def shipped_classifiers(device: torch.device) -> list[DigitClassifier]:
 
 
 def choose_classifiers(names: Sequence[str], spec: DataSpec, device: torch.device) -> list[DigitClassifier]:
-    """Return what `--classifiers` names, one per domain, or none; raise BadInput for classifiers of other images.
+    """Load the classifiers that `--classifiers` names, one per domain of `spec`; return an empty list for `none`.
 
-    `auto` is the shipped ones for the homework's digits, and `none` for other images.
+    `auto` means the shipped ones for the homework's digits, and `none` for other images.
+    Raise BadInput for a wrong number of files, or for a classifier of other images or another domain.
     """
     if [*names] == ["none"] or [*names] == ["auto"] and spec != HOMEWORK:
         return []
@@ -258,7 +263,7 @@ def choose_classifiers(names: Sequence[str], spec: DataSpec, device: torch.devic
 
 
 def misclassified(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> Tensor:
-    """Return the rows [M], ascending, of images [N,3,28,28] uint8 that their domain's classifier reads as another digit."""
+    """Return the indices [M], ascending, of images [N,3,28,28] uint8 that their domain's classifier does not read as their digit."""
     wrong = torch.zeros(len(digits), dtype=torch.bool)
     for domain, classifier in enumerate(classifiers):
         rows = (domains == domain).nonzero().squeeze(1).cpu()
@@ -268,7 +273,7 @@ def misclassified(classifiers: Sequence[DigitClassifier], images: Tensor, digits
 
 
 def accuracy(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor) -> list[float]:
-    """Return the share (0..1) of images [N,3,28,28] uint8 read as their digit [N], per domain; nan for a domain without images."""
+    """Return each domain's share (0..1) of images [N,3,28,28] uint8 that its classifier reads as their digit; nan without images."""
     domains = domains.cpu().long()
     total = torch.bincount(domains, minlength=len(classifiers))
     wrong = torch.bincount(domains[misclassified(classifiers, images, digits, domains)], minlength=len(classifiers))
@@ -276,16 +281,16 @@ def accuracy(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Ten
 
 
 def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
-    """Return frechet, precision, recall and copies of images [N,3,28,28] uint8, by a classifier with a reference."""
+    """Return the metrics of `digits.metrics.measure` for images [N,3,28,28] uint8; raise ValueError without a reference."""
     if classifier.reference is None:
         raise ValueError("this classifier carries no reference of real images")
     return measure(classifier.features(images), classifier.reference)
 
 
 def read_graded(folder: Path, spec: DataSpec = HOMEWORK) -> tuple[Tensor, Tensor]:
-    """Return images [N,3,28,28] uint8 and the digits [N] that their file names begin with, read as the course does.
+    """Read a folder as the course's grader does: images [N,3,28,28] uint8, and the digits [N] that begin their file names.
 
-    Other images are named by their class (cat_001.png) and have the shape of `spec`.
+    Images of another `spec` are named by class (cat_001.png) and must have its shape. Raise BadInput for a faulty file or name.
     """
     if not folder.is_dir():
         raise BadInput(f"{folder} does not exist; the graded folder holds {' and '.join(spec.domains)}")
@@ -310,10 +315,10 @@ def read_graded(folder: Path, spec: DataSpec = HOMEWORK) -> tuple[Tensor, Tensor
 def grade_folder(
     folder: Path, classifiers: Sequence[DigitClassifier], critics: Sequence[DigitClassifier] | None = None
 ) -> dict[str, Any]:
-    """Return per domain accuracy, number of images, confusion [10][10] (rows: label) and quality, and their "mean" accuracy.
+    """Grade the images in folder/DOMAIN/: return {domain: results} and, under "mean", the mean accuracy of the domains.
 
-    The classifiers' `spec` names domains and classes.
-    `critics`: classifiers with a reference, for the quality. Raises BadInput for a folder that can't be graded.
+    Results: "accuracy", "pictures" (number of images), "confusion" [10][10] (row: label, column: answer), and "quality".
+    `critics` (None = the classifiers) measure the quality by their reference. Raise BadInput for a folder that can't be graded.
     """
     result: dict[str, Any] = {}
     spec, count = classifiers[0].spec, len(classifiers[0].spec.classes)

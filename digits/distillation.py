@@ -12,7 +12,7 @@ from P1_model import UNet
 
 @dataclass(frozen=True)
 class Teacher:
-    """A conditional network, whose guided output is to be learned, and the largest guidance scale."""
+    """The conditional network whose guided output a student learns, and the largest guidance scale to learn."""
 
     unet: UNet
     max_guidance: float
@@ -23,7 +23,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor, guidance: Tensor) -> Tensor:
-        """Return uncond + guidance (cond - uncond) in float32, with a scale for every image; uncond knows the domain, not the digit."""
+        """Return the guided output uncond + guidance (cond - uncond), float32 [B,C,H,W], with one scale per image.
+
+        uncond has the same domain, and the null label as digit.
+        """
         null = torch.full_like(digit, self.unet.config.spec.no_class)
         labels = torch.cat([digit, null]), torch.cat([domain, domain])
         output: Tensor = self.unet(torch.cat([x, x]), torch.cat([t, t]), *labels)

@@ -1,7 +1,7 @@
-"""What accuracy hides: the distance between generated and real features, the coverage of real variety, and copies.
+"""Metrics of what accuracy hides: how far generated features are from real ones, how much real variety they cover, and copies.
 
 All functions take features [N,F] of one classifier. Every number depends on N: compare equal N only.
-Precision in a digit classifier's features accepts even pure noise (see the cards): read it together with the Frechet distance.
+Precision counts a share of even pure noise as realistic (checkpoints/judge_*.md): read it together with the Frechet distance.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ class Reference:
     copy_distance: Tensor  # scalar: nearer than this to a training image counts as a copy
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors for a file, the two banks of features in half precision."""
+        """Return all fields by name for a file, `real` and `train` in half precision."""
         banks = {"real": self.real.half(), "train": self.train.half()}
         return {**vars(self), **banks}
 
     @staticmethod
     def from_tensors(values: dict[str, Tensor], device: torch.device) -> Reference:
-        """Return the reference of `tensors`' values; raise KeyError for a missing name."""
+        """Return the reference from what `tensors` returned, in float32 on `device`; raise KeyError for a missing name."""
         names = Reference.__dataclass_fields__
         return Reference(**{name: values[name].to(device, torch.float32) for name in names})
 
 
 def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Tensor | None = None) -> Reference:
-    """Return the reference for the features of all training [N,F] and validation [M,F] images, in random order.
+    """Return the reference made from the features of training images [N,F] and validation images [M,F], both in random order.
 
-    It keeps the first `bank` and `real` features, and the moments with these weights [N+M].
+    It keeps the first `bank` training and the first `real` validation features.
+    Mean and covariance are those of all features with weights [N+M].
     """
     mean, covariance = moments(torch.cat([train, val]), weights)
     stored = train[:bank].half().float()  # as they will be read back
@@ -49,7 +50,7 @@ def make_reference(train: Tensor, val: Tensor, bank: int, real: int, weights: Te
 
 
 def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean [F] and covariance [F,F] in float64 of features [N,F], each row with its weight [N]."""
+    """Return mean [F] and covariance [F,F] in float64 of features [N,F], weighted by `weights` [N] (None = equal weights)."""
     features = features.double()
     weights = torch.ones_like(features[:, 0]) if weights is None else weights.double()
     return weights @ features / weights.sum(), features.T.cov(aweights=weights)
@@ -74,32 +75,33 @@ def neighbour_distance(features: Tensor, k: int) -> Tensor:
 
 
 def exact_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return [N,M] Euclidean distances in float64; in float32 near copies drown in the rounding of the matrix product."""
+    """Return Euclidean distances [N,M] in float64: in float32, rounding hides the small ones of near copies."""
     return torch.cdist(a.double(), b.double())
 
 
 def coverage(queries: Tensor, manifold: Tensor, k: int = NEIGHBOURS) -> float:
-    """Return the share of queries inside the union of balls around the manifold's points (Kynkaanniemi et al. 2019, eq. 1).
+    """Return the share of `queries` inside at least one ball around a row of `manifold` (Kynkaanniemi et al. 2019, eq. 1).
 
-    A ball's radius is the distance to the k-th neighbour. Generated queries give precision, real ones give recall.
+    A ball's radius is the distance from its row to the k-th nearest other row.
+    Generated queries in a real manifold give precision; real queries in a generated manifold give recall.
     """
     inside = exact_distances(queries, manifold) <= neighbour_distance(manifold, k)
     return float(inside.any(1).double().mean())
 
 
 def copies(features: Tensor, reference: Reference) -> float:
-    """Return the share of rows that copy a training image: nearer to one than 99 % of these are to their own nearest neighbour.
+    """Return the share (0..1) of rows that are copies: nearer to a training image than reference.copy_distance.
 
-    About 0.01 for new real images.
+    99 % of the training images are farther than this from their nearest neighbour. New real images have about 0.01 copies.
     """
     nearest = exact_distances(features, reference.train).amin(1)
     return float((nearest < reference.copy_distance).double().mean())
 
 
 def measure(features: Tensor, reference: Reference) -> dict[str, float]:
-    """Return frechet (0 is best), precision, recall (1) and copies (0) of features [N,F]; nan for too few rows.
+    """Return {"frechet", "precision", "recall", "copies"} of generated features [N,F]; their best values are 0, 1, 1, 0.
 
-    A reference of too few validation images has no precision either.
+    All are nan if N is 3 or less. Precision is also nan if the reference has 3 validation features or fewer.
     """
     if len(features) <= NEIGHBOURS:
         return dict.fromkeys(("frechet", "precision", "recall", "copies"), float("nan"))

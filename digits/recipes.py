@@ -35,7 +35,7 @@ RECIPES = {
 
 
 def preset_values(name: str) -> str:
-    """Return a setting's value in every preset, for --help: `8000 (report: 30000, tiny: 2000, ..)`."""
+    """Return a field's value in every recipe, for --help: `report 30000, tiny 2000, ..`, or one value if all are equal."""
     values = {preset: getattr(recipe, name) for preset, recipe in RECIPES.items()}
     if len(set(values.values())) == 1:
         return str(values["cpu"])

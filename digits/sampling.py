@@ -46,9 +46,10 @@ def graded_requests(
     domains: Sequence[int] | None = None,
     spec: DataSpec = HOMEWORK,
 ) -> list[DigitRequest]:
-    """Return `count` requests per domain and digit of these (None: all); each seed depends on (seed, domain, digit, index) alone.
+    """Return `count` requests for each of these domains and digits (None = all), ordered by domain, digit and index.
 
-    No two images of a run share their noise: of two with the same seed the later one, by index, draws another.
+    An image's seed is derived from (seed, domain, digit, index) and does not depend on the rest of the selection.
+    Of two equal seeds, that of the higher index is replaced, so no two images share their noise.
     """
     every_digit, every_domain = range(len(spec.classes)), range(len(spec.domains))
     keys = list(product(range(count), every_domain, every_digit))  # all, so that a part has the same seeds
@@ -63,13 +64,13 @@ def graded_requests(
 
 
 def labels_of(requests: Sequence[DigitRequest], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return the digits [N] and domains [N]."""
+    """Return the digits [N] and domains [N] of the requests, int64."""
     digits = torch.tensor([request.digit for request in requests], device=device)
     return digits, torch.tensor([request.domain for request in requests], device=device)
 
 
 def check_steps(network: Network, config: DigitSamplerConfig) -> None:
-    """Raise BadInput for a number of steps that the rule does not have."""
+    """Raise BadInput unless config.rule allows config.steps steps with the network's schedule."""
     try:
         step_rule(config.rule, len(network.schedule), config.steps)
     except ValueError as error:
@@ -80,7 +81,7 @@ def check_steps(network: Network, config: DigitSamplerConfig) -> None:
 def sample(
     network: Network, requests: Sequence[DigitRequest], config: DigitSamplerConfig, callback: Callback = ignore
 ) -> Tensor:
-    """Sample one batch: [B,3,28,28], or of the network's `spec`, float in -1..1 on the network's device."""
+    """Sample one batch: [B,3,28,28] (the shape in network.spec) float in -1..1, which only rule ddim may exceed."""
     device, schedule = next(network.unet.parameters()).device, network.schedule
     guidance = Guidance(config.guidance, config.interval, config.rescale)
     denoise = network.guided(*labels_of(requests, device), guidance)
@@ -97,14 +98,14 @@ def sample(
 
 @dataclass(frozen=True)
 class DigitSampler:
-    """A network, how it is sampled, and how many images at once."""
+    """A network with the sampler settings and the batch size to sample it with."""
 
     network: Network
     config: DigitSamplerConfig
     batch: int
 
     def images(self, requests: Sequence[DigitRequest], title: str) -> Tensor:
-        """Sample in batches of one shape, with a progress bar: [N,C,H,W] float in -1..1 on the CPU."""
+        """Sample the requests in batches of equal size, with a progress bar: [N,C,H,W] float in -1..1 on the CPU."""
         parts = [torch.empty(0, *self.network.spec.shape)]
         with progress_bar(len(requests), title) as bar:
             work = partial(sample, self.network, config=self.config)
@@ -132,12 +133,11 @@ def redraw(
     retries: int,
     shard: Shard = ALONE,
 ) -> tuple[list[int], list[int]]:
-    """Replace, in `images` {row: [3,28,28] uint8}, misread images by ones from other seeds.
+    """Replace misread images in the dict `images`, {row of `requests`: [3,28,28] uint8}, by images from other seeds.
 
-    Return the rows misread at the first try, and those still misread after the retries.
-
-    An image's next seed is derived from its own, so it does not depend on what else is sampled, unless that has the same seed.
-    The process that redraws a row owns it from then on.
+    Return the rows misread at the first try, and the rows still misread after `retries` attempts, of all processes.
+    The seed of an attempt is derived from the image's first seed. It depends on other images only if two seeds are equal.
+    `images` holds the rows of this process. A row moves to the process that redraws it.
     """
     digits, domains = labels_of(requests)
 

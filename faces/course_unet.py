@@ -1,6 +1,6 @@
-"""The course's UNet.pt as diffusers' UNet2DModel: its configuration, and which tensor is which.
+"""Load the course's UNet.pt as diffusers' UNet2DModel: the configuration, and which tensor becomes which.
 
-Both are the U-Net of Ho et al. 2020 for 256x256 under two sets of names. Every tensor of a file is checked before any is used.
+Both are the U-Net of Ho et al. 2020 for 256x256, with different tensor names. Every tensor of a file is checked before any is used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def load_course_unet(path: Path) -> UNet2DModel:
 
 
 def check(path: Path, state: Any, expected: dict[str, torch.Size]) -> None:
-    """Raise BadInput that names the first tensor which is missing, too many, of another shape or not finite."""
+    """Raise BadInput unless `state` holds finite floating-point tensors of the names and shapes in `expected`, and no others."""
     if not (isinstance(state, dict) and "down1.weight" in state) and (kind := describe(state)):
         raise BadInput(f"{path} is {kind}, not the bare state dict of UNet.pt")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -95,9 +95,10 @@ def check(path: Path, state: Any, expected: dict[str, torch.Size]) -> None:
 
 
 def course_layout(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Size, list[str]]]:
-    """Return {tensor of UNet.pt: (its shape, the tensors of UNet2DModel that it becomes)}; `shapes` are UNet2DModel's.
+    """Return {tensor of UNet.pt: (its shape, the tensors of UNet2DModel that it becomes)}.
 
-    The qkv of attention becomes three tensors; its projections are 1x1 convolutions there and linear layers here.
+    `shapes` gives the shape of every tensor of UNet2DModel. A qkv tensor of UNet.pt becomes three tensors.
+    The attention's projections are 1x1 convolutions in UNet.pt and linear layers in UNet2DModel.
     """
     layout = {}
     for ours, theirs in module_names().items():
@@ -112,7 +113,10 @@ def course_layout(shapes: dict[str, torch.Size]) -> dict[str, tuple[torch.Size, 
 
 
 def module_names() -> dict[str, str]:
-    """Return {module of UNet.pt: module of UNet2DModel}; "*" stands for q, k and v. Some blocks lack some of these."""
+    """Return {module of UNet.pt: module of UNet2DModel}; "*" stands for q, k and v.
+
+    It lists a shortcut and an attention for every block, although some have none.
+    """
     names = ENDS | _block("mid1", "mid_block", 0) | _block("mid2", "mid_block", 1)
     down = up = 1
     for level in range(len(LEVELS)):
@@ -128,7 +132,7 @@ def module_names() -> dict[str, str]:
 
 
 def _block(ours: str, theirs: str, block: int) -> dict[str, str]:
-    """Return the modules of one residual block and of the attention that may follow it."""
+    """Return the same for one residual block and the attention that may follow it."""
     attention = f"{theirs}.attentions.{block}"
     return {f"{ours}.resblocks.{a}": f"{theirs}.resnets.{block}.{b}" for a, b in RESIDUAL.items()} | {
         f"{ours}.attention.norm": f"{attention}.group_norm",

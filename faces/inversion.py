@@ -1,4 +1,4 @@
-"""From pictures to noises: the rules of faces.sampling along their grid in reverse."""
+"""Turn pictures into noises: the step rules of DDIM, run in reverse."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ Args = TypeVar("Args", bound=SamplingArgs)
 
 
 def at_guidance_1(args: Args) -> Args:
-    """Return the flags with guidance 1, at which inversions run; raise BadInput for another one."""
+    """Return the flags with guidance 1 for an inversion; without --digit they stay unchanged. Raise BadInput for another --guidance."""
     if args.guidance not in (None, 1):
         raise BadInput(f"--guidance {args.guidance}: inversion runs at guidance 1, leave it out")
     return args if args.digit is None else replace(args, guidance=1.0)
 
 
 def read_pictures(folder: Path, model: Model, size: int | None, most: int | None = None) -> dict[str, Tensor]:
-    """Read the first `most` (None = all) pictures of a folder as {stem: [3,H,W] uint8}, as `read_picture` does; raise BadInput."""
+    """Return {stem: [3,H,W] uint8} of the first `most` pictures in a folder (None = all), sorted by name, as `read_picture` does.
+
+    Raise BadInput for no pictures or two with one stem.
+    """
     if not folder.is_dir():
         raise BadInput(f"--invert {folder}: " + ("a file, name its folder" if folder.exists() else "no such folder"))
     files = list_files(folder, SUFFIXES)
@@ -44,7 +47,10 @@ def read_pictures(folder: Path, model: Model, size: int | None, most: int | None
 
 
 def read_picture(path: Path, model: Model, size: int | None) -> Tensor:
-    """Read a picture [3,H,W] uint8 for the model; log a line if it is resized. Raise BadInput for a size or model that does not fit."""
+    """Return a picture [3,H,W] uint8 in the model's size, or `size` x `size`; log a line if it is cropped and resized.
+
+    Raise BadInput for a size or a model that does not fit.
+    """
     channels, height, width = model.shape if size is None else (model.shape[0], size, size)
     if reason := model.shape_error((channels, height, width)):
         raise BadInput(f"--size {size}: {reason}")
@@ -60,9 +66,9 @@ def read_picture(path: Path, model: Model, size: int | None) -> Tensor:
 def invert_all(
     model: Model, pictures: Mapping[str, Tensor], config: DdimConfig, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[Noise]:
-    """Yield the noise of each picture {stem: [3,H,W] uint8}, one by one, as batches of one shape finish.
+    """Yield the Noise of each picture {stem: [3,H,W] uint8}, one by one, as their batches finish.
 
-    Rule bdia gives both states that its way back starts from. NaN raises BadInput.
+    Rule bdia also gives x_next, which drawing the picture again needs. Raise BadInput for NaN.
     """
     starts = [Noise(stem, to_float(picture)) for stem, picture in pictures.items()]
     inverse = replace(config, steps=config.steps.backwards())

@@ -35,16 +35,19 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels that a P1 checkpoint is conditioned on; other models take none."""
+    """Labels and guidance scale for a P1 checkpoint; other models take none. Digit None and domain "any" are null labels."""
 
     digit: int | None = None
     domain: str = "any"
-    guidance: float | None = None  # None: the checkpoint's own
+    guidance: float | None = None  # None = the checkpoint's
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network ready to sample: `denoiser(batch)` returns a function (x, t) -> prediction of x [batch,C,H,W], all float32."""
+    """A network ready to sample from.
+
+    `denoiser(batch)` returns a function (x [batch,C,H,W], t) -> prediction, eps or v, of the shape of x. Both are float32.
+    """
 
     name: str
     network: nn.Module
@@ -64,7 +67,7 @@ class Model:
 
 
 def load_model(source: str, device: torch.device, dtype: torch.dtype, labels: Labels | None = None) -> Model:
-    """Load the model that `source` names, in `dtype` (float32, bfloat16 or float16), channels_last, without gradients.
+    """Load the file, folder or hub repository `source`, to compute in `dtype` (float32, bfloat16 or float16), without gradients.
 
     Raise BadInput for a file of another kind, and for labels that the model does not take.
     """
@@ -92,7 +95,7 @@ def is_digit_network(path: Path) -> bool:
 
 
 def face_model(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.dtype, schedule: Schedule) -> Model:
-    """Return a UNet2DModel as a Model."""
+    """Return a UNet2DModel as a Model; it is moved to `device` and `dtype` in place."""
     unet.eval().requires_grad_(False)
     to_channels_last(unet, device, dtype)
 
@@ -107,7 +110,7 @@ def face_model(name: str, unet: UNet2DModel, device: torch.device, dtype: torch.
 
 
 def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels) -> Model:
-    """Return a P1 checkpoint as a Model; all images of a run get the same labels."""
+    """Return a P1 checkpoint as a Model that gives all images the same labels; raise BadInput for labels that it lacks."""
     spec = network.spec
     if labels.digit is not None and not 0 <= labels.digit < len(spec.classes):
         raise BadInput(f"--digit {labels.digit}: must be 0..{len(spec.classes) - 1}")
@@ -137,7 +140,7 @@ def digit_model(name: str, network: Network, dtype: torch.dtype, labels: Labels)
 
 
 def download(name: str) -> Path:
-    """Fetch a hub repository's configuration and weights, and return their folder. P2 uses a network only here."""
+    """Download a hub repository's configuration and weights, and return their folder. Nothing else in P2 uses the internet."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -152,7 +155,7 @@ def download(name: str) -> Path:
 
 
 def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
-    """Load the UNet2DModel in `folder` or its unet/, and its scheduler's schedule (else the course's)."""
+    """Load the UNet2DModel in `folder` or folder/unet, and its noise schedule; raise BadInput for another model or faulty weights."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     places = [place for place in (folder, folder / "unet") if (place / "config.json").is_file()]
@@ -182,7 +185,7 @@ def load_folder(folder: Path) -> tuple[UNet2DModel, Schedule]:
 
 
 def read_schedule(folder: Path) -> Schedule:
-    """Read the schedule of scheduler_config.json in float64; without that file return the course's."""
+    """Return the noise schedule of scheduler_config.json in float64; without that file, the course's (linear, 1,000 steps, eps)."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     places = [folder / "scheduler", folder, folder.parent / "scheduler"]
@@ -207,7 +210,10 @@ def read_schedule(folder: Path) -> Schedule:
 
 
 def export(model: Model, folder: Path) -> None:
-    """Save a UNet2DModel and the homework's rule as a diffusers DDIMPipeline folder (safetensors), all or nothing."""
+    """Save a face model and the homework's rule as a diffusers DDIMPipeline folder (safetensors), all or nothing.
+
+    Raise BadInput for a P1 checkpoint or a folder that is not empty.
+    """
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler

@@ -1,4 +1,7 @@
-"""The noises that P2's images start from: the course's files, or seeds."""
+"""The noises that P2's images start from: read from files, drawn from seeds, interpolated or mixed.
+
+NN.pt holds the noise x_T named NN. NN.pair.safetensors holds x_T and x_next, the first two states of step rule bdia.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,17 @@ from runtime.files import (
 )
 from runtime.weights import describe
 
-SEEDS = "0-9"  # without --noise and --seeds
-PAIR = ".pair.safetensors"  # next to NN.pt: the first two states of rule bdia
+SEEDS = "0-9"  # the default of --seeds
+PAIR = ".pair.safetensors"  # next to NN.pt: x_T and the state after it, for rule bdia
 Interpolate = Callable[[Tensor, Tensor, float], Tensor]  # a, b and the share of b
 MOST_SEEDS = 100_000  # their noises are held in memory at once
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The start of one image: x_T [C,H,W] float32, and the stem of its file, which also seeds its noise stream.
+    """The start x = x_T [C,H,W] float32 of one image, and the stem of its file names. The stem also seeds the noise that eta > 0 adds.
 
-    x_next [C,H,W] is the state after x_T, which an inversion by rule bdia leaves.
+    x_next [C,H,W] is the state after x_T. Only an inversion by rule bdia gives it.
     """
 
     stem: str
@@ -45,14 +48,14 @@ class Noise:
 
 
 def open_noises(model: Model, folder: Path | None, seeds: str, size: int | None) -> list[Noise]:
-    """Read the noises of `folder`, or draw those of `seeds` where it is None; raise BadInput for both."""
+    """Read the noises in `folder`, or if it is None draw those of `seeds` at `size`; raise BadInput for a folder with seeds or size."""
     if folder and (seeds != SEEDS or size):
         raise BadInput(f"--noise {folder} and {f'--size {size}' if size else f'--seeds {seeds}'}: give one of them")
     return read_noises(folder, model) if folder else seeded_noises(parse_seeds(seeds), model, size)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of a text such as "0-3,7", which gives 0, 1, 2, 3 and 7; raise BadInput."""
+    """Return the seeds in a text: "0-3,7" gives 0, 1, 2, 3 and 7. Raise BadInput for another form, a repeated seed, or too many."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,99})(?:-(\d{1,99}))?\s*", part)
@@ -68,7 +71,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def read_noises(folder: Path, model: Model) -> list[Noise]:
-    """Read every visible NN.pt of the folder, sorted by name; raise BadInput for the first that does not fit the model."""
+    """Read every visible .pt file of the folder, sorted by name; raise BadInput for the first that does not fit the model or the rest."""
     paths = list_files(folder, {".pt"}) if folder.is_dir() else []
     if not paths:
         raise BadInput(
@@ -84,7 +87,7 @@ def read_noises(folder: Path, model: Model) -> list[Noise]:
 
 
 def read_noise(path: Path, model: Model) -> Tensor:
-    """Read one noise [C,H,W] float32; raise BadInput unless it is one finite tensor of a size that the model takes."""
+    """Return one noise as [C,H,W] float32; raise BadInput unless the file holds one finite tensor of a size that the model takes."""
     content = load_tensors(path)
     if not isinstance(content, Tensor) or not content.is_floating_point():
         kind = str(content.dtype) if isinstance(content, Tensor) else describe(content) or type(content).__name__
@@ -99,7 +102,7 @@ def read_noise(path: Path, model: Model) -> Tensor:
 
 
 def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[Noise]:
-    """Draw the noise of each seed at the model's or the given size; stems are the seeds with at least two digits."""
+    """Draw the noise of each seed, with `size` pixels per side (None = the model's). The stems are the seeds: 00, 01 .."""
     shape = model.shape if size is None else (model.shape[0], size, size)
     if reason := model.shape_error(shape):
         raise BadInput(f"--size {size}: {reason}")
@@ -108,9 +111,9 @@ def seeded_noises(seeds: Sequence[int], model: Model, size: int | None) -> list[
 
 
 def with_pairs(noises: Sequence[Noise], folder: Path, steps: Steps) -> list[Noise]:
-    """Return the noises with the second states in the folder's NN.pair.safetensors: of all noises, or of none.
+    """Return the noises with x_next from NN.pair.safetensors in `folder`; without any such file, return them unchanged.
 
-    Raise BadInput for a pair of other timesteps than `steps`, for one of another x_T than NN.pt, and for a missing one.
+    Raise BadInput if only some noises have this file, or if its timesteps differ from `steps` or its x_T from NN.pt.
     """
     paths = [folder / f"{noise.stem}{PAIR}" for noise in noises]
     if not any(path.is_file() for path in paths):
@@ -119,7 +122,7 @@ def with_pairs(noises: Sequence[Noise], folder: Path, steps: Steps) -> list[Nois
 
 
 def read_pair(path: Path, noise: Noise, steps: Steps) -> Tensor:
-    """Return the second state [C,H,W] float32 of one pair; raise BadInput as `with_pairs` does."""
+    """Return x_next [C,H,W] float32 from the NN.pair.safetensors of one noise; raise BadInput as `with_pairs` does."""
     states, facts = load_safetensors(require_file(path, "other noises have their pair, invert its picture again"))
     if {name: tensor.shape for name, tensor in states.items()} != dict.fromkeys(("x_T", "x_next"), noise.x.shape):
         raise BadInput(f"{path}: holds no x_T and x_next of shape {list(noise.x.shape)}")
@@ -133,25 +136,28 @@ def read_pair(path: Path, noise: Noise, steps: Steps) -> Tensor:
 
 
 def pair_facts(steps: Steps) -> dict[str, str]:
-    """Return what a pair's header says of the grid that it belongs to."""
+    """Return the header of a NN.pair.safetensors: the number of steps and the first two timesteps."""
     return {"steps": str(len(steps.pairs)), "timesteps": "{} {}".format(*steps.pairs[0])}
 
 
 def noises_between(a: Noise, b: Noise, frames: int, interpolate: Interpolate) -> list[Noise]:
-    """Return `frames` noises, 2 or more, from a to b in equal steps, both included."""
+    """Return `frames` noises (2 or more) from a to b in equal steps, both included, by `interpolate`."""
     shares = [frame / (frames - 1) for frame in range(frames)]
     return [Noise(f"{a.stem}-{b.stem}-{share:.3f}", interpolate(a.x, b.x, share)) for share in shares]
 
 
 def mix(noises: Sequence[Noise], text: str) -> Noise:
-    """Return the mean of noises by weights such as "0=0.5,1=0.3,2=0.2", renormalised to unit variance; raise BadInput."""
+    """Return the mean of noises with the weights in a text, as in `parse_weights`, renormalised to unit variance."""
     weights = parse_weights(text, [noise.stem for noise in noises])
     by_stem = {noise.stem: noise.x for noise in noises}
     return Noise("mix", mean([by_stem[stem] for stem in weights], list(weights.values())))
 
 
 def parse_weights(text: str, stems: Sequence[str]) -> dict[str, float]:
-    """Return {stem: weight}; 0 names the noise 00 as well. Raise BadInput for what is no weight or names no noise."""
+    """Return {stem: weight} of a text such as "0=0.5,1=0.3,2=0.2"; 0 also stands for the stem 00.
+
+    Raise BadInput for another form, an unknown stem, a negative weight, or only zeros.
+    """
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
@@ -174,9 +180,9 @@ def parse_weights(text: str, stems: Sequence[str]) -> dict[str, float]:
 
 
 def save_noises(folder: Path, noises: Sequence[Noise], steps: Steps | None = None) -> None:
-    """Write each noise to NN.pt as [1,C,H,W], and its two states to NN.pair.safetensors if it has them; atomically.
+    """Write each noise atomically to NN.pt as [1,C,H,W]. With an x_next, also write x_T and x_next to NN.pair.safetensors.
 
-    `steps` is the grid of the second states.
+    `steps` gives the timesteps of these two states. None = no such file is written.
     """
     output_folder(folder, "--save-noise")
     for noise in noises:

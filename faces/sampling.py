@@ -1,4 +1,4 @@
-"""From noises to images by DDIM: the flags that P2's scripts share, batches, 8-bit images and their comparison."""
+"""Turn noises into images by DDIM: the flags that P2's scripts share, batches, 8-bit images and their comparison."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class SamplingArgs:
     seeds: str = SEEDS
     """Without --noise: the seeds of the noises, such as 0-9 or 3,5,8."""
     size: int | None = None
-    """Height and width in pixels, of seeds and pictures. None = the model's."""
+    """Height and width in pixels of seeded noises and of pictures. None = the model's."""
     steps: int = 50
-    """Network calls per image."""
+    """Sampling steps per image."""
     rule: Rule = "homework"
-    """Which timesteps are visited and where the last one leads (see above)."""
+    """Step rule: which timesteps are visited and where the last one leads. P2_ddim.py --help lists the rules."""
     to_uint8: ToUint8 = "minmax"
-    """What becomes 0..255: the range of each image (minmax, as in the course) or -1..1 (clamp)."""
+    """Range that is mapped to 0..255: minmax = from each image's minimum to its maximum, as in the course; clamp = -1..1."""
     seed: Seed = 0
     """Seed of the noise that eta > 0 adds."""
     digit: int | None = None
-    """P1 checkpoints: 0..9, or the place of a class of other images. None = any."""
+    """P1 checkpoints: 0..9, or the index of a class of other images. None = no label, without guidance."""
     domain: str = "any"
-    """P1 checkpoints: the style of the digit, mnistm or svhn, or the domain of other images."""
+    """P1 checkpoints: domain of the images, such as mnistm or svhn. any = no label."""
     guidance: float | None = None
-    """P1 checkpoints: guidance scale, uncond + scale * (cond - uncond). None = the checkpoint's."""
+    """P1 checkpoints with --digit: guidance scale, uncond + scale * (cond - uncond). None = the checkpoint's."""
     batch: int = 0
     """Images at once. 0 = all on a GPU, halved when memory runs out; on a CPU as many pixels as four 256x256 images."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
@@ -64,7 +64,7 @@ class SamplingArgs:
 
 @dataclass(frozen=True)
 class DdimConfig:
-    """Settings of the sampler: the step grid, eta, and the run seed of the noise that eta > 0 adds."""
+    """Settings of the sampler: the timesteps, eta, and the seed of the noise that eta > 0 adds."""
 
     steps: Steps
     eta: float
@@ -72,7 +72,7 @@ class DdimConfig:
 
 
 def make_config(model: Model, rule: Rule, steps: int, eta: float, seed: int) -> DdimConfig:
-    """Return the sampler's settings for the model's schedule; raise BadInput for an eta or number of steps that it lacks."""
+    """Return the sampler's settings for the model's schedule; raise BadInput for an eta or number of steps that the rule does not allow."""
     if not 0 <= eta <= 1:
         raise BadInput(f"--eta {eta}: must lie in 0 .. 1")
     if eta and rule == "bdia":
@@ -84,7 +84,7 @@ def make_config(model: Model, rule: Rule, steps: int, eta: float, seed: int) -> 
 
 
 def open_model(args: SamplingArgs, machine: Machine) -> Model:
-    """Load the model of the flags in their precision, compiled where they say so."""
+    """Load the model that the flags name, with their labels, precision and torch.compile."""
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise BadInput(f"--guidance {args.guidance}: must be a finite number")
     dtype = DTYPES[set_up(args.precision, machine)]
@@ -97,7 +97,7 @@ def open_model(args: SamplingArgs, machine: Machine) -> Model:
 def sample_all(
     model: Model, noises: Sequence[Noise], config: DdimConfig, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
-    """Yield (noise, image [C,H,W] float32) one by one, as batches of one shape finish."""
+    """Sample an image [C,H,W] float32 from each noise and yield (noise, image) one by one, as `walk_all` does."""
     for noise, states in walk_all(model, noises, config, batch, title, shard):
         yield noise, states[0]
 
@@ -105,10 +105,11 @@ def sample_all(
 def walk_all(
     model: Model, starts: Sequence[Noise], config: DdimConfig, batch: int, title: str, shard: Shard = ALONE
 ) -> Iterator[tuple[Noise, Tensor]]:
-    """Yield (start, last states [1 or 2,C,H,W] float32) of the walk along the grid, one by one, as batches of one shape finish.
+    """Run `walk` in batches of equal size. Yield (start, last state [1,C,H,W] float32) one by one, as batches finish.
 
-    For eta > 0 each noise has its stream of random numbers, seeded by the run's seed and its stem.
-    `batch` 0 fits the batch to the machine. Of several processes each samples its share of the batches.
+    Rule bdia yields the last two states [2,C,H,W], as `walk` does.
+    For eta > 0, each start has a stream of random numbers, seeded by config.seed and the start's stem.
+    `batch` 0 = as large as fits the machine. With several processes, each yields its share of the starts.
     """
     batch = even_batch(len(starts), batch or shard.largest(len(starts), largest_batch(model, starts[0].x)))
     seeds = distinct_seeds([config.seed, *start.stem.encode()] for start in starts)
@@ -125,9 +126,9 @@ def walk_all(
 
 @torch.inference_mode()
 def walk(model: Model, starts: Sequence[tuple[Noise, int]], config: DdimConfig, callback: Callback = ignore) -> Tensor:
-    """Walk along the grid from one batch of (start, seed of its stream): the last states [B,1,C,H,W] float32 on the CPU.
+    """Take all steps of config.steps from one batch of (start, seed of its random stream); return [B,1,C,H,W] float32 on the CPU.
 
-    Rule bdia gives [B,2,C,H,W]: the last state and the one before it.
+    This holds the last states. Rule bdia returns [B,2,C,H,W]: the last state, then the one before it.
     """
     device = next(model.network.parameters()).device
 
@@ -144,13 +145,19 @@ def walk(model: Model, starts: Sequence[tuple[Noise, int]], config: DdimConfig, 
 
 
 def largest_batch(model: Model, x: Tensor) -> int:
-    """Return no limit on a GPU, where in_batches halves a batch too large; on a CPU, which would swap, 4 images of 256x256."""
+    """Return the largest batch of images of x's size [C,H,W]: as many pixels as 4 images of 256x256 on a CPU, which would swap.
+
+    On a GPU there is no limit: `in_batches` halves a batch that is too large.
+    """
     on_cpu = next(model.network.parameters()).device.type == "cpu"
     return max(1, 4 * 256**2 // (x.shape[1] * x.shape[2])) if on_cpu else 10**9
 
 
 def to_image(image: Tensor, to_uint8: ToUint8) -> Tensor:
-    """Return [C,H,W] float as uint8: the image's range (minmax) or -1..1 (clamp) to 0..1, then floor(255 u + 0.5). NaN raises BadInput."""
+    """Return [C,H,W] float as uint8: map a range to u in 0..1, then take floor(255 u + 0.5). Raise BadInput for NaN.
+
+    The range is from the image's minimum to its maximum (minmax), or -1..1 (clamp).
+    """
     check_finite(image)
     low, high = (image.min(), image.max()) if to_uint8 == "minmax" else (image.new_tensor(-1.0), image.new_tensor(1.0))
     unit = (image.clamp(low, high) - low) / (high - low).clamp(min=1e-5)
@@ -158,7 +165,7 @@ def to_image(image: Tensor, to_uint8: ToUint8) -> Tensor:
 
 
 def compare(image: Tensor, reference: Tensor) -> dict[str, float | bool]:
-    """Return the mean squared error on 0..255, the largest difference, and whether the grader passes; both images uint8."""
+    """Return "mse" (on 0..255), "largest" (absolute difference) and "pass" (mse below the grader's 20) of two uint8 images."""
     difference = image.double() - reference.double()
     mse = float(difference.square().mean())
     return {"mse": mse, "largest": float(difference.abs().max()), "pass": mse < PASS_BELOW}

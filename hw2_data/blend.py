@@ -1,4 +1,4 @@
-"""MNIST-M (Ganin et al. 2016, arXiv 1505.07818) and SVHN from public originals: MNIST files, photographs and SVHN files."""
+"""Build MNIST-M (Ganin et al. 2016, arXiv 1505.07818) and SVHN images from public originals: MNIST, photographs and SVHN."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BSDS500 = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/"
 
 @dataclass
 class Maker:
-    """A number of images, and how to make each: index -> image [28, 28, 3] uint8 and label, in any order."""
+    """A number of images, and a function that makes one: index -> (image [28, 28, 3] uint8, label). The order of calls is free."""
 
     count: int
     make: Callable[[int], tuple[Pixels, int]]
@@ -38,9 +38,9 @@ class Maker:
 
 
 def blend(patch: Pixels, digit: Pixels) -> Pixels:
-    """Return |patch - 255 [digit > 0]|: patch [28, 28, 3] and digit [28, 28], uint8 -> [28, 28, 3] uint8.
+    """Return `patch` [28, 28, 3] uint8 of a photograph with its negative (255 - patch) where `digit` [28, 28] is above 0.
 
-    As in the published images, any ink counts as 255: the digit shows the photograph's negative with hard edges.
+    As in the published images, any ink counts in full, so the digit has hard edges.
     """
     mask = np.where(digit > 0, 255, 0)[..., None]
     return np.abs(patch - mask).astype(np.uint8)
@@ -55,7 +55,10 @@ def random_crop(image: Pixels, rng: np.random.Generator) -> Pixels:
 def mnistm_maker(
     mnist: Path | None, downloads: Path, backgrounds: Path, split: Split, random_key: tuple[int, ...]
 ) -> Maker:
-    """Return one split of MNIST blended with the photographs; MNIST is downloaded if `mnist` is None. Raise BadInput."""
+    """Return the maker of MNIST-M: one split of MNIST, blended with patches of photographs that `random_key` decides.
+
+    MNIST is downloaded to `downloads` if `mnist` is None. Raise BadInput for what is missing.
+    """
     photographs = find_photographs(backgrounds)
     if mnist is None:
         from torchvision.datasets import MNIST  # slow to import
@@ -75,7 +78,7 @@ def mnistm_maker(
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """Return the images in `folder` and below of at least 28x28, sorted; raise BadInput if there are none."""
+    """Return the sorted paths of all images of at least 28x28 in `folder` and its subfolders; raise BadInput if there are none."""
     if not folder.is_dir():
         raise BadInput(f"--backgrounds {folder}: no such folder")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTOGRAPH_TYPES)
@@ -95,7 +98,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=600)
 def load_photograph(path: Path) -> Pixels:
-    """Read [H, W, 3] uint8, reduced to a longer side of 512 but never to less than 28; raise BadInput if it is damaged."""
+    """Return a photograph [H, W, 3] uint8, reduced until the longer side is 512 or the shorter 28; raise BadInput if it is damaged."""
     try:
         with Image.open(path) as photograph:
             scale = max(PHOTOGRAPH_SIDE / max(photograph.size), SIDE / min(photograph.size))
@@ -112,9 +115,9 @@ def load_photograph(path: Path) -> Pixels:
 
 
 def read_mnist(folder: Path, split: Split) -> tuple[Pixels, Pixels]:
-    """Return images [N, 28, 28] and labels [N] of one split; raise BadInput that names the file.
+    """Return images [N, 28, 28] and labels [N], uint8, of one split; "val" is MNIST's test set.
 
-    The folder has torchvision's layout or holds the four files, packed or not.
+    The folder has torchvision's layout or holds the four files, gzipped or not. Raise BadInput that names a faulty file.
     """
     prefix = "train" if split == "train" else "t10k"
     images_file = _mnist_file(folder, f"{prefix}-images-idx3-ubyte")
@@ -136,7 +139,7 @@ def _mnist_file(folder: Path, name: str) -> Path:
 
 
 def _read_idx(path: Path, dimensions: int) -> Pixels:
-    """Read IDX: two zeros, type 8 (uint8), number of dimensions, each size as big-endian int32, then the values."""
+    """Return an IDX file's array. Its bytes: 0, 0, 8 (uint8), number of dimensions, each size as big-endian int32, the values."""
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -153,9 +156,9 @@ def _read_idx(path: Path, dimensions: int) -> Pixels:
 
 
 def svhn_maker(folder: Path, split: Split, download: bool) -> Maker:
-    """Return one split of SVHN from `folder`, downloaded to it first with `download`.
+    """Return the maker of one split of SVHN in `folder`; with `download`, a missing file is downloaded to it.
 
-    Raise BadInput if the file is missing or not the original.
+    "val" is SVHN's test set. Raise BadInput if the file is missing or not the original.
     """
     from torchvision.datasets import SVHN
 
@@ -171,6 +174,6 @@ def svhn_maker(folder: Path, split: Split, download: bool) -> Maker:
 
 
 def svhn_image(image: Pixels) -> Pixels:
-    """Resize [3, 32, 32] to [28, 28, 3] uint8. Cropping would cut wide digits, which touch the border."""
+    """Resize an image [3, 32, 32] to [28, 28, 3] uint8. Cropping it would cut wide digits, which touch the border."""
     resized = Image.fromarray(image.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.asarray(resized)  # Pillow's resize antialiases

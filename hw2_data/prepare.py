@@ -41,7 +41,7 @@ DOMAINS: tuple[Domain, ...] = get_args(Domain)
 SPLITS: tuple[Split, ...] = get_args(Split)
 DOMAIN_PARTS = ("data/", "train.csv", "val.csv")
 ZEROSHOT_PARTS = ("val/", "id2label.json")
-ZEROSHOT_CLASSES = ZEROSHOT_IMAGES = 50  # of each class
+ZEROSHOT_CLASSES = ZEROSHOT_IMAGES = 50  # images of each class
 
 # Images per digit 0..9 in the course's train.csv
 COURSE_COUNTS = {
@@ -74,20 +74,20 @@ class Output:
 
 @dataclass
 class Public(Output):
-    """Build MNIST-M (Ganin et al. 2016) and SVHN; originals without a local folder are downloaded."""
+    """Build MNIST-M (Ganin et al. 2016) and SVHN. MNIST and SVHN are downloaded unless their folders are given."""
 
     mnist: Path | None = None
     """Folder with the four MNIST files, or in torchvision's layout. None = download."""
     backgrounds: Path | None = None
-    """Folder of photographs for MNIST-M, such as BSDS500's images; subfolders are included."""
+    """Folder of photographs such as BSDS500's, with its subfolders. Required unless --domains svhn."""
     svhn: Path | None = None
     """Folder with train_32x32.mat and test_32x32.mat. None = download."""
     downloads: Path = HERE / "downloads"
     """Folder for downloads."""
     train_count: int | None = None
-    """Most images per domain in train.csv: the first of the train split. None = all."""
+    """Images per domain in train.csv at most: the first ones of the training set. None = all."""
     val_count: int | None = None
-    """Most images per domain in val.csv: the first of the test split. None = all."""
+    """Images per domain in val.csv at most: the first ones of the test set. None = all."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Rendered(Output):
 class Zeroshot:
     """Build a substitute for the course's zero-shot images: 50 images of each of 50 classes of CIFAR-100's test set.
 
-    The course's classes are CIFAR-100's too. These are drawn by the seed, so an accuracy on them is not the report's.
+    The course's images also show classes of CIFAR-100. Here the seed chooses the classes, so accuracies differ from the report's.
     """
 
     cifar: Path | None = None
@@ -112,13 +112,13 @@ class Zeroshot:
     output: Path = HERE / "clip_zeroshot"
     """Folder for val/ and id2label.json."""
     seed: Seed = 0
-    """Seed that draws the classes."""
+    """Seed of the random choice of classes."""
     overwrite: bool = False
     """Replace an existing folder, once the new one is complete."""
 
 
 def main(command: Course | Public | Rendered | Zeroshot) -> None:
-    """Run the chosen command; raise BadInput."""
+    """Run the chosen command."""
     if isinstance(command, Course):
         check_course(command.data)
         return
@@ -135,7 +135,10 @@ def main(command: Course | Public | Rendered | Zeroshot) -> None:
 
 
 def check_flags(command: Public | Rendered) -> None:
-    """Raise BadInput, before any work, for a bad number and for output that cannot be written or would destroy something."""
+    """Raise BadInput for an invalid number and for domain folders that can't be written or may not be replaced.
+
+    Create the folder --output.
+    """
     counts = ("count",) if isinstance(command, Rendered) else ("train_count", "val_count")
     check_positive(command, *(name for name in counts if getattr(command, name) is not None))
     check_not_negative(command, "seed")
@@ -167,7 +170,7 @@ def maker_of(command: Public | Rendered, domain: Domain, split: Split) -> Maker:
 
 
 def check_target(target: Path, parts: Sequence[str], overwrite: bool) -> None:
-    """Raise BadInput if `target` exists and may not be replaced, as it may if it holds nothing else than `parts`."""
+    """Raise BadInput if `target` exists, except with `overwrite` for a folder that holds nothing but `parts`."""
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -178,7 +181,7 @@ def check_target(target: Path, parts: Sequence[str], overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(target: Path, parts: Sequence[str], overwrite: bool) -> Iterator[Path]:
-    """Yield a new folder that becomes `target` once it is complete; on any error `target` stays unchanged."""
+    """Yield a new folder that replaces `target` when the block ends without error; otherwise `target` stays unchanged."""
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
@@ -194,7 +197,7 @@ def new_folder(target: Path, parts: Sequence[str], overwrite: bool) -> Iterator[
 
 
 def write_domain(target: Path, makers: dict[Split, Maker], overwrite: bool) -> None:
-    """Write data/*.png, numbered across splits, and one csv per split."""
+    """Write the folder `target`: data/*.png, numbered across splits, and train.csv and val.csv."""
     first = 0
     with new_folder(target, DOMAIN_PARTS, overwrite) as new:
         (new / "data").mkdir()
@@ -210,7 +213,10 @@ def write_domain(target: Path, makers: dict[Split, Maker], overwrite: bool) -> N
 
 
 def write_zeroshot(command: Zeroshot) -> None:
-    """Write val/{class}_{image}.png and id2label.json: the first images of CIFAR-100's test set of each class that the seed draws."""
+    """Write val/{class}_{image}.png and id2label.json from CIFAR-100's test set.
+
+    The seed chooses 50 classes. The first 50 images of each are taken.
+    """
     output_folder(command.output.absolute().parent)
     check_target(command.output, ZEROSHOT_PARTS, command.overwrite)
     cifar = cifar100(command.cifar or command.downloads, download=command.cifar is None)
@@ -231,7 +237,7 @@ def write_zeroshot(command: Zeroshot) -> None:
 
 
 def cifar100(folder: Path, download: bool) -> Any:
-    """Return torchvision's CIFAR-100 test set from `folder`, unpacked or downloaded first. Raise BadInput if it is missing or damaged."""
+    """Return torchvision's CIFAR-100 test set in `folder`, unpacked or (`download`) downloaded first; raise BadInput if it is damaged."""
     from torchvision.datasets import CIFAR100  # slow to import
     from torchvision.datasets.utils import check_integrity
 
@@ -250,7 +256,7 @@ def cifar100(folder: Path, download: bool) -> Any:
 
 
 def check_course(data: Path) -> None:
-    """Print the content of each part of the layout; raise BadInput if the digits are unusable."""
+    """Print what each part of the course's layout holds in `data`; raise BadInput if the digits are unusable."""
     if not data.is_dir():
         raise BadInput(f"--data {data}: no such folder")
     problems = [problem for domain in DOMAINS for problem in check_domain(data / "digits" / domain)]
@@ -271,7 +277,7 @@ def check_course(data: Path) -> None:
 
 
 def check_domain(folder: Path) -> list[str]:
-    """Print the counts of one domain, and return what makes it unusable."""
+    """Print the images per digit of one domain, and return a line for each fault that makes it unusable."""
     if not folder.is_dir():
         print(f"digits/{folder.name}: absent")
         return [f"{folder} is absent"]
@@ -302,7 +308,7 @@ def print_counts(title: str, counts: Sequence[int]) -> None:
 
 
 def image_problems(folder: Path, names: list[str]) -> list[str]:
-    """Return a line for missing images, and one for the first unreadable image."""
+    """Return one line if images are missing, and one for the first unreadable image."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [name for name in names if name not in present]
     problems = [f"{folder}: {len(missing)} of {len(names)} images are missing, first {missing[0]}"] if missing else []
@@ -318,7 +324,7 @@ Findings = Iterator[tuple[bool, str]]  # (whether it is as in the course, descri
 
 
 def check_face(folder: Path) -> Findings:
-    """Expect ten noises [1, 3, 256, 256] float32, ten 256x256 images and a network of 427 tensors."""
+    """Yield (True if as in the course, description): ten noises [1, 3, 256, 256] float32, ten 256x256 images, 427 tensors."""
     noises = [load_tensors(path) for path in sorted(folder.glob("noise/[!.]*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
@@ -329,14 +335,14 @@ def check_face(folder: Path) -> Findings:
 
 
 def check_zeroshot(folder: Path) -> Findings:
-    """Expect 2,500 images {class}_{image}.png of 50 classes, all named in id2label.json."""
+    """Yield (True if as in the course, description): 2,500 images {class}_{image}.png, 50 classes in id2label.json."""
     images = list_images(folder / "val")
     yield len(images) == 2500, f"val/: {len(images)} of 2500 pictures"
     yield len(images.classes) == 50, f"{len(images.classes)} of 50 class names"
 
 
 def check_concepts(folder: Path) -> Findings:
-    """Expect images of each concept, and an input.json with all that grading needs."""
+    """Yield (True if as in the course, description): images of each concept, entries of input.json with all that grading needs."""
     for concept in ("0", "1", "cat"):
         count = len(list(folder.glob(f"{concept}/*.jpg")))
         yield count > 0, f"{concept}/: {count} pictures"

@@ -25,7 +25,7 @@ ZOOM = 3  # everything is drawn this many times larger, then averaged down
 PHOTOGRAPHS, PHOTOGRAPH_SIDE = 64, 128
 PHOTOGRAPH_STREAM = 99  # a random stream apart from those of the images
 GLYPH_HEIGHT, GLYPH_BOX = 60, 104  # pixels of a cached letter, with room around it
-FONT_SHARE = 0.15  # of the handwritten domain: print has shapes that the splines lack
+FONT_SHARE = 0.15  # of the MNIST-M images: print has shapes that the splines lack
 
 # How people write each digit: variants of pen strokes, split by "|"; a stroke is a smooth curve through points x,y in a box of 100 by 100
 PEN_STROKES = (
@@ -74,7 +74,7 @@ PEN_STROKES = (
 
 
 def rendered_maker(domain: str, count: int, seed: int, stream: int) -> Maker:
-    """Return `count` rendered digits, each digit equally often; an image's randomness comes from (seed, stream, index)."""
+    """Return the maker of `count` images in the domain's style, each digit equally often; an image depends on (seed, stream, index)."""
 
     def make(index: int) -> tuple[Pixels, int]:
         rng, label = np.random.default_rng([seed, stream, index]), index % 10
@@ -90,7 +90,7 @@ def rendered_maker(domain: str, count: int, seed: int, stream: int) -> Maker:
 
 
 def handwriting(label: int, rng: np.random.Generator) -> Pixels:
-    """Render [28, 28] uint8 ink, white on black, the digit in the middle 20 pixels as in MNIST."""
+    """Render a handwritten digit [28, 28] uint8, white on black, in the middle 20x20 pixels as in MNIST."""
     if rng.random() < FONT_SHARE:
         return _lettering(str(label), rng, SIDE - 9, spread=0.2)
     variants = PEN_STROKES[label]
@@ -106,11 +106,11 @@ def handwriting(label: int, rng: np.random.Generator) -> Pixels:
         for x, y in stroke:  # round joints and ends
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     ink = np.asarray(canvas.reduce(ZOOM))
-    return np.where(ink > 96, ink, 0).astype(np.uint8)  # the blend takes any ink: no halo
+    return np.where(ink > 96, ink, 0).astype(np.uint8)  # no faint ink, which the blend would take in full
 
 
 def _spline(points: Floats) -> Floats:
-    """Return the Catmull-Rom curve [M, 2] through points [N, 2] of the unit box."""
+    """Return the Catmull-Rom curve [8 (N - 1), 2] through points [N, 2] in the unit box."""
     p = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     t = np.linspace(0, 1, 8)[:, None, None]
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
@@ -119,7 +119,7 @@ def _spline(points: Floats) -> Floats:
 
 
 def _distort(points: Floats, rng: np.random.Generator) -> Floats:
-    """Apply elastic waves, slant, width and rotation to all points alike, so that strokes that meet still meet."""
+    """Return the points with random waves, slant, width and rotation, the same for all, so that strokes that meet still meet."""
     for frequency, strength in ((0.5, 0.09), (1.0, 0.035)):
         waves = frequency * rng.normal(size=(2, 2))
         phase = rng.uniform(0, 2 * np.pi, 2)
@@ -134,7 +134,7 @@ def _rotation(angle: float) -> Floats:
 
 
 def _fit(points: Floats, rng: np.random.Generator) -> Floats:
-    """Scale to pixels: the longer side spans about 18 of 28, centred within one pixel."""
+    """Scale the points to pixels: their longer side spans about 18 of 28, and their centre is at most a pixel off the middle."""
     low, high = points.min(0), points.max(0)
     scale = rng.uniform(16.5, 18.5) / (high - low).max()
     fitted: Floats = (points - (low + high) / 2) * scale + SIDE / 2 + rng.uniform(-1, 1, 2)
@@ -161,7 +161,7 @@ def procedural_photograph(seed: int, index: int) -> Pixels:
 
 
 def _fractal(rng: np.random.Generator, slope: float) -> Floats:
-    """Draw [128, 128] noise of mean 0 and deviation 1 with amplitude 1/f^slope; photographs have a slope near 1."""
+    """Draw noise [128, 128] of standard deviation 1, with amplitude 1/f^slope at frequency f; photographs have a slope near 1."""
     f = np.fft.fftfreq(PHOTOGRAPH_SIDE)
     radius = np.hypot(f[:, None], f[None, :])
     radius[0, 0] = np.inf
@@ -172,7 +172,7 @@ def _fractal(rng: np.random.Generator, slope: float) -> Floats:
 
 
 def _surface(rng: np.random.Generator) -> Floats:
-    """Render [128, 128, 3] float: a natural, rarely a vivid colour under smooth or rough texture."""
+    """Render [128, 128, 3] float: a natural, rarely a vivid colour with a smooth or rough texture."""
     colour = NATURAL[rng.integers(len(NATURAL))] * rng.uniform(0.15, 1.6) + rng.normal(0, 8, 3)
     if rng.random() < 0.07:
         colour = VIVID[rng.integers(len(VIVID))] + rng.normal(0, 20, 3)
@@ -187,7 +187,7 @@ def _surface(rng: np.random.Generator) -> Floats:
 
 
 def house_number(label: int, rng: np.random.Generator) -> Pixels:
-    """Render [28, 28, 3] uint8: the digit in the middle, often with neighbours cut by the frame."""
+    """Render [28, 28, 3] uint8: the digit `label` in the middle, often with neighbours cut by the frame."""
     left, right = (str(rng.integers(10)) if rng.random() < 0.5 else " " for _ in "lr")
     height = SIDE * float(np.clip(rng.normal(0.78, 0.12), 0.5, 1.0))
     ink = _lettering(left + str(label) + right, rng, height, spread=0.08)[..., None] / 255
@@ -200,7 +200,7 @@ def house_number(label: int, rng: np.random.Generator) -> Pixels:
 
 
 def _contrasting_colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Draw two dull colours [3] whose brightness differs by 25 (hardly readable) to 200 grey levels."""
+    """Draw two dull colours [3], of wall and digit, whose brightness differs by 25 (hardly readable) to 200 grey levels."""
     wall = float(np.clip(rng.normal(115, 48), 20, 225))
     difference = float(np.clip(rng.lognormal(4.3, 0.5), 25, 200))
     brighter = rng.random() < (0.85 if wall < 110 else 0.2)
@@ -226,7 +226,7 @@ def _wall(colour: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _camera(scene: Floats, rng: np.random.Generator) -> Pixels:
-    """Apply the blur, sensor noise and JPEG blocks of a distant camera."""
+    """Return the scene as uint8 with the sensor noise, blur and JPEG blocks of a distant camera."""
     noisy = scene + rng.normal(0, rng.uniform(0, 5), scene.shape)
     photo = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     photo = photo.filter(ImageFilter.GaussianBlur(min(rng.gamma(2.2, 0.4), 1.8)))
@@ -241,7 +241,7 @@ def _camera(scene: Floats, rng: np.random.Generator) -> Pixels:
 def _lettering(text: str, rng: np.random.Generator, height: float, spread: float) -> Pixels:
     """Render [28, 28] uint8: `text` in a random font, white on black, digits `height` pixels tall, the middle one centred.
 
-    `spread`: strength of rotation and slant.
+    `spread`: standard deviation of rotation (in radians) and slant.
     """
     fonts = digit_fonts()
     font, bold = str(fonts[rng.integers(len(fonts))]), int(rng.integers(0, 4))
@@ -255,7 +255,7 @@ def _lettering(text: str, rng: np.random.Generator, height: float, spread: float
 
 
 def _view(rng: np.random.Generator, spread: float, scale: float) -> tuple[float, ...]:
-    """Return Pillow's affine coefficients: enlarged output to the middle of the canvas, stretched, slanted and rotated."""
+    """Return Pillow's affine coefficients, which map output pixels to the canvas: scaled, and at random stretched, slanted and rotated."""
     stretch = np.diag((rng.uniform(0.9, 1.5), 1.0))
     slant = np.array([[1, rng.normal(0, spread)], [0, 1]])
     matrix = scale * stretch @ slant @ _rotation(rng.normal(0, spread))
@@ -266,7 +266,7 @@ def _view(rng: np.random.Generator, spread: float, scale: float) -> tuple[float,
 
 @cache
 def digit_fonts() -> tuple[Path, ...]:
-    """Return the font files with ten digits, sorted by file name; raise BadInput if there are none."""
+    """Return the paths of installed fonts that have all ten digits, sorted by file name; raise BadInput if there are none."""
     from matplotlib import font_manager  # slow to import
 
     paths = sorted(Path(entry.fname) for entry in font_manager.fontManager.ttflist)
@@ -278,7 +278,7 @@ def digit_fonts() -> tuple[Path, ...]:
 
 
 def _has_digits(path: Path) -> bool:
-    """Check the names of the glyphs: symbol fonts have other shapes in the places of digits."""
+    """Return whether the font's digits are digits by their glyphs' names: symbol fonts have other shapes in these places."""
     from fontTools.ttLib import TTFont, TTLibError
 
     try:
