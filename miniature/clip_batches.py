@@ -5,8 +5,8 @@ share colours, background and style and differ in objects and positions. Some on
 differ in nothing but the style. The world's captions leave things out, so one is often true of several images of a batch: of 64 images,
 98 % have a true caption besides their own. Such captions are known and are not used as negatives.
 
-Every object has a colour that it never has in training. The colour thus rules an object out: a shortcut, which fails on just the pairs
-that are held out. So some families have no colours at all, and no loss has an answer that follows from the colour alone.
+Every object that captions name has a colour that it never has in training. The colour thus rules an object out: a shortcut, which fails
+on just the pairs that are held out. So some families have no colours at all, and no loss has an answer that follows from the colour alone.
 """
 
 from __future__ import annotations
