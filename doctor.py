@@ -56,11 +56,11 @@ class Settings:
     """Folder of the course's data."""
     device: Device = "auto"
     compile: AutoOnOff = "auto"
-    """torch.compile of the measured training. auto = where the training compiles, which takes a minute."""
+    """torch.compile in the measured training; compiling takes a minute. auto = as P1_training.py does on this machine."""
 
 
 def unusable_gpu() -> str:
-    """Return the name of the NVIDIA GPU that is here and why this torch can't use it, in one line, or an empty string."""
+    """Return the name of this machine's NVIDIA GPU and why torch can't use it, in one line; "" without a GPU or a problem."""
     if not shutil.which("nvidia-smi"):
         return ""
     gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60).stdout
@@ -77,7 +77,7 @@ def unusable_gpu() -> str:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the mean time of three calls, after one that warms up."""
+    """Return the mean seconds of three calls, after one to warm up."""
     for repeat in range(4):
         if repeat == 1:
             start = time.perf_counter()
@@ -88,7 +88,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def training_minutes(machine: Machine, preset: str, compiled: bool) -> float:
-    """Return the minutes of a P1 training in its precision: three measured steps (of at most 16 images on a CPU), scaled up."""
+    """Estimate the minutes of a P1 training from three measured steps, of at most 16 images each on a CPU."""
     recipe, device = RECIPES[preset], machine.device
     precision = set_up("auto", machine, training=True)
     unet = to_channels_last(UNet(PRESETS[preset]), device)
@@ -108,9 +108,9 @@ def training_minutes(machine: Machine, preset: str, compiled: bool) -> float:
 
 @torch.inference_mode()
 def face_minutes(machine: Machine) -> float:
-    """Estimate the minutes of `bash hw2_2.sh` with ten noises from the time of the network's commonest layer.
+    """Estimate the minutes of `bash hw2_2.sh` for ten images of 50 steps, from the time of one layer of the network.
 
-    The course's network takes 496 GFLOP per image and step.
+    It is the most frequent layer. The whole network takes 496 GFLOP per image and step.
     """
     x = torch.randn(1, 128, 256, 256, device=machine.device).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(128, 128, 3, 3, device=machine.device)

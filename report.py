@@ -40,7 +40,7 @@ class Settings:
     output: Path = ROOT / "report"
     """Folder for index.html and, below steps/, everything that it is made from."""
     data: Path = ROOT / "hw2_data"
-    """The course's data, or a part of them."""
+    """Folder of the course's data, complete or in part."""
     model: str | None = None
     """Stable Diffusion v1: a diffusers folder, a hub name, or a single file. None = the shipped miniature."""
     unet: Path | None = None
@@ -60,7 +60,7 @@ class Settings:
 
 
 def find_inputs(settings: Settings) -> Inputs:
-    """Return the files of the flags, else those in the data. Raises BadInput for a named file that does not exist."""
+    """Return the input files: those that flags name, else those in the data. Raise BadInput for a named file that does not exist."""
     files = {"unet": settings.unet, "mnistm-classifier": settings.mnistm_classifier, "digits": settings.digits}
     for flag, path in files.items():
         if path and not path.is_file():
@@ -111,7 +111,7 @@ def sections_of(settings: Settings, inputs: Inputs) -> list[Section]:
 def run_sections(
     sections: Sequence[Section], runner: Runner, write: Callable[[Sequence[RenderedSection]], None]
 ) -> list[RenderedSection]:
-    """Run every step in turn and `write` the page after every section. If a step fails, its section's fallback is run as well."""
+    """Run every step in turn; after each section, `write` them all. If a step fails, run its section's fallback as well."""
     rendered, waiting = [], list(sections)
     while waiting:
         section = waiting.pop(0)
@@ -125,7 +125,7 @@ def run_sections(
 
 
 def print_scores(rendered: Sequence[RenderedSection]) -> None:
-    """Print the table at the top of the page."""
+    """Print the scores that the top of the page shows, and why a section has none."""
     for one in rendered:
         for score in one.elements:
             if isinstance(score, Score):

@@ -15,11 +15,11 @@ Condition = TypeVar("Condition")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Strength and place of guidance.
+    """Settings of guidance: how strong, and at which timesteps.
 
-    scale: out = uncond + scale (cond - uncond).
-    interval: applied only at start <= t/T < end (Kynkaanniemi et al. 2024).
-    rescale: 0..1, pulls the output's standard deviation back to that of cond (Lin et al. 2024, eq. 15, 16).
+    scale: out = uncond + scale (cond - uncond); 1 = no guidance.
+    interval: (start, end); guidance applies only at start <= t/T < end (Kynkaanniemi et al. 2024).
+    rescale: 0..1, pulls the standard deviation of out back to that of cond (Lin et al. 2024, eq. 15, 16); 0 = off.
     """
 
     scale: float = 1.0
@@ -31,7 +31,7 @@ class Guidance:
         return self.scale != 1 and self.interval[0] <= t / total < self.interval[1]
 
     def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Return the guided output of both predictions [B,C,H,W]."""
+        """Return the guided output of the conditional and the unconditional prediction, all [B,C,H,W]."""
         out = uncond + self.scale * (cond - uncond)
         return rescaled(out, cond, self.rescale) if self.rescale else out
 
@@ -43,9 +43,10 @@ def guided(
     guidance: Guidance,
     total: int,
 ) -> Denoise:
-    """Return a denoiser that runs `network(x, t, condition)` with guidance.
+    """Return a denoiser that runs `network(x, t, condition)` with guidance; `total` is T.
 
-    Where guidance is active, one fused call of 2B gets `both`: the condition followed by its null version along the batch.
+    `both` is `condition` followed by its null version along the batch.
+    Where guidance is active, the network is called once, on two copies of x, with `both`.
     """
 
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -58,7 +59,7 @@ def guided(
 
 
 def rescaled(out: Tensor, cond: Tensor, weight: float) -> Tensor:
-    """Return `out` with the per-image standard deviation of `cond` at weight 1, unchanged at 0."""
+    """Return `out` [B,C,H,W], scaled per image: at weight 1 to the standard deviation of `cond`, at weight 0 not at all."""
     dims = tuple(range(1, out.dim()))
     factor = cond.std(dims, keepdim=True) / out.std(dims, keepdim=True)
     return out * (weight * factor + 1 - weight)

@@ -10,23 +10,26 @@ from torch import Tensor
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return one CPU generator per image: a CPU's stream is the same on every machine and device."""
+    """Return one generator per seed, on the CPU, so that its numbers do not depend on the device that samples."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw the next standard normal [len(generators), *shape] float32; image k draws only from generator k."""
+    """Draw standard normal noise [len(generators), *shape] float32 on `device`; image k draws from generator k only."""
     noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
     return noise.to(device, non_blocking=True)
 
 
 def linear(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Return (1 - alpha) a + alpha b; half way between two independent noises its norm is only 0.71 of theirs."""
+    """Return (1 - alpha) a + alpha b. For two independent noises and alpha = 0.5, its norm is only 0.71 of theirs."""
     return (1 - alpha) * a + alpha * b
 
 
 def mean(noises: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return sum w_k x_k / sqrt(sum w_k^2): of independent standard normal noises a standard normal one (LOL, arXiv 2408.08558)."""
+    """Return sum w_k x_k / sqrt(sum w_k^2) (LOL, arXiv 2408.08558).
+
+    If the noises x_k are independent and standard normal, so is the result.
+    """
     norm = math.sqrt(sum(weight**2 for weight in weights))
     total = sum(weight / norm * x.double() for weight, x in zip(weights, noises, strict=True))
     return torch.as_tensor(total).to(noises[0].dtype)
@@ -35,8 +38,8 @@ def mean(noises: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Return sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta the angle of a and b (Shoemake 1985).
 
-    Works on the flattened tensors. Parallel and opposite vectors, where this is 0/0, turn in some plane that holds them.
-    With a zero vector the interpolation is linear.
+    Treats the tensors as flat vectors; returns the shape and dtype of a. If one of them is zero, returns `linear`.
+    For parallel or opposite vectors the formula is 0/0: a is rotated by alpha theta in an arbitrary fixed plane instead.
     """
     x, y = a.double().flatten(), b.double().flatten()
     lengths = x.norm(), y.norm()

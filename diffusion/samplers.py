@@ -1,7 +1,9 @@
 """Samplers as free functions: (denoise, x, schedule, steps, generators) -> x.
 
-`denoise(x, t)` returns what the network predicts (`Schedule.prediction`). x [B,C,H,W] starts as standard normal noise and ends in [-1, 1].
-`callback(t, x)` receives the state after the step that arrives at t. `nudge(x, t)` may change the state before the network reads it.
+`denoise(x, t)` returns eps or v (`Schedule.prediction`). x [B,C,H,W]: standard normal noise at first, images in [-1, 1] at last.
+`generators`: one per image, for the noise that stochastic steps add.
+`callback(t, x)` is called with the state after each step. t is the timestep reached, at least 0; in `ddpm` the timestep left.
+`nudge(x, t)` returns the state that replaces x before the network reads it at t.
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ def ddim(
     callback: Callback = ignore,
     nudge: Nudge = unchanged,
 ) -> Tensor:
-    """Sample on any grid (Song et al. 2021, eq. 12): eta 0 is deterministic, eta 1 as random as DDPM.
+    """Sample at the timesteps of `steps` (Song et al. 2021, eq. 12): eta 0 is deterministic, eta 1 as random as DDPM.
 
-    eps is not recomputed after x0 is clamped.
+    If `steps.clamp`, the predicted x0 is clamped to [-1, 1]; eps is not recomputed from it.
     """
     for t, t_prev in steps.pairs:
         alpha_bar, alpha_bar_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
@@ -87,10 +89,10 @@ def bdia(
     x_next: Tensor | None = None,
     callback: Callback = ignore,
 ) -> tuple[Tensor, Tensor]:
-    """Walk along the grid by `bdia_step`; return the last state and the one before it.
+    """Sample by `bdia_step` at the timesteps of `steps`; return (last, previous), the states at the last two timesteps.
 
-    x and x_next are the states at the first two timesteps. None = a step of DDIM leads to x_next.
-    Along `steps.backwards()` the last two states lead to the first two, exactly but for rounding.
+    x and x_next are the states at the first two timesteps. x_next None = computed from x by one DDIM step.
+    This is reversible: bdia(denoise, last, schedule, steps.backwards(), previous) returns (x, x_next) up to rounding.
     """
     times = [steps.pairs[0][0], *(t for _, t in steps.pairs)]
     if x_next is None:
@@ -103,10 +105,11 @@ def bdia(
 
 
 def bdia_step(x_prev: Tensor, x: Tensor, output: Tensor, schedule: Schedule, times: tuple[int, int, int]) -> Tensor:
-    """Return the state at the last of three `times`: x_prev - DDIM(x to the first) + DDIM(x to the last).
+    """Return x_next = x_prev - DDIM(x, t_prev) + DDIM(x, t_next), where `times` = (t_prev, t, t_next).
 
-    x_prev is the state at the first one, x and the network's output belong to the second one.
-    This is BDIA with gamma 1 (Zhang et al. 2023, arXiv 2307.10829). With both ends exchanged it is its own inverse.
+    x_prev, x and x_next are the states at these timesteps. `output` is the network's for x at t.
+    DDIM(x, s) is the DDIM step from t to s. This is BDIA with gamma 1 (Zhang et al. 2023, arXiv 2307.10829).
+    To invert the step, pass x_next as x_prev and `times` reversed.
     """
     alpha_bar_prev, _, alpha_bar_next = map(schedule.alpha_bar_at, times)
     x0, eps = schedule.x0_and_eps(output, x, times[1])
@@ -116,9 +119,10 @@ def bdia_step(x_prev: Tensor, x: Tensor, output: Tensor, schedule: Schedule, tim
 
 
 def ddim_invert(denoise: Denoise, x: Tensor, schedule: Schedule, steps: Steps) -> dict[int, Tensor]:
-    """Return {t: x_t}, the noise that `ddim` at eta 0 would turn back into the clean x, by its update in reverse order.
+    """Invert `ddim` at eta 0: return {t: x_t}, the states from the clean image x up to noise, for every t of `steps`.
 
-    eps is taken at the t that is being reached, which is exact only in the limit of many steps (Dhariwal & Nichol 2021, appendix F).
+    A step to t computes eps from the state before it, as if that were x_t already.
+    So the inversion is exact only in the limit of many steps (Dhariwal & Nichol 2021, appendix F).
     """
     states: dict[int, Tensor] = {}
     alpha_bar_prev = 1.0
@@ -142,10 +146,12 @@ def dpm_solver(
     span: slice = ALL,
     generators: Generators = (),
 ) -> Tensor:
-    """Sample by DPM-Solver++ (2M) in few steps (Lu et al. 2022), on diffusers' trailing grid: deterministic without generators.
+    """Sample by DPM-Solver++ (2M) in `steps` steps (Lu et al. 2022), at diffusers' trailing timesteps.
 
-    With generators it solves the reverse SDE (section 3.4 there): each step adds noise, so later steps can mend errors of earlier ones.
-    The result is clamped to [-1, 1] unless `clamp` is off (latents). `span` runs only these steps, the first of them at first order.
+    Without generators it is deterministic. With generators it solves the reverse SDE (section 3.4 of the paper).
+    Then each step adds noise, so later steps can mend errors of earlier ones.
+    `clamp` clamps the result to [-1, 1]; off for latents. `span` selects the steps to run; x is the state before them.
+    The first step run is of first order. Raise ValueError unless 1 <= steps <= T.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # slow to import
 

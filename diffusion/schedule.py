@@ -15,9 +15,9 @@ Prediction = Literal["eps", "v"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Noise levels `alpha_bar` [T] (float64, CPU) and the meaning of the network's output.
+    """Noise levels `alpha_bar` [T] (float64, CPU), and what the network predicts.
 
-    eps: the noise; v: sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, appendix D).
+    `prediction` eps: the noise. v: sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, appendix D).
     """
 
     alpha_bar: Tensor
@@ -28,12 +28,12 @@ class Schedule:
 
     @property
     def betas(self) -> Tensor:
-        """[T] float64: beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}."""
+        """Return beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, [T] float64."""
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         return 1 - self.alpha_bar / alpha_bar_prev
 
     def alpha_bar_at(self, t: int) -> float:
-        """Return alpha_bar_t rounded to float32, as the homework's samplers do; 1 at t = -1, the clean end."""
+        """Return alpha_bar_t rounded to float32, as the homework's samplers do. t = -1 is the clean image: alpha_bar is 1."""
         return 1.0 if t < 0 else float(self.alpha_bar[t].float())
 
     def x0_and_eps(self, output: Tensor, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -60,16 +60,16 @@ def cosine(steps: int, prediction: Prediction = "v", offset: float = 0.008) -> S
 
 
 def make_schedule(name: str, steps: int, prediction: Prediction) -> Schedule:
-    """Return the schedule `linear` (1e-4 .. 0.02 at any T) or `cosine`; raise KeyError for another name."""
+    """Return the schedule `linear` (betas 1e-4 .. 0.02 at any T) or `cosine`; raise KeyError for another name."""
     make: dict[str, Callable[..., Schedule]] = {"linear": linear, "cosine": cosine}
     return make[name](steps, prediction=prediction)
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return x_t for per-image alpha_bar [B,1,1,1]."""
+    """Return x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, with one alpha_bar per image [B,1,1,1]."""
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
 
 def target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
-    """Return the output that the network should have for x_t, with alpha_bar [B,1,1,1]."""
+    """Return what the network should predict for x_t, eps or v, with one alpha_bar per image [B,1,1,1]."""
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0 if prediction == "v" else eps

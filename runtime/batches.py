@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def even_batch(count: int, most: int) -> int:
-    """Return the smallest batch that needs as few calls as `most` at once: ten items, at most eight at once, go as 5, 5."""
+    """Return the smallest batch size that needs as few calls as batches of `most`: 5 for ten items with `most` 8."""
     calls = -(-count // most)
     return -(-count // calls)
 
@@ -22,10 +22,11 @@ def even_batch(count: int, most: int) -> int:
 def in_batches(
     work: Callable[[list[Item]], Result], items: Sequence[Item], batch: int
 ) -> Iterator[tuple[list[Item], Result]]:
-    """Yield (items, work(items)) in batches of one shape, so that kernels round alike.
+    """Yield (chunk, work(chunk)) for chunks of `batch` items.
 
-    `work` receives the last batch padded with its last item. When memory runs out, the batch is halved for the rest.
-    Raise BadInput when one item is too large.
+    All calls have one shape, so that kernels round alike: `work` gets the last chunk padded with its last item.
+    That chunk is yielded without padding, its result with it. When memory runs out, `batch` is halved for the rest.
+    Raise BadInput when memory runs out with a single item.
     """
     start = 0
     while start < len(items):
@@ -59,5 +60,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_overflow(error: Exception) -> bool:
-    """Return whether torch refused a tensor whose number of bytes is no 64-bit number."""
+    """Return whether torch refused a tensor whose size in bytes exceeds 64 bits."""
     return isinstance(error, RuntimeError) and "overflow" in str(error)

@@ -1,4 +1,4 @@
-"""From a typed dataclass to a command line, and from an exception to one line and an exit code."""
+"""Command lines from typed dataclasses, and exceptions as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Settings = TypeVar("Settings")
 Item = TypeVar("Item")
 Seed = Annotated[int, tyro.conf.arg(metavar=f"0..{LARGEST_SEED}")]  # run_script checks every setting called seed
 
-# (flag of an earlier version, its name now): an old flag is refused in a script that has the new one
+# (flag of an earlier version, its present name): the old flag is refused in a script that has the present one
 RENAMED = (
     ("--rescale", "--guidance-rescale"),
     ("--rescale", "--to-uint8"),
@@ -47,7 +47,7 @@ RENAMED = (
     ("--precision", "--precisions"),
 )
 
-# tyro's words for what its frames hold, and ours
+# (pattern of a message in tyro's frame, our message)
 PARSER_MESSAGES = (
     (r"^Missing value for argument '(.*)'\..*", r"\1: its value is missing"),
     (r"^Unrecognized options: ([^,]*).*", r"\1: no flag takes this value"),
@@ -80,7 +80,7 @@ def check_fractions(settings: object, *names: str) -> None:
 
 
 def check_seed(seed: int, flag: str = "--seed") -> int:
-    """Return the seed; raise BadInput outside of the 32 bits by which torch's CPU generator draws: wider ones repeat its noise."""
+    """Return the seed; raise BadInput outside of 0 .. 2^32 - 1, since torch's CPU generator ignores all higher bits."""
     if not 0 <= seed <= LARGEST_SEED:
         raise BadInput(f"{flag} {seed}: a seed has 32 bits, give 0 .. {LARGEST_SEED}")
     return seed
@@ -106,7 +106,7 @@ def run_script(main: Callable[[Settings], None], settings: type[Settings], descr
     Of several processes only the first one reports an error that all of them have.
     """
     raise_from_now_on()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks ends no finished run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal's encoding lacks must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     message, code = _outcome(main, settings, description)
     if code == 2 and not is_main_process():
@@ -119,7 +119,7 @@ def run_script(main: Callable[[Settings], None], settings: type[Settings], descr
 
 
 def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
-    """Return the error message and the exit code."""
+    """Run the script; return its error message ("" = none) and its exit code."""
     try:
         arguments, like = split_like(sys.argv[1:])
         refuse_renamed_flags(arguments, settings)
@@ -138,7 +138,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
                 f"{LIKE} {like} is a record of another subcommand, with the settings of {type(default).__name__}"
             )
         refuse_empty_paths(options, arguments)
-        if default is None:  # with --like, a flag without a value takes the record's away
+        if default is None:  # with --like, a flag without values empties the record's list
             refuse_empty_lists(options, arguments)
         _check_seeds(options)
         main(options)
@@ -165,7 +165,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
             return f"torch.compile fails for this network ({str(error).strip().splitlines()[0]}): give --compile off", 2
         if os.environ.get("WORLD_SIZE", "1") == "1" or not CONNECTION_LOST.search(str(error)):
             raise
-        time.sleep(WAIT_FOR_MAIN)  # torch.distributed's error, when another process ended: that one reports why
+        time.sleep(WAIT_FOR_MAIN)  # torch.distributed's error after another process ended, which reports why
         return "another process of this run ended", 2
     except KeyboardInterrupt:
         return "interrupted", 130
@@ -173,7 +173,7 @@ def _outcome(main: Callable[[Settings], None], settings: type[Settings], descrip
 
 
 def split_like(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Return the arguments without --like, and the record that it names. Raise BadInput for --like without a file."""
+    """Return the arguments without --like RECORD, and RECORD or None. Raise BadInput for --like without a file."""
     others, record = [], None
     words = iter(arguments)
     for word in words:
@@ -207,7 +207,7 @@ def _parse(settings: type[Settings], description: str, arguments: Sequence[str],
 
 @contextmanager
 def _wide(active: bool) -> Iterator[None]:
-    """Let tyro break no line of its messages."""
+    """Make tyro write its messages in one line each, if `active`."""
     before = os.environ.get("COLUMNS")
     if active:
         os.environ["COLUMNS"] = "100000"
@@ -245,7 +245,7 @@ def _refusal(box: str, arguments: Sequence[str], flags: set[str]) -> str:
 
 
 def _value(flag: str, arguments: Sequence[str]) -> str:
-    """Return what stands behind a flag on the command line, up to the next flag."""
+    """Return the words between the last occurrence of a flag and the next flag; "" if there are none."""
     words = [
         word for argument in arguments for word in (argument.split("=", 1) if argument[:2] == "--" else [argument])
     ]
@@ -254,7 +254,7 @@ def _value(flag: str, arguments: Sequence[str]) -> str:
 
 
 def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
-    """Raise BadInput for a flag that has another name in this version, with that name."""
+    """Raise BadInput for a flag of an earlier version, with its present name."""
     names, used = flags_of(settings), _names(arguments)
     for old, new in RENAMED:
         if old in used and new in names and old not in names:
@@ -262,13 +262,13 @@ def refuse_renamed_flags(arguments: Sequence[str], settings: Any) -> None:
 
 
 def refuse_files_called_none(arguments: Sequence[str]) -> None:
-    """Raise BadInput for the value None where a file or folder has that name: the flag would be read as not set."""
+    """Raise BadInput if a value is None and a file or folder called None exists: tyro would read the flag as not set."""
     if os.path.lexists("None") and any(argument.split("=")[-1] == "None" for argument in arguments):
         raise BadInput("None means that a flag is not set; name the file or folder called None as ./None")
 
 
 def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
-    """Raise BadInput for a path that is empty on the command line, as of an unset variable: it would be the current folder."""
+    """Raise BadInput for a path given as "", such as from an unset shell variable: it would mean the current folder."""
     for field in fields(settings):
         flag = f"--{field.name.replace('_', '-')}"
         if getattr(settings, field.name) == Path() and flag in _names(arguments) and not _value(flag, arguments):
@@ -276,7 +276,7 @@ def refuse_empty_paths(settings: Any, arguments: Sequence[str]) -> None:
 
 
 def refuse_empty_lists(settings: Any, arguments: Sequence[str]) -> None:
-    """Raise BadInput for a flag without a value that has none by default: it would be as if left out."""
+    """Raise BadInput for a list flag given without values whose default is empty: it would have no effect."""
     for field in fields(settings):
         flag = f"--{field.name.replace('_', '-')}"
         if field.default == getattr(settings, field.name) == () and flag in _names(arguments):
@@ -305,12 +305,12 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def default_hint(text: str) -> Any:
-    """Return the annotation for a flag whose help shows `text` as its default, in the place of None."""
+    """Return a tyro annotation that makes a flag's help show `text` as its default, instead of None."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 def is_main_process() -> bool:
-    """Return whether this is the only process, or the first that torchrun or accelerate launch started: only it prints."""
+    """Return whether this is the only process, or rank 0 of those that torchrun or accelerate launch started. Only it prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -328,5 +328,5 @@ def progress(items: Iterable[Item] | None, title: str, **options: object) -> tqd
 
 
 def progress_bar(total: int, title: str, unit: str = "img") -> tqdm[NoReturn]:
-    """Return a progress bar that its user advances by `update`; it vanishes at its end."""
+    """Return a bar of `total` units that the caller advances by `update`; it disappears at its end."""
     return progress(None, title, total=total, unit=unit, leave=False)

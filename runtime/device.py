@@ -30,7 +30,7 @@ Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
 
 @dataclass(frozen=True)
 class Machine:
-    """The device in use and its abilities."""
+    """The device in use, and whether it has bf16 in hardware and torch.compile has its compiler."""
 
     device: torch.device
     name: str
@@ -39,14 +39,14 @@ class Machine:
 
     @property
     def compile_steps(self) -> int:
-        """Number of steps from which on a training repays compiling. On CUDA steps are shorter."""
+        """Smallest number of training steps that repays compiling; larger on CUDA, where steps are shorter."""
         return 2000 if self.device.type == "cuda" else 500
 
 
 def detect(device: str = "auto") -> Machine:
-    """Return the machine with `device`: auto, cpu, cuda, cuda:N or mps. With cuda, each process of a machine takes its own GPU.
+    """Return the Machine for `device`: auto, cpu, cuda, cuda:N or mps. auto is cuda if available, else cpu.
 
-    Raise BadInput for a device that does not exist.
+    With cuda, each process that torchrun starts takes its own GPU (LOCAL_RANK). Raise BadInput for a device that does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +103,7 @@ def resolve_precision(precision: Precision, machine: Machine) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return a block whose matrix products and convolutions compute in bf16 or fp16; in fp32 and tf32 it changes nothing."""
+    """Return a context in which matrix products and convolutions compute in bf16 or fp16; for fp32 and tf32 it does nothing."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision in HALF)
 
 
@@ -126,9 +126,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def set_up(precision: Precision, machine: Machine, training: bool = False) -> str:
-    """Resolve the precision and prepare the process for it: TF32 on CUDA, freed memory kept on a CPU.
+    """Return the resolved precision, and set the process up: TF32 on for tf32 only, `keep_freed_memory` on a CPU.
 
-    `training` turns off the fused attention kernel in half precision on a CPU: in bf16 its backward pass is six times slower than in fp32.
+    `training` turns off the fused attention kernel on a CPU in bf16 or fp16. In bf16 its backward pass is six times slower than in fp32.
     """
     resolved = resolve_precision(precision, machine)
     allow_tf32(resolved == "tf32")
@@ -139,9 +139,9 @@ def set_up(precision: Precision, machine: Machine, training: bool = False) -> st
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Make the C library keep freed memory for the next tensor; without glibc do nothing.
+    """Make the C library keep freed memory for the next tensor, or not (its default); without glibc do nothing.
 
-    Returning large blocks to the system and faulting them in again took a third of the time of 256x256 images.
+    Returning large blocks to the system and faulting them in again took a third of the time of sampling 256x256 images.
     """
     trim_threshold, mmap_max = -1, -4  # mallopt's numbers in malloc.h
     try:
@@ -154,10 +154,10 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def should_compile(choice: AutoOnOff, machine: Machine, worthwhile: bool = True) -> bool:
-    """Return whether to compile; auto is on for CUDA and for CPUs with bf16. In fp32 on a CPU no gain repays the minute.
+    """Return whether to use torch.compile. auto = on CUDA and on CPUs with bf16 in hardware, with a compiler and `worthwhile`.
 
-    `worthwhile`: the run is longer than compiling; only auto depends on it.
-    Where the compiler fails on a tiny function, auto is off, with a warning. Raise BadInput for "on" without a compiler.
+    On other CPUs the gain does not repay the minute of compiling. `worthwhile`: the run is long enough to repay it.
+    If the compiler fails on a tiny function, auto returns False with a warning. "on" raises BadInput if it fails or is absent.
     """
     if choice == "on" and not machine.compiler:
         raise BadInput("--compile on: no C++ compiler with Python's headers found")
@@ -176,7 +176,7 @@ def should_compile(choice: AutoOnOff, machine: Machine, worthwhile: bool = True)
 
 
 def compile_error(device: torch.device) -> str:
-    """Return why torch.compile fails for a tiny function, in one line, or an empty string."""
+    """Return why torch.compile fails for a tiny function, in one line; "" if it works."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA_HOME without a GPU
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -190,11 +190,11 @@ def _reason(error: BaseException | None) -> str:
 
 
 def go_on_eagerly_on_errors() -> None:
-    """Let a network run eagerly that torch.compile fails for, though it works for a tiny function: one warning, no traceback."""
+    """From now on, run a network eagerly if torch.compile fails for it, with one warning and no traceback."""
     import torch._dynamo  # slow to import
 
     def go_on(record: logging.LogRecord) -> bool:
-        if record.exc_info and not torch._dynamo.config.disable:  # else every part of the network is tried by itself
+        if record.exc_info and not torch._dynamo.config.disable:  # else torch tries every part of the network
             torch._dynamo.config.disable = True
             log(f"warning: going on without torch.compile, it fails for this network ({_reason(record.exc_info[1])})")
         return not record.exc_info
@@ -209,12 +209,12 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def to_channels_last(network: Network, device: torch.device | str, dtype: torch.dtype | None = None) -> Network:
-    """Move a network to a device, its weights in channels_last: the fastest format for inference."""
+    """Move a network in place to a device and dtype, with weights in channels_last: the fastest format for inference."""
     return _to(network, device, dtype, torch.channels_last)
 
 
 def to_training_device(network: Network, device: torch.device) -> Network:
-    """Move a network to a device, its weights in the format that trains fastest there."""
+    """Move a network in place to a device, with weights in the format that trains fastest there."""
     return _to(network, device, None, memory_format(device))
 
 

@@ -27,18 +27,18 @@ class Shard:
         return self.rank == 0
 
     def rows(self, count: int, batch: int) -> list[int]:
-        """Return which of `count` items are this process's: every world-th batch.
+        """Return the indices of this process's items among `count`: those of every world-th batch of `batch` items.
 
         Batches stay whole, so that each gives the same bytes as in a single process.
         """
         return [row for row in range(count) if row // batch % self.world == self.rank]
 
     def largest(self, count: int, most: int) -> int:
-        """Return `most`, or a smaller batch that leaves no process without items."""
+        """Return the batch size `most`, or each process's even share of `count` items, rounded up, if that is smaller."""
         return max(1, min(most, -(-count // self.world)))
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items of all processes, by rank, in each of them. All processes must call it."""
+        """Return the items of all processes, in order of rank, in every process. All processes must call it."""
         if self.world == 1:
             return list(items)
         parts: list[list[Item]] = [[] for _ in range(self.world)]
@@ -51,12 +51,15 @@ ALONE = Shard()
 
 @contextmanager
 def sharing() -> Iterator[Shard]:
-    """Yield this process's shard; several processes are connected until the block ends, on the CPU, for small objects only."""
+    """Yield this process's Shard; within the block several processes are connected, on the CPU, for small objects only.
+
+    At its end every process waits for all others.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for another's share
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # others may take hours longer
     try:
         yield Shard(dist.get_rank(), dist.get_world_size())
         dist.barrier()

@@ -26,19 +26,20 @@ from safetensors.torch import save_file
 from runtime.cli import BadInput
 from runtime.weights import foreign_kind, is_safetensors
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
+ROOT = Path(__file__).resolve().parents[1]  # the repository
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success it replaces `path`, on any error `path` stays unchanged.
 
-    A link is followed to its target; devices and pipes are written into. A failure, such as a full disk, is an OSError that names `path`.
+    Creates missing folders. A link is followed to its target; devices and pipes are written into, not replaced.
+    A failure, such as a full disk, is an OSError that names `path`.
     """
     stream, target = _is_stream(path), Path(os.path.realpath(path))
     temporary = None
     try:
-        if target.is_dir() or target.is_symlink():  # a link that is left leads to itself
+        if target.is_dir() or target.is_symlink():  # realpath leaves only links that lead to themselves
             raise OSError(errno.EISDIR if target.is_dir() else errno.ELOOP, "")
         if not stream:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         if error.filename not in (None, str(temporary), str(target)) and temporary:
-            raise  # of another file, read while this one was written
+            raise  # about another file, which was read while this one was written
         raise _named(error, path) from None
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
@@ -100,7 +101,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 without the byte order mark that some editors put first; raise BadInput for a file that is no text."""
+    """Read a UTF-8 file without its byte order mark, if any; raise BadInput if it is absent or no text."""
     try:
         return require_file(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -108,7 +109,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; raise BadInput with the line of a syntax error, and for a doubled key."""
+    """Parse a JSON file; raise BadInput if it is absent, for a syntax error, and for a key twice in an object."""
     try:
         return json.loads(require_file(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_single_keys)
     except (ValueError, RecursionError) as error:  # of the parser, the encoding, and doubled keys
@@ -124,7 +125,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; raise ValueError for a key that stands in it twice, of which one would be lost."""
+    """Return a JSON object as a dict; raise ValueError if a key occurs twice, since one value would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         doubled = next(key for key in values if sum(key == other for other, _ in pairs) > 1)
@@ -141,7 +142,10 @@ def require_file(path: Path, hint: str = "") -> Path:
 
 
 def output_folder(path: Path, flag: str = "--output") -> Path:
-    """Create the folder; raise BadInput as `check_writable_folder` does. If it is still empty when the process ends, it is removed."""
+    """Create the folder and return `path`; raise BadInput as `check_writable_folder` does.
+
+    A folder that was created here and is still empty when the process ends is removed.
+    """
     check_writable_folder(path, flag)
     resolved = Path(os.path.realpath(path))
     missing = [folder for folder in (resolved, *resolved.parents) if not folder.exists()]
@@ -157,7 +161,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_writable_folder(path: Path, flag: str = "--output") -> None:
-    """Raise BadInput if no file can be written there, or for a folder of this repository's source, which an output would mix with."""
+    """Raise BadInput if no file can be written in this folder, or if it lies in this repository's source. Create nothing."""
     resolved = Path(os.path.realpath(path))
     if os.path.islink(resolved):
         raise BadInput(f"{flag} {path} is a link that leads to itself: name a folder")
@@ -170,9 +174,9 @@ def check_writable_folder(path: Path, flag: str = "--output") -> None:
 
 
 def check_writable_file(path: Path, flag: str, suffixes: Collection[str] = ()) -> None:
-    """Raise BadInput if no file can be written there; leave nothing. Devices and pipes with a reader are fine.
+    """Raise BadInput if no file can be written at this path; create nothing. Devices and pipes with a reader are fine.
 
-    With `suffixes` a file that exists is replaced only if its name ends so: a picture never takes the place of weights.
+    With `suffixes`, also refuse a file that exists with another suffix: an image must not replace weights, for example.
     """
     if os.path.isdir(path):
         raise BadInput(f"{flag} {path} is a folder: name a file")
@@ -199,7 +203,7 @@ def _try_to_write(folder: Path, what: str, in_the_way: str, name: str = "") -> N
         place = _existing(folder)
         if not place.is_dir():
             raise BadInput(f"{what}: {in_the_way.format(place)}")
-        tempfile.TemporaryFile(dir=place).close()  # permission bits alone don't say it: read-only mounts, root
+        tempfile.TemporaryFile(dir=place).close()  # permission bits alone don't show it: read-only mounts, root
         (place / name).exists()  # raises OSError for a name too long
     except OSError as error:
         raise BadInput(f"{what} can't be written ({error.strerror}): name another place") from None
@@ -219,7 +223,7 @@ def _existing(path: Path) -> Path:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and of its first, middle and last MiB, which identifies weights independent of their path."""
+    """Return a hash of a file's size and of its first, middle and last MiB; its path and name do not count."""
     piece, size = 1 << 20, require_file(path).stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=12)
     with open(path, "rb") as file:
@@ -230,10 +234,11 @@ def file_fingerprint(path: Path) -> str:
 
 
 def load_tensors(path: Path, mapped: bool = False) -> Any:
-    """Load a torch or safetensors file on the CPU without running code in it; its content decides, not its suffix.
+    """Return the content of a torch or safetensors file, on the CPU, without running code in it.
 
-    With `mapped` the tensors of a zip file stay in it until they are used. Tensors come without gradients.
-    Raise BadInput that names what another file is, for a truncated one, for code, and for sparse or absent values.
+    The content decides which of both it is, not the suffix. Tensors do not require gradients.
+    `mapped` maps a torch file into memory: its tensors are read when they are used.
+    Raise BadInput for a file of another kind, which is named, a truncated file, code, and tensors that are not dense numbers.
     """
     if is_safetensors(require_file(path)):
         return load_safetensors(path)[0]
@@ -248,7 +253,7 @@ def load_tensors(path: Path, mapped: bool = False) -> Any:
     except Exception as error:  # torch's reader raises errors of many classes for a damaged file
         if getattr(error, "filename", None):  # such as no permission: the system's message is clear
             raise
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # advice to switch safety off
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # it advises unsafe loading
             _refuse_code(path, str(error))
             raise BadInput(f"{path} is not a torch file or is truncated") from None
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
@@ -261,7 +266,7 @@ def load_tensors(path: Path, mapped: bool = False) -> Any:
 
 
 def _refuse_code(path: Path, message: str) -> None:
-    """Raise BadInput that names what a pickle would call, if torch refused it for that."""
+    """Raise BadInput, naming what a pickle would call, if torch refused the file for that."""
     refused = re.findall(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", message)
     with contextlib.suppress(Exception):  # only zip files have a list, and only whole ones
         refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or refused
@@ -298,7 +303,7 @@ def _check_plain(path: Path, content: Any, name: str = "") -> None:
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return all tensors of a safetensors file and its metadata; raise BadInput if it is truncated or another file."""
+    """Return (tensors, metadata) of a safetensors file; raise BadInput if it is truncated or a file of another kind."""
     if kind := foreign_kind(require_file(path)):
         raise BadInput(f"{path} is {kind}")
     try:
@@ -316,13 +321,13 @@ JUNK = {"thumbs.db", "desktop.ini"}  # of Windows; hidden names such as `._00.pt
 
 
 def foreign_file(folder: Path) -> str:
-    """Return the first weights of a folder that are a file of another kind, and what they are; "" without any."""
+    """Return "PATH is KIND" for a folder's first file with a suffix of weights that holds no tensors; "" if there is none."""
     kinds = {path: foreign_kind(path) for path in list_files(folder, WEIGHTS) if path.is_file()}
     return next((f"{path} is {kind}" for path, kind in kinds.items() if kind), "")
 
 
 def header_error(path: Path) -> str:
-    """Return why weights can't be read, as far as it shows without reading tensors; "" for readable ones."""
+    """Return why a file of weights can't be read, as far as it shows without reading tensors; "" if nothing is wrong."""
     if kind := foreign_kind(path):
         return f"{path} is {kind}"
     with path.open("rb") as file:
@@ -330,7 +335,7 @@ def header_error(path: Path) -> str:
     try:
         if is_safetensors(path):
             with safe_open(path, framework="pt"):
-                pass  # its header fits its length
+                pass  # opening checks that the file has the length that its header says
         elif not whole_only:
             load_safetensors(path) if path.suffix.lower() == ".safetensors" else load_tensors(path, mapped=True)
     except (SafetensorError, BadInput) as error:
@@ -339,12 +344,12 @@ def header_error(path: Path) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return what lies in a folder, sorted by name, without hidden names and what a file browser leaves there."""
+    """Return the entries of a folder, sorted by name, without hidden ones and those that file browsers leave there."""
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in JUNK)
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the visible files of a folder, not its folders, that have one of these suffixes in lower or upper case."""
+    """Return the `visible` files of a folder, without subfolders, that have one of these lower-case suffixes in any case."""
     return [path for path in visible(folder) if path.suffix.lower() in suffixes and not path.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""Access to model hubs, and the libraries that load from them. Those are slow to import, so each function imports its own."""
+"""Access to Hugging Face's model hub, and the libraries that load from it. They are slow to import: functions import them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Return whether the hub is reachable, with one quick request. The hub's own client retries for most of a minute."""
+    """Return whether the hub answers one request within 10 s; its client library would retry for most of a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -33,7 +33,7 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def hub(online: bool) -> Iterator[None]:
-    """Fetch nothing from the hub within the block unless `online`. Files in its cache are found either way."""
+    """Let libraries download from the hub within the block only if `online`. Files in its cache are found either way."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -45,21 +45,21 @@ def hub(online: bool) -> Iterator[None]:
 
 
 def only_variant(files: Sequence[Path]) -> dict[str, str]:
-    """Return the argument of `from_pretrained` for a folder whose weights are all of the variant fp16, else none."""
+    """Return {"variant": "fp16"}, for `from_pretrained`, if all of a folder's weight files are of this variant, else {}."""
     return {"variant": "fp16"} if files and all(".fp16" in file.name for file in files) else {}
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, else its type; torch's advice to load unsafely is left out."""
+    """Return the first line of an error's message, or its type. torch's advice to load unsafely is replaced by the cause."""
     if "weights_only" in str(error):
         return "the weights are damaged, or hold more than tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and loading reports of diffusers and transformers. Loaders check the reports themselves.
+    """Silence progress bars and loading reports of diffusers and transformers; the loaders here check what was loaded.
 
-    Among them is diffusers' error line on weights in .bin files, which are read safely all the same.
+    This also hides diffusers' error line on weights in .bin files, which are read safely all the same.
     """
     import diffusers
     import transformers

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORIENTATION = ExifTags.Base.Orientation
-# what Pillow raises for damaged files; pictures twice as large as its limit are refused, so its warning below that says nothing
+# what Pillow raises for damaged files; it refuses images of twice its size limit, so its warning from the limit on is hidden
 DAMAGE = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, MemoryError, struct.error, zlib.error,
     Image.DecompressionBombError,
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data")
 
 @contextmanager
 def image_file(path: Path) -> Iterator[Image.Image]:
-    """Open an image and decode it; raise BadInput if that fails, within the block too."""
+    """Open an image and decode it; raise BadInput if that fails, or if Pillow fails on it within the block."""
     try:
         with Image.open(path) as file:
             file.load()
@@ -51,12 +51,12 @@ def image_file(path: Path) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Return a decoded image as RGB: rotated as its EXIF data says, 16 bits reduced to 8, `background` where it is transparent.
+    """Return a decoded image as RGB: rotated as its EXIF data says, 16 bits reduced to 8, blended onto `background`.
 
-    Raise ValueError for 32 bits or floating point, whose white is unknown.
+    Raise ValueError for 32-bit integers and floating point: the value of white is unknown.
     """
     sixteen_bits = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    with suppress(*DAMAGE):  # of the EXIF data alone, which the pixels don't need
+    with suppress(*DAMAGE):  # damage in the EXIF data alone, which the pixels don't need
         image = ImageOps.exif_transpose(image)
     if sixteen_bits:
         pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)
@@ -76,7 +76,7 @@ def read_image(path: Path, background: str = "white") -> Image.Image:
 
 
 def read_as_graded(path: Path) -> Image.Image:
-    """Return RGB as the course's graders read it: rotation and transparency are ignored. Log where that changes the image."""
+    """Return an image as RGB as the course's graders read it: rotation and transparency are ignored. Log if that changes it."""
     with image_file(path) as file:
         image = file.convert("RGBA" if "transparency" in file.info else "RGB").convert("RGB")
         if file.mode not in ("RGB", "L") or file.getexif().get(ORIENTATION, 1) != 1:
@@ -87,7 +87,7 @@ def read_as_graded(path: Path) -> Image.Image:
 
 
 def images_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Return the images of a folder per class, both sorted by name. Raise BadInput for a class without images."""
+    """Return {subfolder's name: its image files}, both sorted by name. Raise BadInput for a subfolder without images."""
     classes = {path.name: list_files(path, SUFFIXES) for path in visible(folder) if path.is_dir()}
     if empty := next((name for name, images in classes.items() if not images), ""):
         raise BadInput(f"{folder / empty} holds no pictures: put some of that class there, or remove the folder")
@@ -112,9 +112,9 @@ def save_image(path: Path, image: Tensor) -> None:
 
 
 def save_animation(path: Path, frames: Tensor, frame_ms: int = 80, last_ms: int = 1500) -> None:
-    """Write frames [N,3,H,W] uint8 as an endless GIF or lossless WebP, by the suffix, atomically; the last one stays `last_ms`.
+    """Write frames [N,3,H,W] uint8 as an endless GIF or lossless WebP, by the suffix, atomically.
 
-    A GIF has 256 colours a frame, and its times are multiples of 10 ms.
+    The last frame is shown for `last_ms`, the others for `frame_ms`. A GIF has 256 colours a frame, and times in steps of 10 ms.
     """
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
     times, form = [frame_ms] * (len(images) - 1) + [last_ms], {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
@@ -123,7 +123,10 @@ def save_animation(path: Path, frames: Tensor, frame_ms: int = 80, last_ms: int 
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
-    """Return images [N,3,H,W] or [N,1,H,W] uint8 as one [3,H',W'] uint8 on white, row by row; `scale` enlarges without smoothing."""
+    """Return images [N,3,H,W] or [N,1,H,W] uint8 as one [3,H',W'] uint8, row by row, with white gaps of `gap` pixels.
+
+    `scale` enlarges every image by this whole number, without smoothing.
+    """
     from torchvision.utils import make_grid  # slow to import
 
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -136,7 +139,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Te
 
 @contextmanager
 def decoration(path: Path) -> Iterator[None]:
-    """Log one line if the figure `path` fails: it costs no vectors, records or printed results."""
+    """Log one warning if the block fails to make the figure `path`, so that the script's other results are not lost."""
     try:
         yield
     except Exception as error:
@@ -145,7 +148,7 @@ def decoration(path: Path) -> Iterator[None]:
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Draw the texts of figures in this block as they are: `$` starts no formula, and a missing glyph is no warning."""
+    """Make matplotlib draw texts literally within the block: `$` starts no formula, and a missing glyph gives no warning."""
     import matplotlib  # slow to import
 
     with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
@@ -154,7 +157,7 @@ def plain_text() -> Iterator[None]:
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """Return a text that fits into a figure, in one line."""
+    """Return a text in one line, cut to `most` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 2]}.."
 
@@ -169,9 +172,9 @@ def save_figure(path: Path, figure: Figure, dpi: int = 160) -> None:
 def labelled_grid(
     path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, inch: float = 0.6
 ) -> None:
-    """Draw images [rows * columns,C,H,W] uint8, C = 3 or 1, row by row, with a title and a label per row and column.
+    """Write images [rows * columns,C,H,W] uint8, C = 3 or 1, as PNG: row by row, with a title and a label per row and column.
 
-    `inch`: side of an image in the figure.
+    `inch`: side of an image in the figure, in inches.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -195,10 +198,10 @@ def labelled_grid(
 
 
 def pixel_grid(path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """Write images [rows * columns,3,H,W] uint8, row by row, pixel by pixel, with a title and a label per row and column.
+    """Write images [rows * columns,3,H,W] uint8 as PNG: row by row, with a title and a label per row and column.
 
-    Images below 128 pixels are enlarged by a whole number where the figure stays below 800 pixels.
-    Letters have a 26th of the figure's width, which a phone can show, or what a column leaves room for.
+    Images keep their pixels. They are enlarged by a whole number, up to a width of 128 and about 800 for all columns.
+    Letters are a 26th of the grid's width high, legible on a phone; labels of narrow columns are smaller.
     """
     rows, columns = ([shorten(text, 14) for text in texts] for texts in (rows, columns))
     scale = max(1, min(128, 800 // len(columns)) // images.shape[-1])
@@ -226,7 +229,10 @@ def pixel_grid(path: Path, images: Tensor, rows: Sequence[str], columns: Sequenc
 def line_figure(
     path: Path, x: Sequence[float], panels: dict[str, dict[str, list[float]]], x_label: str, title: str
 ) -> None:
-    """Draw one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side; one alone has it at its y axis."""
+    """Write a PNG with one panel per entry of `panels`, {panel title: {line label: values over x}}, side by side.
+
+    A single panel has its title as the label of its y axis.
+    """
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(4 * len(panels), 3.2))
@@ -251,7 +257,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def check_finite(images: Tensor) -> Tensor:
-    """Return float images; raise BadInput if a value is NaN or infinite, which would become a black image."""
+    """Return `images` unchanged; raise BadInput if a value is NaN or infinite, which would become black pixels."""
     if not images.isfinite().all():
         raise BadInput(
             "the images hold NaN or infinite values, none of them is written: try --precision fp32, or a guidance scale nearer 1"
@@ -260,9 +266,9 @@ def check_finite(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return float -1..1 (clamped) as uint8 0..255, rounded half to even as diffusers does; raise BadInput for NaN.
+    """Return float images, clamped to -1..1, as uint8 0..255; raise BadInput for NaN or infinite values.
 
-    Only P2's `to_image` rounds otherwise, as the course's ground truth requires.
+    Rounds half to even, as diffusers does. Only P2's `to_image` rounds otherwise, as the course's ground truth requires.
     """
     return ((check_finite(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""The first import of every script: Ctrl-C during the imports, which take seconds, ends it in one line and not in a traceback."""
+"""The first import of every script: Ctrl-C during its imports, which take seconds, ends it with one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-# what ends a job on a cluster; SLURM sends SIGUSR1 some time before its own end (slurm/), and Windows has none
+# what ends a job on a cluster; SLURM sends SIGUSR1 some time before it ends the job (slurm/); Windows has no SIGUSR1
 STOP_SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1"))
 
 
 def end(_: int, __: FrameType | None) -> None:
-    """Leave at once with exit code 130; nothing is open yet. Of several processes the first one prints."""
+    """Exit at once with code 130, since nothing is open yet. Of several processes only the first one prints."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, b"error: interrupted\n")
     os._exit(130)
 
 
 def raise_from_now_on() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, and SIGTERM and SIGUSR1 too: it cleans up after the work, such as a hidden folder.
+    """Let Ctrl-C raise KeyboardInterrupt again, so that `finally` blocks run; in a single process, SIGTERM and SIGUSR1 too.
 
-    Of several processes the launcher ends those that are left by SIGTERM, which must not wait for another's share.
+    With several processes SIGTERM still ends one at once: after a failure the launcher sends it to all that are left.
     """
     if signal.getsignal(signal.SIGINT) is end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,7 +34,7 @@ def raise_from_now_on() -> None:
 
 
 def _raise(process: int, number: int, frame: FrameType | None) -> None:
-    if os.getpid() != process:  # a worker that inherited this: its pool ends it so
+    if os.getpid() != process:  # a worker that inherited this handler: its pool ends it by SIGTERM
         os._exit(128 + number)
     signal.default_int_handler(number, frame)
 

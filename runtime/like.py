@@ -15,18 +15,18 @@ from runtime.validation import validate
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a record; raise BadInput for a file that is none."""
+    """Return the content of a record.json; raise BadInput for any other file."""
     record = read_object(path)
     if not isinstance(record.get("settings"), dict) or not isinstance(record.get("script"), str):
         raise BadInput(f"{LIKE} {path} is no record of a run: name the record.json that a script wrote")
     for name, kind in (("versions", dict[str, Any]), ("inputs", dict[str, Any]), ("root", str)):
-        if name in record:  # those of an earlier version lack some
+        if name in record:  # records of an earlier version lack some
             validate(kind, record[name], f"{LIKE} {path}, {name}")
     return record
 
 
 def settings_like(kind: Any, path: Path) -> Any:
-    """Return the settings of a record of this script, as `kind` or the subcommand of `kind` that has them.
+    """Return the settings of a record of this script as `kind`, or as the subcommand closest to them if `kind` is a union.
 
     Log the settings that the record lacks. Raise BadInput for another script's record, and for a setting that no longer exists.
     """
@@ -49,7 +49,7 @@ def settings_like(kind: Any, path: Path) -> Any:
 
 
 def _below_this_root(values: Any, root: str) -> Any:
-    """Return settings whose paths in the repository of that run are paths in this one."""
+    """Return settings with paths below `root`, the repository of that run, moved below this repository."""
     if isinstance(values, dict):
         return {name: _below_this_root(value, root) for name, value in values.items()}
     if isinstance(values, list):
@@ -59,7 +59,7 @@ def _below_this_root(values: Any, root: str) -> Any:
 
 
 def _unknown(kind: Any, values: Mapping[str, Any]) -> list[str]:
-    """Return the names of settings that `kind`, a dataclass, or a dataclass in it lacks."""
+    """Return the names in `values` that are no fields of the dataclass `kind`, nor of the dataclasses in it."""
     names = {field.name for field in fields(kind)}
     hints = get_type_hints(kind)
     inner = {name: value for name, value in values.items() if is_dataclass(hints.get(name)) and isinstance(value, dict)}
@@ -69,7 +69,7 @@ def _unknown(kind: Any, values: Mapping[str, Any]) -> list[str]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line each for the versions, parts of the machine and data that two records differ in; `now` has its settings too."""
+    """Return one line for each version, part of the machine and input in which two records differ. `now` must hold settings."""
     there, here = _facts(then), _facts(now)
     lines = [
         f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
@@ -85,7 +85,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _place(record: Mapping[str, Any], name: str) -> str:
-    """Return where relative paths of a setting lead, which a run in another folder may not mean; "" without one."""
+    """Return a hint that a setting's path is relative to the present folder, perhaps not the record's; "" if it is absolute."""
     value = record["settings"].get(name)
     paths = [str(path) for path in (value if isinstance(value, tuple) else (value,)) if path is not None]
     relative = next((path for path in paths if not Path(path.removeprefix("local-dir:")).is_absolute()), "")

@@ -33,20 +33,21 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-# settings that name what a run reads, of any script
+# names of settings, of all scripts, that name files or folders which the run reads
 INPUTS = {
     "backgrounds", "classifier", "classifiers", "clip", "concepts", "data", "distill", "embeddings", "ends", "folder", "images", "init",
     "input", "invert", "judge", "labels", "layout", "mnistm_classifier", "model", "noise", "parts", "pictures", "prompts",
     "reference", "references", "svhn_classifier", "unet", "weights",
 }  # fmt: skip
-FEW_FILES = 200  # of a folder are read in part; of more, names and sizes count
+FEW_FILES = 200  # of a folder, at most, are read in part; with more files only names and sizes count
 
 
 @dataclass
 class Record:
-    """The facts of a run, which `save` writes. `settings` is the script's dataclass.
+    """The facts of a run, which `save` writes as JSON. `settings` is the script's dataclass.
 
-    A place that --record names is checked at once: BadInput. The default place is a courtesy, and only a warning where it can't be written.
+    Raise BadInput at once if the file that --record names can't be written or is no record. For the default file, `save` only warns.
+    With --like, log what differs from that record.
     """
 
     settings: Any
@@ -55,7 +56,7 @@ class Record:
     metrics: dict[str, Any] = field(default_factory=dict)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     inputs: dict[str, str] = field(default_factory=dict)
-    """Setting -> fingerprint of the files that it names."""
+    """{setting: fingerprint of the files that it names}."""
 
     def __post_init__(self) -> None:
         place = getattr(self.settings, "record", None)
@@ -85,7 +86,7 @@ class Record:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def add_repeats(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Add measurements, {name with its unit: a number per repeat}, to `metrics["repeats"]` for benchmarks/table.py."""
+        """Add {name with its unit: one number per repeat} to `metrics["repeats"]`, which benchmarks/table.py reads."""
         self.metrics.setdefault("repeats", {}).update(values)
 
     def facts(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Record:
         }
 
     def save(self, path: Path, name_it: bool = False) -> None:
-        """Write the record, atomically, and log its place if `name_it`; for the default place of --record an error is a line."""
+        """Write the record to `path`, atomically; log the path if `name_it`. At --record's default path, an error is only a warning."""
         settings = asdict(self.settings)
         values = {
             "script": Path(sys.argv[0]).name,
@@ -125,20 +126,20 @@ class Record:
 
 
 def inputs_of(settings: Any) -> dict[str, str]:
-    """Return a fingerprint for each of the settings INPUTS that names files or folders that exist."""
+    """Return {setting: fingerprint} for the settings among INPUTS that name existing files or folders."""
     fingerprints = {}
     for name in (each.name for each in fields(settings) if each.name in INPUTS):
         value = getattr(settings, name)
         values = value if isinstance(value, tuple) else (value,)
         paths = [Path(str(each).removeprefix("local-dir:")) for each in values if isinstance(each, Path | str)]
-        with suppress(OSError):  # of a file that may not be read: the script itself says so
+        with suppress(OSError):  # no permission to read a file: the script itself reports it
             if marks := [path_fingerprint(path) for path in paths if path.is_file() or path.is_dir()]:
                 fingerprints[name] = "-".join(marks)
     return fingerprints
 
 
 def path_fingerprint(path: Path) -> str:
-    """Return a hash of a file, or of a folder's visible files: of their names and content, for more than FEW_FILES of names and sizes."""
+    """Return the fingerprint of a file, or of names and files below a folder; of names and sizes for more than FEW_FILES files."""
     if path.is_file():
         return file_fingerprint(path)
     files = list(_files_below(path))
@@ -156,7 +157,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_record(path: Path) -> bool:
-    """Return whether the file is empty or a record of an earlier run, which a new one may replace."""
+    """Return whether a new record may replace the file: it is empty, or a record of an earlier run."""
     try:
         text = path.read_text(encoding="utf-8")
         return not text or "script" in json.loads(text)
@@ -176,7 +177,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of this code, with "+changes" if the tree differs from it; None outside git."""
+    """Return the short commit hash of this code, with "+changes" if tracked files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent

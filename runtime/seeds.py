@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-LARGEST_SEED = 2**32 - 1  # torch's CPU generator draws by the low 32 bits of a seed, which these are
+LARGEST_SEED = 2**32 - 1  # torch's CPU generator uses only the low 32 bits of a seed
 
 
 def derived_seed(*key: int) -> int:
-    """Return a seed for a key of any integers (run seed, domain, digit, index ..). Different keys give unrelated seeds.
+    """Return a seed below 2^63 for a key of any integers (run seed, domain, digit, index ..), a hash of the key.
 
-    It is a number below 2^63, of which torch's CPU generator reads the low 32 bits: `distinct_seeds` keeps these apart.
+    torch's CPU generator reads only its low 32 bits, in which two keys may agree; see `distinct_seeds`.
     """
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def distinct_seeds(keys: Iterable[Sequence[int]], others: Iterable[int] = ()) -> list[int]:
-    """Return the derived seed of each key; no two of them, and none of `others`, have the same low 32 bits and so the same noise.
+    """Return the derived seed of each key, in order. All differ, also from `others`, in the low 32 bits, and so in their noise.
 
-    On such a clash the later key's seed is drawn again: with 1, 2 .. appended to the key.
+    When a key's seed agrees with an earlier one there, it is derived again with 1, 2 .. appended to the key.
     """
     used, seeds = {seed & LARGEST_SEED for seed in others}, []
     for key in keys:

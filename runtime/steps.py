@@ -1,4 +1,4 @@
-"""Keyed steps: commands that run once and are kept while their command, inputs and code stay the same."""
+"""Steps: commands that run once. Their results are kept as long as commands, inputs and code stay the same."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Step:
     inputs: tuple[Path, ...] = ()
     """Files and folders, not from other steps. The step runs again when one of them changes."""
     after: tuple[str, ...] = ()
-    """Steps whose results it needs."""
+    """Names of the steps whose results it needs."""
     files: Mapping[Path, Any] = field(default_factory=dict)
-    """JSON files to write before the commands: content, or a function that returns it when the steps before are done."""
+    """JSON files to write before the commands: {path: content, or a function that returns it once the steps in `after` are done}."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """State of a step after its turn; `reason` says why there is no result."""
+    """How a step ended; `reason` says why it has no result. lacking = a step in its `after` has none."""
 
     state: Literal["done", "kept", "failed", "lacking"]
     key: str
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Runner:
-    """Runner of steps below one folder."""
+    """Runner of steps, each in its own subfolder of `folder`. `total` is only shown; `fresh` ignores kept results."""
 
     def __init__(self, folder: Path, total: int, fresh: bool = False):
         self.folder, self.total, self.fresh = output_folder(folder), total, fresh
@@ -57,12 +57,12 @@ class Runner:
         self.keys: dict[str, str] = {}
 
     def is_kept(self, step: Step) -> bool:
-        """Return whether the results of a step are there and up to date. Takes the steps that it needs first."""
+        """Return whether the results of a step are there and up to date. Call it for the steps in `after` before."""
         last = self._last(step)
         return bool(last.get("key") == self._key(step) and last["done"])
 
     def run(self, step: Step, limit: float | None = None) -> Outcome:
-        """Run a step for at most `limit` seconds, or keep its results. A failure is returned, not raised."""
+        """Run a step for at most `limit` seconds, or keep its results. Run those in `after` before. Failures are returned, not raised."""
         log(f"== {len(self.outcomes) + 1}/{self.total} {step.title}")
         outcome = self.outcomes[step.name] = self._outcome(step, limit)
         how = {"kept": "kept from before", "done": f"{outcome.seconds:.0f} s"}.get(outcome.state, outcome.state)
@@ -79,7 +79,7 @@ class Runner:
         return self.keys[step.name]
 
     def _last(self, step: Step) -> dict[str, Any]:
-        """Return the mark of the step's last run, empty if there is none that counts."""
+        """Return the content of the step.json that the step's last run wrote; {} without one, or if `fresh`."""
         mark = self.folder / step.name / "step.json"
         last: dict[str, Any] = json.loads(mark.read_text()) if mark.is_file() and not self.fresh else {}
         return last
@@ -92,7 +92,7 @@ class Runner:
         mark, last = self.folder / step.name / "step.json", self._last(step)
         if last.get("key") == key and last["done"]:
             return Outcome("kept", key, last["seconds"])
-        if last.get("key") != key:  # else it was interrupted: a command that can continue does
+        if last.get("key") != key:  # else it was interrupted, and its commands may continue
             shutil.rmtree(mark.parent, ignore_errors=True)
         write_json(mark, {"key": key, "done": False})
         for path, content in step.files.items():
@@ -137,7 +137,7 @@ def run_command(command: Sequence[str], limit: float | None = None) -> tuple[int
 
 
 def failure_reason(output: str) -> str:
-    """Return the output from its last line "error: ..", else its last line with letters."""
+    """Return why a command failed: its output from the last line "error: .." on, else the last line with letters."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.strip().splitlines()]
     starts = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     worded = [line for line in lines if any(map(str.isalpha, line))]
@@ -146,7 +146,7 @@ def failure_reason(output: str) -> str:
 
 
 def file_facts(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Return name, size and time of every file, and of every file below every folder."""
+    """Return path, size and time of change of every file, and of every file below every folder."""
     files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
     return [
         (str(path), info.st_size, info.st_mtime_ns)

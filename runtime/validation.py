@@ -1,4 +1,4 @@
-"""From pydantic's validation of JSON and file headers to one line of bad input."""
+"""Validation of JSON and file headers by pydantic, whose errors become BadInput with one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_VALUE = 60  # characters of a wrong value in an error message
 def validate(kind: type[Value], value: object, where: str) -> Value:
     """Return `value` as `kind`: a pydantic model, a dataclass, or a type such as dict[int, str].
 
-    `where` names the file. Raise BadInput for pydantic's first error, with the file, the key and the value.
+    `where` names the file in the error. Raise BadInput for pydantic's first error, with the file, the key and the value.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -29,7 +29,7 @@ def validate(kind: type[Value], value: object, where: str) -> Value:
 
 
 def validate_json(kind: type[Value], text: str, where: str) -> Value:
-    """Return JSON text, such as a header, as `kind`; raise BadInput as `validate` does, and for text that is no JSON."""
+    """Parse JSON text, such as a header, and return it as `kind`; raise BadInput as `validate` does, and for invalid JSON."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

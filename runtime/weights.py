@@ -1,6 +1,6 @@
 """What a file of weights is, judged by its content and not by its name.
 
-`foreign_kind` names files that hold no tensors, `describe` names what named tensors belong to.
+`foreign_kind` names files that hold no tensors. `describe` names the model that tensors belong to, by their names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIGNATURES = (
     (b"\x89HDF", "an HDF5 file of Keras: name weights of PyTorch"),
 )
 STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
-KINDS = (  # what it is: a pattern that one of its tensors' names matches; the first counts
+KINDS = (  # (what it is, pattern of a tensor's name): the first entry with a match counts
     ("a LoRA, a change to a model: merge it into its model first (diffusers' fuse_lora)", r"lora_|\.lora\."),
     ("a LyCORIS, a change to a model: merge it into its model first", r"hada_w1|lokr_w1|\.oft_"),
     ("a ControlNet, an addition to a model", r"^control_model\.|controlnet_|input_hint_block"),
@@ -63,7 +63,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def foreign_kind(path: Path) -> str:
-    """Return what a file is that holds no tensors, with the cure; "" for torch and safetensors files, whole or truncated."""
+    """Return what a file without tensors is, and what to do; "" for torch and safetensors files, whole or truncated."""
     if is_safetensors(path):
         return ""
     with path.open("rb") as file:
@@ -85,7 +85,7 @@ def foreign_kind(path: Path) -> str:
 
 
 def zip_names(path: Path) -> list[str] | None:
-    """Return the names in a zip file, without their folders; None for another file and for a damaged one."""
+    """Return the names of the files in a zip file, without folders; None if it is no zip file or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.rpartition("/")[2] for name in archive.namelist()]
@@ -123,10 +123,10 @@ def _text_kind(head: bytes) -> str:
 
 
 def named_tensors(content: Any, path: Path, *markers: str) -> Any:
-    """Return the state dict in `content` that has a tensor of one of the names `markers`.
+    """Return the state dict in `content`, loaded from `path`, that has a tensor with one of the names `markers`.
 
-    Wrappers such as {"model": ..} are opened, and a prefix such as `module.` is removed from the names.
-    Without such a tensor return the content, or its "state_dict", unchanged.
+    It may lie in a dict such as {"model": ..}; a prefix such as `module.` is removed from its names.
+    If no dict has such a tensor, return content["state_dict"] or else the content, unchanged.
     """
     states = {place: state for place, state in _dicts(content, "", 2) if _prefixes(state, markers)}
     if not states:
@@ -154,7 +154,7 @@ def _prefixes(state: dict[Any, Any], markers: Iterable[str]) -> list[str]:
 
 
 def describe(content: Any) -> str:
-    """Return what a file's content is, by its type and names, such as "a LoRA, .."; "" for an unknown kind."""
+    """Return what the loaded content of a file is, by its type and names, such as "a LoRA, .."; "" for an unknown kind."""
     if isinstance(content, Tensor):
         return f"one tensor of shape {list(content.shape)}"
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The best few weights of a training, each in its own file, ranked by a score that is only an estimate."""
+"""The best few weights of a training, one file each, ranked by a rough score; a more exact one chooses among them later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class BestCandidates:
-    """The `count` best of all offers, as FOLDER/{step}_{score}.safetensors; the folder is the whole state."""
+    """The `count` best-scored weights, as files FOLDER/{step}_{score}.safetensors; there is no other state to save or resume."""
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
 
     def ranked(self) -> list[Path]:
-        """Return their paths, best first; of equal scores the later step first."""
+        """Return the candidates' paths, highest score first; of equal scores the later step first."""
         return sorted(self.folder.glob("*_*.safetensors"), key=_rank, reverse=True)
 
     def clear(self) -> None:
@@ -22,7 +22,7 @@ class BestCandidates:
             path.unlink()
 
     def offer(self, step: int, score: float, save: Callable[[Path], None]) -> bool:
-        """Save by `save(path)` if among the best; return whether they are the best so far."""
+        """Call `save(path)` if the score is among the best, and delete what drops out; return whether it is the best so far."""
         path = self.folder / f"{step:06d}_{score:.6f}.safetensors"
         if len(self.ranked()) < self.count or _rank(path) > _rank(self.ranked()[self.count - 1]):
             save(path)

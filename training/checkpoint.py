@@ -12,13 +12,13 @@ from runtime.files import atomic, load_tensors, require_file
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write all or nothing: on a full disk or a crash the previous file survives."""
+    """Write `state` with torch.save, atomically: after a crash or on a full disk the previous file is intact."""
     with atomic(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_state(path: Path, kind: str) -> dict[str, Any]:
-    """Load the state saved with state["kind"] == kind; raise BadInput for any other file."""
+    """Return the state that `save_state` wrote; raise BadInput unless state["kind"] is `kind`, and for a missing or damaged file."""
     require_file(path)
     try:
         state = load_tensors(path)

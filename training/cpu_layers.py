@@ -1,6 +1,6 @@
 """Layers written out as explicit operations, which torch.compile turns into faster CPU code than the fused kernels.
 
-They compute the same to rounding, under the same parameter names. Eager mode and GPUs are faster with the fused kernels.
+Results agree up to rounding, and parameters keep their names. Eager mode and GPUs are faster with the fused kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def write_out_layers(network: nn.Module) -> None:
-    """Replace, in place, GroupNorm, 1x1 convolutions, attention (`attend`) and upsampling (`upsample`) by explicit ones."""
+    """Replace GroupNorm, 1x1 convolutions, attention (`attend`) and upsampling (`upsample`) in place by the explicit ones below."""
     for module in list(network.modules()):
         if hasattr(module, "attend"):
             module.__dict__["attend"] = explicit_attention  # no parameters: torch's __setattr__ has nothing to register
@@ -27,16 +27,16 @@ def write_out_layers(network: nn.Module) -> None:
 
 
 def compile_network(network: nn.Module, device: torch.device) -> None:
-    """Compile in place, for a CPU with its layers written out."""
+    """Compile the network in place with torch.compile; on a CPU, apply `write_out_layers` first."""
     if device.type == "cpu":
         write_out_layers(network)
     network.compile()
 
 
 class ExplicitGroupNorm(nn.Module):
-    """GroupNorm whose group means are products with a membership matrix.
+    """GroupNorm that computes the means of its groups as a product with a membership matrix [C,groups].
 
-    Loops over four or five channels at a time would keep a CPU from working on sixteen at once.
+    Groups have four or five channels. A loop over each would leave a CPU's sixteen-wide vectors mostly empty.
     """
 
     def __init__(self, norm: nn.GroupNorm):
@@ -60,7 +60,7 @@ class ExplicitGroupNorm(nn.Module):
 
 
 class ExplicitPointwise(nn.Module):
-    """A 1x1 convolution as a matrix product, whose weight gradient costs half."""
+    """A 1x1 convolution as a matrix product: its weight gradient takes half the time of a convolution's."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Random numbers of training as a function of (seed, step, global sample index).
+"""Random numbers of a training as a function of seed, step and row of the global batch, which spans all processes.
 
-Resuming needs no saved generator state, and the number of processes does not change what is drawn.
+So resuming needs no saved generator state, and the number of processes does not change the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from runtime.seeds import derived_seed
 
 
 class Draws:
-    """The random numbers of one step: drawn for the whole global batch, of which this process keeps its rows."""
+    """The random numbers of one training step for the rows of the global batch that this process computes.
+
+    Each method draws for all `total` rows, and returns those of `rows`.
+    """
 
     def __init__(self, seed: int, step: int, rows: slice, total: int, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(derived_seed(seed, step))
@@ -24,12 +27,12 @@ class Draws:
         return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
 
     def stratified(self) -> Tensor:
-        """[rows] in [0, 1], one in each of `total` equal strata over the global batch: less variance than `uniform`."""
+        """[rows] in [0, 1]: row i of the global batch is uniform in [i, i + 1] / total. Less variance than `uniform`."""
         offsets = torch.rand(self.total, generator=self.generator, device=self.device)
         return ((torch.arange(self.total, device=self.device) + offsets) / self.total)[self.rows]
 
     def timesteps(self, total: int) -> Tensor:
-        """[rows] int64 in 0 .. total - 1, stratified over the global batch."""
+        """[rows] int64 in 0 .. total - 1, stratified over the global batch. `total` is T here."""
         return (self.stratified() * total).long().clamp(max=total - 1)
 
     def normal(self, *shape: int) -> Tensor:
@@ -39,7 +42,7 @@ class Draws:
 
 
 def process_rows(batch: int, rank: int, world: int) -> slice:
-    """Return the rows of the global batch for process `rank` of `world`; raise BadInput if they don't divide."""
+    """Return the rows of the global batch for process `rank` of `world`; raise BadInput if `world` does not divide `batch`."""
     if batch % world:
         raise BadInput(f"--batch {batch} does not divide by {world} processes")
     return slice(rank * (batch // world), (rank + 1) * (batch // world))

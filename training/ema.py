@@ -10,9 +10,9 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Ema(AveragedModel):
-    """A copy of a network, `module`, that `update_parameters(network)` moves towards the current weights.
+    """The moving average of a network's weights, in its copy `module`; `update_parameters(network)` adds the current weights.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the initial weights soon lose their influence.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -22,6 +22,6 @@ class Ema(AveragedModel):
 
     @torch.no_grad()
     def average(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
-        """Move the averaged tensors, in place, towards the current ones; torch copies them in the first update."""
+        """Move the averaged tensors, in place, towards the current ones. torch calls this after the first update, which copies."""
         n = int(self.n_averaged)  # stays on the CPU, unlike the argument: no device sync
         torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))

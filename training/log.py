@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def _hide_writers_errors(arguments: threading.ExceptHookArgs) -> None:
-    """Print no traceback of TensorBoard's thread: the next value that is written raises its error again."""
+    """Hide tracebacks of TensorBoard's writer thread: the next write raises the same error in the main thread."""
     if type(arguments.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(arguments)
 
 
 class TrainingLog:
-    """Running mean of the loss and the speed; only the main process shows and writes them.
+    """Running means of a training's loss and speed, and the places that show values: bar, TensorBoard, tracker.
 
-    `start` once, `add` every step, `read` every N steps (the only sync). Without `shown` there is no bar, no TensorBoard and no tracker.
+    Call `start` once, `add` every step, and `read` every N steps (the only sync). With `shown` off nothing is shown or written.
     """
 
     def __init__(self, folder: Path, title: str, first: int, total: int, shown: bool, tracker: Tracker | None = None):
@@ -41,7 +41,7 @@ class TrainingLog:
         self.count, self.images, self.since, self.paused = 0, 0, time.perf_counter(), 0.0
 
     def start(self) -> None:
-        """Open the tracker's run and TensorBoard's writer, say how to see the latter, show the bar and start the clock."""
+        """Open the tracker's run, TensorBoard's writer and the bar, log the command that shows the curves, and start the clock."""
         if self.tracker:
             self.tracker.start()
         if self.shown:
@@ -55,7 +55,7 @@ class TrainingLog:
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor | None, images: int) -> None:
-        """Accumulate a detached loss on the device. None = a skipped step, which the mean leaves out."""
+        """Add one step: its detached loss, without a device sync, and its number of images. Loss None = a skipped step, not averaged."""
         if loss is not None:
             self.sum, self.count = self.sum + loss, self.count + 1
         self.images += images
@@ -63,22 +63,22 @@ class TrainingLog:
             self.bar.update()
 
     def read(self) -> tuple[float, float]:
-        """Return (mean loss, images per second) since the last reading."""
+        """Return (mean loss, images per second) since the last `read`; the loss is NaN if all steps were skipped."""
         loss = float(self.sum) / self.count if self.count else float("nan")
         speed = self.images / (time.perf_counter() - self.since)
         self.sum, self.count, self.images, self.since = 0.0, 0, 0, time.perf_counter()
         return loss, speed
 
     def exclude_so_far(self) -> None:
-        """Leave the time and images up to now out of the speed."""
+        """Restart the measurement of the speed, without the time and images so far."""
         self.images, self.since = 0, time.perf_counter()
 
     def pause(self) -> None:
-        """Stop the clock, for work that is not training."""
+        """Stop the clock of the speed until `resume`, for work that is not training."""
         self.paused = time.perf_counter()
 
     def resume(self) -> None:
-        """Go on from `pause`."""
+        """Start the clock again after `pause`."""
         self.since += time.perf_counter() - self.paused
 
     def show(self, step: int, **values: float) -> None:
@@ -93,13 +93,13 @@ class TrainingLog:
                     self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Tensor) -> None:
-        """Write [3,H,W] uint8 to TensorBoard."""
+        """Write an image [3,H,W] uint8 to TensorBoard only."""
         with self._courtesy():
             if self.writer:
                 self.writer.add_image(name, image, step)
 
     def close(self) -> None:
-        """Flush TensorBoard, end the tracker's run and the bar."""
+        """End the tracker's run, and close the bar and TensorBoard's writer."""
         if self.tracker:
             self.tracker.close()
         if self.bar is not None:
@@ -110,7 +110,7 @@ class TrainingLog:
 
     @contextmanager
     def _courtesy(self) -> Iterator[None]:
-        """Go on without TensorBoard where its folder can't be written any more, such as on a full disk: one warning."""
+        """Go on without TensorBoard, with one warning, if the block can't write its folder, such as on a full disk."""
         try:
             yield
         except OSError as error:

@@ -3,14 +3,14 @@
 run = TrainingRun(config, facts, Trained(network, optimizer, ema), record)
 for step in run:                    # stops on a signal, saves, measures the speed
     with run.autocast():            # to bf16 or fp16
-        loss = ...                  # a function of (seed, step, rank)
+        loss = ...                  # its random numbers a function of (seed, step, rank): training/draws.py
     run.update(loss)                # backward, clip, learning rate, optimizer step, EMA, finite check
     if run.every(1000):
         ...                         # evaluation; its time does not count as training
 run.finish(accuracy=0.9)            # record.json; exit code 130 after a signal
 
-In fp16 the loss is scaled, and a step whose gradients overflow changes neither weights, optimizer nor EMA. It counts as a step: data,
-noise and learning rate stay functions of the step number.
+In fp16 the loss is scaled, and a step whose gradients overflow changes neither weights, optimizer nor EMA. It still counts as a step:
+so data, noise and learning rate stay functions of the step number.
 """
 
 from __future__ import annotations
@@ -50,39 +50,39 @@ MEASURED = ("loss", "images_per_s", "loss_scale", "skipped_steps")  # metrics th
 class LoopConfig:
     """How a training runs: where, how long, at which learning rate, and how often it reports and saves."""
 
-    kind: str  # named in its checkpoints
-    folder: Path  # checkpoint.pt, TensorBoard and record.json
+    kind: str  # of training, such as "textual inversion": a checkpoint of another kind is refused
+    folder: Path  # for checkpoint.pt, tensorboard/ and record.json
     steps: int
     batch: int  # images per step over all processes, for the speed
     lr: LearningRate
     max_grad_norm: float = math.inf
     log_every: int = 50
     save_every: int = 200
-    compiled: bool = False  # then the first step's time is reported on its own line
-    elsewhere: str = "--output OTHER"  # the flag for a new run folder, and for starting from other weights
+    compiled: bool = False  # then the first step's time is logged, and excluded from the speed
+    elsewhere: str = "--output OTHER"  # advice in errors: the flag that starts a new run in another folder
     show: bool = True  # progress bar, TensorBoard, and the estimate of the time to go
-    precision: str = "fp32"  # of `TrainingRun.autocast`; fp16 scales the loss
+    precision: str = "fp32"  # fp32, tf32, bf16 or fp16: of `TrainingRun.autocast`; fp16 scales the loss
     track: Track = None
 
 
 @dataclass
 class Trained:
-    """What a training changes, and so what its checkpoint holds. `extra`: further objects with a `state_dict`, by name."""
+    """The objects that a training changes; its checkpoint holds their states. `extra`: {name: further object with a `state_dict`}."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    average_gradients: bool = False  # over processes, in every update; for a network that DDP does not wrap
+    average_gradients: bool = False  # `update` averages them over processes: for a network that DDP does not wrap
 
     def parts(self) -> dict[str, Any]:
-        """Return everything with a state, by the name it has in the checkpoint."""
+        """Return {name in the checkpoint: object with a `state_dict`}."""
         parts = {"model": self.network, "optimizer": self.optimizer, **self.extra}
         return parts | ({"ema": self.ema} if self.ema else {})
 
 
 class TrainingRun:
-    """An iterator over the steps that are left, which carries everything but the loss."""
+    """An iterator over the remaining steps, which does everything that a training needs except computing the loss."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class TrainingRun:
         accelerator: Accelerator | None = None,
         resume: bool = True,
     ):
-        """Continue from the folder's checkpoint where there is one.
+        """Resume from checkpoint.pt in the run's folder, if it exists. With `resume` off, delete it and start at step 0.
 
-        `facts`: everything that decides what is learned (plain values). Raises BadInput where they differ from the checkpoint's.
+        `facts`: everything that decides what is learned (plain values). Raise BadInput if they differ from the checkpoint's.
         """
         self.config, self.trained, self.record, self.accelerator = config, trained, record, accelerator
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
@@ -103,9 +103,9 @@ class TrainingRun:
         self.checkpoint = config.folder / "checkpoint.pt"
         self.history: dict[str, Any] = {}  # plain values of the script that the checkpoint keeps
         self.precisions: dict[str, int] = {}  # steps by precision
-        self.announced = False  # how long this process will take
+        self.announced = False  # whether the time to go has been logged
         several = accelerator is not None and accelerator.num_processes > 1
-        # the processes agree on stops through their CPUs; the others may wait long for the main one's grading
+        # the processes agree on stops through their CPUs; while the main one grades, the others may wait for long
         agreement = dist.new_group(timeout=timedelta(days=7), backend="gloo") if several else None
         self.agreement = cast(dist.ProcessGroup | None, agreement)
         self.interrupted = False
@@ -125,7 +125,7 @@ class TrainingRun:
     # ------------------------------------------------ checkpoint
 
     def save(self) -> None:
-        """Write everything that resuming needs; random numbers follow from seed and step."""
+        """Write checkpoint.pt, in the main process only. It needs no random states, which follow from seed and step."""
         if self.is_main:
             parts = {name: part.state_dict() for name, part in self.trained.parts().items()}
             parts |= {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
@@ -139,7 +139,7 @@ class TrainingRun:
             raise BadInput(
                 f"{self.checkpoint} was written by an earlier version or is damaged: move it away, or give {self.config.elsewhere}"
             )
-        now = self.facts | {"steps": min(self.config.steps, state["steps"])}  # more are fine
+        now = self.facts | {"steps": min(self.config.steps, state["steps"])}  # more steps are fine
         before = state["facts"] | {"steps": state["steps"]}
         for name, value in now.items():
             if before.get(name) != value:
@@ -171,11 +171,14 @@ class TrainingRun:
         return self.step >= self.config.steps
 
     def every(self, steps: int) -> bool:
-        """Return whether `steps` have passed since the last time (0 = never), or all steps are taken."""
+        """Return whether the number of steps taken is a multiple of `steps`, or all are taken; with 0 only the latter."""
         return self.done or bool(steps) and self.step % steps == 0
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every step that is left; a checkpoint is written at the end, after a signal too."""
+        """Yield the number of each remaining step, until a signal comes; the body of the loop calls `update` once.
+
+        A checkpoint is written every `save_every` steps and at the end, after a signal too.
+        """
         if self.done:
             return
         self.log.start()
@@ -194,7 +197,7 @@ class TrainingRun:
             self.log.close()
             self.save()
         self.interrupted = not self.done or self._any_process(bool(signals))
-        if self.interrupted and self.done:  # during the work of the last step, such as its grading
+        if self.interrupted and self.done:  # the signal came during the work of the last step, such as grading
             self.finish()
 
     def _any_process(self, flag: bool) -> bool:
@@ -206,14 +209,15 @@ class TrainingRun:
         return bool(flags)
 
     def autocast(self) -> torch.autocast:
-        """Return the block in which networks compute in the configured precision."""
+        """Return a context in which networks compute in the configured precision."""
         return autocast(self.device, self.config.precision)
 
     def update(self, losses: Tensor | Iterable[Tensor], after_step: Callable[[], None] | None = None) -> None:
-        """Take one optimizer step, unless the gradients overflow in fp16.
+        """Backpropagate, and take an optimizer step and an EMA update, unless the gradients overflow in fp16.
 
-        Several `losses` are computed and propagated one after another, and their gradients add up.
+        Of several `losses`, each is computed and backpropagated in turn, and the gradients add up.
         `after_step` runs between the optimizer step and the EMA update, to constrain the weights.
+        Raise BadInput when a mean loss to be logged is not finite, or gradients keep overflowing.
         """
         config, trained = self.config, self.trained
         total = torch.zeros(())
@@ -242,8 +246,8 @@ class TrainingRun:
         self.log.add(total if taken else None, config.batch)
         if not taken and self.scaler.get_scale() < 1:
             self._stop("in fp16 the gradients overflow")
-        if config.compiled and self.step == self.log.first + 1:  # it compiles, which is excluded from the speed
-            loss, seconds = float(total), time.perf_counter() - self.step_started  # waits for the device first
+        if config.compiled and self.step == self.log.first + 1:  # this step compiled: exclude it from the speed
+            loss, seconds = float(total), time.perf_counter() - self.step_started  # float() waits for the device
             self.record.timings["first_step"] = seconds
             self.log.exclude_so_far()
             log(f"compiled: the first step took {seconds:.0f} s (loss {loss:.3f})")
@@ -257,7 +261,7 @@ class TrainingRun:
         loss, speed = self.log.read()
         if not math.isfinite(loss):
             self._stop(f"the loss is {loss}")
-        if self.log.shown and not self.announced and speed and not self.done:  # a step is not left out of the speed
+        if self.log.shown and not self.announced and speed and not self.done:  # speed 0: only a compiling step so far
             self.announced = True
             minutes = (self.config.steps - self.step) * self.config.batch / speed / 60
             log(f"step {self.step:,}: loss {loss:.4f}, {speed:.0f} images/s, about {minutes:.0f} minutes to go")
@@ -280,7 +284,10 @@ class TrainingRun:
 
     @contextmanager
     def last_work(self) -> Iterator[None]:
-        """Make Ctrl-C and SIGTERM in the block, after the last step, the end of a stopped run: the same command repeats the block."""
+        """Run work that follows the last step, such as an evaluation, in a `with` block.
+
+        Ctrl-C or SIGTERM in it ends the script by `finish`, with exit code 130; the same command repeats the block.
+        """
         try:
             yield
         except KeyboardInterrupt:
@@ -288,7 +295,10 @@ class TrainingRun:
             self.finish()
 
     def finish(self, **metrics: Any) -> None:
-        """Write record.json; after a signal, name the checkpoint and exit with code 130, once all processes are here."""
+        """Write record.json with these metrics.
+
+        After a signal, log the checkpoint's path and exit with code 130, once all processes have called this.
+        """
         if self.is_main:
             processes = self.accelerator.num_processes if self.accelerator else 1
             steps = {"step": self.step, "steps_by_precision": self.precisions}
@@ -299,7 +309,7 @@ class TrainingRun:
             if self.interrupted:
                 log(f"stopped at step {self.step:,}; the same command goes on from {self.checkpoint}")
         if self.interrupted:
-            # a launcher ends all processes with the first, so none may leave before the writing
+            # when one process exits, the launcher ends all: none may leave before the record is written
             self._any_process(True)
         if self.accelerator:
             self.accelerator.end_training()  # ends the process group, whose threads could else abort a process at its exit

@@ -20,7 +20,7 @@ class LossScaler(GradScaler):
         self.skipped = 0  # steps of the whole training
 
     def take_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step the optimizer and adapt the factor; return False for a skipped step. The gradients are unscaled already."""
+        """Step the optimizer, whose gradients are unscaled already, and adapt the factor. Return False if the step was skipped."""
         before = self.get_scale()
         self.step(optimizer)
         self.update()
@@ -29,11 +29,11 @@ class LossScaler(GradScaler):
         return not overflow
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what going on needs to the bit; empty in other precisions than fp16."""
+        """Return the factor, its counters and the number of skipped steps; {} in other precisions than fp16."""
         return super().state_dict() | ({"skipped": self.skipped} if self.is_enabled() else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; a checkpoint of another precision holds nothing, and the factor starts as usual."""
+        """Restore what `state_dict` returned. An empty state, from a checkpoint of another precision, changes nothing."""
         if state:
             super().load_state_dict(state)
             self.skipped = state["skipped"]

@@ -11,7 +11,7 @@ Decay = Literal["linear", "cosine"]
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A rate that rises to `peak` over `warmup` steps and falls to 0 over the last `decay` (0..1) of all steps."""
+    """A rate that rises linearly to `peak` over `warmup` steps, and falls to 0 over the last fraction `decay` (0..1) of all steps."""
 
     peak: float
     warmup: int

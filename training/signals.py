@@ -13,9 +13,10 @@ from runtime.interrupts import STOP_SIGNALS
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield the signals received so far: empty = go on, else save and leave. A second SIGINT interrupts at once.
+    """Collect SIGINT, SIGTERM and SIGUSR1 in the yielded list, instead of ending the process.
 
-    Under torchrun it doesn't: torchrun passes on the SIGINT that the terminal has sent to this process already.
+    The caller saves and stops once the list is not empty. A further SIGINT raises KeyboardInterrupt.
+    Under torchrun it does not: torchrun sends a copy of the SIGINT that the terminal has sent to this process.
     """
     received: list[int] = []
 

@@ -1,6 +1,6 @@
-"""Curves at a tracker, wandb or trackio, besides TensorBoard: --track.
+"""Training curves in a tracker, wandb or trackio, in addition to TensorBoard: the flag --track.
 
-Neither is required: only `init`, `log` and `finish` of the installed package are used.
+Neither package is a requirement. Only `init`, `log` and `finish` of the installed one are used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Track = Annotated[
 
 
 def check_tracker(track: Track) -> None:
-    """Raise BadInput where the tracker's package is not installed or fails on import."""
+    """Raise BadInput if the tracker's package is not installed or fails on import; None is fine."""
     if track:
         _package(track)
 
@@ -41,15 +41,15 @@ def _package(track: str) -> Any:
 
 
 class Tracker:
-    """One run at a tracker."""
+    """One run in a tracker, the package `track`, under the names `project` and `run`."""
 
     def __init__(self, track: str, project: str, run: str, settings: Any):
-        """Open nothing yet. `settings` is a script's dataclass, which the tracker shows as the run's configuration."""
+        """Keep the arguments; `start` opens the run. `settings`: the script's dataclass, shown as the run's configuration."""
         self.track, self.project, self.run, self.settings = track, project, run, settings
         self.package: Any = None
 
     def start(self) -> None:
-        """Open the run, or go on with it. Raise BadInput where the tracker refuses, such as without an account."""
+        """Open the run, or resume it. Raise BadInput if the tracker refuses, such as without an account."""
         package = _package(self.track)
         config = json.loads(json.dumps(asdict(self.settings), default=str))
         try:
@@ -59,7 +59,7 @@ class Tracker:
         self.package = package
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send values under their names."""
+        """Send {name: value} for this step."""
         self._unless_lost(lambda package: package.log(dict(values), step=step))
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class Tracker:
         self._unless_lost(lambda package: package.finish())
 
     def _unless_lost(self, call: Callable[[Any], object]) -> None:
-        """Go on without the tracker once it fails, with one warning: it is no reason to lose a training."""
+        """Call `call(package)`. If it fails, warn once and go on without the tracker, so that no training is lost."""
         if not self.package:
             return
         try:
