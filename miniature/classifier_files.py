@@ -1,4 +1,4 @@
-"""Files of the miniature's classifiers: rounded weights, and a JSON header with kind, layout, answers and origin."""
+"""Files of the miniature's classifiers: weights (matrices in fp16), and a JSON header with kind, layout, possible answers and origin."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ClassifierFormat:
-    """What distinguishes the files of one classifier, and the words in which others are refused."""
+    """The header of one classifier's files, and the wording of the errors that refuse other files."""
 
     kind: str
     answers: dict[str, Any]
-    """Entries of the header that must be the same: what the network answers."""
+    """Entries of the header that a file must have to be loaded: the questions and their possible answers."""
     name: str
-    """The classifier, as in "is no judge of the miniature"."""
+    """The classifier in error messages, such as "judge of the miniature"."""
     other_answers: str
-    """Other answers, as in "was trained on another vocabulary"."""
+    """What a file with other answers was trained on, in error messages, such as "another vocabulary"."""
     command: str
     """The command that makes such a file."""
 
     def save(self, path: Path, network: nn.Module, layout: Any, origin: dict[str, Any]) -> None:
-        """Write one safetensors file; `layout` is the dataclass that the network was built from."""
+        """Write one safetensors file. `layout` is the network's config dataclass, `origin` says how it was trained."""
         header = {"kind": self.kind, "model": asdict(layout), **self.answers, "origin": origin}
         save_safetensors(path, round_weights(network), {"judge": json.dumps(header)})
 
     def load(self, path: Path, build: Callable[[dict[str, Any]], Network]) -> Network:
-        """Return the network that `build` makes of the file's layout, with its weights; raise BadInput for another file."""
+        """Return the network that `build` makes from the stored layout, with the stored weights.
+
+        Raise BadInput for a file of another kind, other answers, or weights that don't fit.
+        """
         tensors, metadata = load_safetensors(path)
         header = json.loads(metadata.get("judge", "{}"))
         if header.get("kind") != self.kind:

@@ -1,12 +1,14 @@
-"""The small CLIP's batches: families of similar images, and which captions of a batch are true of which images.
+"""Training batches of the small CLIP: families of similar images, and which captions of a batch are true of which images.
 
-Random images differ in colours and style, so a batch of them hardly teaches shapes. A batch is therefore made of small families that
-share colours, background and style and differ in objects and positions. Some only swap the colours of the same objects, and others
-differ in nothing but the style. The world's captions leave things out, so one is often true of several images of a batch: of 64 images,
-98 % have a true caption besides their own. Such captions are known and are not used as negatives.
+Random images differ in colours and style, so a batch of them hardly teaches shapes. A batch is therefore made of families of four images.
+The images of a family share object colours, background and style, and differ in objects and positions. In some families, two images
+have the same objects with exchanged colours. Other families differ in nothing but the style.
 
-Every object that captions name has a colour that it never has in training. The colour thus rules an object out: a shortcut, which fails
-on just the pairs that are held out. So some families have no colours at all, and no loss has an answer that follows from the colour alone.
+Captions leave facts out: of 64 images, 98 % have a true caption in the batch besides their own. Such captions are not used as negatives.
+
+Every object that captions name has one colour that it never has in training. A model can learn that the colour rules the object out,
+and then fails on just these held-out pairs. So half of the families are grey in image and caption, and no loss has an answer that
+follows from the colour alone.
 """
 
 from __future__ import annotations
@@ -39,30 +41,30 @@ from miniature.scenery.scenes import (
 from runtime.seeds import derived_seed
 from zeroshot.prompts import article
 
-FAMILY = 4  # images
+FAMILY = 4  # images in a family
 NONE = len(ALL_KINDS)  # label of a patch without an object
-GREY = 0.5  # share of families without colours, in image and caption: see above
+GREY = 0.5  # share of families that are grey, in image and caption: see above
 RESTYLED = 0.4  # share of families that differ in style alone
-STOP = 0.25  # share of captions with a full stop, which prompts often have and the world's captions never
-UNNAMED, ABSENT = -1, -2
+STOP = 0.25  # share of captions that get a full stop, which prompts often have and the world's captions never
+UNNAMED, ABSENT = -1, -2  # values of a fact that a caption leaves out, and of an object that a scene lacks
 COLOURED = re.compile(rf"\b(an? )?(?:{'|'.join(dict.fromkeys([*COLOURS, *BACKGROUNDS]))}) (?=(\w+))")
-MOST = 3  # objects in an image
+MOST = 3  # most objects in an image
 
 
 class ClipBatch(NamedTuple):
-    """N images with their captions and labels."""
+    """N images with their captions and labels; P x P patches an image."""
 
     images: Tensor  # [N,3,64,64] uint8
     texts: list[str]
-    is_true: Tensor  # [N,N] bool: caption j is true of image i, or false for its colour alone
-    parts: Tensor  # [N,P,P] int64: the kind of the object at each patch
-    never: Tensor  # [N,kinds] bool: kinds that no patch is compared with
-    styles: Tensor  # [N] int64
+    is_true: Tensor  # [N,N] bool: caption j is true of image i, or colour alone shows that it is false
+    parts: Tensor  # [N,P,P] int64: the kind of the object at each patch, see `parts_of`
+    never: Tensor  # [N,kinds] bool: kinds that the patch loss leaves out, see `never_seen`
+    styles: Tensor  # [N] int64, indices in ALL_STYLES
 
 
 @dataclass(frozen=True)
 class ClipBatches:
-    """Batch k of a training, for every k: map-style, as torch's DataLoader takes it."""
+    """A map-style dataset for torch's DataLoader: item k is the whole batch of step k."""
 
     seed: int
     count: int  # images in a batch
@@ -88,14 +90,14 @@ class ClipBatches:
         return ClipBatch(as_tensor(images), texts, is_true, parts_of(scenes, self.patch), never, styles)
 
     def _happens(self, share: float, *key: int) -> bool:
-        """Return whether this key is among `share` of all keys."""
+        """Return True for about this share of all keys, always for the same ones."""
         return derived_seed(self.seed, *key) % 1000 < 1000 * share
 
 
 def relative(head: Scene, member: int, seed: int) -> Scene:
-    """Draw a scene with the colours, background and style of the head of its family.
+    """Draw a scene with the object colours, background and style of `head`, the first scene of its family.
 
-    The first relative of a head with several objects keeps the kinds too. Their colours move on by one, unless that makes a held-out pair.
+    Member 1 of a family with several objects also has the kinds of `head`, with exchanged colours, unless that makes a held-out pair.
     """
     kinds = tuple(thing.kind for thing in head.things)
     colours = tuple(thing.colour for thing in head.things)
@@ -113,14 +115,14 @@ def relative(head: Scene, member: int, seed: int) -> Scene:
 
 
 def restyled(head: Scene, member: int, seed: int) -> Scene:
-    """Return the head of a family in another style; the four members have four styles."""
-    stride = (1, 3, 5, 7)[head.noise_seed % 4]  # odd, as there are eight styles
+    """Return `head`, the first scene of a family, in another style, with noise from `seed`. The four members have four styles."""
+    stride = (1, 3, 5, 7)[head.noise_seed % 4]  # odd, so that four steps give four of the eight styles
     style = ALL_STYLES[(ALL_STYLES.index(head.style) + member * stride) % len(ALL_STYLES)]
     return replace(head, style=style, noise_seed=seed % 2**31)
 
 
 def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:
-    """Return an image [64,64,3] and its caption without any colour."""
+    """Return an image [64,64,3] in grey levels, and its caption without the colours of objects and background."""
     luma = (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
     named = frozenset(name for name in caption.named if not name.startswith(("colour", "background")))
     text = COLOURED.sub(lambda match: f"{article(match[2])} " if match[1] else "", caption.text)
@@ -128,9 +130,9 @@ def greyed(image: Images, caption: Caption) -> tuple[Images, Caption]:
 
 
 def parts_of(scenes: list[Scene], patch: int) -> Tensor:
-    """Return [N,P,P] int64: the kind of the object at every patch, NONE elsewhere.
+    """Return [N,P,P] int64: for each patch of `patch` x `patch` pixels, the index of its object in ALL_KINDS, or NONE.
 
-    A patch belongs to an object when its centre lies in the object's box, a tenth of the box left out on each side.
+    A patch belongs to an object if its centre lies in the middle 80 % of the object's box, along both axes.
     """
     centres = (torch.arange(SIDE // patch) + 0.5) * patch
     kinds = torch.full((len(scenes), len(centres), len(centres)), NONE)
@@ -142,7 +144,7 @@ def parts_of(scenes: list[Scene], patch: int) -> Tensor:
 
 
 def never_seen(scenes: list[Scene]) -> Tensor:
-    """Return [N,kinds] bool: kinds, none of the scene's own, that training never shows in a colour of its objects."""
+    """Return [N,kinds] bool: the kinds, except a scene's own, that training never shows in a colour of the scene's objects."""
     rows = []
     for scene in scenes:
         own = {thing.kind for thing in scene.things}
@@ -152,7 +154,7 @@ def never_seen(scenes: list[Scene]) -> Tensor:
 
 
 def bare_kinds(scenes: list[Scene], captions: list[Caption]) -> Tensor:
-    """Return [N,kinds] bool: kinds that a caption, of this scene, names without a colour."""
+    """Return [N,kinds] bool: the kinds that caption i, of scene i, names without their colour."""
     rows = []
     for scene, each in zip(scenes, captions, strict=True):
         names = [(f"kind{i}", f"colour{i}", thing.kind) for i, thing in enumerate(scene.things)]
@@ -163,12 +165,15 @@ def bare_kinds(scenes: list[Scene], captions: list[Caption]) -> Tensor:
 
 # ---------------------------------------------------------------- which captions are true
 
-FACTS = ("count", "background", "ground", "style", "place", *STYLE_TRAITS)  # what can be named of a scene
-ABOUT = ("kind", "colour", *TRAITS)  # what can be named of an object
+FACTS = ("count", "background", "ground", "style", "place", *STYLE_TRAITS)  # what a caption can name of a scene
+ABOUT = ("kind", "colour", *TRAITS)  # what a caption can name of an object
 
 
 def true_of(scenes: list[Scene], captions: list[Caption]) -> Tensor:
-    """Return [N,N] bool: whether scene i has everything that caption j names of scene j."""
+    """Return [N,N] bool: whether caption j, of scene j, is true of scene i.
+
+    The scenes must agree in the number of objects, and in all facts that the caption names.
+    """
     facts, things = [_facts(scene) for scene in scenes], [_things(scene) for scene in scenes]
     named = [each.named for each in captions]
     named_facts = torch.tensor([_named_facts(facts[j], names) for j, names in enumerate(named)])
@@ -182,12 +187,12 @@ def true_of(scenes: list[Scene], captions: list[Caption]) -> Tensor:
 
 
 def _agree(value: Tensor, named: Tensor) -> Tensor:
-    """Return whether values are equal, or not named, along the last axis."""
+    """Return whether all values along the last axis equal the named ones; UNNAMED equals any."""
     return ((value == named) | (named == UNNAMED)).all(-1)
 
 
 def _facts(scene: Scene) -> list[int]:
-    """Return the values of FACTS; the place of several objects is whether they form a row or a column."""
+    """Return the scene's values of FACTS; the place of several objects is whether they form a row or a column."""
     spans = [max(t.box[axis] for t in scene.things) - min(t.box[axis] for t in scene.things) for axis in (0, 1)]
     place = PLACES.index(scene.things[0].place) if len(scene.things) == 1 else len(PLACES) + (spans[1] > spans[0])
     back = scene.background
@@ -202,7 +207,7 @@ def _facts(scene: Scene) -> list[int]:
 
 
 def _things(scene: Scene) -> list[list[int]]:
-    """Return the values of ABOUT for each object, in order of position (the world lays them so)."""
+    """Return three lists of the values of ABOUT: one per object, in order of position; those of absent objects hold ABSENT."""
     values = [
         [
             ALL_KINDS.index(thing.kind),

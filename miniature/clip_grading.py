@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of the small CLIP on fresh images, one prompt per answer."""
+"""Zero-shot accuracy of the small CLIP on new images, one prompt per answer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from runtime.images import to_float
 from runtime.seeds import derived_seed
 from zeroshot.transduction import transduce
 
-CHOICES = 100  # captions among which the right one is to be ranked first
-CHUNK = 100  # images at once
+CHOICES = 100  # captions of which the most similar one should be true
+CHUNK = 100  # images encoded at a time
 
 ANSWERS: dict[str, dict[str, str]] = {
     "object": {kind: f"a photo of a {kind}." for kind in KINDS},
@@ -31,7 +31,7 @@ ANSWERS: dict[str, dict[str, str]] = {
 
 @torch.inference_mode()
 def encode_images(clip: SmallClip, images: Tensor) -> Tensor:
-    """Encode [N,3,64,64] uint8 as [N,D] of length 1."""
+    """Return the features [N,D], of length 1, of images [N,3,64,64] uint8."""
     device = clip.model.logit_scale.device
     return torch.cat(
         [clip.model.encode_image(to_float(part.to(device)), normalize=True) for part in images.split(CHUNK)]
@@ -40,7 +40,7 @@ def encode_images(clip: SmallClip, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
-    """Encode texts, cut after 77 tokens, as [N,D] of length 1."""
+    """Return the features [N,D], of length 1, of texts cut after 77 tokens."""
     encoded = clip.tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     device = clip.model.logit_scale.device
     features: Tensor = clip.model.encode_text(encoded["input_ids"].to(device), normalize=True)
@@ -48,9 +48,9 @@ def encode_texts(clip: SmallClip, texts: Sequence[str]) -> Tensor:
 
 
 def measure_rates(clip: SmallClip, count: int, seed: int, together: bool = False) -> dict[str, float]:
-    """Return the share of right answers per question, on `count` images each.
+    """Return {question: share of right answers}, on `count` images each.
 
-    `together` classifies the images of a question together, as `P3_clip_zeroshot.py --transduce` does; captions stay as they are.
+    `together` classifies all images of a question jointly, as `P3_clip_zeroshot.py --transduce` does. It does not affect captions.
     """
     singles = dataset(count, seed, SceneSpec(count=1, among=KINDS))
     features = encode_images(clip, as_tensor(singles.images))
@@ -62,7 +62,10 @@ def measure_rates(clip: SmallClip, count: int, seed: int, together: bool = False
 
 
 def held_out_pairs(clip: SmallClip, count: int, seed: int, together: bool = False) -> float:
-    """Return the accuracy on the images of `world.py zeroshot` with this count and seed, by the prompt of `--prompts single`."""
+    """Return the accuracy on images of held-out (colour, object) pairs, by the prompt of `--prompts single`.
+
+    The images are those of `world.py zeroshot` with this count and seed.
+    """
     batches = [
         render_batch([derived_seed(seed, index)], SceneSpec(kinds=(KINDS[index % len(KINDS)],), pairs="held_out"))
         for index in range(count)
@@ -72,7 +75,7 @@ def held_out_pairs(clip: SmallClip, count: int, seed: int, together: bool = Fals
 
 
 def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Scene], together: bool) -> float:
-    """Return the share of right answers among the images that have one of the question's answers."""
+    """Return the share of right answers, among the images whose label is one of the question's answers."""
     answers, labels = list(ANSWERS[question]), [_label(scene, question) for scene in scenes]
     rows = [row for row, label in enumerate(labels) if label in answers]
     scores = features[rows] @ encode_texts(clip, list(ANSWERS[question].values())).T
@@ -83,14 +86,17 @@ def _share(clip: SmallClip, question: str, features: Tensor, scenes: Sequence[Sc
 
 
 def _label(scene: Scene, question: str) -> str:
-    """Return the right answer for a scene with one object."""
+    """Return the right answer to a question about a scene with one object."""
     thing = scene.things[0]
     labels = {"object": thing.kind, "colour": thing.colour, "background": scene.background.colour}
     return (labels | {"style": scene.style, "place": thing.place})[question]
 
 
 def matching(clip: SmallClip, count: int, seed: int) -> float:
-    """Return the share of images of one to three objects for which the best of 100 captions is true."""
+    """Return the share of images for which the most similar of 100 captions is true.
+
+    These are the captions of the image and of 99 others.
+    """
     batch = dataset(count, seed)
     images = encode_images(clip, as_tensor(batch.images))
     texts = encode_texts(clip, [each.text for each in batch.captions])
@@ -107,5 +113,5 @@ def _mean(right: Sequence[bool]) -> float:
 
 
 def table(rates: dict[str, float]) -> str:
-    """Return a line per question."""
+    """Return the rates as text, one line per question."""
     return "\n".join(f"{question:<28}{rate:>8.4f}" for question, rate in rates.items())

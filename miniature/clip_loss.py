@@ -1,8 +1,9 @@
-"""What the small CLIP minimises: the contrastive loss without true captions of others as negatives, and two auxiliary losses.
+"""The losses of the small CLIP: a contrastive loss whose negatives are never true captions, and two auxiliary losses.
 
-A transformer without convolutions is slow to find shapes: by the contrastive loss alone 180,000 images taught it colours, styles and
-positions, and hardly an object. So two heads, which are thrown away, classify as well: the object at every patch, from the states after
-the last vision block but one, and the style of the image, from its features (captions name no held-out style).
+A transformer without convolutions is slow to find shapes. By the contrastive loss alone, 180,000 images taught it colours, styles and
+positions, and hardly an object. So two heads classify as well during training, and are then thrown away. One classifies the object at
+every patch, from the states after the second-last vision block. The other classifies the style from the image's features, because
+captions name no held-out style.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from miniature.scenery.scenes import ALL_STYLES
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, is_true: Tensor) -> Tensor:
-    """Return CLIP's loss (Radford et al. 2021) of features [N,D] of length 1 and the logit scale.
+    """Return CLIP's loss (Radford et al. 2021) of image and text features [N,D] of length 1; `scale` is the factor of the logits.
 
-    `is_true` [N,N] bool: caption j is true of image i. True captions of other images are no negatives.
+    `is_true` [N,N] bool: caption j is true of image i. Captions of other images are negatives only if they are not true.
     """
     others = is_true & ~torch.eye(len(is_true), dtype=torch.bool, device=is_true.device)
     mask = torch.zeros(is_true.shape, device=is_true.device).masked_fill(others, -math.inf)
@@ -33,7 +34,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, is_true: Tens
 
 
 class PatchLoss(nn.Module):
-    """Cross-entropy of the object at each patch, from the states after the last vision block but one."""
+    """Cross-entropy of the object at each patch, classified from the states after the second-last block of `visual`."""
 
     def __init__(self, visual: Any, width: int):
         super().__init__()
@@ -46,7 +47,10 @@ class PatchLoss(nn.Module):
         self.states = states
 
     def forward(self, parts: Tensor, never: Tensor) -> Tensor:
-        """Return the loss of the images of the tower's last forward pass; parts [N,P,P] int64, never [N,kinds] bool."""
+        """Return the loss for the images of the last forward pass of `visual`. A second call needs another pass.
+
+        `parts` [N,P,P] int64 are the labels. `never` [N,kinds] bool: kinds that are left out of the softmax.
+        """
         assert self.states is not None
         logits = self.head(self.states[:, 1:].float())  # the first is the image's own token
         logits[..., :NONE] = logits[..., :NONE].masked_fill(never[:, None], -math.inf)
@@ -57,19 +61,19 @@ class PatchLoss(nn.Module):
 
 
 class StyleLoss(nn.Module):
-    """Cross-entropy of an image's style, held-out styles included, from its features alone."""
+    """Cross-entropy of an image's style, held-out styles included, classified from its features."""
 
     def __init__(self, width: int):
         super().__init__()
         self.head = nn.Linear(width, len(ALL_STYLES))
 
     def forward(self, features: Tensor, scale: Tensor, styles: Tensor) -> Tensor:
-        """Return the loss of features [N,width] of length 1, the logit scale and styles [N] int64."""
+        """Return the loss for the labels `styles` [N] int64. The head's input is features [N,width] of length 1 times the logit scale."""
         return F.cross_entropy(self.head(features * scale.detach()), styles)
 
 
 def forward(model: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return open_clip's image features, text features and logit scale, for prompts shorter than 77 tokens.
+    """Return open_clip's image features, text features and logit scale, for token ids [N,L] with L up to 77.
 
     Attention is causal: positions after the end token have no effect. Positions beyond the longest caption, about 35 tokens, are
     therefore never trained.
@@ -84,7 +88,7 @@ def forward(model: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def parameter_groups(model: Any, decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weight decay for matrices that are no embeddings; locked parameters are left out."""
+    """Return AdamW's groups: matrices with weight decay, embeddings and vectors without. Frozen parameters are left out."""
     spared = {"token_embedding.weight", *model.no_weight_decay()}
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learning if p.ndim > 1 and name not in spared]

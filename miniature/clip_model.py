@@ -1,9 +1,9 @@
 """The small CLIP as files: open_clip's folder, which is stored, and transformers' `CLIPModel`, which is derived from it.
 
-Pooling. CLIP reads a prompt's feature at its end token. Old code takes the largest id of the prompt for that token (open_clip's
-`pool_type` "argmax", transformers with `eos_token_id` 2). An added token breaks this, because its id is larger. Here both forms store
-the end token's id (open_clip: `pool_type` "eos" and `eos_id`; transformers: `text_config.eos_token_id`). Prompts with tokens of textual
-inversion therefore have the right features in both.
+CLIP takes a prompt's feature at its end token. Old code takes the largest id of the prompt for that token (open_clip's `pool_type`
+"argmax", transformers with `eos_token_id` 2). A token added by textual inversion breaks this, because its id is larger. Here both forms
+store the end token's id (open_clip: `pool_type` "eos" and `eos_id`; transformers: `text_config.eos_token_id`). Prompts with added
+tokens therefore have the right features in both.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class ClipSize:
     vision_width: int = 128
     vision_layers: int = 4
     text_width: int = 128
-    """Also the width of a diffusion model's cross-attention input."""
+    """Channels of the text tower, and of the text input of a U-Net that it conditions."""
     text_layers: int = 3
     patch: int = 8
-    """Pixels of a patch, height and width."""
+    """Side of a patch in pixels; must divide 64."""
     head: int = 32
     """Channels per attention head."""
 
@@ -59,7 +59,7 @@ class ClipSize:
 
 
 def model_config(size: ClipSize, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """Return open_clip's `model_cfg`: exact GELU, which is faster than QuickGELU, and the folder's own tokenizer."""
+    """Return open_clip's `model_cfg`. It has exact GELU, which is faster than QuickGELU, and the tokenizer of the model's folder."""
     vision = {"image_size": SIDE, "patch_size": size.patch, "width": size.vision_width, "layers": size.vision_layers}
     vocabulary = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     text = {
@@ -79,7 +79,7 @@ def model_config(size: ClipSize, tokenizer: CLIPTokenizer) -> dict[str, Any]:
 
 
 class SmallClip(NamedTuple):
-    """A loaded folder."""
+    """A loaded folder: the model, its tokenizer and its configuration."""
 
     model: Any  # open_clip.CLIP, evaluation mode, no gradients
     tokenizer: CLIPTokenizer
@@ -88,12 +88,12 @@ class SmallClip(NamedTuple):
 
 
 def round_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the weights as the file will hold them, in fp16."""
+    """Return the weights in fp16, as the file stores them."""
     return {name: value.half() for name, value in model.state_dict().items()}
 
 
 def save_clip(folder: Path, model: torch.nn.Module, config: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Write config, fp16 weights and tokenizer files, each whole or not at all; `origin` is how it was trained."""
+    """Write config, fp16 weights and tokenizer files, each whole or not at all; `origin` says how the model was trained."""
     output_folder(folder)
     save_tokenizer(folder)
     save_safetensors(folder / WEIGHTS, round_weights(model), {"format": "pt", "origin": json.dumps(origin)})
@@ -101,7 +101,7 @@ def save_clip(folder: Path, model: torch.nn.Module, config: dict[str, Any], orig
 
 
 def load_clip(folder: Path = SHIPPED) -> SmallClip:
-    """Return the model in fp32 on the CPU; raise BadInput for a folder that doesn't hold one."""
+    """Return an open_clip folder's model, in fp32 on the CPU, and its tokenizer; raise BadInput for another folder."""
     import open_clip
     from transformers import CLIPTokenizer
 
@@ -125,7 +125,10 @@ def load_clip(folder: Path = SHIPPED) -> SmallClip:
 
 
 def transformers_config(config: dict[str, Any]) -> CLIPConfig:
-    """Return the same architecture in transformers' terms; raise BadInput for what these can't express."""
+    """Return transformers' configuration for open_clip's `model_cfg`.
+
+    Raise BadInput unless it is a vision transformer with GELU and a text tower that pools at the end token.
+    """
     from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -180,7 +183,7 @@ PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visu
 
 
 def transformers_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename open_clip's tensors for transformers; transpose projections, and split queries, keys and values."""
+    """Return open_clip's tensors by transformers' names. Projections are transposed, joint queries, keys and values split."""
     state_dict: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name in OUTSIDE:
@@ -202,7 +205,7 @@ def transformers_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(clip: SmallClip) -> CLIPModel:
-    """Return the same network as a `CLIPModel` in fp32; its `text_model` is a Stable Diffusion pipeline's text encoder."""
+    """Return the same network as a `CLIPModel` in fp32; its `text_model` is the text encoder of the miniature's Stable Diffusion."""
     from transformers import CLIPModel
 
     model: Any = CLIPModel(transformers_config(clip.config))
@@ -212,7 +215,7 @@ def to_transformers(clip: SmallClip) -> CLIPModel:
 
 
 def make_processor(clip: SmallClip) -> CLIPProcessor:
-    """Return open_clip's preprocessing and the tokenizer in transformers' form."""
+    """Return open_clip's image preprocessing and the tokenizer as transformers' `CLIPProcessor`."""
     from transformers import CLIPImageProcessor, CLIPProcessor
 
     side = clip.config["vision_cfg"]["image_size"]

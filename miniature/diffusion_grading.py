@@ -1,4 +1,7 @@
-"""Prompts that grade the miniature's diffusion model, and the shares of images in which the judge sees what they name."""
+"""Prompts that grade the miniature's diffusion model, and the share of images that show what their prompt names.
+
+The judge, the classifier of miniature/judge_model.py, decides what an image shows.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,26 @@ from miniature.scenery.scenes import ALL_KINDS, BACKGROUNDS, COLOURS, HELD_OUT_P
 from runtime.device import Device
 
 Pair = tuple[str, str]  # colour, kind
-ANSWERS = {**WHOLE, "present": ALL_KINDS, "paints": tuple(COLOURS)}  # of SceneClassifier.whole, by question
+ANSWERS = {**WHOLE, "present": ALL_KINDS, "paints": tuple(COLOURS)}  # {question of SceneClassifier.whole: its answers}
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeDiffusion:
-    """Draw images of prompts and have them judged."""
+    """Draw an image per prompt. A classifier, the judge, decides whether it shows what the prompt names."""
 
     clip: Path = CLIP
-    """The small CLIP as a transformers folder."""
+    """Folder of the small CLIP in transformers' form (train_clip.py convert)."""
     parts: Path = PARTS
     """Folder that holds vae/ and unet/."""
     judge: Path = SHIPPED
-    """The judge file."""
+    """File of the judge."""
     count: int = 500
-    """Prompts with one object of a trained (colour, object) pair."""
+    """Prompts with one object, of a (colour, object) pair in the training images."""
     held_out: int = 240
-    """Prompts with one object of a held-out pair."""
+    """Prompts with one object, of a held-out pair, which is in no training image."""
     scenes: int = 120
-    """Prompts with colour, background and style."""
+    """Prompts with one object, background and style."""
     couples: int = 120
     """Prompts with two objects."""
     guidance: float = 5.0
@@ -53,15 +56,18 @@ class GradeDiffusion:
 
 @dataclass(frozen=True)
 class PromptCase:
-    """A prompt and what its image must hold: answers to the judge's questions."""
+    """A prompt, and the answers that the judge must give about its image."""
 
     group: str
     prompt: str
-    expected: Mapping[str, tuple[str, ...]]  # question: the answers, several only for "present" and "paints"
+    expected: Mapping[str, tuple[str, ...]]  # {question: answers}; several answers only for "present" and "paints"
 
 
 def cases_of(settings: GradeDiffusion) -> list[PromptCase]:
-    """Return all prompts, group by group; the same for the same seed. Pairs take turns, so that none is missed."""
+    """Return all prompts, group by group; the same for the same seed.
+
+    Where a prompt names one object, the (colour, object) pairs take turns, so that none is missed.
+    """
     random = Random(settings.seed)
     trained = [(c, k) for c in COLOURS for k in KINDS if allowed(c, k, "trained")]
     random.shuffle(trained)
@@ -93,7 +99,10 @@ def _couple(pairs: Sequence[Pair], random: Random) -> PromptCase:
 
 
 def rates_of(judge: SceneClassifier, images: Tensor, cases: Sequence[PromptCase]) -> dict[str, dict[str, float]]:
-    """Return {group: {question: share of images with the expected answers, .., "all": with all of them}}."""
+    """Return {group: {question: share of images with the expected answers}}.
+
+    The question "all" is the share of images with all answers as expected.
+    """
     answers = judge.whole(images)
     groups: dict[str, dict[str, list[bool]]] = {}
     for row, case in enumerate(cases):
@@ -105,7 +114,10 @@ def rates_of(judge: SceneClassifier, images: Tensor, cases: Sequence[PromptCase]
 
 
 def holds(probabilities: Tensor, question: str, words: Sequence[str]) -> bool:
-    """Return whether these answers are given: each of several words above one half, a single one above all others."""
+    """Return whether the judge's probabilities for one image give these answers.
+
+    "present" and "paints" need more than 0.5 for each word. Other questions have one word, which must be the most probable answer.
+    """
     if question in ("present", "paints"):
         return all(float(probabilities[ANSWERS[question].index(word)]) > 0.5 for word in words)
     return ANSWERS[question][int(probabilities.argmax())] == words[0]

@@ -1,7 +1,7 @@
-"""The parts of the miniature's Stable Diffusion: their networks and folders, and how they become one pipeline that draws.
+"""The miniature's Stable Diffusion: its networks, their folders, and the pipeline that is made of them.
 
 vae/, unet/ and scheduler/ ship with the repository; text tower and tokenizer are those of the small CLIP, which is stored once.
-`assemble` writes the whole folder, laid out as any Stable Diffusion v1 of diffusers.
+`assemble` writes all into one folder, laid out as any Stable Diffusion v1 of diffusers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAKE_CLIP = "python miniature/train_clip.py convert --output runs/miniature/clip
 
 
 def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
-    """Return a random [N,3,64,64] in -1..1 <-> [N,4,16,16]; channels from 64x64 positions down to 16x16."""
+    """Return an untrained autoencoder [N,3,64,64] in -1..1 <-> [N,4,16,16]; `channels` from 64x64 positions down to 16x16."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = len(channels)
@@ -59,9 +59,9 @@ def make_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
 
 
 def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNet2DConditionModel:
-    """Return a random network: latents [N,4,side,side], t and text [N,77,text_width] -> eps.
+    """Return an untrained U-Net: latents [N,4,side,side], t and text [N,77,text_width] -> eps.
 
-    Attention at every level, in heads of about 32 channels.
+    `channels` are those of each level, finest first. Every level has attention, in heads of about 32 channels.
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -82,12 +82,12 @@ def make_unet(channels: tuple[int, ...], text_width: int, side: int = 16) -> UNe
 
 
 def save_part(network: nn.Module, folder: Path) -> None:
-    """Write fp16 safetensors and config.json."""
+    """Write a copy of the network in fp16: safetensors and config.json."""
     save_atomically(copy.deepcopy(network).half(), folder)
 
 
 def save_atomically(model: Any, folder: Path) -> None:
-    """Write a diffusers model or pipeline; each file is either whole or the old one, and other files stay."""
+    """Write a diffusers model or pipeline, each file atomically; other files in the folder stay."""
     output_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
         try:
@@ -128,7 +128,7 @@ def _load_part(kind: Any, folder: Path, hint: str) -> Any:
 
 
 def start_from(network: nn.Module, initial: nn.Module, folder: Path) -> None:
-    """Copy the weights of `initial`, which is --init `folder`; raise BadInput where it has another layout."""
+    """Copy the weights of `initial`, read from --init `folder`, into `network`; raise BadInput if it has another layout."""
     try:
         network.load_state_dict(initial.state_dict())
     except RuntimeError:
@@ -136,7 +136,7 @@ def start_from(network: nn.Module, initial: nn.Module, folder: Path) -> None:
 
 
 def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Return text model (float32, frozen) and tokenizer of a transformers CLIP folder; raise BadInput where it isn't one."""
+    """Return text model (float32, frozen) and tokenizer of a transformers CLIP folder; raise BadInput if it holds none."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from runtime.hub import quiet_libraries
@@ -161,7 +161,7 @@ def load_text_tower(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Return [N,77] token ids, padded and cut as the pipeline does."""
+    """Return token ids [N,77] of N texts, padded and cut as the pipeline does."""
     shape: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     # as numpy it is twice as fast
     return torch.from_numpy(tokenizer(list(texts), return_tensors="np", return_attention_mask=False, **shape).input_ids)
@@ -184,7 +184,10 @@ def make_pipeline(
 
 
 def load_pipeline(parts: Path, clip: Path) -> StableDiffusionPipeline:
-    """Load vae/ and unet/ of `parts` and the transformers folder `clip`; raise BadInput naming the command for an absent part."""
+    """Return the pipeline of vae/ and unet/ in `parts` and the transformers folder `clip`.
+
+    Raise BadInput for an absent part, naming the command that makes it, and if U-Net and text tower differ in width.
+    """
     tower, tokenizer = load_text_tower(clip)
     vae, unet = load_vae(parts / "vae"), load_unet(parts / "unet")
     width = unet.config["cross_attention_dim"]
@@ -194,7 +197,7 @@ def load_pipeline(parts: Path, clip: Path) -> StableDiffusionPipeline:
 
 
 def assemble(parts: Path, clip: Path, output: Path) -> None:
-    """Write the whole pipeline folder in float32: loaders differ in how they treat half precision."""
+    """Write the whole pipeline to one folder, in float32: loaders differ in how they treat half precision."""
     pipe = load_pipeline(parts, clip)
     pipe.save_pretrained(output_folder(output))
 
@@ -203,7 +206,7 @@ def assemble(parts: Path, clip: Path, output: Path) -> None:
 
 
 def with_solver(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Switch the pipeline to DPM-Solver++ (Lu et al. 2022), on a grid that starts at pure noise; return it."""
+    """Switch the pipeline to DPM-Solver++ (Lu et al. 2022), on timesteps that start at pure noise; return the pipeline."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
@@ -214,7 +217,10 @@ def with_solver(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def draw(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, batch: int
 ) -> Tensor:
-    """Return [N,3,64,64] uint8 on the CPU; image k has seed k's noise in any batch."""
+    """Draw an image per prompt: [N,3,64,64] uint8 on the CPU.
+
+    Image k starts from the noise of `seeds[k]`. `batch` images are drawn at a time.
+    """
 
     def work(items: list[tuple[str, int]]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for _, seed in items]
@@ -232,7 +238,7 @@ def draw(
 
 
 def prompt_sheet(images: Tensor, prompts: Sequence[str], columns: int = 6, scale: int = 3) -> Tensor:
-    """Return one [3,H,W] uint8 image on white: [N,3,h,w] uint8, each with its prompt below."""
+    """Return one [3,H,W] uint8 image on white, of images [N,3,h,w] uint8 enlarged `scale` times, each with its prompt below."""
     font, lines = ImageFont.load_default(size=12), 3
     width, height = images.shape[3] * scale, images.shape[2] * scale
     cell = (width + 8, height + 15 * lines + 8)

@@ -1,6 +1,6 @@
-"""Reads the factors of a face, and decides whether it is a valid face of the face world. miniature/face_factors.py trains it.
+"""A classifier of a face's factors, such as hair colour, and the test of a valid face. miniature/face_factors.py trains it.
 
-A face is valid if every factor is read with confidence and the face that the values describe, drawn again, is near it everywhere.
+A face is valid if every factor is read with confidence, and if the face rendered from the read factors is near the image everywhere.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FILES = ClassifierFormat(
     KIND, {"factors": VALUES}, "face classifier", "other factors", "python miniature/face_factors.py train"
 )
 BATCH = 250  # images per forward pass
-CONFIDENCE = 0.5  # least probability of each value of a valid face
-DISTANCE = 24.0  # most that a valid face differs from the one its values describe, in grey levels, anywhere
+CONFIDENCE = 0.5  # least probability of each factor's value in a valid face
+DISTANCE = 24.0  # largest `local_distance` of a valid face from the face rendered of its factors, in grey levels
 WINDOW = 5  # pixels along each side of the regions that are compared
 
 
@@ -43,7 +43,7 @@ class FaceClassifierConfig:
 
 
 class FaceClassifier(nn.Module):
-    """A small residual network with one head for all factors. Every part of a face has its place: positions are not averaged."""
+    """A small residual network with one head for all factors. Positions are not averaged, as each part of a face has its place."""
 
     def __init__(self, config: FaceClassifierConfig = FaceClassifierConfig()):
         super().__init__()
@@ -62,19 +62,19 @@ class FaceClassifier(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return {factor: logits [N,values]} of [N,3,64,64] in -1..1."""
+        """Return {factor: logits [N,values]} of images [N,3,64,64] in -1..1."""
         logits = self.head(F.relu(self.gather(self.levels(self.stem(x)))).flatten(1))
         return dict(zip(FACTORS, logits.split([len(values) for values in VALUES.values()], 1), strict=True))
 
 
 def factor_loss(logits: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """Return the sum of all factors' mean cross-entropies; `rows` [N,14] are the values."""
+    """Return the sum of all factors' mean cross-entropies; `rows` [N,14] are the true values."""
     labels = zip(logits.values(), rows.long().T, strict=True)
     return torch.stack([F.cross_entropy(logit.float(), label) for logit, label in labels]).sum()
 
 
 def worsen_slightly(x: Tensor, draws: Draws) -> Tensor:
-    """Make [N,3,64,64] in -1..1 as imperfect as a good generated face: softened, of another contrast and tint, noisy."""
+    """Return the images [N,3,64,64] in -1..1 with flaws of a good generated face: softened, of another contrast and tint, noisy."""
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
@@ -89,21 +89,21 @@ def worsen_slightly(x: Tensor, draws: Draws) -> Tensor:
 
 
 class FaceReading(NamedTuple):
-    """What N faces show, and how surely."""
+    """The factors that N faces show, and whether the faces are valid."""
 
     rows: Tensor  # [N,14] long, the most probable values
-    confidence: Tensor  # [N], the least probability among them
-    distance: Tensor  # [N], `local_distance` from the face that these values describe
+    confidence: Tensor  # [N], the least of these values' probabilities
+    distance: Tensor  # [N], `local_distance` from the face rendered of these values
     valid: Tensor  # [N] bool
 
     @property
     def certain(self) -> Tensor:
-        """Whether the least sure factor reaches CONFIDENCE [N] bool; `distance` does not count."""
+        """[N] bool: whether the least sure factor reaches CONFIDENCE; `distance` does not count."""
         return self.confidence >= CONFIDENCE
 
 
 class FaceReader:
-    """The classifier and the face world's renderer on one device; images are [N,3,64,64] uint8."""
+    """Reads the factors of faces, and renders a face of these for comparison, on one device."""
 
     def __init__(self, network: FaceClassifier, device: torch.device | str = "cpu"):
         self.network = to_channels_last(network, device).eval().requires_grad_(False)
@@ -112,7 +112,7 @@ class FaceReader:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> FaceReading:
-        """Read faces; the result is on the CPU."""
+        """Read faces [N,3,64,64] uint8; the result is on the CPU."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(f"faces are [N,3,{SIDE},{SIDE}] uint8, not {list(images.shape)} {images.dtype}")
         parts = []
@@ -128,7 +128,7 @@ class FaceReader:
 
 
 def local_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the largest root mean square difference of any 5 x 5 pixels [N], in grey levels; a, b [N,3,64,64] uint8."""
+    """Return [N]: the root mean square difference, in grey levels, of a and b [N,3,64,64] uint8 in the 5 x 5 pixels where it is largest."""
     squares = (a.float() - b.float()).square().mean(1, keepdim=True)
     return F.avg_pool2d(squares, WINDOW, 1).amax((1, 2, 3)).sqrt()
 
@@ -137,10 +137,10 @@ def local_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def save_face_classifier(path: Path, network: FaceClassifier, origin: dict[str, Any]) -> None:
-    """Write one safetensors file: weights, and a JSON header with layout, factors and `origin`."""
+    """Write one safetensors file: weights, and a JSON header with layout, factors and `origin`, how it was trained."""
     FILES.save(path, network, network.config, origin)
 
 
 def load_face_classifier(path: Path = SHIPPED) -> FaceClassifier:
-    """Return the shipped classifier, or another file's; raise BadInput for a file of another kind or other factors."""
+    """Return a file's classifier (default: the shipped one); raise BadInput for a file of another kind or other factors."""
     return FILES.load(path, lambda layout: FaceClassifier(FaceClassifierConfig(**layout)))

@@ -1,9 +1,9 @@
-"""Trains and grades the classifier of the face world's factors, and the measure of validity that stands on it.
+"""Trains and grades the classifier of the face world's factors, and grades the test of valid faces that uses it.
 
   python miniature/face_factors.py train                   checkpoints/miniature/face_factors.safetensors; the same command resumes
   python miniature/face_factors.py grade --count 2000      factors read right, good faces that pass, spoilt ones that are refused
 
-The network and the measure: miniature/face_classifier.py. The ways to spoil a face: miniature/face_spoilings.py.
+The network and the test: miniature/face_classifier.py. The ways to spoil a face: miniature/face_spoilings.py.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from training.schedule import LearningRate
 @tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
 class TrainFaceClassifier(TrainingFlags):
-    """Train on faces drawn on the way, none twice. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
+    """Train on faces rendered during the training, none twice. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     output: Path = SHIPPED
-    """The classifier file."""
+    """Classifier file to write."""
     run: Path = Path("runs/miniature/face_factors")
     steps: int = 4000
     batch: int = 64
@@ -57,27 +57,27 @@ class TrainFaceClassifier(TrainingFlags):
     ema: float = 0.998
     weight_decay: float = 0.05
     grade: int = 2000
-    """Fresh faces on which the finished classifier is graded."""
+    """Number of new faces on which the finished classifier is graded."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeFaceClassifier:
-    """Measure on fresh faces what is read right, what passes as valid and what is refused."""
+    """Measure the shares of factors read right, of good faces that pass as valid, and of spoilt faces that are refused."""
 
     classifier: Path = SHIPPED
-    """The classifier file."""
+    """Classifier file to grade."""
     count: int = 2000
-    """Faces, each good and spoilt in every way."""
+    """Number of faces. Each is graded as drawn, slightly worsened, and spoilt in every way."""
     seed: int = 1
-    """Seed of the set of faces. Those of training have another."""
+    """Seed of the faces; those of training have another."""
     device: Device = "auto"
     record: Path = Path("runs/miniature/face_factors/grade.json")
-    """JSON file of settings and figures."""
+    """JSON file for settings and results."""
 
 
 def train(settings: TrainFaceClassifier) -> None:
-    """Train on all factors at once; grade, and write the file."""
+    """Train the classifier on all factors at once, grade it, and write its file."""
     settings.check("grade")
     check_writable_file(settings.output, "--output")
     machine = detect(settings.device)
@@ -118,7 +118,7 @@ def train(settings: TrainFaceClassifier) -> None:
 
 
 def grade(settings: GradeFaceClassifier) -> None:
-    """Print the shares, and write the record."""
+    """Grade a classifier file: print the shares, and write the record."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
     machine = detect(settings.device)
@@ -132,7 +132,10 @@ def grade(settings: GradeFaceClassifier) -> None:
 
 
 def measure_rates(reader: FaceReader, count: int, seed: int) -> dict[str, float]:
-    """Return shares of `count` faces of the set `seed`: factors read right, good faces that pass, spoilt ones that don't."""
+    """Return shares of `count` faces of the set `seed`: factors read right, good faces that pass, spoilt faces that are refused.
+
+    Factors are read from slightly worsened faces.
+    """
     rows = sample_factors(face_seeds(seed, count)).to(reader.device).long()
     draws = [Draws(derived_seed(seed, 1), index, slice(count), count, reader.device) for index in range(8)]
     clean = reader.renderer(rows)
@@ -155,7 +158,7 @@ def _share(flags: Tensor) -> float:
 
 
 def table(rates: dict[str, float]) -> str:
-    """Return a line per share."""
+    """Return the shares as text, one per line."""
     return "\n".join(f"{name:<44}{share:>8.4f}" for name, share in rates.items())
 
 

@@ -1,4 +1,4 @@
-"""Draws the layers that miniature/face_world.py lays over one another, once, by DiceBear and resvg.
+"""Draws the layers that miniature/face_world.py lays over one another, by DiceBear and resvg. The layers ship with the repository.
 
   pip install -r miniature/requirements.txt
   python miniature/face_parts.py                 checkpoints/miniature/face_parts: parts.npz, sheet.png, sheet.json
@@ -42,11 +42,11 @@ from runtime.files import atomic, output_folder, write_json
 from runtime.images import image_grid, save_image
 
 CROP = "54 44 660 660"  # of the style's 768 x 768 units
-MOVES = {  # units to the right that a turn to the right moves a component by
+MOVES = {  # units by which a component moves to the right if the head turns right
     "rearHair": -6, "nose": 30, "mouth": 22, "beard": 8, "eyes": 22, "eyebrows": 22, "glasses": 20, "hair": 5
 }  # fmt: skip
 SIGN = dict(zip(VALUES["turn"], (-1, 0, 1), strict=True))
-SLOT = {"skin": "skin", "hair colour": "hair", "clothes colour": "clothes"}  # the style's names of our colours
+SLOT = {"skin": "skin", "hair colour": "hair", "clothes colour": "clothes"}  # factor: the style's name of its colour
 SHEET = 16  # faces on the sheet
 
 Pixels = npt.NDArray[np.float64]
@@ -54,14 +54,14 @@ Pixels = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DrawParts:
-    """Draw all layers, and a sheet of whole faces to compare with."""
+    """Draw all layers, and a sheet of whole faces, with which faces made of layers are compared."""
 
     output: Path = PARTS.parent
     """Folder for parts.npz, sheet.png and sheet.json."""
 
 
 def load_style() -> dict[str, Any]:
-    """Return the style's definition with our two components; raise BadInput where a package is absent."""
+    """Return the definition of "Toon Head" with our glasses, nose and mouths; raise BadInput if a package is absent."""
     try:
         import dicebear  # noqa: F401
         import resvg_py  # noqa: F401
@@ -77,7 +77,7 @@ def load_style() -> dict[str, Any]:
     size = {name: components["head"][name] for name in ("width", "height")}
     components["nose"] = size | {"variants": {"nose": {"elements": [_element("path", d=nose, fill_opacity=".3")]}}}
 
-    lips = {"fill": "none", "stroke": "#6b1d20", "stroke_width": "11"}  # the style's own are alike at 64 pixels
+    lips = {"fill": "none", "stroke": "#6b1d20", "stroke_width": "11"}  # the style's two look alike at 64 pixels
     for shape, curve in {"sad": "M16 46Q58 4 100 46", "smile": "M12 12Q58 60 104 12"}.items():
         components["mouth"]["variants"][shape]["elements"] = [_element("path", d=curve, **lips)]
 
@@ -110,7 +110,7 @@ def _element(kind: str, **attributes: str) -> dict[str, Any]:
 
 
 def draw(style: dict[str, Any], shapes: dict[str, str], colours: dict[str, str], turn: str) -> Pixels:
-    """Return components {name: shape}, in colours {slot: hex}, on nothing: [64,64,4] in 0..255, premultiplied by alpha."""
+    """Return components {name: shape} in colours {slot: hex}, without background: [64,64,4] in 0..255, RGB premultiplied by alpha."""
     import resvg_py
     from dicebear import Avatar, Style
 
@@ -132,7 +132,7 @@ def draw(style: dict[str, Any], shapes: dict[str, str], colours: dict[str, str],
 
 
 def draw_layer(style: dict[str, Any], component: str, shape: str, turn: str) -> npt.NDArray[np.uint8]:
-    """Return [5,64,64]: alpha, the drawing's own colour, and the share of its coloured slot, each in 0..255."""
+    """Return a component as [5,64,64] in 0..255: alpha, fixed colour (RGB), and how much of its factor's colour is added."""
     black, white = (draw(style, {component: shape}, dict.fromkeys(SLOT.values(), c), turn) for c in ("000", "fff"))
     tint = (white - black)[..., :3].mean(2, keepdims=True)
     layer = np.concatenate([black[..., 3:], black[..., :3], tint], 2)
@@ -140,7 +140,7 @@ def draw_layer(style: dict[str, Any], component: str, shape: str, turn: str) -> 
 
 
 def draw_face(style: dict[str, Any], face: dict[str, str]) -> Tensor:
-    """Return a whole face [3,64,64] uint8, drawn at once: what the layers must add up to."""
+    """Return the face [3,64,64] uint8 of {factor: value}, drawn as a whole; the layers must add up to it."""
     shapes = {component: face[factor] if factor else component for component, (factor, _) in LAYERS.items()}
     shapes = {component: shape for component, shape in shapes.items() if shape not in ABSENT}
     hexes = {factor: COLOURS[factor][VALUES[factor].index(face[factor])] for factor in COLOURS}

@@ -1,6 +1,6 @@
-"""Ways to spoil faces of the face world, so that what tells good faces from bad ones can be measured.
+"""Ways to spoil faces of the face world, which the test of valid faces must refuse.
 
-Each takes the values [N,14] of N faces and random numbers, and returns images [N,3,64,64] in -1..1.
+Each renders faces from their factors [N,14], spoils them with random numbers, and returns images [N,3,64,64] in -1..1.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from runtime.images import to_float
 from training.draws import Draws
 
 EYES, MOUTH = ((26.2, 35.0), (37.8, 35.0)), (32.0, 45.5)  # centres in pixels of a face that looks ahead
-EYE, LIPS = (5.0, 4.5), (7.0, 4.0)  # half of their width and height
-TURN = 2.1  # pixels that they move by in a turned face
+EYE, LIPS = (5.0, 4.5), (7.0, 4.0)  # half of the width and height of an eye, and of the mouth
+TURN = 2.1  # pixels by which eyes and mouth move in a turned face
 
 Spoiling = Callable[[FaceRenderer, Tensor, Draws], Tensor]
 
 
 def join_left_and_right(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
-    """Put the left half of each face next to the right half of the one before it."""
+    """Join the left half of each face and the right half of the previous face in the batch."""
     x = to_float(renderer(rows))
     return torch.cat([x[..., : SIDE // 2], x.roll(1, 0)[..., SIDE // 2 :]], 3)
 
 
 def join_top_and_bottom(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
-    """Put the upper half of each face above the lower half of the one before it."""
+    """Join the upper half of each face and the lower half of the previous face in the batch."""
     x = to_float(renderer(rows))
     return torch.cat([x[:, :, : SIDE // 2], x.roll(1, 0)[:, :, SIDE // 2 :]], 2)
 
 
 def erase_eye(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
-    """Paint one of the eyes over with the mean colour around it."""
+    """Paint one eye, chosen at random, over with the mean colour around it."""
     eyes = torch.tensor(EYES, device=rows.device)[(draws.uniform() < 0.5).long().to(rows.device)]
     return erase(to_float(renderer(rows)), _boxes(rows, eyes, EYE))
 
@@ -78,7 +78,7 @@ SPOILINGS: dict[str, Spoiling] = {
 
 
 def _boxes(rows: Tensor, centres: Tensor, half: tuple[float, float]) -> Tensor:
-    """Return [N,4] (left, top, right, bottom) around centres [N,2] of faces that look ahead, moved by their turn."""
+    """Return boxes [N,4] (left, top, right, bottom) around `centres` [N,2] in faces that look ahead, moved by the turn of each face."""
     moved = centres.clone()
     moved[:, 0] += TURN * (rows[:, COLUMN["turn"]].float() - 1)
     reach = torch.tensor(half, device=rows.device)

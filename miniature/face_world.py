@@ -1,4 +1,4 @@
-"""A world of drawn faces with the truth known: coloured 64x64 images, each a function of named factors, and these of a seed.
+"""A world of drawn faces, 64x64 pixels in colour. A seed gives the named factors of a face, and the factors give the image.
 
   python miniature/face_world.py --count 16 --output FOLDER        images and their factors as json
 
@@ -24,11 +24,11 @@ from runtime.files import ROOT, output_folder, write_json
 from runtime.images import save_image
 from runtime.seeds import derived_seed
 
-SIDE = 64  # pixels of an image
+SIDE = 64  # pixels, height and width of every image
 PARTS = ROOT / "checkpoints" / "miniature" / "face_parts" / "parts.npz"
 CHUNK = 256  # images that are composed at a time
 
-# every factor and the share of its values; the shapes are named as in the style
+# every factor with its values and their relative frequencies; shapes have their names in "Toon Head"
 FACTORS: dict[str, dict[str, float]] = {
     "skin": {"light": 1, "tan": 1, "brown": 1, "dark": 1},
     "hair": {"bald": 0.5, "bun": 1, "sideComed": 1, "spiky": 1, "undercut": 1},
@@ -46,7 +46,7 @@ FACTORS: dict[str, dict[str, float]] = {
     "light": {"left": 1, "even": 2, "right": 1},
 }
 VALUES = {factor: tuple(shares) for factor, shares in FACTORS.items()}
-COLUMN = {factor: column for column, factor in enumerate(FACTORS)}  # of a row of values
+COLUMN = {factor: column for column, factor in enumerate(FACTORS)}  # column of a factor in the values [N,14]
 
 COLOURS = {
     "skin": ("f6d5bb", "dfab7e", "b87a4c", "8a5842"),
@@ -54,7 +54,7 @@ COLOURS = {
     "clothes colour": ("b11f1f", "f97316", "eab308", "147f3c", "2456b8", "731ac3", "e8e9e6", "2a2a2e"),
     "background": ("b6e3f4", "ffd5dc", "c0ebc8", "d1c4f5", "f3e3b8", "c4c9cc"),
 }
-# the style's components in drawing order, with the factor of their shape ("" = one shape) and that of their colour
+# components in drawing order: the factor that chooses the shape ("" = there is one shape), and the factor that chooses the colour
 LAYERS = {
     "rearHair": ("rear hair", "hair colour"),
     "body": ("", "skin"),
@@ -76,7 +76,10 @@ SHADE = 0.22  # share of the light that is lost on the far side
 
 
 def sample_factors(seeds: Sequence[int]) -> Tensor:
-    """Return the values [N,14] uint8 of one face per seed (0 or more): columns as in FACTORS, values as in VALUES."""
+    """Draw the values [N,14] uint8 of one face per seed (0 or more).
+
+    A column is a factor, in the order of FACTORS. An entry is the index of a value in VALUES.
+    """
     rows = []
     for seed in seeds:
         random = StableRandom(seed)
@@ -88,12 +91,12 @@ def sample_factors(seeds: Sequence[int]) -> Tensor:
 
 
 def face_seeds(seed: int, count: int, first: int = 0) -> list[int]:
-    """Return the seeds of faces `first` .. of the set `seed`."""
+    """Return the seeds of `count` faces of the set `seed`, from number `first` on."""
     return [derived_seed(seed, index) for index in range(first, first + count)]
 
 
 def name_factors(rows: Tensor) -> list[dict[str, str]]:
-    """Return the values [N,14] by name."""
+    """Return a dictionary {factor: name of its value} for each face of values [N,14]."""
     return [{f: VALUES[f][v] for f, v in zip(FACTORS, row, strict=True)} for row in rows.tolist()]
 
 
@@ -101,14 +104,14 @@ def name_factors(rows: Tensor) -> list[dict[str, str]]:
 
 
 class FaceRenderer:
-    """The layers of all faces on a device. The arithmetic is of integers: the same bytes everywhere."""
+    """Renders faces from layers, on one device. The arithmetic is of integers: the same bytes everywhere."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         names, layers = load_parts()
         self.layers = torch.from_numpy(layers).to(device)
         self.device = self.layers.device
         turns = VALUES["turn"]
-        self.tables = {}  # of each component: the layer of [value, turn]
+        self.tables = {}  # {component: [value, turn] -> row of the layer}
         for component, (factor, _) in LAYERS.items():
             shapes = VALUES[factor] if factor else (component,)
             table = [[names.get(f"{component} {shape} {turn}", 0) for turn in turns] for shape in shapes]
@@ -128,13 +131,13 @@ class FaceRenderer:
         return torch.cat(parts) if parts else self.layers.new_zeros(0, 3, SIDE, SIDE)
 
     def colours_of(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the colour [N,3] that each factor of COLOURS has in values [N,14]."""
+        """Return {factor of COLOURS: its colour [N,3], RGB 0..255} for values [N,14]."""
         return {factor: table[rows[:, COLUMN[factor]].long()] for factor, table in self.colours.items()}
 
     def compose(self, rows: Tensor, colours: dict[str, Tensor]) -> Tensor:
-        """Return the faces of values [N,14] in these colours.
+        """Return the faces [N,3,64,64] uint8 of values [N,14], in these colours (see `colours_of`).
 
-        A layer is its alpha, its own colour, and how much of its factor's colour it takes.
+        A layer is its alpha, its fixed colour, and how much of its factor's colour it takes.
         """
         value = {factor: rows[:, column].long() for factor, column in COLUMN.items()}
         x = colours["background"][..., None, None].expand(-1, -1, SIDE, SIDE)
@@ -154,7 +157,7 @@ def _over_255(x: Tensor) -> Tensor:
 
 @functools.cache
 def load_parts() -> tuple[dict[str, int], np.ndarray]:
-    """Return the row of each layer by name, and the layers [P,5,64,64] uint8, the first one empty; raise BadInput."""
+    """Return the row of each layer by name, and the layers [P,5,64,64] uint8, the first one empty; raise BadInput for a bad file."""
     try:
         with np.load(PARTS) as file:
             return {str(name): row for row, name in enumerate(file["names"])}, file["layers"]
@@ -180,11 +183,11 @@ class RenderFaces:
     count: int = 16
     """Number of faces."""
     seed: int = 0
-    """Seed of the set; a face depends on it and on its number alone."""
+    """Seed of the set; face k depends on the seed and k alone."""
 
 
 def main(settings: RenderFaces) -> None:
-    """Render, and write."""
+    """Render the faces, and write images and factors.json."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
     output_folder(settings.output)

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 SHIPPED = ROOT / "checkpoints" / "miniature" / "faces"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-ORIGIN = "training.json"  # next to the weights: the recipe, and the set of faces
+ORIGIN = "training.json"  # in the model's folder: how it was trained, and on which faces
 STEPS = 1000
-CHUNK = 64  # images at a time
+CHUNK = 64  # images sampled at a time
 
 
 def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
-    """Return the course's U-Net (Ho et al. 2020) with fewer channels and levels: [B,3,64,64], t [B] -> v; raise BadInput."""
+    """Return an untrained U-Net like the course's (Ho et al. 2020) but smaller: [B,3,64,64], t [B] -> v.
+
+    `channels` are those of each level, finest first; `blocks` is the number of residual blocks per level. Raise BadInput for bad numbers.
+    """
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     if len(channels) < 2 or any(width < 8 or width % 8 for width in channels) or blocks < 1:
@@ -57,7 +60,7 @@ def make_network(channels: Sequence[int], blocks: int) -> UNet2DModel:
 
 @torch.inference_mode()
 def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) -> Tensor:
-    """Sample [N,3,64,64] in -1..1 by DDIM at eta 0 in 50 steps; image k has seed k's noise."""
+    """Sample faces [N,3,64,64] in -1..1 by DDIM at eta 0 in 50 steps, on the CPU. Face k starts from the noise of `seeds[k]`."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
         v: Tensor = unet(x, torch.full((len(x),), t, device=x.device), return_dict=False)[0]
@@ -71,7 +74,7 @@ def sample_faces(unet: UNet2DModel, schedule: Schedule, seeds: Sequence[int]) ->
 
 
 def save_folder(network: UNet2DModel, folder: Path, origin: dict[str, Any]) -> None:
-    """Write a DDIMPipeline folder with fp16 weights and the course's schedule, and `origin` as json; keep other files."""
+    """Write a DDIMPipeline folder: fp16 weights, the course's schedule, and `origin` (how it was trained) as json. Keep other files."""
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

@@ -1,9 +1,9 @@
-"""The judge of the miniature: classifies object, colour, style, background and place in images and boxes, held-out ones included.
+"""Trains and grades the judge, which classifies object, colour, style, background and place in images and boxes.
 
   python miniature/judge.py train                    writes checkpoints/miniature/judge.safetensors (49 minutes on a third of a CPU core)
-  python miniature/judge.py grade --count 2000       accuracy on fresh images, clean and worsened as generated ones are
+  python miniature/judge.py grade --count 2000       accuracy on new images, as rendered and with the flaws of generated images
 
-The network and its answers: miniature/judge_model.py.
+It also classifies held-out objects and styles. The network and its answers: miniature/judge_model.py.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ Rates = dict[str, float]
 @tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
 class TrainSceneClassifier(TrainingFlags):
-    """Train a judge on images rendered on the way. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
+    """Train on images rendered during the training. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     output: Path = SHIPPED
-    """The judge file."""
+    """Judge file to write."""
     run: Path = Path("runs/miniature/judge")
     steps: int = 2600
     batch: int = 64
@@ -60,29 +60,29 @@ class TrainSceneClassifier(TrainingFlags):
     ema: float = 0.998
     weight_decay: float = 0.05
     erased: float = 0.25
-    """Share of images in which one object is painted over."""
+    """Share of images, 0 to 1, in which one object is painted over."""
     save_every: int = 100
     grade: int = 1000
-    """Fresh images on which the finished judge is graded."""
+    """Number of new images on which the finished judge is graded."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeSceneClassifier:
-    """Measure the judge's accuracy on fresh images, about which everything is known."""
+    """Measure the judge's accuracy on new rendered images, whose contents are known."""
 
     judge: Path = SHIPPED
-    """The judge file."""
+    """Judge file to grade."""
     count: int = 2000
-    """Images, with one to three objects each."""
+    """Number of images, with one to three objects each."""
     seed: int = 1
     device: Device = "auto"
     record: Path = Path("runs/miniature/judge/grade.json")
-    """JSON file of settings and figures."""
+    """JSON file for settings and results."""
 
 
 def train(settings: TrainSceneClassifier) -> None:
-    """Train on all questions at once; grade, and write the judge file."""
+    """Train the judge on all questions at once, grade it, and write its file."""
     settings.check("grade")
     check_fractions(settings, "erased")
     check_writable_file(settings.output, "--output")
@@ -125,7 +125,7 @@ def train(settings: TrainSceneClassifier) -> None:
 
 
 def grade(settings: GradeSceneClassifier) -> None:
-    """Print the shares of right answers, and write the record."""
+    """Grade a judge file: print the shares of right answers, and write the record."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
     machine = detect(settings.device)
@@ -139,7 +139,10 @@ def grade(settings: GradeSceneClassifier) -> None:
 
 
 def measure_rates(judge: SceneClassifier, count: int, seed: int) -> dict[str, Rates]:
-    """Return the shares of right answers on `count` fresh images: {"clean": .., "worsened": ..} -> {question: share}."""
+    """Return {"clean": {question: share of right answers}, "worsened": ..} on `count` new images.
+
+    Clean images are as rendered. Worsened images have flaws of generated ones.
+    """
     batch = dataset(count, seed, ANY_PAIR)
     clean = as_tensor(batch.images)
     return {
@@ -151,7 +154,7 @@ def measure_rates(judge: SceneClassifier, count: int, seed: int) -> dict[str, Ra
 
 
 def as_generated(images: Tensor, seed: int) -> Tensor:
-    """Return [N,3,64,64] uint8 with the imperfections of training."""
+    """Return the images [N,3,64,64] uint8 with flaws of generated images, as in training."""
     parts = []
     for index, chunk in enumerate(images.split(250)):
         draws = Draws(derived_seed(seed, 1), index, slice(len(chunk)), len(chunk), images.device)
@@ -160,7 +163,7 @@ def as_generated(images: Tensor, seed: int) -> Tensor:
 
 
 def _in_boxes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
-    """Grade boxes that are a little off, and some without an object."""
+    """Grade boxes: of objects, displaced a little, and empty ones."""
     truth = truth_of(batch.scenes, [None] * len(images), Random(derived_seed(seed, 2)))
     answers = {question: x.cpu() for question, x in judge.boxed(images[truth.rows], truth.boxes).items()}
     kinds = truth.boxed["kind"]
@@ -174,7 +177,7 @@ def _in_boxes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed
 
 
 def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, seed: int) -> Rates:
-    """Grade whole images: object, colour and place of single objects, the rest of all."""
+    """Grade whole images: object, colour and place where there is one object, the other questions everywhere."""
     truth = truth_of(batch.scenes, [None] * len(images), Random(seed)).whole
     answers = {question: x.cpu() for question, x in judge.whole(images).items()}
     single = {"kind": "object, single", "colour": "colour, single", "place": "place, single"}
@@ -189,7 +192,7 @@ def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, see
 
 
 def _leaks(judge: SceneClassifier, images: Tensor, batch: RenderedBatch) -> Rates:
-    """Grade images with several objects: nothing of the first is outside its box, but the second is."""
+    """Grade images with several objects: outside the first object's box, the first must not be found, and the second must be."""
     rows = [row for row, scene in enumerate(batch.scenes) if len(scene.things) > 1]
     things = [batch.scenes[row].things for row in rows]
     boxes = torch.tensor([thing[0].box for thing in things], dtype=torch.float32).view(-1, 4)
@@ -209,7 +212,7 @@ def _mean(right: Tensor) -> float:
 
 
 def table(rates: dict[str, Rates]) -> str:
-    """Return a line per question, with a column per kind of image."""
+    """Return a line per question, with a column for clean and one for worsened images."""
     lines = [f"{'share of right answers':<32}" + "".join(f"{name:>10}" for name in rates)]
     for question in next(iter(rates.values())):
         lines.append(f"{question:<32}" + "".join(f"{column[question]:>10.4f}" for column in rates.values()))

@@ -1,4 +1,4 @@
-"""The judge: a network that classifies objects, colours, style, background and place of a 64x64 image, as a whole and inside boxes.
+"""The judge: a network that classifies object, colour, style, background and place, of whole 64x64 images and of boxes in them.
 
 miniature/judge.py is the command that trains and grades it.
 """
@@ -27,7 +27,7 @@ SHIPPED = ROOT / "checkpoints" / "miniature" / "judge.safetensors"
 BATCH = 250  # images per forward pass
 NONE = len(ALL_KINDS)  # "kind" of a box without an object
 
-# The questions and their answers, of which one is right; kind, colour and place of a whole image are those of a single object
+# Questions about a whole image, and their possible answers. Kind, colour and place have one if there is a single object
 WHOLE = {
     "kind": ALL_KINDS,
     "colour": tuple(COLOURS),
@@ -36,7 +36,7 @@ WHOLE = {
     "ground": GROUNDS,
     "place": PLACES,
 }
-BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}  # of a box, and of the centre in each cell of the map
+BOXED = {"kind": (*ALL_KINDS, "none"), "colour": tuple(COLOURS)}  # about a box, and about each cell of the map
 FILES = ClassifierFormat(
     KIND,
     {"whole": WHOLE, "boxed": BOXED},
@@ -44,10 +44,10 @@ FILES = ClassifierFormat(
     "another vocabulary",
     "python miniature/judge.py train",
 )
-SCALES = (0.8, 1.0, 1.2)  # half the side of a box, over the side of the object's cells in it
-SURE = 0.8  # least probability of an object in a cell that counts; this and the scales were set on images of seed 9
-SMALLEST = 18  # pixels, of the world's objects
-CELLS = 16  # along each side of the map, of 4x4 pixels each
+SCALES = (0.8, 1.0, 1.2)  # half the side of a box, relative to the square root of the area of the object's cells
+SURE = 0.8  # a cell counts if P(object) is above this; it and SCALES were set on images of seed 9
+SMALLEST = 18  # side of the world's smallest objects in pixels
+CELLS = 16  # cells along each side of the map; each is 4x4 pixels
 Logits = dict[str, Tensor]
 
 
@@ -67,9 +67,9 @@ class SceneClassifierConfig:
 
 
 class SceneNetwork(nn.Module):
-    """Residual features of three sizes, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks").
+    """Residual features at three resolutions, added up on one 16x16 map (Lin et al. 2017, "Feature Pyramid Networks").
 
-    One head classifies the whole map, one each of its cells, one boxes cut out of it.
+    Three heads classify the whole image, each cell of the map, and boxes cut out of the map.
     """
 
     def __init__(self, config: SceneClassifierConfig = SceneClassifierConfig()):
@@ -89,7 +89,7 @@ class SceneNetwork(nn.Module):
         self.boxed = _head(config.fused * config.crop**2, config.hidden, BOXED)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the map [N,fused,16,16] of [N,3,64,64] in -1..1."""
+        """Return the feature map [N,fused,16,16] of images [N,3,64,64] in -1..1."""
         h, total = self.stem(x), torch.zeros(())
         for level, lateral in zip(self.levels, self.laterals, strict=True):
             h = level(h)
@@ -104,7 +104,7 @@ class SceneNetwork(nn.Module):
         return _split(self.whole(pooled), WHOLE), _split(self.cells(gathered), BOXED)
 
     def classify_boxes(self, features: Tensor, boxes: Tensor, rows: Tensor) -> Logits:
-        """Return {question: logits [M,answers]} of boxes [M,4] (left, top, right, bottom in pixels) of images `rows` [M]."""
+        """Return {question: logits [M,answers]} of boxes [M,4] (left, top, right, bottom in pixels); `rows` [M] are their images."""
         from torchvision.ops import roi_align  # slow to import
 
         regions = torch.cat([rows[:, None].to(boxes), boxes], 1)
@@ -125,7 +125,10 @@ def _split(logits: Tensor, questions: dict[str, tuple[str, ...]]) -> Logits:
 
 
 class SceneClassifier(nn.Module):
-    """The judge, which answers in probabilities; images are [N,3,64,64] uint8, boxes [.,4] in pixels: left, top, right, bottom."""
+    """The judge: a frozen network that answers in probabilities, on its device.
+
+    Images are [N,3,64,64] uint8, boxes [N,4] in pixels: left, top, right, bottom.
+    """
 
     def __init__(self, network: SceneNetwork):
         super().__init__()
@@ -134,9 +137,10 @@ class SceneClassifier(nn.Module):
 
     @torch.inference_mode()
     def whole(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {question of WHOLE: [N,answers], adding up to 1}, and which objects there are, each in 0..1.
+        """Return {question of WHOLE: probabilities [N,answers]}, and probabilities about all objects of an image.
 
-        The latter are "present" [N,16] kinds, "paints" [N,8] colours of objects and "pairs" [N,16,8] kinds in colours.
+        "present" [N,16]: an object of each kind is there. "paints" [N,8]: an object of each colour is there.
+        "pairs" [N,16,8]: an object of each kind and colour is there.
         """
         parts = []
         for chunk in _checked(images).split(BATCH):
@@ -147,7 +151,7 @@ class SceneClassifier(nn.Module):
         return {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
 
     def _present(self, features: Tensor, cells: Logits) -> dict[str, Tensor]:
-        """Classify boxes at the map's objects in three sizes, of which the surest counts."""
+        """Return "present", "paints" and "pairs" of `whole`. Each object found is classified in three boxes, of which the surest counts."""
         boxes, rows = _spotted(1 - cells["kind"].float().softmax(1)[:, NONE])
         logits = self.network.classify_boxes(features, boxes.flatten(0, 1), rows.repeat_interleave(boxes.shape[1]))
         kind, colour = (logits[question].float().softmax(1).unflatten(0, boxes.shape[:2]) for question in BOXED)
@@ -163,7 +167,7 @@ class SceneClassifier(nn.Module):
 
     @torch.inference_mode()
     def boxed(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """Classify one box per image, [N,4]: {"kind": [N,17], the last one "none"; "colour": [N,8]}."""
+        """Classify one box per image: probabilities {"kind": [N,17], the last one "none"; "colour": [N,8]}."""
         parts = []
         for chunk, box in zip(_checked(images).split(BATCH), boxes.float().split(BATCH), strict=True):
             rows = torch.arange(len(chunk))
@@ -182,22 +186,22 @@ class SceneClassifier(nn.Module):
     # ------------------------------------------------ the benchmarks' questions: [N] bool each, on the judge's device
 
     def agrees(self, images: Tensor, **expected: Sequence[str]) -> Tensor:
-        """Return whether images are as expected: kind=, colour=, style=, background=, ground=, place=, one word per image each."""
+        """Return [N] bool: whether the most probable answers are as expected. Keywords: questions of WHOLE, one word per image each."""
         return _agree(self.whole(images), expected, WHOLE)
 
     def inside(
         self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
     ) -> Tensor:
-        """Return whether box i of image i holds an object of this kind and, unless None, this colour."""
+        """Return [N] bool: whether box i of image i holds an object of kind `kinds[i]` and, unless None, colour `colours[i]`."""
         expected = {"kind": kinds} | ({"colour": colours} if colours else {})
         return _agree(self.boxed(images, boxes), expected, BOXED)
 
     def leaked(
         self, images: Tensor, boxes: Tensor, kinds: Sequence[str], colours: Sequence[str] | None = None
     ) -> Tensor:
-        """Return whether the kind, or the colour unless None, is still seen once its box is painted over.
+        """Return [N] bool: whether `kinds[i]`, or `colours[i]` unless None, is found in image i with box i painted over.
 
-        Objects that are meant to be there must be of other kinds and colours.
+        Other objects that belong in the image must have other kinds and colours.
         """
         x = erase(_checked(images).to(self.device).float(), boxes.to(self.device))
         outside = self.whole(x.round().to(torch.uint8))
@@ -205,21 +209,22 @@ class SceneClassifier(nn.Module):
         return leaks | (_answer(outside["paints"], colours, tuple(COLOURS)) > 0.5) if colours else leaks
 
     def objects(self, images: Tensor) -> list[frozenset[tuple[str, str]]]:
-        """Return all objects of each image: (kind, colour)."""
+        """Return for each image the set of (kind, colour) of the objects found in it."""
         rows = [(pairs > 0.5).nonzero().tolist() for pairs in self.whole(images)["pairs"]]
         return [frozenset((ALL_KINDS[kind], list(COLOURS)[colour]) for kind, colour in row) for row in rows]
 
 
 def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """Return boxes [M,3,4] of three sizes about each of M objects, and their images [M]; `filled` [N,16,16] is P(object) per cell.
+    """Return boxes [M,3,4] of three sizes about each of M objects, and the image of each object [M].
 
-    In training the cells of an object are those of the inner half of its box; a lone cell is no object.
+    `filled` [N,16,16] is P(object) per cell. Neighbouring cells form an object, one cell alone does not. The cells of an object cover the
+    inner half of its box, as in training.
     """
     from scipy import ndimage  # slow to import
 
     plane = ndimage.generate_binary_structure(2, 1)[None]  # neighbours share a side, within one image
     patches, count = ndimage.label((filled > SURE).cpu().numpy(), np.concatenate([0 * plane, plane, 0 * plane]))
-    cells = torch.from_numpy(patches).to(filled.device).long().flatten()  # 0: of no patch
+    cells = torch.from_numpy(patches).to(filled.device).long().flatten()  # patch of each cell; 0 = none
     axis = (torch.arange(CELLS, device=filled.device) + 0.5) * (SIDE / CELLS)
     values = torch.stack([filled, filled * axis, filled * axis[:, None]], -1).flatten(0, 2)
     sums = values.new_zeros(count + 1, 3).index_add(0, cells, values)[1:]
@@ -232,7 +237,7 @@ def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _most(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return [count,..]: the largest of the values [M,..] of every image, 0 where it has none."""
+    """Return [count,..]: the largest of the values [M,..] of each image, 0 without any; `rows` [M] are the values' images."""
     index = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return values.new_zeros(count, *values.shape[1:]).scatter_reduce(0, index, values, "amax")
 
@@ -244,7 +249,7 @@ def _checked(images: Tensor) -> Tensor:
 
 
 def _answer(probabilities: Tensor, words: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """Return the probability of image i's word."""
+    """Return [N]: the probability of `words[i]` for image i."""
     columns = torch.tensor([answers.index(word) for word in words], device=probabilities.device)
     return probabilities.gather(1, columns[:, None])[:, 0]
 
@@ -255,9 +260,9 @@ def _agree(answers: Logits, expected: dict[str, Sequence[str]], questions: dict[
 
 
 def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
-    """Fill box i of image i of [N,3,64,64] float, one pixel larger on each side, with the mean colour around it.
+    """Return images [N,3,64,64] float, box i of image i filled with the mean colour around it, one pixel more on each side.
 
-    `which` [N] bool: only in these images.
+    `which` [N] bool: only in these images; None = in all.
     """
     axis = torch.arange(SIDE, device=x.device) + 0.5
     left, top, right, bottom = (boxes + torch.tensor([-1, -1, 1, 1], device=x.device)).T[:, :, None]
@@ -274,11 +279,11 @@ def erase(x: Tensor, boxes: Tensor, which: Tensor | None = None) -> Tensor:
 
 
 def save_scene_classifier(path: Path, network: SceneNetwork, origin: dict[str, Any]) -> None:
-    """Write one safetensors file: weights, and a JSON header with layout, vocabulary and `origin`."""
+    """Write one safetensors file: weights, and a JSON header with layout, vocabulary and `origin`, how it was trained."""
     FILES.save(path, network, network.config, origin)
 
 
 def load_scene_classifier(device: torch.device | str = "cpu", path: Path = SHIPPED) -> SceneClassifier:
-    """Return the shipped judge, or another file's; raise BadInput for a file of another kind or vocabulary."""
+    """Return a file's judge (default: the shipped one); raise BadInput for a file of another kind or vocabulary."""
     network = FILES.load(path, lambda layout: SceneNetwork(SceneClassifierConfig(**layout)))
     return SceneClassifier(to_channels_last(network, device))

@@ -1,4 +1,4 @@
-"""How the judge learns: fresh images at every step, made as imperfect as generated ones, their labels, and the loss."""
+"""How the judge is trained: new images in every step, with the flaws of generated ones, their labels, and the loss."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ IGNORED = -100  # label of a question that has no answer here
 class Truth:
     """Labels of N images and M boxes; IGNORED where a question has no answer."""
 
-    whole: dict[str, Tensor]  # [N] long
-    cells: dict[str, Tensor]  # [N,16,16] long
+    whole: dict[str, Tensor]  # {question: [N] long}
+    cells: dict[str, Tensor]  # {question: [N,16,16] long}
     boxes: Tensor  # [M,4] float, pixels
     rows: Tensor  # [M], the image of each box
-    boxed: dict[str, Tensor]  # [M] long
-    erased: Tensor  # [N,4] float: the box that is painted over ..
-    which: Tensor  # [N] bool: .. if any
+    boxed: dict[str, Tensor]  # {question: [M] long}
+    erased: Tensor  # [N,4] float: the box to paint over
+    which: Tensor  # [N] bool: the images in which it is painted over
 
 
 def truth_of(scenes: Sequence[Scene], erased: Sequence[int | None], random: Random) -> Truth:
-    """Return the labels of these scenes, in each of which object `erased` is painted over; boxes are a little off."""
+    """Return the labels of scenes, where object `erased[i]` of scene i is painted over (None = none); boxes are displaced a little."""
     cases = list(zip(scenes, erased, strict=True))
     labels = [_labels(scene, missing) for scene, missing in cases]
     labelled = [(row, *box) for row, case in enumerate(cases) for box in _boxes(*case, random)]
@@ -62,7 +62,10 @@ def truth_of(scenes: Sequence[Scene], erased: Sequence[int | None], random: Rand
 
 
 def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list[float], int, int]]:
-    """Return (box, kind, colour) of every object, and of one empty box where three tries find room for it."""
+    """Return (box, kind, colour) of every object and, if one of three random boxes is free, of an empty box.
+
+    The boxes of objects are displaced a little. The erased object `missing` has the kind NONE.
+    """
     boxes = []
     for index, thing in enumerate(scene.things):
         answer = (ALL_KINDS.index(thing.kind), list(COLOURS).index(thing.colour))
@@ -72,7 +75,7 @@ def _boxes(scene: Scene, missing: int | None, random: Random) -> list[tuple[list
 
 
 def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
-    """Return the answers to the questions of WHOLE."""
+    """Return the answers to the questions of WHOLE about a scene without its object `missing`."""
     left = [thing for index, thing in enumerate(scene.things) if index != missing]
     single = left[0] if len(left) == 1 else None
     return {
@@ -86,7 +89,7 @@ def _labels(scene: Scene, missing: int | None) -> dict[str, int]:
 
 
 def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, Tensor]:
-    """Label the cells: those near an object's centre are its, those farther away are empty, those between ignored."""
+    """Label the cells by kind and colour: near an object's centre as the object, far from all as NONE, in between IGNORED."""
     kinds = torch.full((len(scenes), CELLS, CELLS), NONE)
     colours = torch.full((len(scenes), CELLS, CELLS), IGNORED)
     centres = (torch.arange(CELLS) + 0.5) * (SIDE / CELLS)
@@ -103,7 +106,7 @@ def _cells(scenes: Sequence[Scene], erased: Sequence[int | None]) -> dict[str, T
 
 
 def _jittered(box: Box, random: Random) -> list[float]:
-    """Move a box by up to an eighth of its size, and scale it by 0.9 to 1.4."""
+    """Return a box moved by up to an eighth of its size, scaled by 0.9 to 1.4, and cut at the image's edges."""
     size = box[2] - box[0]
     centres = [(box[axis] + box[axis + 2]) / 2 + size * random.uniform(-0.125, 0.125) for axis in (0, 1)]
     halves = [size / 2 * random.uniform(0.9, 1.4) for _ in range(2)]
@@ -121,7 +124,7 @@ def _anywhere(random: Random) -> list[float]:
 
 
 def _touches(box: Sequence[float], scene: Scene) -> bool:
-    """Return whether a box reaches more than two pixels into that of an object."""
+    """Return whether a box overlaps the box of an object by more than two pixels along both axes."""
     return any(
         min(box[2], thing.box[2]) - max(box[0], thing.box[0]) > 2
         and min(box[3], thing.box[3]) - max(box[1], thing.box[1]) > 2
@@ -133,7 +136,7 @@ def _touches(box: Sequence[float], scene: Scene) -> bool:
 
 
 def worsen(x: Tensor, draws: Draws) -> Tensor:
-    """Make [N,3,64,64] in -1..1 as imperfect as generated images: bent, softened, of other contrast and tint, noisy."""
+    """Return the images [N,3,64,64] in -1..1 with flaws of generated images: bent, softened, of other contrast and tint, noisy."""
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.uniform()[:, None, None, None]
@@ -150,7 +153,7 @@ def worsen(x: Tensor, draws: Draws) -> Tensor:
 
 
 def bend(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
-    """Move every point by about `strength` pixels, neighbours alike."""
+    """Distort images [N,3,64,64]: every point moves by about `strength` pixels, neighbours move alike."""
     field = F.interpolate(draws.normal(2, 9, 9), size=(SIDE, SIDE), mode="bicubic", align_corners=True)
     axis = (torch.arange(SIDE, device=x.device) + 0.5) * (2 / SIDE) - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -159,7 +162,7 @@ def bend(x: Tensor, draws: Draws, strength: Tensor) -> Tensor:
 
 
 def loss_of(network: SceneNetwork, x: Tensor, truth: Truth) -> Tensor:
-    """Return the sum of all questions' mean losses; cells with and without an object weigh equally, as the former are few."""
+    """Return the sum of all questions' mean losses. Cells with an object are few, so cells with and without one have a mean each."""
     features = network.features(x)
     whole, cells = network.classify(features)
     boxed = network.classify_boxes(features, truth.boxes.to(x), truth.rows.to(x.device))
@@ -180,7 +183,7 @@ def _loss(logits: Logits, labels: dict[str, Tensor]) -> Tensor:
 
 
 def make_batch(seed: int, step: int, count: int, share: float, device: torch.device) -> tuple[Tensor, Truth]:
-    """Render fresh images [count,3,64,64] in -1..1, some with an object painted over, and return them with their labels."""
+    """Return new images [count,3,64,64] in -1..1, a `share` of them with an object painted over, and their labels."""
     rendered = render_batch([derived_seed(seed, step, index) for index in range(count)], ANY_PAIR)
     random = Random(derived_seed(seed, step))
     erased = [random.randrange(len(s.things)) if random.random() < share else None for s in rendered.scenes]

@@ -1,4 +1,4 @@
-"""The diffusion model's training data: posteriors of rendered images, encoded once and mapped from disk, and their captions."""
+"""The diffusion model's training data: rendered images as posteriors of the autoencoder, kept on disk, and their captions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNK = 125  # images that are encoded at a time
 
 @dataclass(frozen=True)
 class Latents:
-    """N images as posteriors, already in the U-Net's scale, and their captions as token ids."""
+    """The autoencoder's posteriors of N images, in the U-Net's scale, and their captions as token ids."""
 
     moments: Tensor  # [N,2,4,16,16] float16: mean and standard deviation
     tokens: Tensor  # [N,77] int32
@@ -39,25 +39,25 @@ class Latents:
         return len(self.moments)
 
     def to(self, device: torch.device) -> Latents:
-        """Move to a GPU, 4 KB an image, so that no step waits for the disk; on a CPU they stay in the file."""
+        """Return a copy on a GPU, 4 KB an image, so that no step waits for the disk; on a CPU the posteriors stay in the file."""
         return Latents(self.moments.to(device), self.tokens.to(device))
 
     def sample(self, rows: Tensor, noise: Tensor) -> Tensor:
-        """Return latents [B,4,16,16] of images `rows`, drawn from their posteriors by standard normal `noise`."""
+        """Return latents [B,4,16,16] of the images `rows` [B], drawn from their posteriors by standard normal `noise`."""
         moments = self.moments[rows].to(noise)
         return moments[:, 0] + moments[:, 1] * noise
 
     def captions(self, rows: Tensor, dropped: Tensor, no_text: Tensor) -> Tensor:
-        """Return token ids [B,77] of images `rows`; where `dropped` [B], `no_text` [1,77] in their place."""
+        """Return the captions' token ids [B,77] of images `rows`, or `no_text` [1,77] where `dropped` [B] is True."""
         return torch.where(dropped[:, None], no_text, self.tokens[rows].long())
 
 
 def cached_latents(
     folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, seed: int, spec: SceneSpec = FREE
 ) -> Latents:
-    """Load the posteriors in `folder`; encode them first unless they are of the same images and autoencoder.
+    """Return the posteriors and captions of `count` images from the cache in `folder`.
 
-    A CPU encodes some hundreds a second.
+    They are rendered and encoded first, unless the cache is of these images and this autoencoder. A CPU encodes some hundreds a second.
     """
     scaled = f"{weights_fingerprint(vae)} x {vae.config['scaling_factor']}"
     facts = {"count": count, "seed": seed, "spec": str(spec), "vae": scaled, "world": world_fingerprint(spec)}
@@ -67,7 +67,7 @@ def cached_latents(
         log(f"encoding {count:,} images once, into {folder}")
         _write(folder, vae, [derived_seed(seed, index) for index in range(count)], spec)
         write_json(done, facts)
-    moments = np.load(folder / "moments.npy", mmap_mode="c")  # never written to, but torch takes no read-only arrays
+    moments = np.load(folder / "moments.npy", mmap_mode="c")  # copy on write: torch takes no read-only arrays
     return Latents(torch.from_numpy(moments), tokenize(tokenizer, read_json(folder / "captions.json")).int())
 
 
@@ -88,7 +88,7 @@ def _write(folder: Path, vae: AutoencoderKL, seeds: Sequence[int], spec: SceneSp
 
 @torch.inference_mode()
 def _encode(vae: AutoencoderKL, images: Tensor) -> npt.NDArray[np.float16]:
-    """Encode [N,3,64,64] uint8 as [N,2,4,16,16]."""
+    """Return the scaled posteriors, mean and standard deviation [N,2,4,16,16], of images [N,3,64,64] uint8."""
     device, scale, parts = next(vae.parameters()).device, vae.config["scaling_factor"], []
     for chunk in images.split(CHUNK):
         posterior = vae.encode(to_float(chunk.to(device))).latent_dist

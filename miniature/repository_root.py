@@ -1,4 +1,4 @@
-"""The first import of every script in this folder: finds the repository's packages from any working folder."""
+"""The first import of every script in this folder: adds the repository's root to the import path, for any working folder."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Shape fidelity: how well an object's silhouette in an image agrees with its kind's, so that a malformed object fails.
+"""Shape fidelity: how well an object's silhouette in an image agrees with that of its kind, so that a malformed object fails.
 
 The scene classifier names the kind that an object resembles most. It can't tell a fish from a fish without a tail. Silhouettes can:
-the object is separated from its background, brought to one size, and compared with the kind's outline in every pose of the world.
+the object is separated from its background, scaled to one size, and compared with the kind's outline in every pose of the world.
 
-fidelity = IoU - 2 * part, where IoU is the intersection over union of the two silhouettes in the best pose, and `part` is the largest
-coherent error (a missing tail, a second handle) as a share of the silhouette's area. Rounding of a contour gives no coherent error.
+fidelity = IoU - 2 * part, at least 0. IoU is the intersection over union of the two silhouettes in the best pose. `part` is the largest
+connected error (a missing tail, a second handle) as a share of the silhouette's area. Rounding of a contour gives no connected error.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from miniature.scenery.scenes import MIRRORED
 from miniature.scenery.shapes import sprite
 
 GRID = 48  # pixels along each side of a normalised silhouette
-AREA = 0.3  # share of them that it fills
+AREA = 0.3  # share of these pixels that the silhouette fills
 SIDE = 60  # pixels of the reference sprites
 ANGLES = range(-16, 17, 4)  # degrees; the world turns objects by up to 8
-SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]  # pixels
-NEIGHBOURHOOD = 5  # pixels
+SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]  # pixels, tried for the best match
+NEIGHBOURHOOD = 5  # pixels; the largest difference in it is that of a pixel's part of the object
 BORDER = 3  # pixels along the image's edges that show background
-LEAST = 12.0  # grey levels by which an object differs from its background at least
-ALIKE = 0.75  # a part nearer to the background than this share of the object's distance may go unseen
-PASSING = 0.9  # of the fidelity that the autoencoder leaves of renders
+LEAST = 12.0  # least difference of an object from its background, in grey levels
+ALIKE = 0.75  # a part may be missed below this share of the object's difference from the background
+PASSING = 0.9  # an image passes with this share of the fidelity of renders that went through the autoencoder
 
 
 class Segmented(NamedTuple):
-    """One object per image."""
+    """The largest object of each of N images."""
 
     masks: Tensor  # [N,H,W], 0..1
-    colours: Tensor  # [N,3] of the object, grey levels
-    backgrounds: Tensor  # [N,3] around it
+    colours: Tensor  # [N,3], the object's mean colour in grey levels
+    backgrounds: Tensor  # [N,3], the background's mean colour behind it
 
 
 def shape_fidelity(images: Tensor, kinds: Sequence[str]) -> Tensor:
-    """Return the fidelity [N], 0..1, of the largest object of each image [N,3,H,W] uint8 to its kind; 0 without one."""
+    """Return [N], 0..1: how well the largest object of image i, [N,3,H,W] uint8, has the shape of `kinds[i]`; 0 without an object."""
     masks, colours, backgrounds = segment(images)
     (normalised,) = normalise(masks)
     values = [
@@ -57,7 +57,7 @@ def shape_fidelity(images: Tensor, kinds: Sequence[str]) -> Tensor:
 
 
 def segment(images: Tensor) -> Segmented:
-    """Separate the largest object of each image [N,3,H,W] uint8 from its background."""
+    """Separate the largest object of each image [N,3,H,W] uint8 from its background; without an object the mask is 0."""
     from scipy import ndimage  # slow to import
 
     x = images.float()
@@ -67,7 +67,7 @@ def segment(images: Tensor) -> Segmented:
     masks = np.zeros_like(distance)
     for mask, levels in zip(masks, distance, strict=True):
         texture = 1.5 * np.quantile(levels[border], 0.9)
-        # of the part that a pixel belongs to: a light stem, a red cap
+        # the difference of the part that a pixel belongs to: a light stem, a red cap
         level = ndimage.maximum_filter(levels, NEIGHBOURHOOD)
         edge = levels / np.maximum(level, 1e-6)  # 0.5 where a pixel is half object
         labels, count = ndimage.label((edge > 0.5) & (levels > max(LEAST, texture)))
@@ -81,16 +81,16 @@ def segment(images: Tensor) -> Segmented:
 
 
 def border_of(height: int, width: int) -> Tensor:
-    """Return [height,width] bool: the pixels along the edges."""
+    """Return [height,width] bool: the three pixels along each edge."""
     border = torch.ones(height, width, dtype=torch.bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     return border
 
 
 def background_plane(x: Tensor) -> Tensor:
-    """Return [N,3,H,W]: a plane per channel through the border's colours, fitted by reweighted least squares.
+    """Return the background [N,3,H,W] of images, estimated by a plane per channel through the border's colours.
 
-    A gradient is such a plane. An object that touches the border weighs little.
+    A plane also fits a gradient. The fit is by reweighted least squares, so an object at the border has little effect.
     """
     height, width = x.shape[2:]
     down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -107,7 +107,7 @@ def background_plane(x: Tensor) -> Tensor:
 
 
 def hidden_parts(colour: Tensor, background: Tensor) -> tuple[str, ...]:
-    """Return which parts, "dark" and "light", of an object of this colour [3] may look like this background [3]."""
+    """Return which parts, "dark" and "light", of an object of this colour [3] may be too similar to this background [3] to be found."""
     reach = ALIKE * (colour - background).norm()
     parts = {"dark": 0.4 * colour, "light": 0.4 * colour + 0.6 * 255}  # as scenery/shapes.py paints them
     return tuple(name for name, part in parts.items() if (part - background).norm() < reach)
@@ -117,7 +117,7 @@ def hidden_parts(colour: Tensor, background: Tensor) -> tuple[str, ...]:
 
 
 def normalise(masks: Tensor, *others: Tensor) -> list[Tensor]:
-    """Return silhouettes [N,H,W] as [N,48,48], centred on their centre of mass and with equal areas; others [N,H,W] go along."""
+    """Return silhouettes [N,H,W] as [N,48,48], of equal areas with the centre of mass in the middle; `others` [N,H,W] move likewise."""
     count, height, width = masks.shape
     x = (torch.arange(width) + 0.5) / width * 2 - 1
     y = (torch.arange(height) + 0.5) / height * 2 - 1
@@ -132,9 +132,10 @@ def normalise(masks: Tensor, *others: Tensor) -> list[Tensor]:
 
 @lru_cache(maxsize=256)
 def references(kind: str, hidden: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Return the kind's silhouettes [M,48,48] in every pose, and where each counts [M,48,48], 0 or 1.
+    """Return the silhouettes [M,48,48] of a kind in every pose, and which of their pixels count [M,48,48], 0 or 1.
 
-    With `hidden` parts, "dark" or "light", there are silhouettes without each and without both as well, in which they don't count.
+    Each of the `hidden` parts, "dark" or "light", may be missing in an image. So there are also silhouettes without one or both of them,
+    in which the pixels of the missing parts don't count.
     """
     masks, parts = [], []
     for angle in ANGLES:
@@ -153,7 +154,7 @@ def references(kind: str, hidden: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 
 def best_match(mask: Tensor, candidates: Tensor, counting: Tensor) -> float:
-    """Return the fidelity of a silhouette [48,48] to the candidate [M,48,48] and the shift that agree most."""
+    """Return the fidelity of a silhouette [48,48] to the candidate [M,48,48] and the shift (up to 2 pixels) that agree most."""
     shifted = torch.stack([mask.roll(shift, (0, 1)) for shift in SHIFTS])[:, None]
     common = (torch.minimum(shifted, candidates) * counting).sum((2, 3))
     iou = common / (torch.maximum(shifted, candidates) * counting).sum((2, 3)).clamp(min=1)
@@ -164,7 +165,7 @@ def best_match(mask: Tensor, candidates: Tensor, counting: Tensor) -> float:
 
 
 def _largest_part(wrong: Tensor) -> float:
-    """Return the area of the largest coherent error in pixels; contours alone give 0."""
+    """Return the area in pixels of the largest connected error; errors one pixel thin, as along contours, give 0."""
     from scipy import ndimage  # slow to import
 
     labels, count = ndimage.label(ndimage.binary_opening((wrong > 0.5).numpy(), np.ones((2, 2))))

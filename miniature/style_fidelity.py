@@ -1,12 +1,12 @@
-"""Style fidelity: whether an image's texture and contours are those of a style, at full strength, so that a half-hearted style fails.
+"""Style fidelity: whether an image's texture and contours are those of a style at full strength, so that a half-hearted style fails.
 
-The scene classifier names the style that an image resembles most. Here an image is described by the energies of oriented filters on the
-logarithm of its luminance, on the ground and inside the largest object, and by how light the object's contour is, side by side.
-In logarithms a pattern that darkens by a share is the same on every colour.
+The scene classifier names the style that an image resembles most. Here 39 features describe an image: energies of oriented filters on
+the background and inside the largest object, and the lightness of its contour on each side. They are taken on the logarithm
+of luminance, where a pattern that darkens by a share is the same on every colour.
 
-An image passes for a style if three things hold. Renders of no other style are nearer, by Gaussian likelihood.
-It is no farther than nearly all renders of that style are, by Mahalanobis distance. And along Fisher's discriminant from flat (0)
-to the style (1) it isn't weaker than nearly all of them.
+An image passes for a style if three things hold. No other style is more likely, by Gaussian likelihood.
+Its Mahalanobis distance to the style is no larger than that of nearly all renders of the style.
+On Fisher's discriminant from flat (0) to the style (1), its position is no lower than that of nearly all of them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from runtime.seeds import derived_seed
 WAVELENGTHS = (3.0, 4.5, 6.5, 9.0)  # pixels
 DIRECTIONS = 4
 REACH = 13  # pixels from a filter's centre to its edges
-SHRINKAGE = 0.3  # share of the covariance of all styles in that of one
-LEFT_OUT = 0.04  # share of a style's renders that are farther, and that are weaker, than the bars
-DARKEST = 12.0  # grey levels, added before logarithms
+SHRINKAGE = 0.3  # weight of the covariance of all styles in the covariance of one
+LEFT_OUT = 0.04  # share of a style's renders that fail each of the two bars
+DARKEST = 12.0  # grey levels, added before logarithms are taken
 LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def sample_scenes(style: str, ground: str, count: int, seed: int, objects: int = 1) -> list[Scene]:
-    """Draw scenes of this style on this ground."""
+    """Draw `count` scenes of this style on this ground, with `objects` objects each."""
     spec = SceneSpec(count=objects, style=style, ground=ground, pairs="any")
     return [sample_scene(derived_seed(seed, index), spec) for index in range(count)]
 
 
 def blend(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Return images uint8 between two of one shape; share 1 is the second."""
+    """Return images uint8 between two of one shape: `share` 0 gives the first, 1 the second."""
     return torch.lerp(first.float(), second.float(), share).round().to(torch.uint8)
 
 
@@ -60,7 +60,7 @@ def describe(images: Tensor) -> Tensor:
     energies = responses.unflatten(1, (-1, 2)).norm(dim=2)
     texture = [(_mean(energies, area) + 0.01).log() for area in (ground, core)]
 
-    # the contour: against the ground outside, against the object's inside
+    # the contour's lightness, relative to the background outside and to the object's core inside
     outside, inside = light - plane, light - _mean(light, core)[:, :, None, None]
     outer, inner = _grown(mask, 4) - _grown(mask, 1), mask - _shrunk(mask, 3)
     line = _mean(torch.minimum(outside, inside), _grown(mask, 1) - _shrunk(mask, 1))
@@ -72,7 +72,7 @@ def describe(images: Tensor) -> Tensor:
 
 
 def gabor_filters() -> Tensor:
-    """Return [32,1,27,27]: cosine and sine of every wavelength and direction under a Gaussian, blind to a constant."""
+    """Return [32,1,27,27]: cosine and sine of every wavelength and direction under a Gaussian. Their response to a constant is 0."""
     axis = torch.arange(-REACH, REACH + 1.0)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     filters = []
@@ -99,7 +99,7 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _sides(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosine [N,1,64,64] of the outward normal with the lower right, and with the lower left."""
+    """Return the cosines [N,1,64,64] of the mask's outward normal with two directions: the lower right, and the lower left."""
     smooth = F.avg_pool2d(F.avg_pool2d(mask, 5, 1, 2), 5, 1, 2)
     down, right = (-each for each in torch.gradient(smooth, dim=(2, 3)))
     length = math.sqrt(2) * (down.square() + right.square()).sqrt() + 1e-4
@@ -111,32 +111,35 @@ def _sides(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class StyleStatistics:
-    """Features of one style's renders: a mean per ground, one covariance, and the bars."""
+    """Features of one style's renders: a mean per ground, one covariance, and the two bars that an image must pass."""
 
-    means: Tensor  # [3,39]
+    means: Tensor  # [3,39], one per ground
     flat: Tensor  # [3,39], means of flat renders
-    precision: Tensor  # [39,39]
+    precision: Tensor  # [39,39], the inverse covariance
     log_determinant: float  # of the covariance
-    farthest: float = math.inf
-    weakest: float = -math.inf
+    farthest: float = math.inf  # largest squared distance that passes
+    weakest: float = -math.inf  # least strength that passes
 
     def distances(self, features: Tensor) -> Tensor:
-        """Return squared Mahalanobis distances [N,3] of features [N,39] to the style on each ground."""
+        """Return the squared Mahalanobis distances [N,3] of features [N,39] to the style's mean on each ground."""
         offsets = features[:, None] - self.means
         return torch.einsum("ngi,ij,ngj->ng", offsets, self.precision, offsets)
 
     def strengths(self, features: Tensor) -> Tensor:
-        """Return [N], 0 at flat renders and 1 at the style's, on the nearest ground."""
+        """Return [N]: where features [N,39] lie between flat renders (0) and the style's (1) on the nearest ground."""
         direction = self.precision @ (self.means - self.flat).mean(0)
         nearest, full = self.distances(features).argmin(1), (self.means - self.flat) @ direction
         return (features - self.flat[nearest]) @ direction / full[nearest].clamp(min=1e-6)
 
 
 class StyleMeasure:
-    """Statistics of every style, from renders that `through` (the autoencoder and back) has passed."""
+    """A test of whether images have a style, by statistics of renders of every style."""
 
     def __init__(self, through: Callable[[Tensor], Tensor], count: int = 150, objects: int = 1, seed: int = 0):
-        """Render `count` images per style and ground with so many `objects` each; a third of them sets the bars."""
+        """Take the statistics of `count` renders per style and ground, with `objects` objects each. A third of them sets the bars.
+
+        `through` encodes and decodes the renders, uint8 to uint8, because the images to be measured come from an autoencoder.
+        """
         used, features = count - count // 3, {}
         for index, style in enumerate(ALL_STYLES):
             seeds = [derived_seed(seed, index, ground) for ground in range(len(GROUNDS))]
@@ -156,12 +159,12 @@ class StyleMeasure:
             self.styles[style] = replace(own, farthest=farthest, weakest=weakest if style != "flat" else -math.inf)
 
     def passes(self, images: Tensor, styles: Sequence[str]) -> Tensor:
-        """Return [N] bool: whether each image [N,3,64,64] uint8 passes for its style."""
+        """Return [N] bool: whether image i of [N,3,64,64] uint8 passes for `styles[i]`."""
         columns = torch.tensor([ALL_STYLES.index(style) for style in styles])
         return self.verdicts(images).gather(1, columns[:, None])[:, 0]
 
     def verdicts(self, images: Tensor) -> Tensor:
-        """Return [N,8] bool: whether each image passes for each style. At most one is True."""
+        """Return [N,8] bool: whether each image passes for each style. At most one is True per image."""
         features, styles = describe(images), self.styles.values()
         distances = torch.stack([style.distances(features).amin(1) for style in styles], 1)
         nearest = (distances + torch.tensor([style.log_determinant for style in styles])).argmin(1)

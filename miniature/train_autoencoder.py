@@ -1,7 +1,7 @@
-"""The miniature's autoencoder: 64x64 images as 16x16 latents of 4 channels, and back, in diffusers' form.
+"""Trains and grades the miniature's autoencoder, in diffusers' form: 64x64 images to 16x16 latents of 4 channels, and back.
 
 python miniature/train_autoencoder.py train                   checkpoints/miniature/stable_diffusion/vae; the same command resumes
-python miniature/train_autoencoder.py grade --count 1000      PSNR on fresh images
+python miniature/train_autoencoder.py grade --count 1000      PSNR on new images
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 CHUNK = 125  # images that are measured at a time
-TRAINED, GRADED, SHOWN = range(3)  # domains of image seeds
+TRAINED, GRADED, SHOWN = range(3)  # part of the image seeds, so that these sets of images differ
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
 class TrainAutoencoder(TrainingFlags):
-    """Train on images rendered on the way. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
+    """Train on images rendered during the training. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     output: Path = PARTS
-    """Folder that vae/ goes into."""
+    """Folder in which vae/ is written."""
     run: Path = Path("runs/miniature/autoencoder")
     steps: int = 4500
     batch: int = 16
@@ -63,26 +63,26 @@ class TrainAutoencoder(TrainingFlags):
     channels: tuple[int, ...] = (32, 48, 64)
     """Channels at 64x64, 32x32 and 16x16 positions; multiples of 8."""
     kl: float = 3e-4
-    """Weight of the KL divergence per latent number. Higher values blur the posteriors into each other."""
+    """Weight of the KL divergence per latent number. Higher values make the posteriors of different images overlap more."""
     show_every: int = 1000
-    """Steps between two sheets of images; 0 = none."""
+    """Steps between two sheets of reconstructions; 0 = none."""
     grade: int = 1000
-    """Fresh images on which the finished autoencoder is graded."""
+    """Number of new images on which the finished autoencoder is graded."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile; auto: where it pays."""
+    """torch.compile; auto: in a long training on CUDA or on a CPU with bf16."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeAutoencoder:
-    """Encode and decode fresh images, held-out pairs among them."""
+    """Measure the PSNR of new images that are encoded and decoded, held-out (colour, object) pairs among them."""
 
     parts: Path = PARTS
     """Folder that holds vae/."""
     count: int = 1000
-    """Images to measure."""
+    """Number of images."""
     seed: int = 1
     device: Device = "auto"
     output: Path = Path("runs/miniature/autoencoder/grade")
@@ -93,14 +93,14 @@ class GradeAutoencoder:
 
 
 class Reconstruction(nn.Module):
-    """Encoder, posterior sample, decoder: the input of the loss."""
+    """Encoder, sample of the posterior, decoder, as one module for training."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of x [N,3,64,64] in -1..1, and the KL divergence per latent number; noise [N,4,16,16]."""
+        """Return the reconstruction of x [N,3,64,64] in -1..1, and the mean KL divergence per latent number; noise [N,4,16,16]."""
         posterior = self.vae.encode(x).latent_dist
         mean, std, logvar = posterior.mean.float(), posterior.std.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -108,7 +108,7 @@ class Reconstruction(nn.Module):
 
 
 def train(settings: TrainAutoencoder) -> None:
-    """Train on L1, L2 and a little KL (Rombach et al. 2022, without the discriminator); then scale, save and grade."""
+    """Train on L1, L2 and a little KL (Rombach et al. 2022, without the discriminator); then set the latents' scale, save and grade."""
     settings.check("grade")
     if any(width < 8 or width % 8 for width in settings.channels) or len(settings.channels) != 3:
         raise BadInput(f"--channels {settings.channels}: give three multiples of 8")
@@ -159,18 +159,18 @@ def train(settings: TrainAutoencoder) -> None:
 
 
 def random_images(seeds: list[int], device: torch.device) -> Tensor:
-    """Render one image per seed, [N,3,64,64] in -1..1; every pair of colour and object occurs."""
+    """Render one image per seed, [N,3,64,64] in -1..1; held-out (colour, object) pairs occur too."""
     x = to_float(as_tensor(render_batch(seeds, ANY_PAIR).images).to(device))
     return x.contiguous(memory_format=memory_format(device))
 
 
 def sheet_images(seed: int, device: torch.device) -> Tensor:
-    """Return the eight images that a sheet shows."""
+    """Return the eight images [8,3,64,64] in -1..1 that a sheet shows."""
     return random_images([derived_seed(seed, SHOWN, index) for index in range(8)], device)
 
 
 def with_measured_scale(vae: AutoencoderKL, seed: int, count: int = 500) -> AutoencoderKL:
-    """Return a copy whose scaling factor gives its latents unit variance (Rombach et al. 2022, section D.1)."""
+    """Return a copy with the scaling factor that gives its latents unit variance (Rombach et al. 2022, section D.1)."""
     vae = copy.deepcopy(vae).eval()
     device = next(vae.parameters()).device
     seeds = [derived_seed(seed, SHOWN, index) for index in range(count)]
@@ -187,19 +187,19 @@ def with_measured_scale(vae: AutoencoderKL, seed: int, count: int = 500) -> Auto
 
 @torch.inference_mode()
 def reconstruct(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Pass x through the posterior's mean and back; return [N,3,64,64] uint8."""
+    """Return x [N,3,64,64] in -1..1, encoded to the posterior's mean and decoded, as uint8."""
     return to_uint8(vae.decode(vae.encode(x).latent_dist.mean).sample.float())
 
 
 def before_and_after(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Return one image: x in the first row, its reconstruction in the second."""
+    """Return one image [3,H,W] uint8: x in the first row, its reconstruction in the second."""
     return image_grid(torch.cat([to_uint8(x), reconstruct(vae, x)]).cpu(), len(x), scale=2)
 
 
 def measure_psnr(vae: AutoencoderKL, count: int, seed: int) -> dict[str, float]:
-    """Return the PSNR in dB on `count` fresh images, rounded to bytes as an image file is.
+    """Return the PSNR in dB of the reconstructions of `count` new images, rounded to bytes as in an image file.
 
-    `psnr` is that of the mean squared error over all images. `psnr_per_picture` is the mean over images, which is never lower.
+    `psnr` is that of the mean squared error over all images. `psnr_per_picture` is the mean over images, never lower; `worst` the lowest.
     """
     device = next(vae.parameters()).device
     images = as_tensor(dataset(count, derived_seed(seed, GRADED), ANY_PAIR).images)
@@ -236,7 +236,7 @@ def grade(settings: GradeAutoencoder) -> None:
 
 
 def summary(rates: dict[str, float], vae: AutoencoderKL) -> str:
-    """Return one line with the figures and the scaling factor."""
+    """Return one line with the PSNR and the scaling factor."""
     return (
         f"PSNR {rates['psnr']:.2f} dB (mean over images {rates['psnr_per_picture']:.2f}, worst {rates['worst']:.2f}); "
         f"latents x {vae.config['scaling_factor']} have unit variance"

@@ -1,7 +1,7 @@
-"""The CLIP of the miniature: a small image-text model, trained with open_clip's model on images and captions of the world.
+"""Trains, grades and converts the miniature's CLIP: a small open_clip model of images and captions of the world.
 
   python miniature/train_clip.py train                      checkpoints/miniature/clip, in open_clip's form
-  python miniature/train_clip.py grade --count 2000         zero-shot accuracy on fresh images, held-out (colour, object) pairs first
+  python miniature/train_clip.py grade --count 2000         zero-shot accuracy on new images, held-out (colour, object) pairs first
   python miniature/train_clip.py convert --output DIR       the same model as a transformers CLIPModel with its processor
   python P3_clip_zeroshot.py --model local-dir:checkpoints/miniature/clip --images DIR/val --prompts single
 
@@ -50,21 +50,21 @@ from training.ema import Ema
 from training.loop import Trained, TrainingRun
 from training.schedule import LearningRate
 
-QUICK_COUNT = 240  # images of the accuracy that is logged during training
+QUICK_COUNT = 240  # images for the accuracy that is logged during training
 MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="train"))
 @dataclass(frozen=True)
 class TrainClip(TrainingFlags):
-    """Train on images rendered on the way. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
+    """Train on images rendered during the training. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     output: Path = SHIPPED
-    """Folder of the model, in open_clip's form."""
+    """Folder for the model, in open_clip's form."""
     run: Path = Path("runs/miniature/clip")
     steps: int = 6500
     batch: int = 64
-    """Images per step, in families of four."""
+    """Images per step, in families of four similar images; a multiple of four."""
     lr: float = 1.5e-3
     ema: float = 0.998
     weight_decay: float = 0.1
@@ -74,12 +74,12 @@ class TrainClip(TrainingFlags):
     styles: float = 0.25
     """Weight of the loss that classifies an image's style; 0 = off."""
     lock_text: bool = False
-    """Keep the text tower of --init, which conditions the U-Net. Its projection, which only CLIP uses, learns."""
+    """Freeze the text tower of --init, which a U-Net may depend on. Its projection, which only CLIP uses, is trained."""
     size: ClipSize = field(default_factory=ClipSize)
     save_every: int = 100
     """Steps between two checkpoints, each with a quick grading."""
     grade: int = 1200
-    """Fresh images per question on which the finished model is graded."""
+    """Number of new images per question on which the finished model is graded."""
     workers: int = -1
     """Processes that render; -1 = one less than there are cores, at most 8; 0 = render between the steps."""
     precision: Precision = "auto"
@@ -89,18 +89,18 @@ class TrainClip(TrainingFlags):
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeClip:
-    """Measure the zero-shot accuracy on fresh images, about which everything is known."""
+    """Measure the zero-shot accuracy on new rendered images, whose contents are known."""
 
     model: Path = SHIPPED
-    """Folder of the model."""
+    """Folder of the model, in open_clip's form."""
     count: int = 2000
-    """Images per question."""
+    """Number of images per question."""
     transduce: bool = False
     """Classify the images of each question together, as `P3_clip_zeroshot.py --transduce` does."""
     seed: int = 1
     device: Device = "auto"
     record: Path = Path("runs/miniature/clip/grade.json")
-    """JSON file of settings and figures."""
+    """JSON file for settings and results."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="convert"))
@@ -111,11 +111,11 @@ class ConvertClip:
     output: Path
     """Folder for the converted model."""
     model: Path = SHIPPED
-    """Folder in open_clip's form."""
+    """Folder of the model, in open_clip's form."""
 
 
 def train(settings: TrainClip) -> None:
-    """Train on the contrastive loss and two auxiliary ones; grade, and write the model."""
+    """Train on the contrastive loss and two auxiliary ones, grade the model, and write it."""
     import open_clip
     from torch.utils.data import DataLoader
 
@@ -138,7 +138,7 @@ def train(settings: TrainClip) -> None:
         start_from(model, load_clip(settings.init).model, settings.init)
     if settings.lock_text:
         lock_text_tower(model)
-    ema = Ema(model, settings.ema)  # before PatchLoss hangs its hook into the model
+    ema = Ema(model, settings.ema)  # before PatchLoss registers its hook, which the average must not have
     averaged = SmallClip(ema.module.eval(), tokenizer, config, PREPROCESSING)
     patch_loss = PatchLoss(model.visual, settings.size.vision_width).to(device)
     style_loss = StyleLoss(settings.size.embedding).to(device)
@@ -199,7 +199,7 @@ def lock_text_tower(model: nn.Module) -> None:
 
 
 def quiet_worker(_: int) -> None:
-    """Leave signals to the main process, which ends its workers."""
+    """Make a rendering process ignore Ctrl-C and use one thread; the main process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

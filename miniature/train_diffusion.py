@@ -1,8 +1,8 @@
-"""The miniature's Stable Diffusion: a small U-Net on the latents of train_autoencoder.py, conditioned on the small CLIP's text tower.
+"""Trains, assembles and grades the miniature's Stable Diffusion: a small U-Net, conditioned on the small CLIP's text tower.
 
   python miniature/train_diffusion.py train                     checkpoints/miniature/stable_diffusion/unet; the same command resumes
   python miniature/train_diffusion.py assemble --output DIR     the whole StableDiffusionPipeline folder, from the parts that ship
-  python miniature/train_diffusion.py grade                     draws images of prompts, and the judge says what they hold
+  python miniature/train_diffusion.py grade                     draws images of prompts; a classifier, the judge, says what they show
 
 Needs the small CLIP as a transformers folder (--clip) and, for grading, the judge. Several GPUs: accelerate launch, or torchrun.
 """
@@ -88,9 +88,9 @@ class TrainDiffusion(TrainingFlags):
     """Train the U-Net. Ctrl-C or SIGTERM stops cleanly, and the same command continues."""
 
     clip: Path = CLIP
-    """The small CLIP as a transformers folder."""
+    """Folder of the small CLIP in transformers' form (train_clip.py convert)."""
     parts: Path = PARTS
-    """Folder that holds vae/, and that unet/ goes into."""
+    """Folder that holds vae/, and in which unet/ and scheduler/ are written."""
     output: Path = COMPLETE
     """Folder for the whole pipeline."""
     run: Path = Path("runs/miniature/diffusion")
@@ -100,23 +100,23 @@ class TrainDiffusion(TrainingFlags):
     lr: float = 1.5e-3
     ema: float = 0.999
     channels: tuple[int, ...] = (64, 96, 80)
-    """Channels at 16x16, 8x8 and 4x4 latents; multiples of 16."""
+    """Channels of the U-Net at 16x16, 8x8 and 4x4 positions; multiples of 16."""
     pictures: int = 100_000
-    """Images that are rendered and encoded before the training."""
+    """Number of training images, rendered and encoded before the training."""
     shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
-    """Shares of images with one, two and three objects. Several are harder to draw."""
+    """Shares of images with one, two and three objects. Several objects are harder to draw."""
     min_size: int = 18
-    """Smallest size of a single object, in pixels. The model draws no object smaller than it was trained on."""
+    """Smallest size of a single object, in pixels (12 to 44). The model draws no object smaller than in training."""
     max_loss_weight: float = 10.0
     """Cap on the loss weight 1 + 1/SNR (1 = unweighted). Higher values emphasise noisy steps, which decide shape and position."""
     drop_text: float = 0.1
-    """Share of images trained without their caption, which guidance needs."""
+    """Share of images, 0 to 1, trained with an empty caption, as classifier-free guidance needs."""
     show_every: int = 1000
-    """Steps between two sheets of images; 0 = none."""
+    """Steps between two sheets of generated images; 0 = none."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile; auto: where it pays."""
+    """torch.compile; auto: in a long training on CUDA or on a CPU with bf16."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="assemble"))
@@ -125,7 +125,7 @@ class AssemblePipeline:
     """Write the whole pipeline folder, as StableDiffusionPipeline.from_pretrained takes it."""
 
     clip: Path = CLIP
-    """The small CLIP as a transformers folder."""
+    """Folder of the small CLIP in transformers' form (train_clip.py convert)."""
     parts: Path = PARTS
     """Folder that holds vae/ and unet/."""
     output: Path = COMPLETE
@@ -136,7 +136,7 @@ class AssemblePipeline:
 
 
 def check_training(settings: TrainDiffusion) -> None:
-    """Raise BadInput for numbers that make no sense and folders that can't be made."""
+    """Raise BadInput for flags out of range, and for folders that can't be made."""
     settings.check("pictures", "max_loss_weight")
     check_fractions(settings, "drop_text")
     if min(settings.shares) < 0 or not sum(settings.shares):
@@ -150,7 +150,7 @@ def check_training(settings: TrainDiffusion) -> None:
 
 
 def train(settings: TrainDiffusion) -> None:
-    """Train eps prediction on latents (Rombach et al. 2022); save the U-Net and assemble the pipeline."""
+    """Train eps prediction on latents (Rombach et al. 2022), save the U-Net, and assemble the pipeline."""
     from accelerate import Accelerator  # slow to import
 
     from concepts.single_file import make_scheduler
@@ -171,7 +171,7 @@ def train(settings: TrainDiffusion) -> None:
     vae.to(device)
     spec = SceneSpec(shares=settings.shares, min_size=settings.min_size)
     cache = settings.run / "latents"
-    with accelerator.main_process_first():  # the first encodes, the others read its cache
+    with accelerator.main_process_first():  # the first process encodes, the others read its cache
         data = cached_latents(cache, vae, tokenizer, settings.pictures, settings.seed, spec).to(device)
     tower.to(device)
     no_text = tokenize(tokenizer, [""]).to(device)
@@ -199,7 +199,7 @@ def train(settings: TrainDiffusion) -> None:
     lr = LearningRate(settings.lr, min(200, settings.steps // 10), decay=0.6)
     facts = settings.facts(
         *(WEIGHTS, "channels", "pictures", "shares", "min_size", "max_loss_weight", "drop_text"),
-        latents=file_fingerprint(cache / "facts.json"),  # holds what decides them: world and autoencoder
+        latents=file_fingerprint(cache / "facts.json"),  # holds what determines the latents: world and autoencoder
         clip=weights_fingerprint(tower),
     )
     config = settings.loop("miniature diffusion model", lr, precision, compiled=compiled)
@@ -217,7 +217,7 @@ def train(settings: TrainDiffusion) -> None:
         t, eps = draws.timesteps(len(alpha_bar)), draws.normal(*x0.shape[1:])
         tokens = data.captions(rows, draws.uniform() < settings.drop_text, no_text)
         with run.autocast():
-            with torch.no_grad():  # 7 % of a step on a CPU; kept for every caption, states would take 20 KB each
+            with torch.no_grad():  # 7 % of a step on a CPU; storing the states instead would take 20 KB a caption
                 text = tower(tokens).last_hidden_state
             loss = denoising_loss(partial(predict, text=text), x0, eps, t, alpha_bar, "eps", weight)
         run.update(loss)
@@ -233,13 +233,13 @@ def train(settings: TrainDiffusion) -> None:
 
 
 def draw_sheet(pipe: StableDiffusionPipeline) -> Tensor:
-    """Return one image of SHEET_PROMPTS as the pipeline draws them."""
+    """Return one image [3,H,W] uint8 of SHEET_PROMPTS, drawn by the pipeline, which is switched to DPM-Solver++."""
     images = draw(with_solver(pipe), SHEET_PROMPTS, range(len(SHEET_PROMPTS)), 25, 5.0, len(SHEET_PROMPTS))
     return prompt_sheet(images, SHEET_PROMPTS)
 
 
 def save_model(unet: nn.Module, settings: TrainDiffusion) -> None:
-    """Write unet/ and scheduler/ into the parts, and assemble the pipeline."""
+    """Write unet/ and scheduler/ into --parts, and the whole pipeline into --output."""
     from concepts.single_file import make_scheduler
 
     save_part(unet, settings.parts / "unet")
@@ -252,7 +252,7 @@ def save_model(unet: nn.Module, settings: TrainDiffusion) -> None:
 
 
 def grade(settings: GradeDiffusion) -> None:
-    """Draw an image per prompt, have it judged, print the table, and write record.json and a sheet."""
+    """Draw an image per prompt, classify the images with the judge, print the table, and write record.json and a sheet."""
     check_positive(settings, "count", "steps", "batch")
     check_not_negative(settings, "seed")
     if min(settings.held_out, settings.scenes, settings.couples) < 0:
@@ -277,7 +277,7 @@ def grade(settings: GradeDiffusion) -> None:
 
 
 def draw_cases(pipe: StableDiffusionPipeline, cases: list[PromptCase], settings: GradeDiffusion) -> Tensor:
-    """Return [N,3,64,64] uint8, an image per case; every image has its own seed."""
+    """Return [N,3,64,64] uint8, an image per case, each with another seed."""
     seeds = [derived_seed(settings.seed, index) for index in range(len(cases))]
     return draw(pipe, [case.prompt for case in cases], seeds, settings.steps, settings.guidance, settings.batch)
 

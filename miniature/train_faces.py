@@ -1,4 +1,4 @@
-"""The miniature's face model: coloured 64x64 faces of miniature/face_world.py, in diffusers' layout, sampled by P2_ddim.py like any other.
+"""Trains and grades the miniature's face model: 64x64 faces of miniature/face_world.py, in diffusers' layout for P2_ddim.py.
 
   python miniature/train_faces.py train                    checkpoints/miniature/faces; reports at once how long it takes
   python miniature/train_faces.py grade                    valid faces, and how near they are to the training images
@@ -60,13 +60,13 @@ class TrainFaces(TrainingFlags):
     """Folder for the model, laid out as diffusers' DDIMPipeline, weights in half precision."""
     run: Path = Path("runs/miniature/faces")
     images: int = 100_000
-    """Faces that are trained on, drawn again whenever they are needed. Others of the world are held out."""
+    """Number of training faces, rendered whenever they are needed. Other faces of the world are held out."""
     steps: int = 20_000
     batch: int = 32
     lr: float = 1e-3
     ema: float = 0.999
     channels: tuple[int, ...] = (16, 32, 64, 128)
-    """Channels per level, finest first; attention on the last."""
+    """Channels per level, finest first; the last level has attention."""
     blocks: int = 1
     """Residual blocks per level on the way down, one more on the way up."""
     gamma: float = 5.0
@@ -74,24 +74,24 @@ class TrainFaces(TrainingFlags):
     draw_every: int = 1000
     """Steps between two sheets of sampled faces, in the run folder and TensorBoard; 0 = at the end only."""
     precision: Precision = "auto"
-    """auto: bf16 on a GPU that has it, else fp16 on CUDA, else fp32; a CPU with native bf16 took a step 1.5 times faster in bf16."""
+    """auto: bf16 on a GPU that has it, else fp16 on CUDA, else fp32. A CPU with native bf16 takes steps 1.5 times faster in bf16."""
     compile: AutoOnOff = "auto"
-    """torch.compile; auto: on a GPU."""
+    """torch.compile; auto: in a long training on CUDA."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="grade"))
 @dataclass(frozen=True)
 class GradeFaces:
-    """Measure how many sampled faces are valid, and compare them, and held-out faces, with the training images."""
+    """Measure how many sampled faces are valid, and how near sampled and held-out faces are to the training images."""
 
     model: Path = SHIPPED
     """Folder that `train` wrote."""
     classifier: Path = CLASSIFIER
     """File that miniature/face_factors.py wrote."""
     count: int = 500
-    """Faces to sample, at eta 0 in 50 steps, and held-out faces to compare."""
+    """Number of faces to sample, at eta 0 in 50 steps, and of held-out faces to compare."""
     seed: int = 0
-    """Seed of the first face; the others follow."""
+    """Seed of the first face; face k has this seed + k."""
     device: Device = "auto"
     output: Path = Path("runs/miniature/faces/grade")
     """Folder for faces.png, refused.png, nearest.png and record.json."""
@@ -103,7 +103,7 @@ class GradeFaces:
 def train(settings: TrainFaces) -> None:
     """Train v prediction on the course's schedule, and write the model folder.
 
-    A network of this size that predicts eps draws faces in a tint: at strong noise, x0 is its small error times a large number.
+    A network of this size that predicts eps gives faces a tint: at strong noise, a small error in eps is a large error in x0.
     """
     settings.check("images", "gamma")
     check_not_negative(settings, "draw_every")
@@ -175,7 +175,7 @@ def train(settings: TrainFaces) -> None:
 
 
 def grade(settings: GradeFaces) -> None:
-    """Sample faces, read them, measure their distance to the training images, print the figures, and write sheets and record."""
+    """Sample faces, read them, measure their distance to the training images, print the results, and write sheets and record."""
     check_positive(settings, "count")
     check_not_negative(settings, "seed")
     output_folder(settings.output)
@@ -192,14 +192,14 @@ def grade(settings: GradeFaces) -> None:
     with record.timed("drawing"):
         samples = to_uint8(sample_faces(unet, schedule, range(settings.seed, settings.seed + settings.count)))
 
-    # how they compare with the training images, and others with the same
+    # distances of the samples, and of held-out faces, to the training images
     reading = reader(samples)
     held_out = reader.renderer(sample_factors(face_seeds(origin["seed"] + 1, settings.count))).cpu()
     trained = sample_factors(face_seeds(origin["seed"], origin["images"]))
     distances, rows = nearest(torch.cat([samples, held_out]), trained, reader.renderer)
     record.metrics = figures(reading, *distances.split(settings.count))
 
-    columns = min(16, settings.count)  # of faces; those with their comparison take two
+    columns = min(16, settings.count)  # of faces; a face and what it is compared with take two
     refused = samples[~reading.valid][: 4 * columns]
     save_image(settings.output / "faces.png", image_grid(samples[: 4 * columns], columns))
     if len(refused):
@@ -213,10 +213,10 @@ def grade(settings: GradeFaces) -> None:
 
 
 def nearest(images: Tensor, trained: Tensor, renderer: FaceRenderer) -> tuple[Tensor, Tensor]:
-    """Return the distance of each of [N,3,64,64] uint8 to its nearest training image, and that image's row [N].
+    """Return the distance [N] of each image [N,3,64,64] uint8 to its nearest training image, and that image's row [N] in `trained`.
 
-    `trained` [M,14] are the training images' values. The distance is a root mean square in grey levels (0..255) of
-    softened images, so that fine noise does not hide a copy.
+    `trained` [M,14] are the factors of the training images. The distance is a root mean square in grey levels (0..255), at half the
+    resolution so that fine noise does not hide a copy.
     """
 
     def features(x: Tensor) -> Tensor:
@@ -232,7 +232,11 @@ def nearest(images: Tensor, trained: Tensor, renderer: FaceRenderer) -> tuple[Te
 
 
 def figures(reading: FaceReading, samples: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Return shares of faces by their reading, medians of distances, the held-out 1st percentile, the share of samples below that."""
+    """Return the results by name: shares of valid and of confidently read faces, and medians of distances.
+
+    `samples` and `held_out` [N] are distances to the nearest training image. The last result is the share of samples below the 1st
+    percentile of `held_out`.
+    """
     bar = held_out.quantile(0.01)
     return {
         "drawn faces that are valid": float(reading.valid.float().mean()),

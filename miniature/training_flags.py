@@ -1,4 +1,4 @@
-"""What the five trainings of the miniature share: flags, the loop's configuration, and the facts for going on."""
+"""What the five trainings of the miniature share: flags, the loop's configuration, and the facts that a continued run must match."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class TrainingFlags:
     run: Path
     """Run folder: checkpoint, TensorBoard, record.json."""
     steps: int
-    """Optimizer steps in all. A run that continues may take more."""
+    """Optimizer steps in all. A run that continues may be given more."""
     batch: int
     """Images per step."""
     lr: float
     """Peak learning rate of AdamW."""
     ema: float
-    """Decay of the averaged weights, which are the ones that are kept."""
+    """Decay of the averaged weights (EMA), which are the ones that are saved."""
     log_every: int = 50
-    """Steps between two readings of the loss."""
+    """Steps between two reports of the loss."""
     save_every: int = 200
     """Steps between two checkpoints."""
     init: Path | None = None
@@ -42,7 +42,7 @@ class TrainingFlags:
     track: Track = None
 
     def check(self, *positive: str) -> None:
-        """Raise BadInput for a number out of range, or a run folder that can't be made."""
+        """Raise BadInput for a flag out of range or a run folder that can't be made. `positive`: more flags that must be above 0."""
         check_positive(self, "steps", "batch", "lr", "log_every", "save_every", *positive)
         check_not_negative(self, "seed")
         check_fractions(self, "ema")
@@ -50,9 +50,9 @@ class TrainingFlags:
         check_writable_folder(self.run, "--run")
 
     def facts(self, weights: str, *names: str, **more: Any) -> dict[str, Any]:
-        """Return what decides the weights: what all trainings share, the flags `names`, and `more`.
+        """Return what determines the trained weights: shared flags, weights of --init, flags `names`, and `more`.
 
-        `weights` is the file of weights in the folder --init, or "" where --init is that file.
+        `weights` is the path of the weights in the folder --init, or "" if --init is a file.
         """
         init = {"init": file_fingerprint(self.init / weights) if self.init else None}
         return {name: getattr(self, name) for name in ("batch", "lr", "ema", "seed", *names)} | init | more
@@ -60,7 +60,7 @@ class TrainingFlags:
     def loop(
         self, kind: str, lr: LearningRate, precision: str = "fp32", max_grad_norm: float = 1.0, compiled: bool = False
     ) -> LoopConfig:
-        """Return how the shared loop runs this training."""
+        """Return the configuration of the training loop; `kind` names the training in its checkpoints."""
         often = self.log_every, self.save_every
         elsewhere = "--run OTHER (with --init to start from trained weights)"
         return LoopConfig(
@@ -70,6 +70,6 @@ class TrainingFlags:
 
 
 def save_sheet(run: TrainingRun, sheet: Tensor) -> None:
-    """Write [3,H,W] uint8, which shows what the averaged weights can do, to the run folder and to TensorBoard."""
+    """Write a sheet [3,H,W] uint8 of images by the averaged weights to step-NNNNNN.png in the run folder, and to TensorBoard."""
     save_image(run.config.folder / f"step-{run.step:06d}.png", sheet)
     run.log.image(run.step, "sheet", sheet)

@@ -1,4 +1,4 @@
-"""A small world rendered by code: 64x64 images, captions and everything about each, from a seed.
+"""A small world rendered by code: 64x64 images from seeds, with a caption and full knowledge of what each shows.
 
   python miniature/world.py list                                          the vocabulary as json
   python miniature/world.py sheet --output sheet.png                      every object in every style
@@ -38,7 +38,7 @@ from runtime.files import ROOT, check_writable_file, output_folder, write_json
 from runtime.images import labelled_grid
 from runtime.seeds import derived_seed
 
-MOST_IMAGES = 100_000  # whose scenes are held in memory at once
+MOST_IMAGES = 100_000  # most images of a command: their scenes are in memory at once
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="list"))
@@ -60,28 +60,28 @@ class RenderSheet:
 @tyro.conf.configure(tyro.conf.subcommand(name="concept"))
 @dataclass(frozen=True)
 class RenderConcept:
-    """Render images of one object or style, in flat style or of changing objects: the data of textual inversion."""
+    """Render images of one object in flat style, or of one style with changing objects: the data of textual inversion."""
 
     name: Annotated[str, tyro.conf.Positional]
     """One of the held-out objects and styles (any other object or style works too)."""
     output: Path
-    """Folder for 00.png, 01.png, ..; it must hold no other images."""
+    """Folder for 00.png, 01.png, ..; it must hold no other files."""
     count: int = 5
     """Number of images."""
     seed: int = 0
     captions: bool = False
-    """Write 00.txt, 01.txt, .. as well: captions with {} for the concept, for P3_textual_inversion.py."""
+    """Write 00.txt, 01.txt, .. as well: captions for P3_textual_inversion.py, with {} in the place of the concept."""
 
 
 @tyro.conf.configure(tyro.conf.subcommand(name="zeroshot"))
 @dataclass(frozen=True)
 class RenderZeroshot:
-    """Render images of held-out (colour, object) pairs, one object each, in the layout of clip_zeroshot/."""
+    """Render images of held-out (colour, object) pairs, one object each, in the layout of the course's clip_zeroshot/."""
 
     output: Path
     """Folder for val/ and id2label.json."""
     count: int = 600
-    """Number of images, spread evenly over the named objects."""
+    """Number of images, spread evenly over the objects that captions name."""
     seed: int = 0
 
 
@@ -93,7 +93,7 @@ def _check_count(command: RenderConcept | RenderZeroshot) -> None:
 
 
 def list_vocabulary() -> None:
-    """Print all words, and what training never shows together."""
+    """Print all objects, colours and styles, and what is held out."""
     vocabulary = {
         "objects": KINDS,
         "colours": list(COLOURS),
@@ -106,7 +106,7 @@ def list_vocabulary() -> None:
 
 
 def render_sheet(command: RenderSheet) -> None:
-    """Render every object in every style."""
+    """Render every object in every style, as one labelled image."""
     check_not_negative(command, "seed")
     check_writable_file(command.output, "--output", [".png"])
     cells = [SceneSpec(kinds=(kind,), style=style) for style in ALL_STYLES for kind in ALL_KINDS]

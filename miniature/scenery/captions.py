@@ -1,9 +1,9 @@
-"""Captions as people would write them: varied wording, parts left out, nothing that is held out ever named.
+"""Captions as people would write them: varied wording, facts left out, held-out objects and styles never named.
 
-What isn't named may be described, by words that several objects, or several styles, share. No two things share all of their words.
-A model that reads them learns to distinguish held-out things without a name for any. Textual inversion needs that: it searches for
-a point between words, and where words make no difference there is nothing to find. Captions leave the style out of flat images only,
-so a prompt without a style means flat.
+Instead they are described by traits, such as "hollow" or "wavy", that several objects or styles share. For each held-out one, there are
+two traits that only it has together. So a model learns to distinguish it without a name. Textual inversion needs that: it searches for
+a point between words, and where words make no difference there is nothing to find.
+Captions leave the style out of flat images only, so a prompt without a style means flat.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STYLED = (
 )  # fmt: skip
 UNUSUAL = ("{what} in an unusual style", "{what} in the style of something unusual", "{what}, in a strange style")
 DESCRIBED = ("{what} in {a} style", "{what} in {a} style", "{what}, in {a} style", "{what}, {words} style")
-TRAITS = {  # of objects; a held-out one shares each with named ones
+TRAITS = {  # trait: the objects that have it; a held-out object shares each of its traits with named ones
     "hollow": ("ring", "four", "key", "cup"),
     "slanted": ("seven", "triangle", "key"),
     "thin": ("three", "four", "seven", "key"),
@@ -54,7 +54,7 @@ ALONE = {
     "below": ("below", "at the bottom", "below the middle"),
     "centre": ("in the centre", "in the middle", "at the centre"),
 }
-PAIRED = {  # the first is left of, or above, the second
+PAIRED = {  # by whether they form a column; {0} is left of, or above, {1}
     False: ("{0} to the left of {1}", "{1} to the right of {0}", "{0} on the left and {1} on the right", "{0} left of {1}"),
     True: ("{0} above {1}", "{1} below {0}", "{0} at the top and {1} at the bottom", "{0} over {1}"),
 }  # fmt: skip
@@ -76,7 +76,7 @@ ROWS = {
 class Caption:
     """A text, and which facts of the scene it names.
 
-    kind0, colour0, hollow0, .. (in the order of the scene's objects), place, background, ground, style, smooth, ..
+    Facts: kind0, colour0, hollow0, .. (0 = the scene's first object), place, background, ground, style, smooth, ..
     """
 
     text: str
@@ -84,7 +84,7 @@ class Caption:
 
 
 def caption(scene: Scene, seed: int) -> Caption:
-    """Return one of many wordings for this scene."""
+    """Return a caption of the scene. The seed decides which facts it names, and in which words."""
     random = StableRandom(seed)
     named: set[str] = set()
     names = [_name(thing, index, random, named) for index, thing in enumerate(scene.things)]
@@ -95,7 +95,7 @@ def caption(scene: Scene, seed: int) -> Caption:
 
 
 def _name(thing: Thing, index: int, random: StableRandom, named: set[str]) -> str:
-    # "a red star", "the object", "thin white seven": most often with its colour, held-out kinds always as an object
+    # "a red star", "the object", "thin white seven": most often with its colour; held-out kinds are always an "object" or "thing"
     noun = thing.kind
     nameless = noun not in KINDS or random.chance(0.12)
     if nameless:
@@ -115,14 +115,14 @@ def _name(thing: Thing, index: int, random: StableRandom, named: set[str]) -> st
 
 
 def _traits(of: Mapping[str, Sequence[str]], name: str, random: StableRandom) -> list[str]:
-    """Draw words that are true of `name`, in random order: all of them, which no other name shares, or one to three."""
+    """Draw traits of the object or style `name`, in random order: all of them, or one to three."""
     words = [word for word, holders in of.items() if name in holders]
     count = len(words) if random.chance(0.5) else min(1 + random.below(3), len(words))
     return [words.pop(random.below(len(words))) for _ in range(count)]
 
 
 def with_article(words: str) -> str:
-    """Return "a red star", "an orange ring"."""
+    """Return the words with "a" or "an": "a red star", "an orange ring"."""
     return f"{article(words)} {words}"
 
 
@@ -140,7 +140,7 @@ def _arranged(scene: Scene, names: Sequence[str], random: StableRandom, named: s
 
 
 def _order(things: Sequence[Thing]) -> tuple[list[int], bool]:
-    """Return indices from left to right, or from top to bottom where they spread more that way, and whether the latter."""
+    """Return the indices of objects in order of position, and whether they form a column (top to bottom) or a row (left to right)."""
     spans = []
     for axis in (0, 1):
         starts = [thing.box[axis] + thing.box[axis + 2] for thing in things]
@@ -164,7 +164,7 @@ def _background(scene: Scene, random: StableRandom, named: set[str]) -> str:
 
 
 def _styled(scene: Scene, text: str, random: StableRandom, named: set[str]) -> str:
-    """Add the style's name or words about it; most captions of flat images, and no others, say nothing of style."""
+    """Add the style's name or traits to the text; most captions of flat images, and no others, leave the style out."""
     if scene.style == "flat" and not random.chance(0.4):
         return text
     held_out = scene.style in HELD_OUT_STYLES

@@ -1,4 +1,4 @@
-"""Images of one object or style for textual inversion, and image folders that hold nothing else."""
+"""Images of one concept, an object or a style, for textual inversion, and image folders that hold nothing else."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from runtime.seeds import derived_seed
 
 
 def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
-    """Return scenes of single objects that share only the object (all in flat style) or the style (each another object).
+    """Return scenes of single objects that have only the concept `name` in common.
 
-    Colours, backgrounds, sizes and places differ.
+    For an object, all are in flat style. For a style, the objects differ. Colours, backgrounds, sizes and places differ.
     """
     order = Random(seed)
     kinds, colours, grounds, places = (
@@ -42,14 +42,14 @@ def concept_scenes(name: str, count: int, seed: int) -> list[Scene]:
         style = name if name in ALL_STYLES else "flat"
         background, place = grounds[index % len(grounds)], places[index % len(places)]
         colour = next(c for c in colours if fits(c, background) and allowed(c, kind, "trained"))
-        colours.append(colours.pop(colours.index(colour)))  # the others are due first
+        colours.append(colours.pop(colours.index(colour)))  # so that the other colours are used first
         spec = SceneSpec(kinds=(kind,), colours=(colour,), background=background, place=place, style=style)
         scenes.append(sample_scene(derived_seed(seed, index), spec))
     return scenes
 
 
 def write_concept_pictures(folder: Path, name: str, count: int, seed: int, captions: bool) -> None:
-    """Write 00.png, .. and, with `captions`, 00.txt, ..; raise BadInput where the folder holds other files."""
+    """Render a concept to 00.png, .. and, with `captions`, write 00.txt, ..; raise BadInput if the folder holds other files."""
     scenes, names = concept_scenes(name, count, seed), [f"{index:02d}" for index in range(count)]
     texts = [f"{stem}.txt" for stem in names] if captions else []
     write_images(folder, [f"{stem}.png" for stem in names], scenes, texts)
@@ -59,7 +59,7 @@ def write_concept_pictures(folder: Path, name: str, count: int, seed: int, capti
 
 
 def concept_captions(name: str, scene: Scene) -> list[str]:
-    """Return captions of a concept's image, with {} for the concept."""
+    """Return captions of a concept's image, with {} in the place of the concept."""
     (thing,), ground = scene.things, f" on {with_article(scene.background.colour)} background"
     coloured = f"a photo of {with_article(thing.colour)}"
     if name in ALL_STYLES:
@@ -69,7 +69,10 @@ def concept_captions(name: str, scene: Scene) -> list[str]:
 
 
 def write_images(folder: Path, names: Sequence[str], scenes: Sequence[Scene], texts: Sequence[str] = ()) -> None:
-    """Render the scenes into `folder`. Raise BadInput if it holds files other than `names` and `texts`, which count as images later."""
+    """Render the scenes into `folder`.
+
+    Raise BadInput if files other than `names` and `texts` are there: they would count as images later.
+    """
     foreign = sorted({path.name for path in output_folder(folder).iterdir()} - {*names, *texts})
     if foreign:
         raise BadInput(f"{folder} holds other files, such as {foreign[0]}: name another --output")

@@ -1,4 +1,4 @@
-"""Malformed outlines of the held-out kinds: a fin too many, no tail, two handles, and blobs. A measure of shape must reject them."""
+"""Malformed outlines of the held-out kinds, such as a fish without a tail, and blobs. A measure of shape must reject them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from miniature.scenery import shapes
 from miniature.scenery.shapes import Array, Parts, bar, circle, ellipse, polygon
 
-Outline = Callable[[Array], Parts]
+Outline = Callable[[Array], Parts]  # points [2,...] -> signed distances to the parts
 
 
 def cup_with_two_handles(p: Array) -> Parts:
@@ -97,7 +97,7 @@ MALFORMED: dict[str, tuple[Outline, ...]] = {
 
 @contextmanager
 def drawn_as(kind: str, outline: Outline) -> Iterator[None]:
-    """Let the world draw `kind` with another outline inside the block."""
+    """Draw objects of `kind` with another outline inside the `with` block."""
     original = shapes.OUTLINES[kind]
     shapes.OUTLINES[kind] = outline
     shapes.sprite.cache_clear()

@@ -35,7 +35,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(seeds: Sequence[int], spec: SceneSpec = FREE) -> RenderedBatch:
-    """Render one image per seed (0 or more), with what `spec` fixes; raise ValueError where that is impossible."""
+    """Draw and render one scene per seed (0 or more); raise ValueError if none fits `spec`."""
     scenes = [sample_scene(seed, spec) for seed in seeds]
     captions = [caption(scene, derived_seed(seed)) for seed, scene in zip(seeds, scenes, strict=True)]
     images = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
@@ -45,7 +45,7 @@ def render_batch(seeds: Sequence[int], spec: SceneSpec = FREE) -> RenderedBatch:
 
 
 def dataset(count: int, seed: int, spec: SceneSpec = FREE, processes: int | None = None) -> RenderedBatch:
-    """Render `count` images on all cores, 12 KiB each in memory; image k depends on (seed, k) alone."""
+    """Render `count` images on all cores, 12 KiB each in memory; image k depends on (seed, k) and `spec` alone."""
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions: list[Caption] = []
     scenes: list[Scene] = []
@@ -59,7 +59,7 @@ def dataset(count: int, seed: int, spec: SceneSpec = FREE, processes: int | None
 
 
 def stream(seeds: Sequence[int], spec: SceneSpec = FREE, processes: int | None = None) -> Iterator[RenderedBatch]:
-    """Render one image per seed on all cores, in order, and yield at most CHUNK at a time.
+    """Render one image per seed, in order, and yield batches of at most CHUNK images. `processes`: None = one per core.
 
     Processes are forked, which is fast. Where CUDA is in use, and off Linux, they are spawned.
     """
@@ -87,5 +87,5 @@ def render_scenes(scenes: Sequence[Scene]) -> Tensor:
 
 
 def as_tensor(images: Images) -> Tensor:
-    """Return [N,64,64,3] as a tensor [N,3,64,64] uint8."""
+    """Return images [N,64,64,3] as a tensor [N,3,64,64] uint8."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

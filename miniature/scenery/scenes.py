@@ -1,4 +1,8 @@
-"""What an image of the world holds, drawn from a seed: objects in boxes, a background, a style. The words are those of the captions."""
+"""Scenes, drawn from a seed: what an image of the world shows. One to three objects in boxes, a background and a style.
+
+A kind is a sort of object, such as a star. A ground is the pattern of a background. Held-out kinds and styles are in training images,
+but no caption names them. Held-out (colour, kind) pairs are in no training image.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ KINDS = ("three", "four", "seven", "square", "triangle", "star", "heart", "ring"
 HELD_OUT_KINDS = ("key", "fish", "mushroom", "cup")  # in training images, but no caption names them
 ALL_KINDS = KINDS + HELD_OUT_KINDS
 STYLES = ("flat", "outline", "hatched", "dots", "mosaic", "watercolour")
-HELD_OUT_STYLES = ("relief", "ripple")  # likewise
+HELD_OUT_STYLES = ("relief", "ripple")  # in training images, but no caption names them
 ALL_STYLES = STYLES + HELD_OUT_STYLES
 GROUNDS = ("plain", "gradient", "textured")
 PLACES = ("left", "right", "above", "below", "centre")
@@ -45,13 +49,13 @@ CONTRAST = 132.0  # least distance of an object's colour to its background's, se
 HELD_OUT_PAIRS = tuple((tuple(COLOURS)[(3 * i + 1) % len(COLOURS)], kind) for i, kind in enumerate(KINDS))
 Pairs = Literal["trained", "held_out", "any"]
 
-MIRRORED = {"moon"}  # may look either way; the others are symmetric, or have one way as digits have
+MIRRORED = {"moon"}  # may face left or right; other kinds are symmetric, or face one way as digits do
 ANGLES = (-8, -4, 0, 4, 8)  # degrees clockwise
-SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # pixels, by the number of objects; even numbers
+SIZES = {1: (24, 44), 2: (18, 28), 3: (18, 18)}  # least and largest side in pixels (even), by number of objects
 SHARES = (0.6, 0.28, 0.12)  # of images with one, two, three objects
-GROUND_SHARE = (0.5, 0.25, 0.25)
-TINT = 10  # grey levels by which each channel of a colour may be off
-OFF_CENTRE = 6  # pixels between the centres of box and image from which on an object is left, right, above or below
+GROUND_SHARE = (0.5, 0.25, 0.25)  # of GROUNDS
+TINT = 10  # grey levels by which each channel of a drawn colour differs at most from its value above
+OFF_CENTRE = 6  # an object is in the centre if its centre is fewer pixels than this from the image's
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 Tint = tuple[int, int, int]
@@ -75,7 +79,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where it lies: along the axis on which its centre is further from the image's, if by 6 pixels or more."""
+        """Where it lies: the direction in which its centre is farthest from the image's, or "centre" below 6 pixels."""
         right, down = (self.box[0] + self.box[2] - SIDE) / 2, (self.box[1] + self.box[3] - SIDE) / 2
         if max(abs(right), abs(down)) < OFF_CENTRE:
             return "centre"
@@ -95,7 +99,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything about an image; `noise_seed` chooses the style's noise and phases and the gradient's direction."""
+    """Everything about an image; `noise_seed` chooses the variant of the style's pattern and of the background's ground."""
 
     things: tuple[Thing, ...]
     background: Background
@@ -104,7 +108,7 @@ class Scene:
 
 
 def distance(first: Sequence[int], second: Sequence[int]) -> float:
-    """Return how different two colours look (the "redmean" approximation of perceived distance)."""
+    """Return how different two colours (RGB, 0..255) look, by the "redmean" approximation; 0 = equal."""
     mean = (first[0] + second[0]) / 2
     red, green, blue = (a - b for a, b in zip(first, second, strict=True))
     return float(((2 + mean / 256) * red**2 + 4 * green**2 + (2 + (255 - mean) / 256) * blue**2) ** 0.5) / 1.5
@@ -120,7 +124,7 @@ def fits(colour: str, background: str) -> bool:
 
 
 class StableRandom:
-    """Choices from one seed (0 or more), all made of `Random.random`: the one sequence that Python promises never to change."""
+    """Random choices from one seed (0 or more), made of `Random.random`: the one sequence that Python promises never to change."""
 
     def __init__(self, seed: int):
         self.uniform = Random(seed).random
@@ -153,7 +157,10 @@ class StableRandom:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a scene must hold; None is drawn at random. `kinds`, `colours` and `boxes` have one entry per object, in one order."""
+    """What a scene must hold; a field that is None is drawn at random.
+
+    `kinds`, `colours` and `boxes` have one entry per object, in the same order.
+    """
 
     count: int | None = None
     kinds: tuple[str, ...] | None = None
@@ -163,13 +170,13 @@ class SceneSpec:
     style: str | None = None
     background: str | None = None
     ground: str | None = None
-    pairs: Pairs = "trained"  # (colour, kind) pairs to draw from; fixed ones are always taken
+    pairs: Pairs = "trained"  # (colour, kind) pairs to draw from; a pair that is fixed is always taken
     among: tuple[str, ...] = ALL_KINDS  # kinds to draw from
-    shares: tuple[float, float, float] = SHARES  # of one, two, three objects, where nothing fixes the number
+    shares: tuple[float, float, float] = SHARES  # of one, two, three objects, if no field fixes the number
     min_size: int = SIZES[1][0]  # smallest box of a single object, in pixels
 
     def __post_init__(self) -> None:
-        """Raise ValueError for unknown words, lengths that differ and clashing colours."""
+        """Raise ValueError for unknown words, fields that contradict each other, and unusable boxes."""
         for word, vocabulary in self._words():
             if word is not None and word not in vocabulary:
                 raise ValueError(f"{word} is not one of {', '.join(vocabulary)}")
@@ -200,18 +207,18 @@ ANY_PAIR = SceneSpec(pairs="any")  # the judge and the autoencoder learn the hel
 
 
 def min_side(box: Box) -> int:
-    """Return the pixels of the shorter side."""
+    """Return the length of the box's shorter side in pixels."""
     return min(box[2] - box[0], box[3] - box[1])
 
 
 def sample_scene(seed: int, spec: SceneSpec = FREE) -> Scene:
-    """Draw the scene of this seed (0 or more), with what `spec` fixes; raise ValueError where that is impossible.
+    """Draw the scene of this seed (0 or more); raise ValueError if none fits `spec`.
 
-    Objects of one image differ in kind and colour; background and objects always contrast.
+    Drawn kinds and colours differ within a scene, and drawn colours contrast with the background.
     """
     random = StableRandom(seed)
     fixed = spec.kinds or spec.colours or spec.boxes or ((spec.place,) if spec.place else ())
-    by_shares = random.weighted(spec.shares) + 1  # always drawn, so that what is fixed changes nothing else
+    by_shares = random.weighted(spec.shares) + 1  # also drawn if unused, so that no other draw changes
     count = spec.count or len(fixed) or by_shares
     kinds = spec.kinds or _kinds(random, spec, count)
     background, colours = _colours(random, spec, kinds)
@@ -228,7 +235,7 @@ def sample_scene(seed: int, spec: SceneSpec = FREE) -> Scene:
 
 
 def _kinds(random: StableRandom, spec: SceneSpec, count: int) -> tuple[str, ...]:
-    """Draw different kinds; where colours are fixed, such as may have them."""
+    """Draw different kinds. If the spec fixes colours, each kind must be allowed in its colour."""
     kinds: list[str] = []
     for index in range(count):
         free = [k for k in spec.among if k not in kinds]
@@ -245,7 +252,10 @@ def _tint(random: StableRandom) -> Tint:
 
 
 def _colours(random: StableRandom, spec: SceneSpec, kinds: Sequence[str]) -> tuple[str, list[str]]:
-    """Draw a background and one colour per kind that stand out from it; where colours are fixed, the background follows."""
+    """Draw a background and, for each kind, a colour that contrasts with it.
+
+    If the spec fixes the colours, the background is drawn to contrast with them where that is possible.
+    """
     if spec.colours:
         contrast = [b for b in BACKGROUNDS if all(fits(c, b) for c in spec.colours)]
         contrast = contrast or [b for b in BACKGROUNDS if b not in spec.colours]
@@ -265,7 +275,7 @@ def _colours(random: StableRandom, spec: SceneSpec, kinds: Sequence[str]) -> tup
 
 
 def allowed(colour: str, kind: str, pairs: Pairs) -> bool:
-    """Return whether (colour, kind) may be drawn."""
+    """Return whether (colour, kind) is among `pairs`: the trained ones, the held-out ones, or any."""
     return pairs == "any" or ((colour, kind) in HELD_OUT_PAIRS) == (pairs == "held_out")
 
 
@@ -280,7 +290,7 @@ def _square(box: Box) -> Box:
 
 
 def _boxes(random: StableRandom, count: int, spec: SceneSpec) -> list[Box]:
-    """Draw boxes that don't overlap: one at a named place, or a row or column of several."""
+    """Draw boxes that don't overlap: one at the spec's place (None = any), or a row or column of several."""
     least, most = (spec.min_size if count == 1 else SIZES[count][0]), SIZES[count][1]
     sizes = [2 * random.between(least // 2, most // 2) for _ in range(count)]
     if count == 1:
@@ -289,7 +299,10 @@ def _boxes(random: StableRandom, count: int, spec: SceneSpec) -> list[Box]:
 
 
 def _single(random: StableRandom, size: int, place: str) -> Box:
-    """Draw a box clearly in its place: 8 pixels or more off centre along one axis, at most 4 along the other; at most 3 for the centre."""
+    """Draw a box clearly in its place: 8 pixels or more off the image's centre along one axis, at most 4 along the other.
+
+    For "centre" it is at most 3 off along both.
+    """
     along, across = random.between(8, (SIDE - size) // 2 - 2), random.between(-4, 4)
     right, down = {
         "left": (-along, across),
@@ -303,7 +316,7 @@ def _single(random: StableRandom, size: int, place: str) -> Box:
 
 
 def _line(random: StableRandom, sizes: Sequence[int], column: bool) -> list[Box]:
-    """Draw boxes one behind the other, in slots of equal width, up to 5 pixels off the middle of the other axis."""
+    """Draw boxes in a row or column: each in one of equal slots, up to 5 pixels off the middle of the other axis."""
     slot, boxes = SIDE / len(sizes), []
     for index, size in enumerate(sizes):
         room = int(slot) - size - 2

@@ -1,7 +1,7 @@
 """The outlines of the world's objects as signed distance functions (negative inside), and sprites made of them.
 
-Coordinates: x to the right, y down, every outline fills the square -1 .. 1. Exact distances of segments and circles after I. Quilez,
-"2D distance functions".
+Coordinates: x to the right, y down, every outline fills the square -1 .. 1. Distances to segments and circles are exact, after
+I. Quilez, "2D distance functions". An outline is one distance per part: body, dark, light.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SOFT = 1.0  # width in pixels of an antialiased edge
 
 
 def circle(p: Array, x: float, y: float, radius: float) -> Array:
-    """Return the distance of points [2,...] to a disc."""
+    """Return the signed distances of points p [2,...] to a disc."""
     distance: Array = np.hypot(p[0] - x, p[1] - y) - np.float32(radius)
     return distance
 
 
 def stroke(p: Array, points: Sequence[Point], radius: float) -> Array:
-    """Return the distance to a line through `points`, drawn with a round pen."""
+    """Return the signed distances of points p [2,...] to a line through `points`, drawn with a round pen of this radius."""
     nearest: Array = np.minimum.reduce([_segment(p, a, b) for a, b in zip(points, points[1:], strict=False)])
     return nearest - np.float32(radius)
 
@@ -44,7 +44,7 @@ def _segment(p: Array, a: Point, b: Point) -> Array:
 
 
 def polygon(p: Array, points: Sequence[Point]) -> Array:
-    """Return the distance to a filled polygon (even-odd rule)."""
+    """Return the signed distances of points p [2,...] to a filled polygon (even-odd rule)."""
     closed = [*points, points[0]]
     inside = np.zeros(p.shape[1:], bool)
     for (ax, ay), (bx, by) in zip(closed, closed[1:], strict=False):
@@ -55,18 +55,18 @@ def polygon(p: Array, points: Sequence[Point]) -> Array:
 
 
 def bar(p: Array, left: float, top: float, right: float, bottom: float) -> Array:
-    """Return the distance to a filled rectangle."""
+    """Return the signed distances of points p [2,...] to a filled rectangle."""
     return polygon(p, [(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def ellipse(x: float, y: float, wide: float, high: float, start: float = 0, end: float = 360) -> list[Point]:
-    """Return points on an ellipse or a part of it, angles in degrees clockwise from the right."""
+    """Return 21 points on an ellipse, or a part of it, with half axes `wide` and `high`; angles in degrees clockwise from the right."""
     turns = [math.radians(start + (end - start) * i / 20) for i in range(21)]
     return [(x + wide * math.cos(t), y + high * math.sin(t)) for t in turns]
 
 
 def arc(x: float, y: float, radius: float, start: float, end: float) -> list[Point]:
-    """Return points on a circle."""
+    """Return 21 points on a part of a circle; angles as in `ellipse`."""
     return ellipse(x, y, radius, radius, start, end)
 
 
@@ -104,7 +104,7 @@ def star(p: Array) -> Parts:
 
 
 def heart(p: Array) -> Parts:
-    """Draw the well-known curve of cosines."""
+    """Return the signed distances of points p to a heart, the well-known curve of cosines."""
     points = []
     for i in range(48):
         t = 2 * math.pi * i / 48
@@ -114,17 +114,17 @@ def heart(p: Array) -> Parts:
 
 
 def ring(p: Array) -> Parts:
-    """Draw a circle with a wide hole."""
+    """Return the signed distances of points p to a circle with a wide hole."""
     return {"body": np.abs(circle(p, 0, 0, 0.7)) - np.float32(0.26)}
 
 
 def cross(p: Array) -> Parts:
-    """Draw four equal arms, upright."""
+    """Return the signed distances of points p to an upright cross of four equal arms."""
     return {"body": np.minimum(bar(p, -0.3, -0.95, 0.3, 0.95), bar(p, -0.95, -0.3, 0.95, 0.3))}
 
 
 def house(p: Array) -> Parts:
-    """Draw a wide roof, chimney, door and window."""
+    """Return the signed distances of points p to a house: wide roof, chimney, dark door and light window."""
     walls, roof = bar(p, -0.7, -0.1, 0.7, 0.95), polygon(p, [(0, -0.98), (1, 0.02), (-1, 0.02)])
     chimney = bar(p, 0.42, -0.95, 0.7, -0.3)
     door, window = bar(p, -0.42, 0.3, -0.04, 0.95), bar(p, 0.16, 0.28, 0.5, 0.62)
@@ -132,7 +132,7 @@ def house(p: Array) -> Parts:
 
 
 def tree(p: Array) -> Parts:
-    """Draw a fir: three tiers and a dark trunk."""
+    """Return the signed distances of points p to a fir: three tiers and a dark trunk."""
     tiers = [(-0.98, -0.3, 0.5), (-0.6, 0.16, 0.72), (-0.2, 0.64, 0.95)]
     crown = np.minimum.reduce([polygon(p, [(0, top), (w, low), (-w, low)]) for top, low, w in tiers])
     trunk = bar(p, -0.18, 0.6, 0.18, 0.98)
@@ -140,22 +140,22 @@ def tree(p: Array) -> Parts:
 
 
 def moon(p: Array) -> Parts:
-    """Draw a crescent, open to the right."""
-    outer, inner = arc(0.14, 0, 0.94, 47, 295), arc(0.66, -0.08, 0.78, 261, 81)  # in degrees: where the circles meet
+    """Return the signed distances of points p to a crescent, open to the right."""
+    outer, inner = arc(0.14, 0, 0.94, 47, 295), arc(0.66, -0.08, 0.78, 261, 81)  # angles at which the two circles meet
     return {"body": polygon(p, outer + inner)}
 
 
 def key(p: Array) -> Parts:
-    """Draw a ring, a shaft and two teeth, aslant."""
+    """Return the signed distances of points p to a key that lies aslant: a ring, a shaft and two teeth."""
     s = np.float32(math.sqrt(0.5))
-    q = np.stack([s * (p[0] - p[1]), s * (p[0] + p[1])])  # along y runs the shaft
+    q = np.stack([s * (p[0] - p[1]), s * (p[0] + p[1])])  # coordinates in which the shaft runs along y
     head = np.abs(circle(q, 0, -0.6, 0.4)) - np.float32(0.17)
     shaft, teeth = bar(q, -0.13, -0.3, 0.13, 1.02), [bar(q, 0, 0.78, 0.4, 1.02), bar(q, 0, 0.36, 0.36, 0.58)]
     return {"body": np.minimum.reduce([head, shaft, *teeth])}
 
 
 def fish(p: Array) -> Parts:
-    """Draw a fish that swims to the left: lens, tail, fin, dark eye."""
+    """Return the signed distances of points p to a fish that swims to the left: lens, tail, fin, dark eye."""
     body = np.maximum(circle(p, -0.1, 0.56, 1.05), circle(p, -0.1, -0.56, 1.05))
     tail = polygon(p, [(0.45, 0), (0.98, -0.62), (0.82, 0), (0.98, 0.62)])
     fin = polygon(p, [(-0.4, -0.38), (0.2, -0.84), (0.32, -0.3)])
@@ -163,7 +163,7 @@ def fish(p: Array) -> Parts:
 
 
 def mushroom(p: Array) -> Parts:
-    """Return the distances of points p to the parts of a mushroom: a round cap with light spots on a light stem."""
+    """Return the signed distances of points p to a mushroom: a round cap with light spots on a light stem."""
     cap = polygon(p, ellipse(0, 0.12, 0.97, 1.05, -180, 0))
     stem = polygon(p, [(-0.26, 0.05), (0.26, 0.05), (0.36, 0.95), (-0.36, 0.95)])
     spots = [circle(p, -0.42, -0.28, 0.17), circle(p, 0.1, -0.52, 0.2), circle(p, 0.52, -0.14, 0.16)]
@@ -171,7 +171,7 @@ def mushroom(p: Array) -> Parts:
 
 
 def cup(p: Array) -> Parts:
-    """Draw a mug: tapered body, handle on the right, dark opening."""
+    """Return the signed distances of points p to a mug: tapered body, handle on the right, dark opening."""
     body = polygon(p, [(-0.95, -0.62), (0.4, -0.62), (0.28, 0.85), (-0.83, 0.85)])
     handle = np.maximum(np.abs(circle(p, 0.42, 0.02, 0.42)) - np.float32(0.14), np.float32(0.2) - p[0])
     rim, hole = polygon(p, ellipse(-0.275, -0.62, 0.675, 0.28)), polygon(p, ellipse(-0.275, -0.62, 0.45, 0.17))
@@ -193,20 +193,20 @@ class Sprite:
 
     distance: Array  # pixels to the outline, negative inside
     alpha: Array  # 0..1, how much of the pixel is object
-    gain: Array  # colour * gain + lift is the colour of dark and light parts
+    gain: Array  # the object's colour * gain + lift is the pixel's colour: parts are darker or lighter
     lift: Array
     bevel: Array  # -1 (edge to the lower right) .. 1 (edge to the upper left), 0 on flat parts
 
 
 def coverage(distance: Array) -> Array:
-    """Return the share of a pixel that is inside, 0..1, from its distance in pixels."""
+    """Return the share of each pixel that is inside an outline, 0..1, from its signed distance in pixels."""
     inside: Array = np.clip(np.float32(0.5) - distance / np.float32(SOFT), 0, 1)
     return inside
 
 
 @lru_cache(maxsize=4096)
 def sprite(kind: str, size: int, angle: int, mirrored: bool) -> Sprite:
-    """Draw `kind` in a box of `size` pixels, turned clockwise by `angle` degrees; raise KeyError for an unknown kind."""
+    """Return the sprite of `kind` in a box of `size` pixels, turned clockwise by `angle` degrees; raise KeyError for an unknown kind."""
     axis = (np.arange(size + 2 * MARGIN, dtype=np.float32) + np.float32(0.5 - MARGIN - size / 2)) * np.float32(2 / size)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))

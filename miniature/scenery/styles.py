@@ -1,6 +1,6 @@
-"""Scene -> image: the background, objects on it, a style over all of it.
+"""Renders a scene as an image: the background, objects on it, a style over all of it.
 
-Inside, an image is [3,64,64] float32 in grey levels 0..255, because numpy is slow where the last axis is short.
+In this module an image is [3,64,64] float32 in grey levels 0..255, because numpy is slow where the last axis is short.
 Every style leaves the colours recognisable: most of each surface keeps its colour.
 """
 
@@ -22,7 +22,7 @@ PHASES = 12  # variants of each pattern
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:
-    """Render [64,64,3] uint8; the same scene gives the same image on every machine, but for rounding (one grey level)."""
+    """Render [64,64,3] uint8. The same scene gives the same image on every machine, up to one grey level."""
     image = _ground(scene)
     mask = np.zeros((SIDE, SIDE), np.float32)
     for thing in scene.things:
@@ -48,7 +48,7 @@ def _ground(scene: Scene) -> Array:
 
 @cache
 def _shading(ground: str, phase: int) -> Array:
-    """Return the factor of the background's colour [64,64]."""
+    """Return the factors [64,64] by which a ground changes the background's colour."""
     x, y = _coordinates()
     if ground == "gradient":
         turn = 2 * np.pi * phase / PHASES
@@ -71,7 +71,7 @@ def _coordinates() -> tuple[Array, Array]:
 
 
 def _put(image: Array, mask: Array, thing: Thing, scene: Scene) -> None:
-    """Paint one object into the image, and its coverage into the mask."""
+    """Paint one object into the image, and its coverage into the mask [64,64]."""
     figure = sprite(thing.kind, thing.size, thing.angle, thing.mirrored)
     window, inner = _windows(thing, figure.alpha.shape[0])
     canvas, alpha = image[window], figure.alpha[inner]
@@ -100,14 +100,14 @@ def _windows(thing: Thing, side: int) -> tuple[Window, Window]:
 
 
 def _wet(distance: Array, colour: Array, paper: Array) -> tuple[Array, Array]:
-    """Return alpha and colour in watercolour: wavering outline, pigment that gathers at the rim."""
+    """Return an object's alpha and colour in watercolour: a wavering outline, pigment that gathers at the rim."""
     wavering = distance + paper
     rim = np.clip(1 - np.abs(wavering + 1.2) / np.float32(1.4), 0, 1)
     return np.clip(0.5 - wavering / 1.6, 0, 1), colour * (1 - 0.35 * rim)
 
 
 def _embossed(image: Array, window: Window, figure: Sprite, inner: Window, colour: Array) -> Array:
-    """Cast a soft shadow to the lower right on the image; return the colour with lit and shaded edges."""
+    """Paint a soft shadow of the object into the image, to the lower right; return its colour with lit and shaded edges."""
     cast = np.zeros_like(figure.alpha)
     cast[3:, 3:] = np.clip(0.5 - figure.distance[:-3, :-3] / 3, 0, 1)
     image[window] *= 1 - 0.55 * cast[inner]
@@ -120,7 +120,7 @@ def _embossed(image: Array, window: Window, figure: Sprite, inner: Window, colou
 
 
 def _finish(image: Array, mask: Array, scene: Scene) -> Array:
-    """Apply the style to the whole image, in part more strongly to objects."""
+    """Return the image with the style applied to all of it, with another strength on objects (`mask`)."""
     phase = scene.noise_seed % PHASES
     if scene.style == "watercolour":
         return _washed(image, mask, phase)
@@ -134,7 +134,7 @@ def _finish(image: Array, mask: Array, scene: Scene) -> Array:
 
 @cache
 def _pattern(style: str, phase: int) -> tuple[Array, Array]:
-    """Return factors [64,64] for the background and for objects."""
+    """Return the factors [64,64] of a style's pattern for the background and for objects."""
     x, y = _coordinates()
     if style == "hatched":
         falling, rising = (x + y + phase) % 5, (x - y + phase) % 5
@@ -158,7 +158,7 @@ def _dark(where: npt.NDArray[Any], strength: float) -> Array:
 
 @cache
 def _noise(phase: int, cell: int) -> Array:
-    """Return [64,64] in -1..1, smooth over `cell` pixels and without a seam; the same in every run."""
+    """Return noise [64,64] in -1..1, smooth over `cell` pixels and periodic at the edges; the same in every run."""
     random = np.random.Generator(np.random.PCG64(1000 * cell + phase)).random((SIDE // cell, SIDE // cell))
     noise = np.kron(random, np.ones((cell, cell)))
     for axis in (0, 1):
@@ -169,12 +169,12 @@ def _noise(phase: int, cell: int) -> Array:
 
 @cache
 def _paper(phase: int) -> Array:
-    """Return [64,64] in -1..1, by which wet edges waver."""
+    """Return noise [64,64] in -1..1, the pixels by which wet edges waver."""
     return np.clip(1.2 * _noise(phase, 4) + 0.5 * _noise(phase, 2), -1, 1)
 
 
 def _washed(image: Array, mask: Array, phase: int) -> Array:
-    """Lay pigment on in blotches: the paper shines through in places, and its grain shows."""
+    """Return the image with blotches: the paper shines through in places, and its grain shows."""
     thin, grain = _blotches(phase)
     return image + (250 - image) * thin * (1 - 0.65 * mask) + grain
 
@@ -187,7 +187,7 @@ def _blotches(phase: int) -> tuple[Array, Array]:
 
 
 def _rippled(image: Array, phase: int) -> Array:
-    """Distort by waves of water: rows move up and down along x, crests are light and troughs dark."""
+    """Distort by waves of water: pixels move up and down along x; crests are light, troughs dark."""
     source, light = _waves(phase)
     return image.reshape(3, -1)[:, source].reshape(image.shape) * light
 

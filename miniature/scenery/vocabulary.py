@@ -1,8 +1,8 @@
-"""The miniature's CLIP tokenizer: each word of the captions is one token, any other word is spelled from smaller ones.
+"""The miniature's CLIP tokenizer: each word of the captions is one token, any other word is split into smaller tokens.
 
-The ids are laid out as CLIP's: bytes, bytes that end a word, merges, start, end. The end token has the largest id, and tokens that are
-added later lie above it. Old code pools at the largest id, which is then an added token. The miniature's models pool at the end token's
-own id, see miniature/clip_model.py.
+The ids are laid out as CLIP's: bytes, bytes that end a word, merges, start, end. The end token has the largest id, but tokens that are
+added later have larger ones. Old code takes a prompt's feature at the largest id, which is then an added token. The miniature's models
+take it at the end token's id, see miniature/clip_model.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LENGTH = 77  # tokens of a prompt, start and end included, as in Stable Diffusion
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-CAPTIONS = 3000  # that words are taken from: the rarest word occurs several times
+CAPTIONS = 3000  # captions whose words are taken; in so many, the rarest word occurs several times
 TOKENIZER = {
     "tokenizer_class": "CLIPTokenizer",
     "model_max_length": LENGTH,
@@ -44,12 +44,15 @@ def caption_words() -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[Merge]:
-    """Learn byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until every word is one token; words count once."""
+    """Return the merges of byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) that make every word one token.
+
+    Each word counts once.
+    """
     split = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges: list[Merge] = []
     while pairs := Counter(pair for word in split for pair in pairwise(word)):
         most = max(pairs.values())
-        best = min(pair for pair, times in pairs.items() if times == most)  # so that all machines agree
+        best = min(pair for pair, times in pairs.items() if times == most)  # the same on all machines
         merges.append(best)
         split = [merge_pair(word, best) for word in split]
     return merges
@@ -68,7 +71,7 @@ def merge_pair(word: list[str], pair: Merge) -> list[str]:
 
 @cache
 def build_vocabulary() -> tuple[dict[str, int], list[Merge]]:
-    """Return token -> id, and the merges in order."""
+    """Return {token: id}, and the merges in order."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet, merges = sorted(ByteLevel.alphabet()), learn_merges(caption_words())
