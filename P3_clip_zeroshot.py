@@ -3,7 +3,7 @@
   python P3_clip_zeroshot.py                           the report's model and prompt: ViT-B-32, openai, "A photo of {}"
   python P3_clip_zeroshot.py --preset best             the best known setting (downloads its weights once)
   python P3_clip_zeroshot.py --model ViT-L-14 --weights openai --prompts cifar --names clean
-  python P3_clip_zeroshot.py --model local-dir:FOLDER --features features.safetensors     other prompts need no image again
+  python P3_clip_zeroshot.py --model local-dir:FOLDER --features features.safetensors     keeps image features for runs with other prompts
   python P3_clip_zeroshot.py --preset best --images DIR --prompts sentences.json --transduce     a folder per class, sentences of each
   torchrun --nproc_per_node 4 P3_clip_zeroshot.py      four GPUs share the images
 
@@ -36,7 +36,7 @@ from zeroshot.transduction import NAME, transduce
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
-    """A model and the texts that it compares images with."""
+    """A model and the prompts that it compares images with."""
 
     model: str
     weights: str | None
@@ -57,10 +57,10 @@ class Settings:
     """Flags; --model, --weights, --prompts and --names replace those of the preset."""
 
     images: Path = ROOT / "hw2_data" / "clip_zeroshot" / "val"
-    """Folder of {class}_{image}.png, or with a folder per class, whose names are the classes'."""
+    """Folder of files {class}_{image}.png, or with a folder per class, whose names are then the classes."""
     labels: Path | None = None
-    """JSON file with the class names, an object or a list. None = id2label.json or id.json next to the folder of images or in it,
-    or the folders' names."""
+    """JSON file with the class names: a list, or an object of ids and names. With a folder per class, leave it out.
+    None = id2label.json or id.json in the parent of --images, else in --images."""
     preset: Literal["best", "fast", "report"] | None = None
     """report: ViT-B-32 as in the report. fast: ViT-B-32 with better weights. best: EVA02-L-14. None = report, without a download."""
     model: str | None = None
@@ -68,8 +68,8 @@ class Settings:
     weights: str | None = None
     """Tag of open_clip (openai, laion2b_s34b_b79k, ..) or file. None = the preset's, for the preset's model."""
     prompts: str | None = None
-    """report: "A photo of {}". single: "a photo of a {}.". cifar: 18 for small photographs. imagenet: 80. Or a text file, one a line,
-    or a .json file of sentences per class, {"class": ["sentence", ..]}. None = the preset's."""
+    """report: "A photo of {}". single: "a photo of a {}.". cifar: 18 templates for small photographs. imagenet: 80 templates.
+    Or a text file, one template a line, or a .json file of sentences per class, {"class": ["sentence", ..]}. None = the preset's."""
     names: Names | None = None
     """raw: class names as in the file. clean: spaces and articles ("a photo of an oak tree"). None = the preset's."""
     transduce: bool = False
@@ -77,9 +77,9 @@ class Settings:
     output: Path | None = None
     """Folder of the results. None = runs/p3_clip/(model_prompts_names)."""
     features: Path | None = None
-    """safetensors file of image features: read if it holds them, else written. None = not kept."""
+    """safetensors file of image features: read if it holds this model's, else these are computed and added. None = not kept."""
     cache: Path = ROOT / "runs" / "p3_clip_cache"
-    """Folder of the classifiers, by model, weights, names and prompts."""
+    """Folder that keeps classifiers (text features of the classes) for later runs."""
     seed: Seed = 0
     """Seed that draws the five right and five wrong cases."""
     batch: int = 0
@@ -92,7 +92,7 @@ class Settings:
 
 
 def config_of(settings: Settings) -> ZeroShotConfig:
-    """Return the preset with the flags of `settings`; another model doesn't keep the preset's weights."""
+    """Return the preset, overridden by the flags that are set. With another --model the preset's weights are dropped."""
     config = PRESETS[settings.preset or "report"]
     if settings.model and settings.model != config.model:
         config = replace(config, model=settings.model, weights=None)

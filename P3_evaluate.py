@@ -4,8 +4,8 @@
   python P3_evaluate.py --images out --clip FOLDER                   any CLIP as a transformers folder: nothing is downloaded
   python P3_evaluate.py --images out --input other.json --references pictures
 
-Images are {images}/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png, n = 0 .. 24; references are all of {references}/{key}/*.jpg.
-PASS needs both averages to reach the baseline of input.json. concepts/clip_scores.py defines the scores.
+Images are {images}/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png, n = 0 .. 24. References are all images in {references}/{key}.
+PASS needs the averages of both scores to reach the prompt's baseline in input.json. concepts/clip_scores.py defines the scores.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class Settings:
     images: Path
     """Folder that hw2_3.sh wrote: {key}/{prompt}/ with exactly 25 images each."""
     input: Path = DATA / "input.json"
-    """Concepts, prompts in ordinary words, baselines."""
+    """The course's input.json: concepts, prompts in ordinary words, baselines."""
     references: Path = DATA
-    """Folder with a folder of images for each key."""
+    """Folder with a folder of reference images per key."""
     clip: str = "openai/clip-vit-base-patch32"
     """A transformers folder or a hub name; the baselines are meant for the default."""
     resizing: Resizing = "torchvision"
-    """torchvision = as transformers 5 does. pillow = as when the course was graded; 0.3 % of the pixels differ by one grey level."""
+    """Library that resizes images for CLIP. torchvision = as transformers 5 does.
+    pillow = as when the course was graded; 0.3 % of the pixels differ by one grey level."""
     batch: int = 0
     """Images at once. 0 = 32 on a CPU, 256 on a GPU."""
     device: Device = "auto"
@@ -56,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class GradedPrompt:
-    """One prompt and its 25 images."""
+    """A prompt, by its concept and index, and its 25 images."""
 
     concept: CourseConcept
     prompt: int
@@ -64,7 +65,7 @@ class GradedPrompt:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """Its folder, {key}/{prompt}."""
         return f"{self.concept.key}/{self.prompt}"
 
     @property
@@ -74,13 +75,13 @@ class GradedPrompt:
 
     @property
     def baseline(self) -> tuple[float, float]:
-        """Image and text score that pass."""
+        """Image and text score needed to pass."""
         return self.concept.baselines[self.prompt]
 
 
 @dataclass(frozen=True)
 class PromptGrade:
-    """The scores [25] of a prompt's images, and its best images [3,H,W] uint8, small."""
+    """The image and text scores [25] of a prompt's images, and its best five images [3,H,W] uint8, small."""
 
     graded: GradedPrompt
     image: Tensor
@@ -100,12 +101,11 @@ class PromptGrade:
 
     @property
     def passed(self) -> bool:
-        """Whether both reach the baseline."""
+        """Whether both means reach the baseline."""
         return all(mean >= limit for mean, limit in zip(self.means, self.graded.baseline, strict=True))
 
     @property
     def verdict(self) -> str:
-        """The grader's word."""
         return "PASS" if self.passed else "FAIL"
 
 
@@ -163,7 +163,7 @@ def main(settings: Settings) -> None:
 
 
 def can_keep_results(output: Path) -> bool:
-    """Return whether the folder can be written; raise BadInput if not, for the default folder only log it: scores are printed too."""
+    """Return whether the folder can be written. If not, raise BadInput, but for the default folder only log it: scores are printed too."""
     try:
         check_writable_folder(output)
     except BadInput as error:
@@ -204,7 +204,7 @@ def shorten(names: list[str]) -> str:
 
 
 def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) -> PromptGrade:
-    """Score a prompt's images by features of its references [R,D]."""
+    """Return the scores of a prompt's images. `references` [R,D] are the features of its references."""
     from torchvision.transforms.v2.functional import resize
 
     images = open_images(prompt.paths, as_graded=True)
@@ -218,7 +218,7 @@ def grade(scorer: Scorer, prompt: GradedPrompt, references: Tensor, batch: int) 
 
 
 def table(grades: list[PromptGrade]) -> list[str]:
-    """Return a line per prompt, and how many passed."""
+    """Return a heading, a line per prompt, and how many passed."""
     width = max(7, *(len(grade.graded.name) for grade in grades))
     lines = [f"{'prompt':<{width}}  {'image':>7} {'wanted':>7}  {'text':>7} {'wanted':>7}"]
     for grade in grades:

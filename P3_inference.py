@@ -94,23 +94,26 @@ class Settings:
     input: Path | None = None
     """The course's input.json: tokens and prompts."""
     prompt: tuple[str, ...] = ()
-    """Instead of --input: any prompts."""
+    """Instead of --input: one or more prompts."""
     count: int = 4
-    """Images of each --prompt, of the --layout, or from one word to the other, both included, with --between."""
+    """Images of each --prompt, or of the --layout. With --between: images from the first token to the second, both included."""
     between: tuple[str, str] | None = None
-    """Two learned tokens. The images turn from one to the other, in place of {} in the --prompt, with one seed. None = off."""
+    """Two learned tokens, which take the place of {} in the --prompt.
+    The images change from the first to the second, all with one seed. None = off."""
     layout: str | None = None
-    """A json file that gives each concept its place. auto = the tokens of --prompt side by side."""
+    """JSON file that gives each concept its place (concepts/composition/layout.py). None = no layout.
+    auto = the tokens of --prompt side by side."""
     level: Level = "conductor"
-    """How a layout's concepts are kept apart. joint = not at all, regional = by their prompts, conductor = by branches too."""
+    """How a layout's concepts are kept apart. joint = not at all. regional = attention inside a region is only to its concept's prompt.
+    conductor = also by a branch of the U-Net per concept."""
     words: tuple[str, ...] = ()
     """With --layout auto: ordinary words for the prompt's tokens, in their order. Default: object."""
     draw_layout: Path | None = None
-    """Also write the layout as an image."""
+    """PNG file for an image of the layout. None = not written."""
     config: ConductorConfig = ConductorConfig()
     figure: Path | None = None
-    """Also write a figure. With --layout: layout, joint, regional, conductor side by side, masks shown. With --attention as well: joint and
-    the --level, each with the words' maps. With --between: the row."""
+    """PNG file for a figure. With --layout: layout, joint, regional, conductor side by side, with the regions' borders. None = not written.
+    With --layout and --attention: joint and the --level, each with the words' maps. With --between: all images in a row."""
     attention: tuple[str, ...] = ()
     """Words or learned tokens of the prompt. Also write {image}_attention.png: the image, and where it attends to each of them, from blue
     (least) to red (most). () = off."""
@@ -129,15 +132,15 @@ class Settings:
     guidance_rescale: float = 0.0
     """0..1: reduces the contrast that guidance adds. 0 = off."""
     negative: str = ""
-    """What images should not show."""
+    """Negative prompt: what images should not show."""
     size: int | None = None
     """Height and width in pixels. None = the model's own."""
     candidates: int = 0
-    """Images sampled per prompt, of which the best are kept. 0 = as many as are kept."""
+    """Images sampled per prompt, of which the best by --clip are kept: --count, or 25 with --input. 0 = as many as are kept."""
     clip: str = "openai/clip-vit-base-patch32"
     """The CLIP for --candidates and --scores: a transformers folder or a hub name."""
     references: Path = ROOT / "hw2_data" / "textual_inversion"
-    """For --candidates with --input: folder with a folder of images per key."""
+    """For --candidates with --input: folder with a folder of reference images per key."""
     batch: int = 0
     """Images at once. 0 = on a GPU 64, or as many as memory allows; 8 on a CPU."""
     seed: Seed = 0
@@ -145,9 +148,9 @@ class Settings:
     precision: Precision = "auto"
     """auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
-    """torch.compile of the U-Net. auto = on CUDA, for fifty images or more."""
+    """torch.compile of the U-Net. auto = on CUDA, for fifty images or more without --layout and --attention."""
     dry_run: bool = False
-    """Check file, tokens, model and disk; write nothing but --draw-layout."""
+    """Check files, tokens, model and disk space, and sample nothing. Only --draw-layout is written."""
     record: Path = ROOT / "runs" / "p3_inference" / "record.json"
     """JSON record of the run."""
 
@@ -332,7 +335,7 @@ def check_words(tokenizer: CLIPTokenizer, settings: Settings, jobs: Sequence[Job
 
 
 def figure_levels(settings: Settings) -> list[Level]:
-    """Return the levels that --figure shows of a layout."""
+    """Return the levels that --figure shows of a layout: with --attention joint and the --level, else all."""
     return list(dict.fromkeys(("joint", settings.level))) if settings.attention else list(get_args(Level))
 
 
@@ -346,7 +349,7 @@ def sampler_config(settings: Settings) -> SamplerConfig:
 
 
 def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machine: Machine) -> None:
-    """Check model, texts, size, regions and CLIP without weights, print the plan and the expected time, write --draw-layout."""
+    """Check model, texts, size, regions and CLIP without loading Stable Diffusion. Print plan and expected time, write --draw-layout."""
     layout = jobs[0].layout
     dims = check_model(settings.model)
     sampler_config(settings).check(TIMESTEPS)
@@ -384,20 +387,23 @@ def dry_run(settings: Settings, jobs: Sequence[Job], search: TokenSearch, machin
 
 
 def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
-    """Return the images' size on the disk, at most: three bytes per pixel, and as much for each cell of a sheet of --attention."""
+    """Return the most bytes that the images take on the disk, at three per pixel. With --attention it includes the sheets."""
     cells = 2 + len(settings.attention) if settings.attention else 1
     return 3 * (settings.size or SIZE) ** 2 * cells * sum(len(job.files) for job in jobs)
 
 
 def passes_per_image(settings: Settings, layout: Layout | None, level: Level) -> int:
-    """Return how many rows of the U-Net one image takes: two per step with guidance, more with branches and a collage."""
+    """Return how many batch rows the U-Net computes for one image: two per step with guidance, more with branches and a collage."""
     if layout and level != "joint":
         return passes(layout, level, settings.steps, settings.config)
     return settings.steps * (2 if settings.guidance != 1 else 1)
 
 
 def seconds_per_pass(settings: Settings, machine: Machine) -> float | None:
-    """Return the seconds of the last recorded run, if it had this model and image size on this machine."""
+    """Return the last recorded run's seconds per row of the U-Net.
+
+    None without a record, and for a run with another model, image size or machine.
+    """
     if not settings.record.is_file():
         return None
     last = read_json(settings.record)
@@ -421,7 +427,10 @@ def save_all(
     machine: Machine,
     shard: Shard,
 ) -> int:
-    """Sample and save this process's images, which `sample` returns with the words' maps if there are any; return how many."""
+    """Sample and save this process's images; return how many.
+
+    With --attention, `sample` returns each image with its maps, which are saved as a sheet.
+    """
     files = {Request(job.prompt, seed): path for job in jobs for seed, path in zip(job.seeds, job.files, strict=True)}
     count = 0
     for request, image in generate_batches(sample, list(files), settings.batch, machine.device.type == "cuda", shard):
@@ -437,7 +446,7 @@ def save_all(
 def save_best(
     sample: Callable[[Sequence[Request]], Tensor], scorer: Scorer, jobs: Sequence[Job], batch: int, machine: Machine
 ) -> int:
-    """Sample all candidates of these jobs and save the best, by image + 2.5 x text score; return how many were sampled."""
+    """Sample all candidates of these jobs. Save the best by image + 2.5 x text score; return how many were sampled."""
     for job in jobs:
         requests = [Request(job.prompt, seed) for seed in job.seeds]
         batches = generate_batches(sample, requests, batch, machine.device.type == "cuda")

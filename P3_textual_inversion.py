@@ -68,9 +68,9 @@ class Settings:
     init: str | None = None
     """A single ordinary word for the concept, such as dog or painting. The vectors start from its embedding."""
     kind: Kind = "object"
-    """Selects the sentences to learn from."""
+    """Selects the training sentences and the recipe's values."""
     vectors: Annotated[int | None, default_hint(recipe_values("vectors"))] = None
-    """Vectors of the token. More represent the images better and leave the prompt's other words less influence."""
+    """Number of the token's vectors. More represent the images better and leave the prompt's other words less influence."""
     concepts: Path | None = None
     """JSON list of objects with images, token, init, kind and vectors, to learn several concepts in one run."""
     output: Path = FOLDER
@@ -78,20 +78,20 @@ class Settings:
     run: Path | None = None
     """Run folder: checkpoint, TensorBoard, validation images, record.json. None = runs/p3_textual_inversion/TOKENS."""
     recipe: RecipeName = "auto"
-    """What the flags that are not given are set to. auto = v1 for Stable Diffusion v1 and hub names, small for narrower text encoders."""
+    """Values for the flags that you leave out. auto = v1 for Stable Diffusion v1 and hub names, small for narrower text encoders."""
     steps: Annotated[int | None, default_hint(recipe_values("steps"))] = None
     """Optimizer steps in all; a run may continue with more."""
     batch: Annotated[int | None, default_hint(recipe_values("batch"))] = None
     """Images of every concept per step, over all processes."""
     accumulate: int = 1
-    """Parts that a batch is computed in, to save memory."""
+    """Parts that a batch is computed in, to save memory. 1 = all at once."""
     lr: Annotated[float | None, default_hint(recipe_values("lr"))] = None
     """Peak learning rate of AdamW, without weight decay."""
     max_norm: Annotated[float | None, default_hint(recipe_values("max_norm"))] = None
     """Limit each embedding's norm to this multiple of its initial word's, so that the rest of the prompt keeps its influence.
     0 = no limit."""
     crop: Crop = "center"
-    """center encodes every image once; random crops it again at every step, which is slower."""
+    """center = the middle square of each image, encoded once. random = another square at every step, encoded each time, which is slower."""
     max_loss_weight: Annotated[float | None, default_hint(recipe_values("max_loss_weight"))] = None
     """Cap on the loss weight 1 + 1/SNR (1 = unweighted). Higher values emphasise noisy steps, which decide shape and position."""
     flip: Annotated[bool | None, default_hint(recipe_values("flip"))] = None
@@ -100,12 +100,12 @@ class Settings:
     """Share of an object's samples that show it smaller in the frame (as Custom Diffusion, Kumari et al. 2023). It helps prompts with
     several objects. Requires --crop center."""
     embedding_noise: Annotated[float | None, default_hint(recipe_values("embedding_noise"))] = None
-    """Norm of the noise on the learned embeddings during training, in multiples of their own norm (0 = off). It makes them work in other
-    sentences and in longer training."""
+    """Norm of the noise on the learned embeddings during training, as a multiple of their own norm (0 = off).
+    With noise they work in more sentences and bear longer training."""
     validate_every: int = 100
     """Steps between two validations; 0 = only at the end."""
     validate: tuple[str, ...] = ()
-    """Validation prompts, {} = token. Default: one training-style prompt, one with an added attribute."""
+    """Validation prompts, {} = token. Default: one like the training sentences, and one that adds an attribute."""
     clip: str | None = None
     """CLIP (transformers folder or hub name) that scores the validations by image + 2.5 x text, to keep the best vectors. None = keep the
     last ones."""
@@ -114,7 +114,7 @@ class Settings:
     precision: Precision = "auto"
     """Precision of the frozen model. auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32. Embeddings are float32."""
     compile: AutoOnOff = "auto"
-    """torch.compile of the U-Net; auto: on CUDA, for a hundred steps or more."""
+    """torch.compile of the U-Net. auto = on CUDA, for a hundred steps or more."""
     low_memory: bool = False
     """Gradient checkpointing in the U-Net: less memory, a third slower."""
     log_every: int = 25
@@ -125,7 +125,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Learn the tokens and save their vectors; after a signal, leave only the checkpoint. Raises BadInput."""
+    """Learn the tokens and save their vectors. Stopped by a signal, leave only the checkpoint."""
     check(settings)
     output_folder(settings.output)
     dims = (
@@ -223,7 +223,7 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise BadInput for flags that don't go together, and for numbers that make no sense and that no recipe sets."""
+    """Raise BadInput for flags that don't go together, and for numbers out of range unless a recipe sets them."""
     for name in ("images", "token", "init", "kind", "vectors"):
         if settings.concepts and getattr(settings, name) != getattr(Settings, name):
             raise BadInput(f"--{name} and --concepts: give one of them")
@@ -235,7 +235,7 @@ def check(settings: Settings) -> None:
 
 
 def recipe_of(settings: Settings, name: str, concepts: Sequence[ConceptSet]) -> InversionRecipe:
-    """Return the recipe of this run, in which given flags have priority; raise BadInput for numbers that make no sense."""
+    """Return the recipe of this run, overridden by the flags that are set. Raise BadInput for numbers out of range."""
     flags = {f.name: value for f in fields(InversionRecipe) if (value := getattr(settings, f.name)) is not None}
     if settings.crop == "random":
         flags = {"zoom_out": 0.0} | flags
@@ -253,7 +253,7 @@ def recipe_of(settings: Settings, name: str, concepts: Sequence[ConceptSet]) -> 
 
 
 def concepts_of(settings: Settings, recipe: str) -> list[ConceptSet]:
-    """Return the concepts of the file, or the one that the flags describe; the recipe decides the vectors where they don't."""
+    """Return the concepts of the file, or the one that the flags describe. Without a number of vectors, it is the recipe's for the kind."""
     vectors = {kind: each.vectors for kind, each in RECIPES[recipe].items()}
     if settings.concepts:
         return read_concepts(settings.concepts, vectors)
@@ -264,7 +264,7 @@ def concepts_of(settings: Settings, recipe: str) -> list[ConceptSet]:
 
 
 def facts_of(settings: Settings, recipe: InversionRecipe, data: list[ConceptData]) -> dict[str, Any]:
-    """Return what decides the vectors, apart from the model: a run may only continue with the same."""
+    """Return the settings and data that decide the learned vectors, apart from the model. A run may only continue with the same."""
     names = ("batch", "lr", "max_norm", "max_loss_weight", "flip", "zoom_out", "embedding_noise")
     concepts = [each.concept for each in data]
     return {name: getattr(recipe, name) for name in names} | {
@@ -277,7 +277,7 @@ def facts_of(settings: Settings, recipe: InversionRecipe, data: list[ConceptData
 
 @contextmanager
 def out_of_memory_advice(settings: Settings, batch: int, step: int) -> Iterator[None]:
-    """Raise BadInput that names the ways on if memory ends within the block."""
+    """Raise BadInput, which names flags to try, if memory ends within the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,7 @@
 """CLIP scores of images, number for number as the course grades them: similarity to the references, fit to the prompt, the ranking.
 
-The grader ignores EXIF rotation and transparency, and so does P3_evaluate.py, which logs it.
-It calls transformers' CLIP in fp32. CLIP: Radford et al. 2021, arXiv 2103.00020.
+The course's grader uses transformers' CLIP in fp32. It ignores EXIF rotation and transparency; P3_evaluate.py does the same and logs it.
+CLIP: Radford et al. 2021, arXiv 2103.00020.
 
 image score   mean over all references of 100 x cosine of the image features
 text score    logits_per_image: the cosine times the model's own logit scale, which is 100 for OpenAI's models
@@ -43,7 +43,7 @@ class Scorer:
 
     @classmethod
     def load(cls, clip: str, device: torch.device, resizing: Resizing = "torchvision") -> Scorer:
-        """Load a transformers folder or a hub name; raise BadInput unless it is a complete CLIP.
+        """Load a CLIP from a transformers folder or by hub name; raise BadInput unless it is complete.
 
         Only a hub name that isn't in the hub's cache uses a network.
         `resizing` is done with torchvision, as transformers 5 does, or with Pillow, as transformers 4 did.
@@ -62,7 +62,7 @@ class Scorer:
         return float(self.model.logit_scale.exp())
 
     def encode(self, images: Sequence[Image.Image | Tensor] | Tensor, batch: int = 0) -> Tensor:
-        """Return the features of images, PIL or [3,H,W] uint8, of any sizes; `batch` 0 = 32 on a CPU, 256 on a GPU."""
+        """Return the features [N,D] of images of any sizes, PIL or [3,H,W] uint8. `batch` images at once; 0 = 32 on a CPU, 256 on a GPU."""
         most = batch or (32 if self.model.device.type == "cpu" else 256)
         batches = in_batches(self._encode, list(images), even_batch(len(images), most))
         return torch.cat([features[: len(chunk)] for chunk, features in batches])
@@ -74,7 +74,7 @@ class Scorer:
 
     @torch.inference_mode()
     def encode_text(self, text: str) -> Tensor:
-        """Return [1,D]; a text over the model's length is cut off, with a log line."""
+        """Return a text's feature [1,D]. A text that is too long for the model is cut, which is logged."""
         most = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(text, return_tensors="pt", truncation=True, max_length=most)
         if (length := len(self.processor.tokenizer(text).input_ids)) > most:
@@ -82,16 +82,16 @@ class Scorer:
         return normalized(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
 
     def image_scores(self, features: Tensor, references: Tensor) -> Tensor:
-        """Return [N] from features [N,D] and [R,D]: the mean over the references of 100 x cosine."""
+        """Return image scores [N] from the features of images [N,D] and references [R,D]: the mean over references of 100 x cosine."""
         return 100 * (features @ references.T).mean(1)
 
     def text_scores(self, features: Tensor, text: str) -> Tensor:
-        """Return [N] from features [N,D]: CLIP's logits_per_image."""
+        """Return text scores [N] of image features [N,D] for one text: CLIP's logits_per_image."""
         return (features @ self.encode_text(text).T)[:, 0] * self.scale
 
 
 def normalized(features: Tensor) -> Tensor:
-    """Return [N,D] of length 1, on the CPU."""
+    """Return the features [N,D] scaled to length 1, on the CPU."""
     unit: Tensor = features / features.norm(dim=-1, keepdim=True)
     return unit.cpu()
 
@@ -102,9 +102,9 @@ def rank(image_scores: Tensor, text_scores: Tensor) -> Tensor:
 
 
 def open_images(paths: Sequence[Path], as_graded: bool = False) -> list[Tensor]:
-    """Read images [3,H,W] uint8 in parallel, in order; raise BadInput for the first that isn't one.
+    """Return the images of files, in order, each [3,H,W] uint8. Raise BadInput for the first file that is no image.
 
-    `as_graded` reads as the course's grader does, see `read_as_graded`.
+    `as_graded` ignores rotation and transparency as the course's grader does.
     """
     with ThreadPoolExecutor(len_cores()) as pool:
         return [to_tensor(image) for image in pool.map(read_as_graded if as_graded else read_image, paths)]
@@ -114,7 +114,7 @@ def open_images(paths: Sequence[Path], as_graded: bool = False) -> list[Tensor]:
 
 
 def load_folder(clip: str) -> tuple[Any, Any]:
-    """Load model and processor that `save_pretrained` wrote; raise BadInput for anything else."""
+    """Return (model, processor) from a folder that `save_pretrained` wrote. Raise BadInput for anything else."""
     if (Path(clip) / "open_clip_config.json").is_file():
         raise BadInput(
             f"--clip {clip} is in open_clip's form, transformers' is needed (miniature/train_clip.py convert)"
@@ -130,7 +130,7 @@ def load_folder(clip: str) -> tuple[Any, Any]:
 
 
 def load_from_hub(clip: str) -> tuple[Any, Any]:
-    """Load from the hub's cache on this machine, else from the hub; raise BadInput if it is in neither."""
+    """Return (model, processor) from the hub's cache, else from the hub. Raise BadInput if it is in neither."""
     if not HUB_NAME.fullmatch(clip):
         raise BadInput(f"--clip {clip} is not a folder")
     try:
@@ -149,7 +149,10 @@ def load_from_hub(clip: str) -> tuple[Any, Any]:
 
 
 def read_clip(clip: str) -> tuple[Any, Any]:
-    """Load in fp32, frozen; raise ValueError for missing weights or vocabulary, or more tokens than the model has embeddings."""
+    """Return (model, processor) of a folder or hub name, the model in fp32 and frozen.
+
+    Raise ValueError for weights that are missing or not finite, a missing vocabulary, and more tokens than embeddings.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
     model, info = cast(Any, CLIPModel.from_pretrained)(clip, dtype=torch.float32, output_loading_info=True)
@@ -168,7 +171,10 @@ def read_clip(clip: str) -> tuple[Any, Any]:
 
 
 def pool_at_the_end(model: Any, tokenizer: Any) -> None:
-    """Fix the end token of an old configuration: it takes the largest id of a prompt, which added tokens exceed."""
+    """Correct an old configuration's end token, in place, if added tokens have larger ids than the end token.
+
+    With the old one, transformers takes the text feature at a prompt's largest id, which may be an added token's.
+    """
     added = max(tokenizer.get_added_vocab().values(), default=0)
     if model.text_model.eos_token_id == OLD_END and added > tokenizer.eos_token_id:
         model.text_model.eos_token_id = tokenizer.eos_token_id

@@ -33,7 +33,7 @@ Baselines = list[tuple[Score, Score]]  # image score, text score
 
 
 class CourseConcept(BaseModel):
-    """One entry of the file; `clip_prompts` and `baselines` have one item per prompt, or none at all."""
+    """One entry of input.json; `clip_prompts` and `baselines` have one item per prompt, or none at all."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
     key: str
@@ -65,14 +65,14 @@ class CourseConcept(BaseModel):
 
 
 class GradedConcept(CourseConcept):
-    """An entry with all that grading needs."""
+    """An entry that must have the fields for grading."""
 
     clip_prompts: Texts = Field(alias="prompt_4_clip_eval")
     baselines: Baselines = Field(alias="baseline")
 
 
 def read_input(path: Path, graded: bool = False) -> Sequence[CourseConcept]:
-    """Return the concepts in the file's order; `graded` requires what grading needs.
+    """Return the concepts in the file's order; `graded` requires the fields for grading.
 
     Raise BadInput with the file, the key, the field and the value.
     """
@@ -111,9 +111,9 @@ def find_images(folder: Path) -> tuple[Path, ...]:
 
 
 def stale_files(output: Path, files: Sequence[Path], graded: bool) -> list[Path]:
-    """Return images of an earlier run: those of `files` that exist; in a graded folder all that have such names.
+    """Return images of an earlier run: those of `files` that exist, or with `graded` all in `output` that have the course's names.
 
-    Raise BadInput for any other file in a graded folder, since the grader accepts none.
+    Raise BadInput if `output` can't be written, and with `graded` for any other file there, since the grader accepts none.
     """
     check_writable_folder(output)
     if not graded or not output.is_dir():
@@ -126,7 +126,7 @@ def stale_files(output: Path, files: Sequence[Path], graded: bool) -> list[Path]
 
 
 def remove(files: Sequence[Path], output: Path) -> None:
-    """Delete these files, and folders in `output` that become empty."""
+    """Delete these files, and the folders in `output` that become empty."""
     for path in files:
         path.unlink()
     folders = {folder for path in files for folder in path.parents if output in folder.parents}

@@ -55,7 +55,7 @@ class ConceptSet:
 
     @property
     def key(self) -> int:
-        """Key of the concept's random numbers: it learns the same alone and among others."""
+        """Key of the concept's random numbers, from its token: it learns the same alone and together with others."""
         return zlib.crc32(self.token.encode())
 
     @property
@@ -65,9 +65,9 @@ class ConceptSet:
 
 
 def read_concepts(path: Path, vectors: Mapping[Kind, int]) -> list[ConceptSet]:
-    """Read a JSON list of objects with token, images, init and, optionally, kind and vectors.
+    """Read a JSON list of objects with token, images, init and, optionally, kind and vectors. Raise BadInput.
 
-    Objects without a number of vectors have their kind's. Image folders may be relative to the file. Raise BadInput.
+    Image folders may be relative to the file. An object without vectors gets the number that `vectors` has for its kind.
     """
     content = read_json(path)
     if not isinstance(content, list) or not content:
@@ -87,7 +87,7 @@ def read_concepts(path: Path, vectors: Mapping[Kind, int]) -> list[ConceptSet]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return a folder's images by name; log other files, except sentences of an image.
+    """Return a folder's image files, sorted by name. Log other files, except sentences such as 00.txt next to 00.png.
 
     Raise BadInput for a folder without images.
     """
@@ -109,9 +109,9 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_sentences(image: Path, token: str) -> list[str]:
-    """Return the lines of 00.txt next to 00.png with the token for {}, or [] without such a file.
+    """Return an image's training sentences: the lines of 00.txt next to 00.png with the token for {}; [] without such a file.
 
-    They describe the rest of the image, so that the token need not. Raise BadInput for lines without {}.
+    They describe the rest of the image, so that the token need not represent it. Raise BadInput for lines without {}.
     """
     file = image.with_suffix(".txt")
     if not file.is_file():
@@ -128,7 +128,7 @@ def read_sentences(image: Path, token: str) -> list[str]:
 
 
 def read_images(folder: Path) -> list[Image.Image]:
-    """Return all images of a folder by name, as `read_image` does; raise BadInput."""
+    """Return all images of a folder as RGB, sorted by name; raise BadInput."""
     return [read_image(path) for path in image_files(folder)]
 
 
@@ -145,14 +145,14 @@ def scaled(image: Image.Image, side: int) -> Tensor:
 
 
 def square(images: Sequence[Image.Image], side: int) -> Tensor:
-    """Return the centre crop of each image: [N,3,side,side] in -1..1."""
+    """Return the centre square of each image, resized: [N,3,side,side] in -1..1."""
     from torchvision.transforms.functional import center_crop  # slow to import
 
     return torch.stack([center_crop(scaled(image, side), [side, side]) for image in images])
 
 
 def zoomed_out(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images [N,3,S,S] in -1..1 at 0.6 to 0.95 of their size, somewhere in a frame filled with their edges."""
+    """Return images [N,3,S,S] in -1..1, shrunk to 0.6 .. 0.95 of their size at random places. Their edge pixels fill the rest."""
     from torchvision.transforms import InterpolationMode  # slow to import
     from torchvision.transforms.functional import pad, resize
 
@@ -168,9 +168,9 @@ def zoomed_out(x: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def posteriors(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Encode images [N,3,H,W] in -1..1 and their mirror images: [N,2,2,4,h,w] float32 in the U-Net's scale.
+    """Return the autoencoder's posteriors for images [N,3,H,W] in -1..1, [N,2,2,4,h,w] float32 in the U-Net's scale.
 
-    The second dimension is the flip, the third mean and standard deviation.
+    The second dimension is (image, mirror image), the third (mean, standard deviation).
     """
 
     def encode(vae: AutoencoderKL, pair: Tensor) -> Tensor:
@@ -193,14 +193,14 @@ class Augmentation:
     crop: Crop = "center"
     flip: bool = True
     zoom_out: float = 0.0
-    """Share of an object's samples that show it smaller; a style, which smaller strokes would change, has none."""
+    """Fraction of an object's samples that show it smaller. Styles have none, since shrinking changes their strokes."""
     embedding_noise: float = 0.0
-    """Norm of the noise on the learned embeddings, in multiples of their own."""
+    """Norm of the noise on the learned embeddings, as a multiple of their own norm."""
 
 
 @dataclass
 class InversionBatch:
-    """Training samples: clean latents and noise [B,4,h,w], timesteps [B], token ids [B,77], embedding noise [B,77,width]."""
+    """B training samples: clean latents and noise [B,4,h,w], timesteps [B], token ids [B,77], embedding noise [B,77,width]."""
 
     x0: Tensor
     eps: Tensor
@@ -212,7 +212,7 @@ class InversionBatch:
         return len(self.t)
 
     def split(self, parts: int) -> list[InversionBatch]:
-        """Return the samples in at most `parts` batches of one size, the last may be smaller."""
+        """Return the samples in at most `parts` batches of equal size; the last may be smaller."""
         size = -(-len(self) // parts)
         return [InversionBatch(*tensors) for tensors in zip(*(x.split(size) for x in self._tensors()), strict=True)]
 
@@ -228,13 +228,13 @@ class InversionBatch:
 class ConceptData:
     """The encoded images and sentences of one concept, from which batches are drawn.
 
-    `tokens` [N,S,77] are the ids of each image's sentences, of which the first `counts` [N] differ.
-    `moments` [N,V,2,4,h,w] are the posteriors of its views: both flips of the whole image, then those of smaller ones.
-    With random crops there are none, since every sample is encoded when it is drawn.
+    `tokens` [N,S,77] are the token ids of each image's sentences. Image i has counts[i] of them; the rest of its S rows repeats them.
+    `moments` [N,V,2,4,h,w] are posteriors of V views of each image: the whole image and its mirror image, then smaller views likewise.
+    With random crops `moments` is None, since every sample is encoded when it is drawn.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, concept: ConceptSet, seed: int, augmentation: Augmentation):
-        """Encode the images; the pipeline's tokenizer must know the token. Raise BadInput."""
+        """Read and encode the images and sentences; the pipeline's tokenizer must have the token already. Raise BadInput."""
         self.concept, self.seed, self.augmentation = concept, seed, augmentation
         self.device, self.vae, self.width = pipe.unet.device, pipe.vae, text_width(pipe)
         self.timesteps = len(pipe.scheduler.alphas_cumprod)
@@ -261,7 +261,7 @@ class ConceptData:
         return torch.cat([posteriors(self.vae, view) for view in views], 1)
 
     def batch(self, step: int, rows: slice, total: int) -> InversionBatch:
-        """Draw samples `rows` of the `total` of this step."""
+        """Draw samples `rows` of the `total` training samples of this step. Equal arguments give equal samples."""
         draws = Draws(derived_seed(self.seed, self.concept.key), step, rows, total, self.device)
         which, mirrored, sentence = draws.uniform(), draws.uniform(), draws.uniform()
         t = draws.timesteps(self.timesteps)
@@ -282,7 +282,7 @@ class ConceptData:
         return InversionBatch(mean + std * posterior_noise, eps, t, tokens, noise)
 
     def _random_crops(self, which: Tensor, draws: Draws) -> Tensor:
-        """Encode random squares [B,2,2,4,h,w] of at least seven tenths of the shorter side."""
+        """Return the `posteriors` [B,2,2,4,h,w] of a random square of each image `which` [B], of 0.7 to 1 times its shorter side."""
         size, right, down = draws.uniform(), draws.uniform(), draws.uniform()
         crops = []
         for index, s, x, y in zip(which.tolist(), size.tolist(), right.tolist(), down.tolist(), strict=True):

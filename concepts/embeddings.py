@@ -46,7 +46,7 @@ def tokens_in(text: str) -> list[str]:
 
 
 def composed(text: str) -> str:
-    """Return the text as the tokenizer normalizes it (NFC), so that an accent typed in another way is the same token."""
+    """Return the text in the tokenizer's Unicode form, NFC. An accented token is then the same however the accent was typed."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -60,9 +60,9 @@ def require_token(token: str, flag: str) -> str:
 
 
 def require_known(texts: Iterable[str], tokens: Container[str], where: str = "") -> None:
-    """Raise BadInput, which starts with `where`, for a text with a token that is not in `tokens`, or with a tag that loads a LoRA.
+    """Raise BadInput for a text with a token that is not in `tokens`, with a tag that loads a LoRA, or not in UTF-8.
 
-    <3> and the like, which start with no letter, are text unless they are in `tokens`.
+    The message starts with `where`. A token that starts with no letter, such as <3>, counts as plain text.
     """
     for text in texts:
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -75,7 +75,7 @@ def require_known(texts: Iterable[str], tokens: Container[str], where: str = "")
 
 
 def log_plain_text(texts: Iterable[str], tokens: Collection[str]) -> None:
-    """Log the parts of texts that look like a token or a weight and are read as plain text."""
+    """Log parts of the texts that look like a token or a weight but are read as plain text. `tokens` are those to suggest."""
     for text in dict.fromkeys(texts):
         for name in LIKE_TOKEN.findall(text):
             if TOKEN.fullmatch(composed(name)):
@@ -103,16 +103,16 @@ def file_of(folder: Path, token: str) -> Path:
 
 
 def save_vectors(path: Path, token: str, vectors: Tensor, origin: str) -> None:
-    """Write {token: [vectors,width]} in float32, atomically, with `origin` in the header."""
+    """Write {token: [vectors,width]} in float32, atomically. `origin`, any text, goes into the header."""
     tensors = {token: vectors.detach().float().cpu().contiguous()}
     save_safetensors(path, tensors, {"format": "pt", "origin": origin})
 
 
 def read_vectors(path: Path) -> Vectors:
-    """Read the tokens of a .safetensors, .bin, .pt or .ckpt file; raise BadInput for any other content.
+    """Return {token: [n,width] float32} from a .safetensors, .bin, .pt or .ckpt file. Raise BadInput for any other content.
 
     Layouts: {token: [n,width]}, {token: [width]}, a bare tensor of these shapes, and string_to_param of the method's first code.
-    A file that names no token has the token of its file name.
+    If a file names no token, the token is made from the file's name: <cat-toy> for cat-toy.bin.
     """
     with torch.serialization.safe_globals([nn.ParameterDict]):  # harmless, and part of the last layout
         content: Any = load_tensors(path)
@@ -125,7 +125,7 @@ def read_vectors(path: Path) -> Vectors:
 
 
 def _named(path: Path, content: Any) -> dict[str, Any]:
-    """Return {token: tensor} from a file's content in any of the four layouts."""
+    """Return {token: tensor} from a file's content in any layout of `read_vectors`."""
     # <new1> for learned_new1.pt, <cat-toy> for cat-toy.bin
     stem = composed(path.stem).removeprefix("learned_")
     own_name = f"<{''.join(c for c in stem if c.isprintable() and not c.isspace() and c not in '<>|:')}>"
@@ -161,7 +161,7 @@ def _checked(path: Path, token: str, value: Any) -> Tensor:
 
 @dataclass
 class TokenSearch:
-    """The vectors of tokens with the file of each, and the tokens of every file that was read."""
+    """The vectors of tokens and the file of each; also the tokens of every file that was read."""
 
     vectors: Vectors = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
@@ -174,10 +174,10 @@ class TokenSearch:
 
 
 def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> TokenSearch:
-    """Search files and folders for these tokens; the first place that has a token counts.
+    """Search files and folders, in order, for these tokens; the first place that has a token counts.
 
-    Tokens without vectors are left out. Raise BadInput for a place that does not exist, for a named file that is no embedding,
-    and for a token that several files of a folder define differently.
+    Tokens without vectors are left out. Raise BadInput for a place that does not exist, and for a named file that is no embedding.
+    Raise it also for a token that several files of a folder define differently.
     """
     search, tokens = TokenSearch(), list(tokens)
     for place in places:
@@ -194,7 +194,7 @@ def find_vectors(tokens: Iterable[str], places: Sequence[Path]) -> TokenSearch:
 
 
 def _read_folder(folder: Path, tokens: Sequence[str]) -> dict[Path, Vectors]:
-    """Read the embeddings of a folder; other content is logged and skipped, except in a token's own file."""
+    """Return {file: vectors} of a folder. Other content is logged and skipped, but in the `file_of` one of `tokens` it raises BadInput."""
     needed, vectors = {file_of(folder, token) for token in tokens}, {}
     for file in list_files(folder, SUFFIXES):
         try:
@@ -207,7 +207,11 @@ def _read_folder(folder: Path, tokens: Sequence[str]) -> dict[Path, Vectors]:
 
 
 def _preferred_file(token: str, vectors: Mapping[Path, Tensor]) -> Path:
-    """Return the file of a folder that a token is read from: its own, else the last of diffusers' trainer, else the only one."""
+    """Return the file of a folder that a token is read from. `vectors` are the token's in each file that has it.
+
+    Its own (`file_of`) comes first, then the last of diffusers' trainer (learned_embeds), then any.
+    Raise BadInput if files of the same rank differ.
+    """
     files = list(vectors)
     own = [file for file in files if file == file_of(file.parent, token)]
     final = [file for file in files if file.stem == "learned_embeds"]
@@ -228,9 +232,9 @@ def names_of(token: str, vectors: int) -> list[str]:
 
 
 def add_names(tokenizer: CLIPTokenizer, tokens: Mapping[str, int]) -> None:
-    """Add tokens, {token: number of vectors}, to the vocabulary, each in its own case.
+    """Add tokens, {token: number of vectors}, to the tokenizer's vocabulary: a name per vector. <Dog> and <dog> are different tokens.
 
-    Raise BadInput for one that is there already, or that is not read as itself in a sentence.
+    Raise BadInput for a token that is there already, or that the tokenizer doesn't read as one token in a sentence.
     """
     from tokenizers import AddedToken
 
@@ -256,7 +260,7 @@ def add_names(tokenizer: CLIPTokenizer, tokens: Mapping[str, int]) -> None:
 
 
 def install(pipe: StableDiffusionPipeline, vectors: Vectors) -> None:
-    """Add tokens and their vectors to a pipeline.
+    """Add tokens and their vectors to a pipeline's tokenizer and text encoder.
 
     Raise BadInput for vectors of another width, and for tokens that the pipeline has already.
     """
@@ -288,9 +292,9 @@ def text_width(pipe: StableDiffusionPipeline) -> int:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Return token ids [N,77]; a token of several vectors takes as many places.
+    """Return the prompts' token ids [N,77], padded. A learned token takes one place per vector.
 
-    A prompt that is too long is cut, and logged. Raise BadInput for a token that is not in the vocabulary.
+    A prompt that is too long is cut, and logged. Raise BadInput for a learned token that is not in the vocabulary.
     """
     limit, added = tokenizer.model_max_length, tokenizer.get_added_vocab()
     require_known(prompts, added)
@@ -317,7 +321,7 @@ def word_positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequ
 
 
 def _with_all_names(text: str, added: Collection[str]) -> str:
-    """Return the text with all names of each token of several vectors: "a <new1>" -> "a <new1> <new1>_1"."""
+    """Return the text with the names of further vectors after each token that has several: "a <new1>" -> "a <new1> <new1>_1"."""
     several = sorted((token for token in added if f"{token}_1" in added), key=len, reverse=True)
 
     def names(match: re.Match[str]) -> str:
@@ -353,7 +357,7 @@ class TokenEmbeddings(nn.Module):
 
     @contextmanager
     def noise(self, noise: Tensor) -> Iterator[None]:
-        """Within the block, add `noise` [..,width], in multiples of an embedding's norm, to the learned embeddings of ids [..].
+        """Within the block, add `noise` [..,width] to the learned embeddings of ids [..], in multiples of each embedding's norm.
 
         NEFTune (Jain et al. 2023) adds such noise to all embeddings of a text.
         """
@@ -370,5 +374,5 @@ class TokenEmbeddings(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen table, of which transformers reads the dtype."""
+        """The frozen table's weight, from which transformers reads the dtype."""
         return self.table.weight

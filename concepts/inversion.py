@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 
 class TextualInversion:
-    """A frozen pipeline with new tokens, whose embeddings are the only parameters: nothing else can change."""
+    """A frozen pipeline with new tokens. Their embeddings are the only trainable parameters."""
 
     def __init__(self, pipe: StableDiffusionPipeline, concepts: Sequence[ConceptSet], seed: int):
-        """Add the tokens to the pipeline, whose parts are on one device in one dtype; raise BadInput."""
+        """Add the concepts' tokens to the pipeline, in place. Its parts must be on one device in one dtype.
+
+        Raise BadInput for a token that is taken, and for an initial word that is not a single token.
+        """
         self.pipe, self.concepts, self.device = pipe, concepts, pipe.unet.device
         self.alpha_bar = pipe.scheduler.alphas_cumprod.float().to(self.device)
         table, first = pipe.text_encoder.get_input_embeddings(), len(pipe.tokenizer)
@@ -67,23 +70,23 @@ class TextualInversion:
 
     @torch.no_grad()
     def cap_norms(self, max_norm: float) -> None:
-        """Scale embeddings down whose norm exceeds `max_norm` times their initial word's: long ones suppress the rest of a prompt.
+        """Limit each learned embedding's norm, in place, to `max_norm` times its initial word's. Long ones suppress the rest of a prompt.
 
-        The table's mean norm is no measure, since tokens that pretraining never met are much shorter.
+        The table's mean norm is no suitable limit: many of its tokens hardly occurred in pretraining and are much shorter.
         """
         learned = self.embeddings.learned.weight
         learned.mul_((max_norm * self.initial_norms / learned.norm(dim=1, keepdim=True)).clamp(max=1))
 
     def learned(self) -> dict[str, Tensor]:
-        """Return a copy of every token's vectors [vectors,width] on the CPU."""
+        """Return {token: a copy of its vectors [vectors,width]} on the CPU."""
         vectors = self.embeddings.learned.weight.detach().cpu().split([concept.vectors for concept in self.concepts])
         return {concept.token: own.clone() for concept, own in zip(self.concepts, vectors, strict=True)}
 
 
 def starting_embeddings(concept: ConceptSet, word: Tensor, seed: int) -> Tensor:
-    """Return [vectors,width] from the initial word's embedding [width].
+    """Return a concept's vectors [vectors,width] before training, from its initial word's embedding [width].
 
-    Further vectors start a little off, since equal ones would stay equal.
+    The first one equals it. Further ones differ by a tenth of its norm, at random, since equal ones would stay equal.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, concept.key))
     offsets: Tensor = torch.randn(concept.vectors, len(word), generator=generator) * word.norm() / len(word) ** 0.5
@@ -94,7 +97,10 @@ def starting_embeddings(concept: ConceptSet, word: Tensor, seed: int) -> Tensor:
 def prepare_frozen(
     pipe: StableDiffusionPipeline, precision: str, compiled: bool = False, low_memory: bool = False
 ) -> None:
-    """Set the frozen networks up for fast gradients; `low_memory`: gradient checkpointing in the U-Net, a third slower."""
+    """Prepare the frozen networks, in place, for fast gradients; `compiled` compiles the U-Net.
+
+    `low_memory` is gradient checkpointing in the U-Net, a third slower.
+    """
     unet = to_training_device(pipe.unet, pipe.unet.device)
     for network in (unet, pipe.text_encoder):
         suit_training(network, unet.device, precision)
@@ -105,7 +111,7 @@ def prepare_frozen(
 
 
 def weights_fingerprint(model: Path) -> str:
-    """Return a hash of a model's weight files, a diffusers folder's or the single one.
+    """Return a hash of a model's weight files: those of a diffusers folder, or a single file.
 
     It depends neither on where they lie nor on the precision that they are loaded in.
     """

@@ -33,16 +33,16 @@ MOST_LISTED = 20  # tokens in an error message
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt with the files of its images, best or first ones first."""
+    """One prompt with the files of its images, in order; of candidates, the best goes into the first file."""
 
     prompt: str
     files: tuple[Path, ...]
     seeds: tuple[int, ...]
-    """One per image that is sampled; with candidates more than there are files."""
+    """One per image that is sampled. With candidates these are more than the files."""
     text: str
-    """The prompt in ordinary words, by which candidates are scored."""
+    """The prompt in ordinary words, for the candidates' text score."""
     references: tuple[Path, ...] = ()
-    """Images by which candidates are scored."""
+    """Reference images by which candidates are scored as well."""
     layout: Layout | None = None
 
     @property
@@ -53,7 +53,7 @@ class Job:
 
 
 def prompt_jobs(prompts: Sequence[str], output: Path, count: int, candidates: int, seed: int) -> list[Job]:
-    """Return a job per prompt: {prompt}_{n}.png."""
+    """Return a job per prompt, with `count` files {number of the prompt}_{n}.png."""
     jobs = []
     for index, prompt in enumerate(prompts):
         files = tuple(output / f"{index}_{n}.png" for n in range(count))
@@ -62,21 +62,24 @@ def prompt_jobs(prompts: Sequence[str], output: Path, count: int, candidates: in
 
 
 def between_tokens(words: Sequence[str], count: int) -> list[str]:
-    """Return two tokens with count - 2 others between them, such as <1|6|fish|cup>: no file's token has such a bar."""
+    """Return two tokens with count - 2 made-up ones between them, such as <1|6|fish|cup>: no file's token has such a bar."""
     first, last = map(composed, words)
     names = f"{first.strip('<>')}|{last.strip('<>')}"
     return [first, *(f"<{n}|{count - 1}|{names}>" for n in range(1, count - 1)), last]
 
 
 def between_jobs(prompt: str, words: Sequence[str], output: Path, count: int, seed: int) -> list[Job]:
-    """Return a job per step from one token to the other, in the place of {} in the prompt: between_{n}.png, all of one seed."""
+    """Return `count` jobs of one image each, between_{n}.png, all with one seed.
+
+    In job n the prompt has the n-th of `between_tokens` in the place of {}.
+    """
     prompts = [prompt.replace("{}", token) for token in between_tokens(words, count)]
     seeds = _seeds(1, seed, 0)  # that of the prompt's first image without --between
     return [Job(text, (output / f"between_{n}.png",), seeds, text) for n, text in enumerate(prompts)]
 
 
 def between_vectors(vectors: Vectors, words: Sequence[str], count: int) -> Vectors:
-    """Return the vectors of the tokens between two: their directions by slerp, their norms linear.
+    """Return vectors for the made-up tokens between two: directions by slerp between the two tokens' vectors, norms linear.
 
     Raise BadInput for a token that has no vectors here, and for tokens with different numbers or widths of vectors.
     """
@@ -99,13 +102,16 @@ def between_vectors(vectors: Vectors, words: Sequence[str], count: int) -> Vecto
 
 
 def layout_job(layout: Layout, name: str, output: Path, count: int, candidates: int, seed: int) -> Job:
-    """Return the job of a layout: {name}_{n}.png."""
+    """Return the job of a layout, with `count` files {name}_{n}.png."""
     files = tuple(output / f"{name}_{n}.png" for n in range(count))
     return Job(layout.joint, files, _seeds(max(candidates, count), seed, 0), layout.prompt, layout=layout)
 
 
 def graded_jobs(file: Path, output: Path, references: Path, candidates: int, seed: int) -> list[Job]:
-    """Return a job per prompt of the course's input.json; raise BadInput for its tokens and, with candidates, missing references."""
+    """Return a job per prompt of the course's input.json, with 25 files each.
+
+    Raise BadInput for an invalid token and, with candidates, for a concept without images in `references`.
+    """
     jobs = []
     for concept in read_input(file):
         require_token(concept.token, f"{file}, {concept.key!r}: token_name")
@@ -126,13 +132,13 @@ def _seeds(count: int, *key: int) -> tuple[int, ...]:
 def find_job_vectors(
     texts: Sequence[str], places: Sequence[Path], model: str, file: Path | None, references: Path
 ) -> TokenSearch:
-    """Return the embeddings of all tokens in the texts, from these files and folders or checkpoints/p3.
+    """Return the embeddings of all tokens in the texts, from `places` (files and folders), else from checkpoints/p3.
 
-    Raise BadInput for tokens that neither these nor the model have, with the commands that learn them, and for a named file
-    none of whose tokens stands in any text.
+    Raise BadInput for tokens that neither these nor the model have, with the commands that learn them.
+    Raise it also for a named file none of whose tokens stands in any text.
     """
     tokens = list(dict.fromkeys(token for text in texts for token in tokens_in(text)))
-    require_known(texts, tokens)  # no LoRAs
+    require_known(texts, tokens)  # raises for tags of LoRAs
     everywhere = [*places, *([FOLDER] if FOLDER.is_dir() else [])]
     search = find_vectors(tokens, everywhere)
     absent = [token for token in tokens if token not in search.vectors and token[1].isalpha()]
@@ -160,7 +166,7 @@ def find_job_vectors(
 
 
 def learning_commands(tokens: Sequence[str], model: str, file: Path | None, references: Path) -> list[str]:
-    """Return the command that learns each token, as far as input.json describes it."""
+    """Return a command per token that learns it, with FOLDER and WORD for what input.json doesn't describe."""
     concepts = {concept.token: concept for concept in read_input(file)} if file else {}
     commands = []
     for token in tokens:

@@ -1,4 +1,4 @@
-"""The recipes of textual inversion: what a concept of each kind is learned with, on Stable Diffusion v1 and on small models."""
+"""The recipes of textual inversion: training settings for each kind of concept, on Stable Diffusion v1 and on small models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V1_WIDTH: int = TEXT["hidden_size"]
 
 @dataclass(frozen=True)
 class InversionRecipe:
-    """What a recipe decides. A flag of the same name has priority."""
+    """The settings that a recipe holds. A flag of the same name has priority."""
 
     steps: int = 500
     batch: int = 8  # images of every concept per step
@@ -32,7 +32,7 @@ SMALL = InversionRecipe(lr=1e-2, max_loss_weight=30.0, zoom_out=0.5)
 RECIPES: dict[str, dict[Kind, InversionRecipe]] = {
     # the learning rate of Gal et al. 2022; no weights of this size were at hand to measure it
     "v1": {"object": InversionRecipe(), "style": InversionRecipe()},
-    # found on the miniature
+    # these did best on the miniature, the small model of miniature/
     "small": {
         "object": replace(SMALL, steps=600, max_norm=0.0),
         "style": replace(SMALL, steps=800, batch=24, vectors=2, embedding_noise=1.0),
@@ -41,14 +41,14 @@ RECIPES: dict[str, dict[Kind, InversionRecipe]] = {
 
 
 def recipe_name(name: RecipeName, text_width: int) -> str:
-    """Return the recipe that `auto` selects: v1 for a text encoder as wide as Stable Diffusion v1's, else small."""
+    """Return `name`; for auto, v1 if the text encoder is as wide as Stable Diffusion v1's, else small."""
     return ("v1" if text_width == V1_WIDTH else "small") if name == "auto" else name
 
 
 def resolve_recipe(name: str, kinds: Collection[Kind], flags: dict[str, Any]) -> InversionRecipe:
-    """Return the recipe of a run that learns concepts of these kinds, with the flags that were given.
+    """Return the recipe of a run that learns concepts of these kinds, overridden by `flags`.
 
-    A run of objects and styles takes the style's, which is the longer one, and the object's share of smaller views.
+    A run with both kinds takes the style's recipe, which is the longer one, but the object's `zoom_out`.
     """
     recipes = RECIPES[name]
     recipe = recipes["style" if "style" in kinds else "object"]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 Solver = Literal["dpm", "sde", "ddim"]
-LATENT, IMAGE = 10_000, 500_000  # values in one, above which the autoencoder takes one at a time
+LATENT, IMAGE = 10_000, 500_000  # values in a latent and in an image; the autoencoder takes larger ones one at a time
 CPU_BATCH, GPU_BATCH = 8, 64  # images at once; a GPU's is halved until it fits
 
 
@@ -41,9 +41,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How images are sampled.
+    """How images are sampled; `size` in pixels along each side, None = the model's own.
 
-    ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid 1 + 20 k; dpm is DPM-Solver++ (2M), and sde its stochastic form.
+    ddim is Song et al. 2021 at eta 0 on Stable Diffusion's grid (1, 21, .. for 50 steps).
+    dpm is DPM-Solver++ (2M), and sde its stochastic form.
     """
 
     solver: Solver = "dpm"
@@ -53,7 +54,7 @@ class SamplerConfig:
     size: int | None = None
 
     def check(self, total: int) -> None:
-        """Raise BadInput for a number of steps that `total` timesteps don't hold."""
+        """Raise BadInput unless the number of steps is in 1 .. `total`, the model's number of timesteps."""
         if not 1 <= self.steps <= total:
             raise BadInput(f"--steps {self.steps}: give 1 to {total}")
 
@@ -71,7 +72,6 @@ class StableDiffusionSampler:
 
     @property
     def device(self) -> torch.device:
-        """The device of the U-Net."""
         device: torch.device = self.pipe.unet.device
         return device
 
@@ -83,7 +83,7 @@ class StableDiffusionSampler:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of a latent; raises BadInput for a size that the model doesn't support."""
+        """Shape of a latent (channels, h, w); raises BadInput for a size that the model doesn't support."""
         return ModelDims.of(self.pipe.unet.config, self.pipe.vae.config).latent_shape(self.config.size)
 
     @property
@@ -95,13 +95,13 @@ class StableDiffusionSampler:
     def step_of(self, t: int) -> int:
         """Return the index of the solver's step at timestep t, 0 for the noisiest.
 
-        The nearest one counts: diffusers rounds a few timesteps of its grid differently, by one.
+        The nearest one counts: a few timesteps of dpm and sde are off `grid` by one, since diffusers rounds differently.
         """
         distances = [abs(step_t - t) for step_t, _ in self.grid.pairs]
         return distances.index(min(distances))
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Return [N,77,width]; each prompt is encoded once."""
+        """Return the prompts' text embeddings [N,77,width]; each prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
             self._texts |= dict(zip(new, encode(self.pipe, new), strict=True))
@@ -114,7 +114,7 @@ class StableDiffusionSampler:
         return eps.float()
 
     def denoiser(self, prompts: Sequence[str]) -> Denoise:
-        """Return the guided denoiser of a batch with these prompts."""
+        """Return a function (x [N,4,h,w], t) -> guided eps for a batch with these N prompts."""
         cond = self.text(prompts)
         both = torch.cat([cond, self.text([self.config.negative]).expand_as(cond)])
         return guided(self.network, cond, both, self.config.guidance, len(self.schedule))
@@ -124,7 +124,7 @@ class StableDiffusionSampler:
     ) -> Tensor:
         """Return the latents that the solver reaches from x [N,4,h,w], over all its steps or those of `span`.
 
-        `noise` has a generator per image, for the noise that sde adds at each step.
+        `noise` has a generator per image, for the noise that sde adds at each step. `nudge(x, t)` may change the latents before each step.
         """
         if self.config.solver == "ddim":
             return ddim(denoise, x, self.schedule, replace(self.grid, pairs=self.grid.pairs[span]), nudge=nudge)
@@ -145,7 +145,10 @@ class StableDiffusionSampler:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the posterior means [N,4,h,w] float32 of images [N,3,H,W] in -1..1; large images go one at a time."""
+        """Return the posterior means [N,4,h,w] float32 of images [N,3,H,W] in -1..1, in the U-Net's scale.
+
+        Large images go one at a time.
+        """
         vae = self.pipe.vae
         pieces = images.split(1 if images[0].numel() > IMAGE else len(images))
         scaling: float = vae.config.scaling_factor
@@ -164,13 +167,13 @@ class StableDiffusionSampler:
 
 
 def encoded_mean(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return the posterior means of images, both in the autoencoder's dtype."""
+    """Return the unscaled posterior means of images, both in the autoencoder's dtype."""
     mean: Tensor = vae.encode(images).latent_dist.mean
     return mean
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Return the images of latents, both in the autoencoder's dtype."""
+    """Return the images of unscaled latents, both in the autoencoder's dtype."""
     images: Tensor = vae.decode(latents).sample
     return images
 
@@ -178,9 +181,9 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def generate_batches(
     sample: Callable[[list[Any]], Tensor], requests: Sequence[Any], batch: int, on_gpu: bool, shard: Shard = ALONE
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield (request, its image) for this process's batches, with a progress bar.
+    """Yield (request, its row of `sample`'s result) for this process's requests, with a progress bar.
 
-    `batch` 0 = 64 on a GPU, halved when memory runs out, eight on a CPU, fewer where several processes share few images.
+    `batch` 0 = 64 on a GPU, 8 on a CPU, fewer where several processes share few images. It is halved when memory runs out.
     """
     most = even_batch(len(requests), batch or shard.largest(len(requests), GPU_BATCH if on_gpu else CPU_BATCH))
     mine = [requests[row] for row in shard.rows(len(requests), most)]

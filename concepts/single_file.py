@@ -91,7 +91,7 @@ class Ignored:
 
 
 def make_parts() -> dict[str, nn.Module]:
-    """Build unet, vae and text_encoder of Stable Diffusion v1, without memory for their weights."""
+    """Build unet, vae and text_encoder of Stable Diffusion v1 with empty weights, which take no memory."""
     from accelerate import init_empty_weights
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -130,7 +130,7 @@ def make_scheduler() -> PNDMScheduler:
 
 
 def open_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Tensors]]:
-    """Return empty parts, and for each its tensors under the part's own names.
+    """Return parts with empty weights, and for each the file's tensors under the part's own names.
 
     Tensors are memory-mapped, except in torch files from before 1.6.
     Raise BadInput for files that are unreadable, hold code, or are no Stable Diffusion v1.
@@ -200,9 +200,9 @@ def _convert(original: Tensors, parts: dict[str, nn.Module]) -> dict[str, Tensor
 
 
 def _convert_text(original: Tensors, tower: nn.Module) -> Tensors:
-    """Rename the text encoder's tensors: only prefixes differ, and transformers before 5.6 kept text_model.
+    """Return the text encoder's tensors under the names that `tower` has. Only prefixes differ; transformers before 5.6 kept text_model.
 
-    Old files also hold position ids, which are no weights.
+    Position ids in old files are left out, since they are no weights.
     """
     before = "text_model." if hasattr(tower, "text_model") else ""
     inner = {name.removeprefix(PREFIXES["text_encoder"]).removeprefix("text_model."): name for name in original}
@@ -211,7 +211,7 @@ def _convert_text(original: Tensors, tower: nn.Module) -> Tensors:
 
 
 def shape_error(expected: Tensors, tensors: Tensors) -> str:
-    """Return how the tensors first differ from the expected names, shapes or floating point; "" where they fit."""
+    """Return a message about the first tensor that is absent, unknown, of another shape or not floating point; "" if all fit."""
     errors = [f"lacks {name}" for name in expected if name not in tensors]
     errors += [f"has an unknown {name}" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():

@@ -56,7 +56,7 @@ class ModelDims:
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> ModelDims:
-        """Read both configurations; fields that they lack are those of Stable Diffusion v1."""
+        """Return the sizes that both configurations give; fields that they lack are those of Stable Diffusion v1."""
         unet, vae = {**UNET, **unet}, {**VAE, **vae}
         return cls(
             text_width=unet["cross_attention_dim"],
@@ -67,7 +67,7 @@ class ModelDims:
         )
 
     def latent_shape(self, size: int | None) -> tuple[int, int, int]:
-        """Return the latent's shape for an image of `size` pixels along each side; None = the model's own size.
+        """Return the latent's shape (channels, h, w) for an image of `size` pixels along each side; None = the model's own size.
 
         Raise BadInput for a size that the model doesn't support.
         """
@@ -103,9 +103,9 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Stabl
 
 
 def check_model(model: str) -> ModelDims | None:
-    """Raise the BadInput of `load_pipeline`, as far as it shows without reading weights; takes seconds.
+    """Check a model in seconds, without its weights. Return its sizes, or None for a hub name, of which only the index is read.
 
-    Return the model's sizes, or None for a hub name, of which only the index is read.
+    Raise the BadInput of `load_pipeline`, as far as this check shows it.
     """
     path = Path(model)
     if path.is_file():
@@ -148,9 +148,9 @@ def load_tokenizer(model: str) -> CLIPTokenizer | None:
 
 
 def suit_training(network: UNet2DConditionModel | CLIPTextModel, device: torch.device, precision: str) -> None:
-    """Replace attention in half precision on CPUs by plain products and a softmax.
+    """Replace the network's attention by plain products and a softmax, in place, but only on a CPU in half precision.
 
-    In bf16 the fused kernel's backward pass is six times slower there than in fp32, half of a whole training step.
+    There the fused kernel's backward pass in bf16 is six times slower than in fp32, and takes half of a whole training step.
     """
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
@@ -176,7 +176,6 @@ def run_autoencoder(vae: AutoencoderKL, work: Callable[[AutoencoderKL, Tensor], 
 
 
 def _index_from_hub(model: str) -> Path:
-    """Fetch model_index.json alone."""
     if not is_hub_name(model) or Path(model).suffix in FILES:
         raise BadInput(f"--model {model} does not exist: {WANTED}")
     from huggingface_hub import hf_hub_download
@@ -185,7 +184,7 @@ def _index_from_hub(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    """Fetch the parts that are used into the hub's cache."""
+    """Return the folder in the hub's cache with the parts that are used. Fetch those that are absent."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     _check_index(model, read_json(_index_from_hub(model)))
@@ -193,7 +192,7 @@ def _from_hub(model: str) -> Path:
     folder = _fetch(model, download)
     if all(list_files(folder / name, WEIGHTS) for name in KINDS if (folder / name).is_dir()):
         return folder
-    return _fetch(model, partial(download, variant="fp16"))  # it has no other
+    return _fetch(model, partial(download, variant="fp16"))  # the only weights that it has
 
 
 def _fetch(model: str, get: Callable[..., str | os.PathLike[str]]) -> Path:
@@ -212,7 +211,7 @@ def _fetch(model: str, get: Callable[..., str | os.PathLike[str]]) -> Path:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Load weights strictly, on the CPU; tokenizer and scheduler are the folder's own."""
+    """Load a folder's pipeline on the CPU. Raise BadInput unless it is a complete Stable Diffusion."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     _check_folder(folder)
@@ -225,7 +224,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 
 def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load one part; tensors that are absent, of which the libraries only warn, raise BadInput."""
+    """Load one part. Raise BadInput for absent, unknown or misshapen tensors, of which the libraries only warn."""
     import diffusers
     import transformers
 
@@ -236,7 +235,7 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
     options |= only_variant(_weight_files(folder))
     try:
         part, info = kind.from_pretrained(folder, **options)
-    except Exception as error:  # as above
+    except Exception as error:  # of any class, by the libraries
         raise BadInput(
             f"--model {folder.parent}: its {folder.name} is unreadable ({foreign_file(folder) or first_line(error)})"
         ) from None
@@ -248,7 +247,6 @@ def _load_part(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files of one part's weights; raise BadInput if there are none."""
     files = list_files(folder, WEIGHTS)
     if not files:
         raise BadInput(
@@ -258,7 +256,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_folder(folder: Path) -> ModelDims:
-    """Raise BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
+    """Return a folder's sizes. Raise BadInput unless its configurations are those of a Stable Diffusion whose parts fit each other."""
     if not (folder / INDEX).is_file():
         config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         kind = config.get("_class_name") or ("LoRA" if any(folder.glob("*lora*.safetensors")) else "")
@@ -286,7 +284,6 @@ def _check_folder(folder: Path) -> ModelDims:
 
 
 def _check_index(model: str, index: Any) -> None:
-    """Raise BadInput for a part of another class."""
     for name, expected in KINDS.items():
         entry = index.get(name) if isinstance(index, dict) else None
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None

@@ -1,6 +1,6 @@
 """Training sentences of textual inversion (Gal et al. 2022, arXiv 2208.01618), written for this project; {} is the token.
 
-They say nothing that an image could contradict, so that everything that the images share is learned by the token.
+They make no statement that an image could contradict. So the token learns all that the images share.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ PROMPTS = {  # default validation prompts: subject fidelity, prompt fidelity
 
 @dataclass
 class Validation:
-    """Per token the images [IMAGES,3,H,W] uint8 of one step and, with a CLIP, their score."""
+    """Per token the images [IMAGES,3,H,W] uint8 sampled at one step and, with a CLIP, their mean score."""
 
     step: int
     images: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Validation:
 class Validator:
     """All validations of a run, and per token the vectors with the best score.
 
-    `prompts` have {} for the token; () = two for the concept's kind.
+    `prompts` have {} for the token; () = two for the concept's kind. `scorer` None = no scores.
     """
 
     inversion: TextualInversion
@@ -70,7 +70,7 @@ class Validator:
     def run(self, step: int, log: TrainingLog) -> None:
         """Sample every concept, score the images, keep the best vectors; draw the figures and log to TensorBoard."""
         validation, vectors, pipe = Validation(step, {}, {}), self.inversion.learned(), self.inversion.pipe
-        vae_device = pipe.vae.device  # the CPU, where training needs no autoencoder
+        vae_device = pipe.vae.device  # the CPU if training needs no autoencoder
         pipe.vae.to(self.inversion.device)
         with torch.compiler.set_stance("force_eager"):  # compiling does not pay for a few images
             sampler = StableDiffusionSampler(pipe, SAMPLER)
@@ -100,7 +100,7 @@ class Validator:
         return [Request(prompts[k % len(prompts)], seed) for k, seed in enumerate(seeds)]
 
     def _score(self, scorer: Scorer, data: ConceptData, requests: Sequence[Request], images: Tensor) -> float:
-        """Return the mean of image + 2.5 x text; for the text, the initial word replaces the token."""
+        """Return the mean of image + 2.5 x text score. For the text score, the initial word replaces the token."""
         from concepts.clip_scores import TEXT_WEIGHT  # slow to import
 
         features = scorer.encode(images)
@@ -112,11 +112,11 @@ class Validator:
     # ------------------------------------------------ results
 
     def chosen(self) -> dict[str, Tensor]:
-        """Return per token the vectors with the best score, or the last ones if there are no scores."""
+        """Return {token: vectors [vectors,width]}: those with the best score, or the present ones if there are no scores."""
         return self.inversion.learned() | {token: vectors for token, (_, vectors) in self.best.items()}
 
     def scores(self) -> dict[str, dict[int, float]]:
-        """Return per token the scores by step."""
+        """Return {token: {step: score}}."""
         tokens = [data.concept.token for data in self.data]
         return {token: {v.step: v.scores[token] for v in self.validations if token in v.scores} for token in tokens}
 

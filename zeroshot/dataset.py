@@ -28,9 +28,9 @@ ClassName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1
 
 
 def read_labels(path: Path) -> dict[int, str]:
-    """Return class id -> name, sorted by id, from a list of names or a flat object with ids or names as keys.
+    """Return {class id: name}, sorted by id, from a JSON file: a list of names, {id: name} or {name: id}.
 
-    Raise BadInput for anything else, and for two classes with the same name or number.
+    Raise BadInput for anything else, and for two classes with the same id or name (see `plain_name`).
     """
     content = read_json(path)
     if not content or not isinstance(content, list | dict):
@@ -47,7 +47,7 @@ def read_labels(path: Path) -> dict[int, str]:
 
 
 def plain_name(name: str) -> str:
-    """Return a class name without underscores and capitals, by which names are compared."""
+    """Return a class name in lower case with spaces for underscores: the form in which names are compared."""
     return name.replace("_", " ").casefold()
 
 
@@ -58,7 +58,7 @@ def _check_distinct(names: Iterable[str], path: Path) -> None:
 
 
 def find_labels(folder: Path) -> Path:
-    """Return id2label.json or id.json next to the folder of images or in it. Raise BadInput if neither exists."""
+    """Return id2label.json or id.json from the parent of the folder of images, else from the folder. Raise BadInput if neither exists."""
     parent = folder.absolute().parent
     for path in (place / name for place in (parent, folder) for name in ("id2label.json", "id.json")):
         if path.is_file():
@@ -71,15 +71,15 @@ def find_labels(folder: Path) -> Path:
 
 @dataclass
 class LabelledImages:
-    """The images of a folder, sorted by class and name. `truth` [N] int64 indexes `names`."""
+    """The images of a folder, sorted by class and name, and their true classes: `truth` [N] int64 indexes `names`."""
 
     paths: list[Path]
     truth: Tensor
     classes: dict[int, str]
     modes: set[str] = field(default_factory=lambda: {"RGB"})
-    """Modes of the files opened so far."""
+    """PIL modes of the files opened so far."""
     by_folder: bool = False
-    """Whether each class is a folder, whose name then belongs to an image's name."""
+    """Whether there is a folder per class. An image's name then includes the folder's name."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,7 +91,7 @@ class LabelledImages:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the name and content of every file, independent of the folder."""
+        """A hash of the name and content of every file, independent of where the folder lies."""
         digest = hashlib.sha256()
         for row, path in enumerate(self.paths):
             content = path.read_bytes()
@@ -100,16 +100,16 @@ class LabelledImages:
 
     @property
     def folder(self) -> Path:
-        """The folder of the images, or of the classes' folders."""
+        """The folder that was listed."""
         return self.paths[0].parents[int(self.by_folder)]
 
     def file(self, row: int) -> str:
-        """Return an image's name, such as 20_478.png or beetle/478.png."""
+        """Return the name of image `row`: 20_478.png, or with a folder per class beetle/478.png."""
         path = self.paths[row]
         return f"{path.parent.name}/{path.name}" if self.by_folder else path.name
 
     def open(self, index: int) -> Image.Image:
-        """Return one image as RGB, and log the first of each other mode. Raise BadInput if it can't be read."""
+        """Return an image as RGB. Log the first image of each mode other than RGB. Raise BadInput if it can't be read."""
         path = self.paths[index]
         with image_file(path) as file:
             mode, image = file.mode, to_rgb(file)
@@ -120,9 +120,10 @@ class LabelledImages:
 
 
 def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
-    """List the images of a folder, or of its folders, one per class, without decoding them. `labels` None = `find_labels`.
+    """List the images of a folder, {class}_{image}.png, or those of its folders, one per class. No image is decoded.
 
-    Raise BadInput for an empty folder, a mixture of both layouts, a name without a class id, and an id without a name.
+    `labels` None = `find_labels`. With a folder per class it must be None: the folders' names are the classes.
+    Raise BadInput for an empty folder, a mixture of both layouts, a file name without a class id, and an id without a class name.
     """
     if not folder.is_dir():
         raise BadInput(f"--images {folder} is not a folder; hw2_data/README.md says how to get the pictures")
@@ -158,7 +159,6 @@ def list_images(folder: Path, labels: Path | None = None) -> LabelledImages:
 
 
 def _class_folders(folder: Path, labels: Path | None) -> LabelledImages:
-    """List the images of a folder per class; the folders' names are the classes. Raise BadInput."""
     if labels:
         raise BadInput(f"--labels {labels}: the class names are those of the folders in {folder}, leave --labels out")
     classes = images_by_class(folder)

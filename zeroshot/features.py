@@ -1,4 +1,4 @@
-"""Image features and zero-shot classifiers, computed in a pipeline sized to the machine and kept in files for the next run."""
+"""Image features and zero-shot classifiers of a model, kept in files for the next run. Images are decoded while the model computes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ AHEAD = 3  # batches prepared while the model computes
 
 
 def key_of(*parts: Any) -> str:
-    """Return a hash of anything that json can write."""
+    """Return a hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def iterate_batches(
     clip: Clip, images: LabelledImages, rows: Sequence[int], batch: int, workers: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """Yield ([batch,3,H,W] uint8 resized and cropped, number of valid images), in order, prepared ahead of the model."""
+    """Yield (pixels [batch,3,H,W] uint8, resized and cropped; number of valid images) for the images `rows`, in order.
+
+    The last batch is padded with invalid images. `workers` threads prepare batches ahead of the model.
+    """
     from torchvision.transforms.functional import pil_to_tensor
 
     def pixels(index: int) -> Tensor:
@@ -61,9 +64,9 @@ def iterate_batches(
 
 
 def encode_all(clip: Clip, images: LabelledImages, batch: int, workers: int, shard: Shard = ALONE) -> Tensor:
-    """Encode all images as [N,D] float32 of unit length, on the CPU. Nothing waits for the device before the end.
+    """Return the features of all images, [N,D] float32 of unit length, on the CPU.
 
-    Several processes share the batches, and each returns all features. Raise BadInput for overflow.
+    Several processes share the batches, and each returns all features. Raise BadInput for features that are not finite.
     """
     features: list[Tensor] = []
     batch = min(batch, len(images))
@@ -81,7 +84,7 @@ def encode_all(clip: Clip, images: LabelledImages, batch: int, workers: int, sha
 
 @dataclass
 class FeatureExtractor:
-    """The features and classifiers of one model, which is loaded only if a file does not hold them."""
+    """Image features and classifiers of one model. The model is loaded only if they are not in a file."""
 
     source: Source
     device: torch.device
@@ -90,12 +93,12 @@ class FeatureExtractor:
 
     @cached_property
     def key(self) -> str:
-        """A hash of what the features of an image depend on."""
+        """A hash of model and precision, which decide the features of an image."""
         return key_of(self.source.identity, self.precision)
 
     @cached_property
     def clip(self) -> Clip:
-        """The model, loaded."""
+        """The model, loaded at the first use."""
         from zeroshot.model import load
 
         with self.record.timed("model"):
@@ -104,9 +107,10 @@ class FeatureExtractor:
     def features(
         self, images: LabelledImages, file: Path | None, batch: int, workers: int, shard: Shard = ALONE
     ) -> Tensor:
-        """Return [N,D] float32 from the file if it holds them, else compute and add them. `batch`, `workers`: 0 = automatic.
+        """Return the images' features [N,D] float32: from `file` if it holds this model's, else computed and added to it.
 
-        Raise BadInput for a file with the features of other images.
+        `file` None = not kept. `batch` 0 = 512 images at once on CUDA, else 32. `workers` 0 = one thread per core.
+        Raise BadInput for a file with features of other images.
         """
         tensors: dict[str, Tensor] = {}
         metadata = {"pictures": images.fingerprint}  # and the label of each model, by key
@@ -133,9 +137,9 @@ class FeatureExtractor:
         return features
 
     def classifier(self, classes: list[str], texts: Texts, names: Names, cache: Path) -> Classifier:
-        """Return the classifier from the folder `cache`, else build it and add it there.
+        """Return the classifier from a file in the folder `cache`, else build it and write that file.
 
-        `names` is the form of class names in templates; sentences hold their own.
+        `names` is the form of class names in templates, raw or clean. It does not apply to sentences.
         """
         from zeroshot.model import Classifier
 

@@ -1,4 +1,4 @@
-"""An open_clip model that encodes batches of images, and class names as a zero-shot classifier."""
+"""An open_clip model that encodes batches of images, and turns prompts for each class into a zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ from zeroshot.weights import HUB, LOCAL, Source, is_openai_archive
 
 
 class Classifier(NamedTuple):
-    """A zero-shot classifier: text features [D,C] float32 of unit length, and the model's scale and bias of cosines."""
+    """A zero-shot classifier: a text feature of unit length per class, `weight` [D,C] float32; logits are scale * cosine + bias."""
 
     weight: Tensor
     scale: float
     bias: float
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the scaled cosines [N,C] of image features [N,D], as open_clip's models do."""
+        """Return the logits [N,C] of image features [N,D] of unit length."""
         return self.scale * (features @ self.weight) + self.bias
 
 
 @dataclass
 class Clip:
-    """A loaded model with its tokenizer, and its transform in two halves: per image on the CPU, per batch on the device."""
+    """A loaded model with its tokenizer and image transform.
+
+    `per_image` resizes and crops on the CPU. Then `encode` normalizes by `mean` and `std` [3,1,1] on the device.
+    """
 
     model: Any
     per_image: Callable[[Image.Image], Image.Image]
@@ -52,7 +55,7 @@ class Clip:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode [B,3,H,W] uint8, resized and cropped, as [B,D] float32 of unit length, without waiting for the device."""
+        """Return the features [B,D] float32, of unit length, of images [B,3,H,W] uint8, resized and cropped. They stay on the device."""
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
@@ -62,14 +65,17 @@ class Clip:
 
     @torch.inference_mode()
     def classifier(self, classes: list[str], prompts: list[Callable[[str], str]]) -> Classifier:
-        """Build open_clip's zero-shot classifier on the CPU. `prompts` are functions of the class name."""
+        """Build open_clip's zero-shot classifier, on the CPU: a class is the mean of its prompts' features, scaled to unit length.
+
+        `prompts` are functions from a class name to a prompt.
+        """
         weight = open_clip.build_zero_shot_classifier(self.model, self.tokenizer, classes, prompts, 10, self.device)
         scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)  # SigLIP has one
         return Classifier(weight.float().cpu(), scale, 0.0 if bias is None else float(bias.detach()))
 
     def log_cut(self, prompts: Mapping[str, Sequence[str]]) -> None:
-        """Log the first prompt {class: prompts} that is longer than the model reads; open_clip cuts it silently."""
+        """Log how many of the prompts {class: prompts} are longer than the model reads, and the first. open_clip cuts them silently."""
         pairs = [(name, text) for name, texts in prompts.items() for text in texts]
         texts, most = [text for _, text in pairs], self.tokenizer.context_length
         cut = (self.tokenizer(texts) != self.tokenizer(texts, most + 1)[:, :most]).any(1)
@@ -80,7 +86,7 @@ class Clip:
             )
 
     def sentence_classifier(self, sentences: Mapping[str, Sequence[str]]) -> Classifier:
-        """Build the classifier whose class is the mean of its sentences' features, of unit length each."""
+        """Build a classifier from {class: sentences}: a class is the mean of its sentences' features, scaled to unit length."""
         classes = [self.classifier([name], fillers(texts, "raw")) for name, texts in sentences.items()]
         return classes[0]._replace(weight=torch.cat([each.weight for each in classes], dim=1))
 
@@ -88,11 +94,11 @@ class Clip:
 def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
     """Load the model in evaluation mode; `precision` is fp32, tf32, bf16 or fp16.
 
-    Raise BadInput if file and architecture don't fit.
+    Raise BadInput if the file is unreadable, holds NaN or infinity, or doesn't fit the architecture.
     """
     whole = source.model.startswith((LOCAL, HUB))
     archive = not whole and is_openai_archive(source.weights)
-    # an archive's weights follow, so "initialized randomly" misleads
+    # open_clip warns of random weights, but the archive's are loaded below
     logging.disable(logging.WARNING if archive else logging.NOTSET)
     try:
         with hub(source.online), _readable(source.weights, whole or archive) as weights:
@@ -126,7 +132,7 @@ def load(source: Source, device: torch.device, precision: str = "fp32") -> Clip:
 
 @contextmanager
 def _readable(path: Path, by_itself: bool) -> Iterator[str | None]:
-    """Yield the weights file for open_clip, None for a model that brings its weights `by_itself`.
+    """Yield the path of weights that open_clip can read; None for a model that brings its weights `by_itself`.
 
     Weights in wrappers or under Lightning's names, and files with another format's suffix, become a temporary file.
     Raise BadInput for a file that holds something else, such as transformers' names.

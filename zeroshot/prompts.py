@@ -1,4 +1,4 @@
-"""Prompts of the zero-shot classifier: sets of templates, sentences per class, and class names as given or as English."""
+"""Prompts of the zero-shot classifier: sets of templates, sentences per class, and the two forms of class names."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ _BARE = re.compile(r"(^|\b(?:of|with|in|on|at|from|for|by|and|or|showing|is|like
 
 
 def texts_of(prompts: str, classes: Sequence[str]) -> Texts:
-    """Return the templates of `templates_of`, or for a .json file the sentences of every class."""
+    """Return the sentences of every class (`read_sentences`) if `prompts` is a .json file, else templates (`templates_of`)."""
     return read_sentences(Path(prompts), classes) if prompts.lower().endswith(".json") else templates_of(prompts)
 
 
 def templates_of(prompts: str) -> tuple[str, ...]:
-    """Return the templates of a set or of a text file, each with {}. Raise BadInput for any other word."""
+    """Return the templates of a named set or of a text file; {} stands for the class name. Raise BadInput if `prompts` is neither."""
     if prompts == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES  # slow to import, and functions of a name there
 
@@ -70,7 +70,10 @@ def templates_of(prompts: str) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Read one template a line, # for comments; {} or any {word} is the class. Raise BadInput for a line without it."""
+    """Return the templates of a file, one a line; lines that start with # are comments.
+
+    {} or any {word} stands for the class name, and is returned as {}. Raise BadInput for a line without it.
+    """
     templates = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         text = re.sub(r"\{\w*\}", "{}", line.strip())
@@ -86,9 +89,10 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def read_sentences(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
-    """Read {"class": ["sentence", ..]}, the form of CuPL (Pratt et al. 2023, arXiv 2209.03320), in the order of `classes`.
+    """Return {class: sentences} in the order of `classes` from {"class": ["sentence", ..]}, the form of CuPL.
 
-    Underscores and capitals of names don't count. Raise BadInput for an unknown class, and for a class without sentences.
+    CuPL: Pratt et al. 2023, arXiv 2209.03320. Class names are compared by `plain_name`.
+    Raise BadInput for an unknown class, and for a class without sentences.
     """
     sentences = validate(dict[str, Sentences], read_object(path), str(path))
     by_name = {plain_name(name): name for name in classes}
@@ -108,15 +112,15 @@ def read_sentences(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def article(phrase: str) -> str:
-    """Return a or an, by the sound of the first word."""
+    """Return "a" or "an", by the sound of the first word."""
     return "an" if _VOWEL_SOUND.match(phrase) else "a"
 
 
 def fill(template: str, names: Names, name: str) -> str:
-    """Return the prompt of one class.
+    """Return the template with the class name in the place of {}.
 
-    clean: underscores become spaces, "a" becomes "an" before a vowel. A name at the start or after a preposition
-    gets an article ("A photo of {}" -> "A photo of an oak tree").
+    `names` raw: the name is unchanged. clean: its underscores become spaces, and an "a" before a vowel sound becomes "an".
+    With clean, a name at the start or after a preposition gets an article ("A photo of {}" -> "A photo of an oak tree").
     """
     if names == "raw":
         return template.replace("{}", name)
@@ -127,5 +131,5 @@ def fill(template: str, names: Names, name: str) -> str:
 
 
 def fillers(templates: Sequence[str], names: Names) -> list[Callable[[str], str]]:
-    """Return one function of the class name per template, as open_clip's `build_zero_shot_classifier` takes them."""
+    """Return for each template a function from class name to prompt, which open_clip's `build_zero_shot_classifier` expects."""
     return [partial(fill, template, names) for template in templates]

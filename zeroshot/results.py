@@ -26,19 +26,19 @@ MOST_COUNTED = 20  # classes of a confusion matrix with numbers
 
 @dataclass
 class Result:
-    """The probabilities [N,C] float32 of the images; each row sums to 1 over the classes."""
+    """The images and their class probabilities [N,C] float32; each row sums to 1."""
 
     images: LabelledImages
     probabilities: Tensor
 
     @cached_property
     def best(self) -> Tensor:
-        """[N,min(5,C)]: the most probable classes, best first."""
+        """[N,min(5,C)] int64: each image's most probable classes, best first."""
         return self.probabilities.topk(min(5, self.probabilities.shape[1])).indices
 
     @property
     def predicted(self) -> Tensor:
-        """[N]: the most probable class."""
+        """[N] int64: each image's most probable class."""
         return self.best[:, 0]
 
     @cached_property
@@ -49,7 +49,7 @@ class Result:
         return cells.view(classes, classes)
 
     def name(self, row: int | Tensor) -> str:
-        """Return a class's name by its row."""
+        """Return the name of the class with this index."""
         return self.images.names[int(row)]
 
 
@@ -57,7 +57,7 @@ class Result:
 
 
 def accuracies(result: Result) -> dict[str, float]:
-    """Return top1, top5 and mean_recall (over the classes that have images), 0..1."""
+    """Return top1, top5 and mean_recall, 0..1. mean_recall is the mean over the classes that have images."""
     hits = result.best == result.images.truth[:, None]
     counts = result.confusion.sum(1)
     recall = (result.confusion.diag().double() / counts)[counts > 0]
@@ -69,7 +69,7 @@ def accuracies(result: Result) -> dict[str, float]:
 
 
 def per_class(result: Result) -> pd.DataFrame:
-    """Return a row per class: id, name, images, right ones, recall, precision, and its most frequent wrong prediction."""
+    """Return a table with a row per class: id, name, images, correct ones, recall, precision, most frequent wrong prediction."""
     import pandas as pd  # slow to import
 
     names, confusion = np.array(result.images.names), result.confusion.numpy()
@@ -84,7 +84,7 @@ def per_class(result: Result) -> pd.DataFrame:
 
 
 def confused_pairs(result: Result, count: int = 10) -> list[dict[str, Any]]:
-    """Return the most frequent mistakes: truth, predicted, how often, and how many images the truth has."""
+    """Return the `count` most frequent confusions: truth, predicted, how often, and how many images the true class has."""
     wrong = result.confusion - result.confusion.diag().diag()
     times, cells = wrong.flatten().sort(descending=True, stable=True)
     pairs = []
@@ -97,7 +97,7 @@ def confused_pairs(result: Result, count: int = 10) -> list[dict[str, Any]]:
 
 
 def predictions(result: Result) -> pd.DataFrame:
-    """Return a row per image: file, truth, prediction, probability, and the five most probable classes."""
+    """Return a table with a row per image: file, truth, prediction, and the five most probable classes with probabilities."""
     import pandas as pd  # slow to import
 
     names = np.array(result.images.names)
@@ -116,7 +116,7 @@ def predictions(result: Result) -> pd.DataFrame:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write the table without its index, atomically."""
+    """Write the table as CSV without its index, atomically."""
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
@@ -125,7 +125,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def cases(result: Result, seed: int) -> tuple[list[int], list[int]]:
-    """Return the rows of up to five right and five wrong images, drawn by the seed."""
+    """Return the row numbers of up to five right and five wrong images, drawn at random by the seed."""
     right = result.predicted == result.images.truth
     order = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))
     return order[right[order]][:CASES].tolist(), order[~right[order]][:CASES].tolist()
@@ -176,7 +176,7 @@ def _draw_case(photo: Axes, bars: Axes, result: Result, row: int) -> None:
 
 @plain_text()
 def confusion_figure(path: Path, result: Result, title: str) -> None:
-    """Draw the confusion matrix in shares of each row; rows are the truth. Few classes have their counts written in."""
+    """Write a figure of the confusion matrix. Rows are the truth, colours the share of the row; up to 20 classes also show counts."""
     from matplotlib.figure import Figure
 
     names, counts = list(map(shorten, result.images.names)), result.confusion.double()

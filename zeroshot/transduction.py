@@ -1,8 +1,8 @@
 """Transductive classification: all images are classified together, without reading a label.
 
-A Gaussian mixture over the image features, whose prior for each image is what the text says of it. This is TransCLIP
-(Zanella et al. 2024, arXiv 2406.01837) without its term of neighbours, and with a full covariance in the place of its diagonal one,
-shrunk as in GDA for CLIP (Wang et al. 2024, arXiv 2402.04087).
+A Gaussian mixture with one component per class is fitted to the image features. Its prior for each image is the softmax of the text's
+logits. This is TransCLIP (Zanella et al. 2024, arXiv 2406.01837) without its term of neighbours. The covariance is full instead of
+diagonal, and shrunk as in GDA for CLIP (Wang et al. 2024, arXiv 2402.04087).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ ITERATIONS = 10  # of expectation and maximisation, as in TransCLIP
 
 
 def transduce(features: Tensor, logits: Tensor) -> Tensor:
-    """Return the probabilities [N,C] float32 of all images together, from their features [N,D] and the text's logits [N,C].
+    """Return class probabilities [N,C] float32, from the features [N,D] and zero-shot logits [N,C] of all images together.
 
-    The density of image i and class k is softmax(logits)_ik N(x_i; mean_k, covariance), with one covariance for all classes.
+    They are softmax(logits)_ik N(x_i; mean_k, covariance) for image i and class k, normalized. All classes share one covariance.
     """
     x, log_prior = features.double(), logits.double().log_softmax(1)
     if len(x) <= x.shape[1]:
@@ -35,14 +35,14 @@ def transduce(features: Tensor, logits: Tensor) -> Tensor:
 
 
 def class_means(x: Tensor, assignments: Tensor) -> Tensor:
-    """Return the mean [C,D] of each class over the images [N,D], weighted by their assignments [N,C]."""
+    """Return the mean [C,D] of each class over the images x [N,D], weighted by the class probabilities `assignments` [N,C]."""
     return assignments.T @ x / assignments.sum(0).clamp(min=1e-12)[:, None]
 
 
 def shrunk_covariance(x: Tensor, assignments: Tensor, means: Tensor) -> Tensor:
-    """Return the covariance S [D,D] of images around the means of their classes, shrunk to S + trace(S) / (N - 1) I.
+    """Return S + trace(S) / (N - 1) I. S [D,D] is the covariance of the images x [N,D] around their classes' means [C,D].
 
-    Few images are shrunk more, so that the inverse exists for any number.
+    The second term makes the matrix invertible for any number of images. It weighs more for few.
     """
     scatter = x.T @ x - means.T @ (assignments.sum(0)[:, None] * means)
     covariance = scatter / len(x)
@@ -51,6 +51,6 @@ def shrunk_covariance(x: Tensor, assignments: Tensor, means: Tensor) -> Tensor:
 
 
 def log_density(x: Tensor, means: Tensor, covariance: Tensor) -> Tensor:
-    """Return log N(x_i; mean_k, covariance) [N,C] up to a number that is the same for all classes of an image."""
+    """Return log N(x_i; mean_k, covariance) [N,C], except for a constant per image, which is the same for all classes."""
     weights: Tensor = torch.linalg.solve(covariance, means.T)  # [D,C]
     return x @ weights - (means.T * weights).sum(0) / 2

@@ -1,6 +1,7 @@
-"""Which files an open_clip model needs, where they are, and whether they fit its activation. Nothing is loaded here.
+"""The files of an open_clip model: which it needs, where they are, and which activation they need. Nothing is loaded here.
 
-A model is one of open_clip's architectures with weights (a tag or a file), a folder (local-dir:PATH), or a hub model (hf-hub:NAME).
+A model is one of open_clip's architectures with weights, a folder (local-dir:PATH), or a hub model (hf-hub:NAME). Weights are a file, or a
+tag: open_clip's name for published weights.
 """
 
 from __future__ import annotations
@@ -35,26 +36,26 @@ class Source:
 
     model: str
     tag: str | None
-    """open_clip's tag; None = a file, or a whole model."""
+    """Tag of the weights; None = they are a file, or belong to a folder or hub model."""
     weights: Path
-    """The file, or the folder of a whole model."""
+    """The file of the weights; the folder for local-dir:PATH."""
     files: tuple[Path, ...]
     """All files that decide what the model computes."""
     quick_gelu: bool = False
     """Use QuickGELU although the architecture has GELU."""
     online: bool = False
-    """Whether a tokenizer or a text tower may be fetched from the hub."""
+    """Whether open_clip may fetch a tokenizer or a text tower from the hub."""
 
     @property
     def label(self) -> str:
-        """Model and weights as open_clip writes them, model:tag."""
+        """The model's name in logs and results: model:tag or model:file; of a folder or hub model only its name."""
         if self.model.startswith((LOCAL, HUB)):
             return self.model
         return f"{self.model}:{self.tag or self.weights}"
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The tag's image transform, as arguments of open_clip's `create_model_and_transforms`."""
+        """The tag's image transform, as arguments of open_clip's `create_model_and_transforms`; empty without a tag."""
         config = open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {}
         names = ("mean", "std", "interpolation", "resize_mode")
         return {f"image_{name}": config[name] for name in names if name in config}
@@ -83,9 +84,10 @@ class Source:
 
 
 def resolve(model: str, weights: str | None, download: bool = False) -> Source:
-    """Find the files of a model. Only with `download` a network is used, and only for files that are not on this machine.
+    """Find the files of a model. `weights` is a tag or a file; None for a folder or hub model.
 
-    Raise BadInput for unknown names (with the nearest), for absent weights (with where to get and put them), and if the hub doesn't answer.
+    The network is used only with `download`, and only for files that are not on this machine.
+    Raise BadInput for an unknown name (with the nearest), absent weights (with where to get and put them), and a hub that doesn't answer.
     """
     if model.startswith((LOCAL, HUB)):
         if weights:
@@ -111,7 +113,7 @@ def resolve(model: str, weights: str | None, download: bool = False) -> Source:
 
 
 def _architecture(model: str) -> str:
-    """Return open_clip's name of an architecture: ViT-B/32 is ViT-B-32. Raise BadInput with the nearest names."""
+    """Return open_clip's name of an architecture, ViT-B-32 for ViT-B/32. Raise BadInput with the nearest names if it has none."""
     name, models = model.replace("/", "-"), open_clip.list_models()
     if name in models:
         return name
@@ -153,7 +155,10 @@ def _hub_model(model: str, download: bool) -> Source:
 
 
 def find_weights(model: str, tag: str) -> Path | None:
-    """Return the weights of a tag on this machine: placed by hand, in the hub's cache, or in ~/.cache/clip."""
+    """Return the file of a tag's weights if it is on this machine, else None.
+
+    Places are checkpoints/clip (files placed by hand), the hub's cache, and ~/.cache/clip.
+    """
     plain = model.removesuffix(TWIN)
     for path in (WEIGHTS / f"{name}.{tag}{suffix}" for name in (plain, plain + TWIN) for suffix in SUFFIXES):
         if path.is_file():
@@ -167,7 +172,7 @@ def find_weights(model: str, tag: str) -> Path | None:
 
 
 def _download(model: str, tag: str, allowed: bool) -> Path:
-    """Fetch the tag's file as open_clip does. Raise BadInput with where to get it and where to put it."""
+    """Fetch the tag's file as open_clip does. If it fails or isn't `allowed`, raise BadInput with where to get and put the file."""
     config = open_clip.get_pretrained_cfg(model, tag)
     repository, _, name = config["hf_hub"].rpartition("/")
     url = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}"
@@ -192,7 +197,8 @@ def _download(model: str, tag: str, allowed: bool) -> Path:
 def needs_quick_gelu(model: str, tag: str | None, path: Path) -> bool:
     """Return whether weights were trained with QuickGELU while the architecture has GELU. open_clip itself only warns.
 
-    open_clip's list says so of a tag, and the archive format of OpenAI's own files. For other files the doubt is logged.
+    open_clip's list decides for a tag; the archive format of OpenAI's own files means True.
+    For other files it is False, and a warning is logged if that may be wrong.
     """
     has = open_clip.get_model_config(model).get("quick_gelu", False)
     wants = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False) if tag else is_openai_archive(path)

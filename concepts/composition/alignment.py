@@ -1,7 +1,8 @@
 """Layout alignment: a reference image's layout, without its content, by gradient steps on the latent.
 
-After Concept Conductor (arXiv 2408.03632). DDIM inversion gives the reference's latent at every step. At a step, that latent and ours go
-through the U-Net up to one self-attention layer, whose keys depend on where things are; our latent moves towards equal keys.
+After Concept Conductor (arXiv 2408.03632). DDIM inversion gives the reference's latent at every step. At a step, this latent and the one
+that is being sampled go through the U-Net up to one self-attention layer, whose keys depend on where things are. The sampled latent moves
+so that its keys come closer to the reference's.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from diffusion.samplers import Nudge, ddim_invert, unchanged
 def align_to_references(
     sampler: StableDiffusionSampler, layouts: Sequence[Layout], weight: float, align_steps: range
 ) -> Nudge:
-    """Return a nudge that moves the latents [B,4,h,w] against the gradient of `key_distance` in these steps of the sampler.
+    """Return a nudge (see `StableDiffusionSampler.solve`) that moves the latents [B,4,h,w] against the gradient of `key_distance`.
 
-    It changes nothing where a layout has no reference. Each distinct layout's reference is inverted once.
+    It acts in `align_steps` of the sampler, with step size `weight`. If any of the layouts has no reference, it does nothing.
     """
     distinct = list({id(layout): layout for layout in layouts}.values())
     images = [layout.reference for layout in distinct if layout.reference is not None]
@@ -39,7 +40,7 @@ def align_to_references(
     index = {id(layout): row for row, layout in enumerate(distinct)}
     rows = torch.tensor([index[id(layout)] for layout in layouts], device=prompts.device)
     texts = sampler.text(prompts_by_region(layouts)).unflatten(0, (-1, len(layouts)))
-    # a mean over positions and channels, whose gradients of 1e-6 would round to zero in fp16
+    # `key_distance` is a mean, so that its gradients are about 1e-6: in fp16 they would round to zero
     scale = 4096.0 if sampler.pipe.unet.dtype == torch.float16 else 1.0
 
     def nudge(x: Tensor, t: int) -> Tensor:
@@ -57,9 +58,10 @@ def align_to_references(
 
 
 def key_distance(keys: Tensor, expected: Tensor) -> Tensor:
-    """Return the squared difference of the keys [(1 + N) B,P,C] to the reference's [B,P,C], a sum over images.
+    """Return the distance, a scalar, of keys [(1 + N) B,P,C] of base and N concept branches to the reference's [B,P,C].
 
-    It is a mean over positions and channels; that of the base branch and the mean of the concepts' add up.
+    A branch's distance is the squared difference, averaged over positions and channels, summed over images.
+    The result is the base branch's distance plus the mean of the concept branches'.
     """
     branches: Tensor = keys.unflatten(0, (-1, len(expected)))
     distances: Tensor = (branches - expected).square().mean((2, 3)).sum(1)
@@ -71,9 +73,9 @@ class _KeysReached(Exception):
 
 
 def attention_keys(sampler: StableDiffusionSampler, x: Tensor, t: int, text: Tensor) -> Tensor:
-    """Return the keys [rows,positions,channels] float32 of a self-attention layer for x [rows,4,h,w] and text [rows,77,width].
+    """Return a self-attention layer's keys [rows,positions,channels] float32 for x [rows,4,h,w] at t and text [rows,77,width].
 
-    It is the first one in the second up block, or in the first up block if the second has none.
+    The layer is the first one in the second up block, or in the first up block if the second has none.
     """
     blocks = sampler.pipe.unet.up_blocks
     block: Any = next(block for block in (*blocks[1:2], blocks[0]) if getattr(block, "attentions", None))
@@ -94,9 +96,9 @@ def attention_keys(sampler: StableDiffusionSampler, x: Tensor, t: int, text: Ten
 
 
 def invert_references(sampler: StableDiffusionSampler, x0: Tensor, prompts: Tensor) -> list[Tensor]:
-    """Return the latents [B,4,h,w] at every step of the sampler, noisiest first, of clean latents x0; without guidance.
+    """Invert clean latents x0 [B,4,h,w] by DDIM without guidance. Return their latents at every step of the sampler, noisiest first.
 
-    eps is taken at the timestep that x has, not at the one that it moves to; at the first step, from clean, both are the same.
+    eps is predicted at the timestep that x has, not at the one that it moves to. For clean x0, which has none, the latter is taken.
     """
     times = [t for t, _ in sampler.grid.pairs]
     current = dict(zip(times, [*times[1:], times[-1]], strict=True))

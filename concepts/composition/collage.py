@@ -1,7 +1,7 @@
 """A collage: things that were sampled alone, cut out and shrunk into their regions.
 
-A model renders one thing in the middle of an image better than a small one among others, which covers few latent positions. So each thing
-is sampled alone, as large as it comes, and the scene without the things. Pasted together, encoded and noised to a middle step, the image
+A model renders a thing in the middle of an image better than a small thing among others, which covers few latent positions. So each thing
+is sampled alone and large, and the scene from a prompt in ordinary words. Pasted together, encoded and noised to a middle step, the image
 is sampled on from there (as SDEdit does with strokes, Meng et al. 2022, arXiv 2108.01073; as Collage Diffusion does with layers,
 Sarukkai et al. 2023, arXiv 2303.00262). Cutting out needs no further model: a thing is what differs in colour from its surroundings.
 """
@@ -17,18 +17,21 @@ from torch import Tensor
 from concepts.composition.masks import bounds, box_mask
 
 GRID = 64  # positions along each side in which things are cut out
-EDGE = 7 / 32  # of an image's side: distance from the border of what is sampled alone
+EDGE = 7 / 32  # of an image's side: distance from the border to a thing that is sampled alone
 MIDDLE = box_mask((EDGE, EDGE, 1 - EDGE, 1 - EDGE))
 RING = 10  # positions along the border that surely show the surroundings
-SEAM = 3  # positions, odd: a thing keeps the surroundings within half of it
+SEAM = 3  # positions, odd: a thing's mask is widened by half of it
 BLUR = 8.0  # positions, standard deviation of the blur that covers the regions
-# Colour distances in -1..1: a thing is at least this far from its surroundings. Patterned surroundings raise the limit, up to the second
+# For colours in -1..1: a thing is farther from its surroundings than a limit. It is NEAR, or more for patterned ones, at most FAR
 NEAR, FAR = 0.5, 1.2
-STANDS_OUT = 1.3  # times as far as 97 % of the surroundings are from their mean colour
+STANDS_OUT = 1.3  # the limit is this times the distance from the mean colour within which 97 % of the surroundings lie
 
 
 def thing_masks(images: Tensor) -> Tensor:
-    """Return [N,GRID,GRID], 0 or 1, for images [N,3,H,W] in -1..1: what differs from the surroundings; the middle if nothing does."""
+    """Return masks [N,GRID,GRID], 0 or 1, of the thing in each image [N,3,H,W] in -1..1: what differs in colour from the border.
+
+    If nothing differs, the mask is a square in the middle.
+    """
     small = F.interpolate(images, (GRID, GRID), mode="area")
     ring = torch.ones(GRID, GRID, dtype=torch.bool)
     ring[RING:-RING, RING:-RING] = False
@@ -42,7 +45,7 @@ def thing_masks(images: Tensor) -> Tensor:
 
 
 def cut_to_fit(image: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
-    """Return [4,height,width], colours and opacity: the thing in the middle, as large as fits, with a soft seam.
+    """Return [4,height,width], colours in -1..1 and opacity in 0..1: the image's thing, centred, as large as fits, with a soft edge.
 
     image [3,S,S] in -1..1, thing [GRID,GRID] its mask.
     """
@@ -64,7 +67,7 @@ def cut_to_fit(image: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
 
 
 def clear_regions(images: Tensor, inside: Tensor) -> Tensor:
-    """Return [B,3,S,S] with a blur of the surroundings over what is inside [B,1,S,S]."""
+    """Return images [B,3,S,S] with a blur of their other parts where `inside` [B,1,S,S] is above 0."""
     from torchvision.transforms.functional import gaussian_blur
 
     size = GRID, GRID
@@ -78,9 +81,9 @@ def clear_regions(images: Tensor, inside: Tensor) -> Tensor:
 
 
 def paste(scenes: Tensor, alone: Sequence[Tensor], masks: Tensor) -> Tensor:
-    """Return scenes [B,3,S,S] in -1..1, cleared inside the masks [N,B,S,S], with the things of `alone`, N times [B,3,S,S].
+    """Return scenes [B,3,S,S] in -1..1 with N things pasted inside the masks [N,B,S,S]. What was there is cleared before.
 
-    Each thing is as large as its mask's bounding box allows.
+    `alone` holds N tensors [B,3,S,S], images of one thing each. A thing is as large as its mask's bounding box allows.
     """
     images = clear_regions(scenes, masks.amax(0)[:, None]).clone()
     for sources, regions in zip(alone, masks, strict=True):

@@ -19,8 +19,8 @@ from concepts.sampling import StableDiffusionSampler
 from diffusion.noise import generators
 from runtime.seeds import derived_seed
 
-CANDIDATES = 4  # random colours of a spot, of which the one farthest from the background is taken
-LOW = 4.0  # periods along each side: what is coarser than that places things
+CANDIDATES = 4  # random colours for a spot; the one farthest from the background is taken
+LOW = 4.0  # periods along each side: coarser structures decide where things are placed
 FLAT = 8  # latent positions along each side of the one-coloured images that are encoded
 
 
@@ -33,9 +33,10 @@ def with_sketch(
     background_latent: Tensor,
     strength: float,
 ) -> Tensor:
-    """Return noise [B,4,h,w] with `strength` times a sketch instead of its low frequencies.
+    """Return noise [B,4,h,w] with its low frequencies replaced by `strength` times a sketch of the regions.
 
-    soft_masks [N,B,h,w], background_latent [B,4]. An image whose regions are empty or cover everything keeps its noise, bit for bit.
+    soft_masks [N,B,h,w] are the regions, background_latent [B,4] is the mean latent around them.
+    An image whose regions are empty or cover everything keeps its noise, bit for bit.
     """
     has_regions = is_placed(soft_masks).any(0)
     if not has_regions.any() or not strength:
@@ -45,14 +46,17 @@ def with_sketch(
 
 
 def predicted_background(sampler: StableDiffusionSampler, prompts: Sequence[str], noise: Tensor) -> Tensor:
-    """Return [B,4]: the mean x0 that the prompts predict from noise [B,4,h,w] at the last timestep, where hardly more than colours show."""
+    """Return [B,4]: the mean over positions of the x0 that is predicted from noise [B,4,h,w] at the last timestep.
+
+    There a prediction shows hardly more than colours.
+    """
     t = len(sampler.schedule) - 1
     eps = sampler.network(noise, t, sampler.text(prompts))
     return sampler.schedule.x0_and_eps(eps, noise, t)[0].mean((2, 3))
 
 
 def remove_low(noise: Tensor) -> Tensor:
-    """Return [B,4,h,w] without its frequencies up to LOW."""
+    """Return noise [B,4,h,w] without its frequencies up to LOW periods per side."""
     height, width = noise.shape[-2:]
     down, across = torch.fft.fftfreq(height, 1 / height)[:, None], torch.fft.fftfreq(width, 1 / width)
     high = (down**2 + across**2 > LOW**2).to(noise)
@@ -63,9 +67,9 @@ def remove_low(noise: Tensor) -> Tensor:
 def sketch(
     sampler: StableDiffusionSampler, soft_masks: Tensor, seeds: Sequence[int], background_latent: Tensor
 ) -> Tensor:
-    """Return [B,4,h,w] with the amplitude that training leaves at the last step, of mean 0, so that the image gets no tint.
+    """Return a sketch [B,4,h,w], one soft spot per region, of mean 0, so that the image gets no tint.
 
-    Colours follow from each image's seed and each region's shape.
+    Its amplitude is what training leaves at the last step. Colours follow from each image's seed and each region's shape.
     """
     contrast = spot_contrast(sampler, soft_masks, seeds, background_latent)
     spots = (_spots(soft_masks)[:, :, None] * contrast[..., None, None]).sum(0)
@@ -76,7 +80,7 @@ def sketch(
 def spot_contrast(
     sampler: StableDiffusionSampler, soft_masks: Tensor, seeds: Sequence[int], background_latent: Tensor
 ) -> Tensor:
-    """Return [N,B,4], each region's colour minus the background: of some random colours the farthest."""
+    """Return [N,B,4], each region's colour minus the background, as latents. Of some random colours the farthest is taken."""
     colours = torch.stack([_colours(soft_masks[:, row].cpu(), seed) for row, seed in enumerate(seeds)], 2)
     contrast = _latents(sampler, colours).to(soft_masks) - background_latent  # [N,CANDIDATES,B,4]
     farthest = contrast.square().sum(3).argmax(1)[:, None, :, None]
@@ -97,7 +101,7 @@ def _spots(soft_masks: Tensor) -> Tensor:
 
 
 def _colours(soft_masks: Tensor, seed: int) -> Tensor:
-    """Draw [N,CANDIDATES,3] in 0..1 for the regions [N,h,w] of one image."""
+    """Draw random colours [N,CANDIDATES,3] in 0..1 for the regions [N,h,w] of one image."""
     seeds = [derived_seed(seed, mask_seed(mask)) for mask in soft_masks]
     return torch.stack([torch.rand(CANDIDATES, 3, generator=generator) for generator in generators(seeds)])
 

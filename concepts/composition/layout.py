@@ -6,18 +6,18 @@
                 {"token": "<new2>", "style": true}],
    "reference": "two_dogs_on_a_bench.png", "reference_prompt": "two dogs on a bench"}
 
-prompt     the whole scene in ordinary words
+prompt     the whole scene in ordinary words, called the base prompt
 token      a learned token; "word" is its ordinary word, which stands for it in the prompt
 box        left, top, right, bottom as fractions of the image
 mask       an image, white where the concept belongs; instead of a box
-prompt     of a concept: that thing alone. Default: "a photo of a <token>"
+prompt     of a concept: a prompt for it alone. Default: "a photo of a <token>"
 style      a style, not a thing. Without box or mask it is added to all prompts. With one, it is added to the prompts of the concepts
-           inside, and to the base prompt in the rest of its region
-images     a folder of the concept's images, used by scores only
-joint      the prompt of level "joint", which has all tokens in one
-reference  a square image whose layout is followed, with its own prompt. Default: the base prompt
+           mostly inside. In the rest of its region the base prompt applies, with the style
+images     a folder of the concept's images, used only to score results
+joint      the one prompt with all tokens, for level "joint". Default: the base prompt with tokens for their words
+reference  a square image whose layout is followed. "reference_prompt" describes it; default: the base prompt
 
-File names are relative to the layout's own.
+File names are relative to the layout file.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ PREPOSITIONS = r"(?:of|to|and|or|with|in|on|at|by|near|above|below|under|behind|
 
 @dataclass(frozen=True)
 class Region:
-    """A concept's token, its own prompt and its mask [512,512] float32, 0 or 1."""
+    """A concept's token, the prompt for it alone, and its mask [512,512] float32, 0 or 1."""
 
     token: str
     prompt: str
     mask: Tensor
     word: str = "object"
-    """The token in ordinary words."""
+    """An ordinary word for the token."""
     images: Path | None = None
     """Folder of the concept's images."""
     thing: bool = True
-    """Whether it can be sampled alone; the rest of a style's region can't."""
+    """Whether it is a thing, which can be sampled alone. False for the rest of a style's region."""
 
     @property
     def plain_prompt(self) -> str:
-        """Its prompt in ordinary words, without learned styles."""
+        """The prompt with `word` for the token, and without learned styles."""
         return TOKEN.sub("", self.prompt.replace(self.token, self.word)).split(" in the style of ")[0].strip()
 
 
@@ -81,19 +81,19 @@ class Layout:
     regions: tuple[Region, ...]
     joint: str = ""
     reference: Tensor | None = None
-    """[3,S,S] uint8, the image whose layout is followed."""
+    """[3,S,S] uint8, the image whose layout is followed; None = none."""
     reference_prompt: str = ""
-    """The reference's own prompt; "" = the base prompt."""
+    """The prompt of the reference; "" = the base prompt."""
 
     def soft_masks(self, height: int, width: int) -> Tensor:
-        """Return [N,height,width] float32 in 0..1: how much of each position belongs to each region."""
+        """Return the N regions' masks resized, [N,height,width] float32 in 0..1: how much of a position belongs to a region."""
         if not self.regions:
             return torch.zeros(0, height, width)
         masks = torch.stack([region.mask for region in self.regions])
         return F.interpolate(masks[None], size=(height, width), mode="area")[0]
 
     def masks(self, height: int, width: int) -> Tensor:
-        """Return [N,height,width] float32, 0 or 1; no two overlap."""
+        """Return the N regions' masks resized, [N,height,width] float32, 0 or 1; no two overlap."""
         return (self.soft_masks(height, width) > 0.5).float()
 
     @property
@@ -106,7 +106,7 @@ class Layout:
         return replace(self, regions=tuple(region for region in self.regions if region.thing == things))
 
     def check_resolution(self, height: int, width: int) -> None:
-        """Raise BadInput for a region that holds no latent position of this size."""
+        """Raise BadInput for a region that covers no position of latents of this size."""
         for region, mask in zip(self.regions, self.masks(height, width), strict=True):
             if not mask.any():
                 raise BadInput(
@@ -115,7 +115,7 @@ class Layout:
 
 
 def prompts_by_region(layouts: Sequence[Layout]) -> list[str]:
-    """Return the base prompts of all layouts, then the prompts of their first regions, and so on."""
+    """Return (1 + N) B prompts for B layouts: their base prompts, then the prompts of their first regions, and so on."""
     return [prompt for prompts in zip(*(layout.prompts for layout in layouts), strict=True) for prompt in prompts]
 
 
@@ -130,9 +130,10 @@ def stack_soft_masks(layouts: Sequence[Layout], height: int, width: int) -> Tens
 def make_layout(
     prompt: str, regions: Sequence[Region], styles: Sequence[Style] = (), joint: str = "", **reference: Any
 ) -> Layout:
-    """Build a layout from regions that may overlap; styles of the whole image are appended to every prompt.
+    """Build a layout from regions that may overlap; an earlier region keeps the overlap.
 
-    `joint` is the prompt with all tokens; "" = derived. `reference` are the layout's fields of these names.
+    A style without a mask is appended to every prompt, one with a mask goes through `apply_style`. `joint` "" = derived from `prompt`.
+    `reference` are the keywords reference and reference_prompt of `Layout`.
     """
     ending = "".join(f" in the style of {style.token}" for style in styles if style.mask is None)
     disjoint = [replace(region, prompt=_append(region.prompt, ending)) for region in remove_overlaps(regions)]
@@ -145,7 +146,7 @@ def make_layout(
 
 
 def remove_overlaps(regions: Sequence[Region]) -> list[Region]:
-    """Cut earlier masks out of later ones and log it; raise BadInput for a region of which nothing is left."""
+    """Return the regions with earlier masks cut out of later ones, and log it. Raise BadInput if nothing is left of a region."""
     taken = torch.zeros(MASK_SIZE, MASK_SIZE)
     disjoint: list[Region] = []
     for region in regions:
@@ -160,7 +161,10 @@ def remove_overlaps(regions: Sequence[Region]) -> list[Region]:
 
 
 def apply_style(regions: Sequence[Region], prompt: str, token: str, mask: Tensor) -> list[Region]:
-    """Add the style to regions mostly inside the mask; the rest of the mask becomes a region of the base prompt in this style."""
+    """Return the regions, with the style added to the prompts of those mostly inside the mask.
+
+    The rest of the mask becomes a further region, with the base prompt `prompt` in this style.
+    """
     ending = f" in the style of {token}"
     within = [bool((region.mask * mask).sum() * 2 > region.mask.sum()) for region in regions]
     styled = [
@@ -172,7 +176,7 @@ def apply_style(regions: Sequence[Region], prompt: str, token: str, mask: Tensor
 
 
 def _joint_prompt(prompt: str, regions: Sequence[Region]) -> str:
-    """Put every token in the place of its word; if a word is missing, list the tokens next to each other."""
+    """Return the prompt with every token in the place of its word, or if a word is missing "a photo of a <a> next to a <b>"."""
     for region in regions:
         prompt = replace_words(prompt, [region.word], region.token, 1)
     if all(region.token in prompt for region in regions):
@@ -185,16 +189,20 @@ def _append(prompt: str, ending: str) -> str:
 
 
 def replace_words(prompt: str, words: Sequence[str], token: str, count: int = 0) -> str:
-    """Replace these words by the token, at most `count` times (0 = all): "a dog next to a cat" -> "a <new1> next to a <new1>"."""
+    """Return the prompt with these words replaced by the token, at most `count` times (0 = all).
+
+    With dog and cat: "a dog next to a cat" -> "a <new1> next to a <new1>".
+    """
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     pattern = re.compile(rf"(\ban )?(?<!\w)(?:{either})(?!\w)")
     return pattern.sub(lambda match: f"a {token}" if match[1] else token, prompt, count=count)
 
 
 def auto_layout(prompt: str, words: dict[str, str]) -> Layout:
-    """Lay the tokens of a prompt side by side, in its order; `words` maps tokens to ordinary words for the base prompt.
+    """Return a layout with a prompt's tokens side by side, in its order.
 
-    A token after "style of" is a style. Raise BadInput for a prompt without any other.
+    `words` maps tokens to ordinary words for the base prompt; the default is "object". A token after "style of" is a style.
+    Raise BadInput for a prompt without a token that is no style.
     """
     tokens = tokens_in(prompt)
     styles = [token for token in tokens if f"style of {token}" in prompt]
@@ -241,7 +249,7 @@ class ConceptEntry(BaseModel):
 
     @model_validator(mode="after")
     def check(self) -> ConceptEntry:
-        """Refuse a concept with both or neither of box and mask, a box that is empty, and a prompt without the token."""
+        """Refuse a concept with box and mask, one with neither that is no style, an empty box, and a prompt without the token."""
         if self.box and self.mask or not (self.style or self.box or self.mask):
             raise ValueError(f"{self.token}: give it either a box or a mask")
         if self.box and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
@@ -263,7 +271,7 @@ class LayoutFile(BaseModel):
 
 
 def read_layout(path: Path) -> Layout:
-    """Read a layout file; raise BadInput that names the file, the entry and the value."""
+    """Return the layout of a file. Raise BadInput that names the file, the entry and the value."""
     content = validate(LayoutFile, read_json(path), str(path))
     for entry in content.concepts:
         if "word" in entry.model_fields_set and replace_words(content.prompt, [entry.word], "") == content.prompt:
@@ -302,9 +310,10 @@ def _read_mask(path: Path, entry: ConceptEntry) -> Tensor | None:
 
 
 def _whiteness(file: Path) -> Tensor:
-    """Return a mask's pixels [H,W] in 0..1; 1 is white where a file holds 0 and 1 only, and 255 in one of 16 bits with no more.
+    """Return a mask file's brightness [H,W] in 0..1.
 
-    Transparent parts are black if the others are white; raise BadInput for other transparent images, such as a cut-out photograph.
+    1 is white if a file holds only 0 and 1; 255 is white if a 16-bit file holds no larger value.
+    Transparent parts are black if the others are white. Raise BadInput for other transparent images, such as a cut-out photograph.
     """
     with image_file(file) as image:
         if image.has_transparency_data:

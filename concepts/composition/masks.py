@@ -1,6 +1,6 @@
 """Masks of regions: from boxes, at any resolution, and what lies outside of them.
 
-Soft masks are [N,B,h,w] in 0..1 for N regions of B images.
+Soft masks are [N,B,h,w] in 0..1 for N regions of B images: the share of each position that belongs to a region.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ MASK_SIZE = 512  # positions along each side in which masks are kept
 
 
 def hard_masks(soft_masks: Tensor, height: int, width: int) -> Tensor:
-    """Resize soft masks [N,B,h,w] to [N,B,height,width] float32, 0 or 1.
+    """Resize soft masks [N,B,h,w] to [N,B,height,width] float32, 0 or 1; no two overlap.
 
-    A position belongs to the concept that has the largest share of it, if that is more than half of the concept's best share.
+    A position belongs to the region with the largest share of it, if that is more than half of the region's best share anywhere.
     So a region smaller than a position keeps the one that it fills best.
     """
     shares = F.interpolate(soft_masks, size=(height, width), mode="area")
@@ -28,12 +28,15 @@ def hard_masks(soft_masks: Tensor, height: int, width: int) -> Tensor:
 
 
 def is_placed(soft_masks: Tensor) -> Tensor:
-    """Return [N,B] bool for soft masks [N,B,h,w]: False for a region that is empty or covers everything alike."""
+    """Return [N,B] bool for soft masks [N,B,h,w]: False for a region that is the same everywhere, such as empty or full."""
     return soft_masks.amax((2, 3)) > soft_masks.amin((2, 3))
 
 
 def outside(soft_masks: Tensor) -> Tensor:
-    """Return [B,1,h,w] for [N,B,h,w]: how much of each position belongs to no region; 0 where no region is placed."""
+    """Return [B,1,h,w] for [N,B,h,w]: the share of each position that belongs to no region.
+
+    It is 0 for an image without a region that `is_placed`.
+    """
     return ((1 - soft_masks.sum(0)).clamp(0, 1) * is_placed(soft_masks).any(0)[:, None, None])[:, None]
 
 
@@ -44,7 +47,7 @@ def bounds(mask: Tensor) -> tuple[slice, slice]:
 
 
 def mask_seed(mask: Tensor) -> int:
-    """Return a number that depends on the mask alone, so that a region's randomness doesn't depend on the order of concepts."""
+    """Return a seed that depends on the mask [H,W] alone. So a region's randomness doesn't depend on the order of concepts."""
     return zlib.crc32(mask.numpy().tobytes())
 
 

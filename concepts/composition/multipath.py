@@ -7,9 +7,9 @@ conductor  regional and multipath: a base branch and one branch per concept shar
 
 All branches have the same weights, so they go through the U-Net as one batch (routing.py). The level `conductor` has three stages:
 
-base       the scene around the things. The first noise holds a sketch of the layout (first_noise.py), and in the first steps nothing forms
-           outside the regions
-collage    each thing, sampled alone, is pasted into its region (collage.py)
+base       the scene from the base prompt. The first noise holds a sketch of the layout (first_noise.py). In the first steps only a blur is
+           kept outside the regions
+collage    each thing (a concept that is no style), sampled alone, is pasted into its region (collage.py)
 conduct    all branches, on the remaining steps
 
 With a reference image the stages before `conduct` are left out, and the latent follows the reference's layout (alignment.py).
@@ -43,38 +43,38 @@ from runtime.cli import BadInput, check_fractions, check_not_negative
 from runtime.seeds import derived_seed
 
 Level = Literal["joint", "regional", "conductor"]
-BLUR_GRID = 3  # means along each side that a blur of the background has
+BLUR_GRID = 3  # a blur of the background is enlarged from this many means along each side
 
 
 @dataclass(frozen=True)
 class ConductorConfig:
-    """Options of the level `conductor`; the defaults did best on the miniature (docs/results.md)."""
+    """Options of the level `conductor`; the defaults did best on the miniature, a small model (docs/results.md)."""
 
     inject: tuple[Piece, ...] = ("attention", "features", "noise")
-    """What the base branch takes from a concept's branch inside its mask: outputs of the up blocks' attention layers, outputs of their
-    residual blocks, the predicted noise."""
+    """What the base branch takes from a concept's branch inside its mask. attention = outputs of the up blocks' attention layers,
+    features = outputs of their residual blocks, noise = the predicted noise."""
     focus: bool = True
-    """Outside its mask a concept's branch attends to the base prompt, so that it puts the concept in its place."""
+    """Let a concept's branch attend to the base prompt outside its mask, so that the concept stays inside."""
     sketch: float = 4.0
     """Strength of the sketch of the regions in the first noise's low frequencies, as a multiple of the signal that the schedule leaves at
     its last step. 0 = no sketch."""
     background_steps: float = 0.4
-    """Fraction of the steps, from the first one, in which only a blur is kept outside the regions, so that objects stay inside. 0 = none.
-    A detailed background needs less."""
+    """Fraction of the steps, from the first one, in which only a blur is kept outside the regions, so that objects stay inside.
+    0 = none. A detailed background needs a smaller fraction."""
     collage: float = 0.56
-    """Fraction of the steps after which things sampled alone are pasted into their regions and the branches start. 0, or with a
-    reference to align to = no collage, branches from the first step on."""
+    """Fraction of the steps that sample only the scene. Then things, sampled alone, are pasted into their regions and the branches start.
+    0, or a reference to align to = no collage, branches from the first step on."""
     align: float = 10.0
     """Step size of the gradient that brings the latent's layout to the reference's. 0 = off."""
     refine: bool = False
     """Refine the masks to the shapes that self-attention shows in them."""
 
     ALONE_STEPS: ClassVar[int] = 10
-    """Steps in which things are sampled alone, at most."""
+    """The most steps in which things are sampled alone."""
     ALIGN: ClassVar[float] = 0.3
     """Fraction of the steps, from the first one, in which the latent is aligned."""
     REFINE: ClassVar[tuple[float, float]] = (0.25, 0.4)
-    """Fractions of a stage's steps between which masks are refined."""
+    """Masks are refined between these fractions of a stage's steps."""
 
     def check(self) -> None:
         """Raise BadInput for a strength out of range, and for an empty `inject`."""
@@ -102,7 +102,10 @@ def compose(
     level: Level,
     config: ConductorConfig = ConductorConfig(),
 ) -> Tensor:
-    """Return images [B,3,H,W] uint8; the layouts may differ, but all have the same number of regions."""
+    """Sample an image per request, [B,3,H,W] uint8 on the CPU.
+
+    The layouts may differ, but all must have the same number of regions.
+    """
     layouts = [request.layout for request in requests]
     if level == "joint" or not layouts[0].regions:
         prompts = [layout.joint if level == "joint" else layout.prompt for layout in layouts]
@@ -124,9 +127,9 @@ def compose(
 
 
 def collage_step(layouts: Sequence[Layout], steps: int, config: ConductorConfig) -> int:
-    """Return the step before which the collage is made.
+    """Return the step before which the collage is made; 0 = no collage.
 
-    0 = no collage: with a reference, which determines the layout itself, and where a layout has no thing or one that is everywhere.
+    There is none with a reference to align to, nor where a layout has no thing or one whose region is everywhere.
     """
     if config.align and any(layout.reference is not None for layout in layouts):
         return 0
@@ -138,7 +141,7 @@ def collage_step(layouts: Sequence[Layout], steps: int, config: ConductorConfig)
 def base(
     sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest], config: ConductorConfig, stop: int
 ) -> tuple[Tensor, Tensor]:
-    """Sample the scene around the things. Return x and the predicted x0, both [B,4,h,w], at step `stop`."""
+    """Sample the scenes from the base prompts up to step `stop`. Return x and the x0 predicted there, both [B,4,h,w]."""
     keep_inside = soft_masks_of(sampler, [request.layout.only(things=True) for request in requests])
     scenes = [request.layout.only(things=False) for request in requests]
     denoise = stage_denoiser(sampler, scenes, config, range(stop), keep_inside)
@@ -157,7 +160,10 @@ def collage(
     x0: Tensor,
     start: int,
 ) -> Tensor:
-    """Return x [B,4,h,w] at step `start` with the things inside their regions, sampled alone; x and x0 are the scene's."""
+    """Sample each thing alone and paste it into its region. Return the latents [B,4,h,w] at step `start`.
+
+    x and x0 are the scene's, from `base`. Outside the regions x is kept.
+    """
     things = [request.layout.only(things=True) for request in requests]
     keep_inside = soft_masks_of(sampler, things)
     free = outside(keep_inside)
@@ -180,7 +186,7 @@ def collage(
 def sample_alone(
     sampler: StableDiffusionSampler, requests: Sequence[Request], config: ConductorConfig, background_latent: Tensor
 ) -> Tensor:
-    """Return images [B,3,H,W] in -1..1: each prompt's thing in the middle of the background [B,4] that it will be pasted on."""
+    """Return an image per request, [B,3,H,W] in -1..1: its prompt's thing in the middle of the background [B,4]."""
     steps = min(config.ALONE_STEPS, sampler.config.steps)
     sampler = replace(sampler, config=replace(sampler.config, steps=steps))
     prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
@@ -196,7 +202,7 @@ def sample_alone(
 def conduct(
     sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest], config: ConductorConfig, x: Tensor, start: int
 ) -> Tensor:
-    """Return the latents [B,4,h,w] that all branches reach together from x at step `start`."""
+    """Sample with all branches from x [B,4,h,w] at step `start` to the end. Return the latents [B,4,h,w]."""
     layouts = [request.layout for request in requests]
     steps = range(start, sampler.config.steps)
     denoise = stage_denoiser(sampler, layouts, config, steps, soft_masks_of(sampler, layouts))
@@ -209,19 +215,22 @@ def conduct(
 
 
 def first_noise(sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest]) -> Tensor:
-    """Draw the noise [B,4,h,w] of these seeds: the same in every stage."""
+    """Draw the noise [B,4,h,w] that sampling starts from. It depends on the seeds only, so it is the same in every stage."""
     return draw(generators([request.seed for request in requests]), sampler.shape, sampler.device)
 
 
 def step_generators(requests: Sequence[LayoutRequest], start: int = 0) -> list[torch.Generator]:
-    """Return the generators of the noise that a stochastic solver adds from step `start` on, apart from the first noise's."""
+    """Return the generators of the noise that a stochastic solver adds from step `start` on. It is independent of the first noise."""
     return generators([derived_seed(request.seed, start) for request in requests])
 
 
 def sketched_noise(
     sampler: StableDiffusionSampler, requests: Sequence[LayoutRequest], config: ConductorConfig, keep_inside: Tensor
 ) -> Tensor:
-    """Draw the first noise [B,4,h,w], with a sketch of each of the N regions that `keep_inside` [N,B,h,w] masks; plain with sketch 0."""
+    """Draw the first noise [B,4,h,w] with a sketch of N regions, whose soft masks are `keep_inside` [N,B,h,w].
+
+    It is plain if config.sketch is 0.
+    """
     noise = first_noise(sampler, requests)
     if not config.sketch:
         return noise
@@ -236,7 +245,7 @@ def soft_masks_of(sampler: StableDiffusionSampler, layouts: Sequence[Layout]) ->
 
 
 def passes(layout: Layout, level: Level, steps: int, config: ConductorConfig) -> int:
-    """Return how many rows of the U-Net one image takes, over all steps."""
+    """Return how many batch rows the U-Net computes for one image, over all steps."""
     branches = len(layout.regions) if level == "conductor" else 0
     start = collage_step([layout], steps, config) if branches else 0
     scene_branches = len(layout.only(things=False).regions)
@@ -256,9 +265,9 @@ def stage_denoiser(
     keep_inside: Tensor,
     background_latent: Tensor | None = None,
 ) -> Denoise:
-    """Return the denoiser of one stage, which covers these steps of the sampler.
+    """Return the denoiser of the stage that covers these steps of the sampler.
 
-    In the first `background_steps` nothing forms outside `keep_inside` [N,B,h,w] but the background [B,4], or a blur of the prediction.
+    In the first `background_steps` its eps goes through `contain`, with `keep_inside` [N,B,h,w] and background_latent [B,4].
     """
     contain_steps = range(round(config.background_steps * sampler.config.steps))
     first, last = (steps.start + round(fraction * len(steps)) for fraction in config.REFINE)
@@ -279,13 +288,13 @@ def stage_denoiser(
 
 @dataclass
 class MultipathDenoiser:
-    """A denoiser of the base branch, which the concepts' prompts and branches influence inside their masks."""
+    """A denoiser (x, t) -> guided eps of the base branch. Inside the masks, the concepts' prompts and branches influence it."""
 
     sampler: StableDiffusionSampler
     text: Tensor
-    """[rows,77,width]: base B, with branches concept 1..N B each, unconditional B."""
+    """[rows,77,width]: B base prompts, B prompts of each concept 1..N (only with branches), B negative prompts."""
     routing: BranchRouting
-    """Its masks are replaced when they are refined."""
+    """Replaced when masks are refined."""
     refine_steps: range = range(0)
 
     @classmethod
@@ -296,7 +305,10 @@ class MultipathDenoiser:
         config: ConductorConfig | None = None,
         refine_steps: range = range(0),
     ) -> MultipathDenoiser:
-        """Build the denoiser of layouts that have regions. Without `config` there are no concept branches."""
+        """Build the denoiser of layouts that have regions. Without `config` there are no concept branches (level regional).
+
+        In `refine_steps` the masks are refined.
+        """
         texts = sampler.text(prompts_by_region(layouts)).unflatten(0, (-1, len(layouts)))
         uncond = sampler.text([sampler.config.negative]).repeat(len(layouts), 1, 1)
         masks = RegionMasks(soft_masks_of(sampler, layouts))
@@ -327,9 +339,10 @@ class MultipathDenoiser:
 def contain(
     x: Tensor, eps: Tensor, t: int, schedule: Schedule, keep_inside: Tensor, background_latent: Tensor | None = None
 ) -> Tensor:
-    """Return eps [B,4,h,w], changed so that outside the regions [N,B,h,w] it predicts the background [B,4].
+    """Return eps [B,4,h,w], changed so that the x0 it predicts outside the regions [N,B,h,w] is the background [B,4].
 
-    None = a blur of what it predicts there. An image whose regions are empty or cover everything keeps its eps, bit for bit.
+    Without a background it is a blur of the x0 predicted there.
+    An image whose regions are empty or cover everything keeps its eps, bit for bit.
     """
     free = outside(keep_inside)
     x0, _ = schedule.x0_and_eps(eps, x, t)

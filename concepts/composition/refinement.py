@@ -1,7 +1,8 @@
 """Masks from self-attention: positions that attend alike belong together, so clusters of them show where a concept has appeared.
 
-After Concept Conductor (arXiv 2408.03632): the maps of the base branch and of the concept's branch are clustered into several numbers of
-parts. Of each map, the cluster most like the old mask is taken, and both are united. A position that two concepts claim stays as before.
+After Concept Conductor (arXiv 2408.03632): the attention maps of the base branch and of the concept's branch are clustered, for several
+numbers of clusters. The new mask is the union of two clusters: in each map, the one most like the old mask. A position that two concepts
+claim stays as before.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class RecordedAttention:
 
 @contextmanager
 def record_self_attention(unet: Any) -> Iterator[RecordedAttention]:
-    """Record the last self-attention at half the latents' resolution (32x32 for images of 512 pixels) within the block."""
+    """Record queries and keys of one layer in the last U-Net call within the block.
+
+    It is the last self-attention at half the latents' resolution (32x32 for images of 512 pixels).
+    """
     layer = unet.up_blocks[-2].attentions[-1].transformer_blocks[-1].attn1
     attention = RecordedAttention(layer.heads)
     hooks = [
@@ -53,7 +57,10 @@ def record_self_attention(unet: Any) -> Iterator[RecordedAttention]:
 
 
 def refine_masks(soft_masks: Tensor, base: Tensor, concepts: Tensor) -> Tensor:
-    """Return masks [N,B,h,w], 0 or 1, that never overlap, from the old ones and attention maps base [B,P,P], concepts [N,B,P,P]."""
+    """Return new masks [N,B,h,w], 0 or 1, that never overlap, from the old ones `soft_masks` [N,B,h,w].
+
+    They follow the branches' self-attention maps: base [B,P,P], concepts [N,B,P,P].
+    """
     height, width = soft_masks.shape[2:]
     downscale = round((height * width / base.shape[1]) ** 0.5)
     size = (-(-height // downscale), -(-width // downscale))
@@ -65,7 +72,7 @@ def refine_masks(soft_masks: Tensor, base: Tensor, concepts: Tensor) -> Tensor:
 
 
 def _claims(old: Tensor, base: Tensor, concepts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return [N,P] bool for one image: where each concept appears in the base branch's map or in its own."""
+    """Return [N,P] bool for one image: where each concept appears in the base branch's map or in its branch's map."""
     counts = range(len(old) + 1, 2 * len(old) + 2)
     in_base = _clusters(base, counts)
     own = [_clusters(attention, counts) for attention in concepts]
@@ -88,12 +95,12 @@ def bounding_box(mask: Tensor) -> Tensor:
 
 
 def _clusters(rows: Tensor, counts: range) -> Tensor:
-    """Return [sum of counts, P] bool: the clusters of the rows [P,D] for every number of clusters."""
+    """Return [sum of counts, P] bool: the clusters of the rows [P,D] for every number of clusters in `counts`."""
     return torch.cat([F.one_hot(kmeans(rows, count), count).T.bool() for count in counts])
 
 
 def kmeans(rows: Tensor, count: int) -> Tensor:
-    """Return [P] int64, the cluster of each row of [P,D] (Lloyd 1982): the best of some starts at random rows, the same in every run."""
+    """Return each row's cluster [P] int64, for rows [P,D] (Lloyd 1982): the best of RESTARTS random starts, the same in every run."""
     generator = torch.Generator().manual_seed(count)
     starts = torch.stack([torch.randperm(len(rows), generator=generator)[:count] for _ in range(RESTARTS)])
     centres = rows[starts.to(rows.device)]

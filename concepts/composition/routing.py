@@ -1,4 +1,4 @@
-"""What the U-Net does for each branch: which prompt attends where, and which outputs the base branch takes from the concepts'.
+"""What the U-Net does for each branch: which prompt attends where, and which outputs the base branch takes from the concept branches.
 
 One call holds all branches as rows of a batch: base, concept 1..N, unconditional, B images each. Without concept branches (`regional`)
 the rows are base and unconditional. Attention processors and forward hooks change what the layers return.
@@ -23,7 +23,7 @@ Piece = Literal["attention", "features", "noise"]
 
 
 class RegionMasks:
-    """Soft masks of N concepts in B images, as 0 or 1 at the resolution of any layer."""
+    """Soft masks of N concepts in B images, resized to the resolution of any layer as 0 or 1."""
 
     def __init__(self, soft: Tensor):
         self.soft = soft
@@ -31,7 +31,10 @@ class RegionMasks:
         self._resized: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     def like(self, layer_output: Tensor) -> Tensor:
-        """Return [N,B,positions,1] for states [rows,positions,channels], [N,B,1,h,w] for maps [rows,channels,h,w]; 0 or 1."""
+        """Return masks, 0 or 1, that broadcast with a layer's output.
+
+        [N,B,positions,1] for [rows,positions,channels], [N,B,1,h,w] for [rows,channels,h,w].
+        """
         key = (layer_output.shape[1:], layer_output.dtype)
         if key not in self._resized:
             height, width = self.soft.shape[2:]
@@ -50,30 +53,33 @@ class BranchRouting:
 
     masks: RegionMasks
     region_texts: Tensor
-    """[N,B,77,width], the concepts' prompts: inside a mask, the base branch's cross-attention attends only to that concept's."""
+    """[N,B,77,width], the concepts' prompts. Inside a concept's mask, the base branch's cross-attention attends only to that concept's."""
     base_text: Tensor | None = None
-    """[B,77,width], the base prompts: concept branches attend to them outside their masks. None = to their own everywhere."""
+    """[B,77,width], the base prompts, to which concept branches attend outside their masks. None = to their own prompts everywhere."""
     inject: tuple[Piece, ...] = ()
-    """What the base branch takes from the concepts' branches inside their masks; () = there are no such branches."""
+    """What the base branch takes from the concept branches inside their masks; () = there are no concept branches."""
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return base [B,..], concepts [N,B,..] (without branches [0,B,..]) and unconditional [B,..]."""
+        """Split the rows of a batch into base [B,..], concepts [N,B,..] ([0,B,..] without concept branches) and unconditional [B,..]."""
         batch = self.region_texts.shape[1]
         return rows[:batch], rows[batch:-batch].unflatten(0, (-1, batch)), rows[-batch:]
 
     def blend(self, base: Tensor, concepts: Tensor) -> Tensor:
-        """Return base [B,..] with concepts [N,B,..] inside the masks; base is unchanged elsewhere, bit for bit."""
+        """Return base [B,..], replaced inside each concept's mask by that concept's row of [N,B,..]. Elsewhere it stays, bit for bit."""
         masks = self.masks.like(base)
         return torch.where(masks.sum(0) > 0, (masks * concepts).sum(0), base)
 
     def inject_concepts(self, rows: Tensor) -> Tensor:
-        """Return rows whose base branch has the concepts' outputs inside the masks."""
+        """Return the rows, with the concept branches' outputs in the base branch inside the masks."""
         base, concepts, _ = self.split(rows)
         return torch.cat([self.blend(base, concepts), rows[len(base) :]])
 
 
 class RoutedAttention:
-    """An attention processor: the layer's own one, then the routing."""
+    """An attention processor: the layer's original one, then the routing.
+
+    With `injects` it also puts the concept branches' outputs into the base branch.
+    """
 
     def __init__(self, routing: BranchRouting, injects: bool, processor: Any):
         self.routing, self.injects, self.processor = routing, injects, processor
@@ -104,7 +110,7 @@ class RoutedAttention:
 
 @contextmanager
 def routed(unet: Any, routing: BranchRouting) -> Iterator[None]:
-    """Route the U-Net's calls within the block by attention processors and by hooks on the residual blocks of its up blocks."""
+    """Apply the routing to the U-Net's calls within the block, by attention processors and by hooks on residual blocks of the up blocks."""
     from diffusers.models.resnet import ResnetBlock2D
 
     original = dict(unet.attn_processors)

@@ -1,4 +1,4 @@
-"""Results of a layout: scores of each concept inside its mask, and all levels side by side with the masks drawn in."""
+"""Results of a layout: scores of each concept inside its mask, and figures that compare the levels."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ GREY = 127  # around what is cut out
 
 
 def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[str, Scores]]:
-    """Return, per image of [N,3,H,W] uint8, the scores of what is inside each region's mask, by token.
+    """Return per image of [N,3,H,W] uint8 {token: scores} of what is inside each region's mask.
 
-    "text" is the score with the region's prompt in ordinary words. "image" is the mean of 100 x cosine to the region's own images, if it
-    names any.
+    "text" is the score with the region's prompt in ordinary words.
+    "image" is the mean of 100 x cosine to the region's images, if it has any. A repeated token has a number added.
     """
 
     scores: list[dict[str, Scores]] = [{} for _ in images]
@@ -49,7 +49,10 @@ def scores_inside(scorer: Scorer, layout: Layout, images: Tensor) -> list[dict[s
 
 
 def cut_out(images: Tensor, mask: Tensor) -> Tensor:
-    """Return [N,3,h,w] uint8: twice the bounding box of the mask [H,W], grey outside it; CLIP scores objects best with a margin."""
+    """Return [N,3,h,w] uint8: what is inside the mask [H,W], with grey around it.
+
+    h and w are twice the mask's bounding box, since CLIP scores objects best with a margin.
+    """
     window = bounds(mask)
     grey = torch.tensor(GREY, dtype=torch.uint8)
     inside = torch.where(mask[window] > 0, images[:, :, window[0], window[1]], grey)
@@ -58,7 +61,7 @@ def cut_out(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_scores(scores: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
-    """Return the means over images."""
+    """Return the scores of `scores_inside`, as means over images."""
     return {
         token: {kind: round(sum(row[token][kind] for row in scores) / len(scores), 3) for kind in kinds}
         for token, kinds in scores[0].items()
@@ -99,7 +102,7 @@ def draw_outlines(images: Tensor, layout: Layout, side: int = SHOWN) -> Tensor:
 def levels_figure(
     path: Path, sampler: StableDiffusionSampler, layout: Layout, seeds: Sequence[int], config: ConductorConfig
 ) -> None:
-    """Write a figure with a row per seed, of the first four: layout, joint, regional, conductor."""
+    """Sample the layout at every level and write a figure: a row for each of the first four seeds, columns for layout and levels."""
     seeds, levels = seeds[:FIGURE_ROWS], get_args(Level)
     requests = [LayoutRequest(layout, seed) for seed in seeds]
     columns = [draw_outlines(compose(sampler, requests, level, config), layout) for level in levels]
@@ -116,7 +119,10 @@ def attention_figure(
     levels: Sequence[Level],
     config: ConductorConfig,
 ) -> None:
-    """Write a figure with a row per level, all of one seed: the image, and where it attends to each word, with the regions' borders."""
+    """Sample the layout at these levels with one seed, and write a figure with a row per level.
+
+    A row shows the image, and where it attends to each word, with the regions' borders.
+    """
     cells = []
     for level in levels:
         images = compose(sampler, [LayoutRequest(layout, seed)], level, config)
