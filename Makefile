@@ -9,7 +9,7 @@ DEMO := demo
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 
-setup: .venv/.done  ## create .venv and install the requirements (about 5 GB, one to five minutes), by uv if there is one; UV=: by pip
+setup: .venv/.done  ## create .venv and install the requirements (about 5 GB, one to five minutes), with uv if it is installed, else with pip; UV= forces pip
 
 .venv/.done: requirements.txt requirements-dev.txt $(if $(UV),uv.lock)
 ifneq ($(UV),)
@@ -32,7 +32,7 @@ report: setup  ## every figure and table on one web page: make report [DATA=hw2_
 	@$(RUN) report.py $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 		$(if $(UNET),--unet "$(UNET)") $(if $(CLASSIFIER),--mnistm-classifier "$(CLASSIFIER)") $(if $(DIGITS),--digits "$(DIGITS)") $(if $(CLIP),--clip "$(CLIP)")
 
-# A thread per process: two processes of two threads each on two cores are 50 times slower than one after the other.
+# One thread per process: on two cores, two processes of two threads each take 50 times as long as one after the other.
 test: setup  ## all tests (minutes; a process per core, four at most)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
@@ -47,10 +47,10 @@ doctor: setup  ## what this machine has and how long sampling and training take
 train: setup  ## train the digit model on hw2_data/digits (resumes)
 	$(RUN) P1_training.py
 
-bench: setup  ## every side-by-side measurement, one table, also in docs/results.md (hours on two cores; continues); QUICK=1: all of them short
+bench: setup  ## run all benchmarks, write one table, also into docs/results.md (hours on two cores; continues); QUICK=1: short runs, not into docs
 	@$(RUN) benchmarks/table.py $(if $(QUICK),--quick,--results docs/results.md)
 
-gpu: setup  ## what a GPU measures in at most eight minutes, one table, no network; MINUTES=N: another limit
+gpu: setup  ## run the benchmarks for a GPU in at most eight minutes, write one table (no network); MINUTES=N: another limit
 	@$(RUN) benchmarks/table.py --gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 mutants: setup  ## mutation testing: the share of 200 seeded faults in the code that the tests notice (two hours on two cores; continues)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# bash hw2_1.sh OUTPUT_FOLDER [CHECKPOINT]: 50 pictures per digit and domain, OUTPUT_FOLDER/{mnistm,svhn}/{digit}_{001..050}.png
+# bash hw2_1.sh OUTPUT_FOLDER [CHECKPOINT]: 50 images per digit and domain, OUTPUT_FOLDER/{mnistm,svhn}/{digit}_{001..050}.png
 if [ $# -lt 1 ] || [ $# -gt 2 ] || [ -z "$1" ] || [ -z "${2-checkpoint}" ]; then
     echo "error: usage: bash hw2_1.sh OUTPUT_FOLDER [CHECKPOINT]" >&2
     exit 2

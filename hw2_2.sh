@@ -1,5 +1,5 @@
 #!/bin/bash
-# bash hw2_2.sh NOISE_FOLDER OUTPUT_FOLDER UNET_PT: a picture NN.png for every NN.pt, by 50 steps of DDIM at eta 0
+# bash hw2_2.sh NOISE_FOLDER OUTPUT_FOLDER UNET_PT: an image NN.png for every noise NN.pt, by 50 steps of DDIM at eta 0
 if [ $# -ne 3 ] || [ -z "$1" ] || [ -z "$2" ] || [ -z "$3" ]; then
     echo "error: usage: bash hw2_2.sh NOISE_FOLDER OUTPUT_FOLDER UNET_PT" >&2
     exit 2

@@ -1,5 +1,5 @@
 #!/bin/bash
-# bash hw2_3.sh INPUT_JSON OUTPUT_FOLDER CHECKPOINT: 25 pictures per prompt, OUTPUT_FOLDER/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png
+# bash hw2_3.sh INPUT_JSON OUTPUT_FOLDER CHECKPOINT: 25 images per prompt, OUTPUT_FOLDER/{key}/{prompt}/source{key}_prompt{prompt}_{n}.png
 if [ $# -ne 3 ] || [ -z "$1" ] || [ -z "$2" ] || [ -z "$3" ]; then
     echo "error: usage: bash hw2_3.sh INPUT_JSON OUTPUT_FOLDER CHECKPOINT" >&2
     exit 2

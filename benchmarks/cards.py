@@ -1,4 +1,4 @@
-"""Print the table of docs/gpu.md: what each main command would take on common GPUs, computed, with what was measured.
+"""Print the table of docs/gpu.md: computed time and memory of each main command on common GPUs, and what was measured on an H100.
 
   python benchmarks/cards.py
 
@@ -6,8 +6,8 @@ seconds = max(FLOPs / peak, bytes / bandwidth) / efficiency
 memory = weights, gradients and optimizer state + the most bytes alive in one call, without the libraries' work space
 
 FLOPs are counted by torch.utils.flop_counter on the real networks, whose tensors hold no values. Bytes are what each operation reads and
-writes. Peak and bandwidth are the card's published ones. The efficiency is that of the command's row of docs/results.md on the H100, for
-drawing by Stable Diffusion that of its training. Without a row it is 1, and the minutes are a lower bound.
+writes. Peak and bandwidth are the card's published ones. The efficiency is max(..) for the H100, divided by the seconds in the command's
+row of docs/results.md. Drawing by Stable Diffusion takes that of textual inversion. Without a row it is 1: the minutes are a lower bound.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a call takes: FLOPs, bytes read and written, and the most bytes alive apart from its inputs and weights."""
+    """What a call takes: FLOPs, bytes read and written, and as `memory` the most bytes alive apart from its inputs and weights."""
 
     flops: float
     traffic: float
     memory: float
 
     def times(self, calls: float) -> Work:
-        """Return the work of so many calls, in the memory of one."""
+        """Return the work of so many calls in a row; the memory is that of one."""
         return Work(calls * self.flops, calls * self.traffic, self.memory)
 
     def __add__(self, other: Work) -> Work:
-        """Return the work of both, one after the other."""
+        """Return the work of one call after the other."""
         return Work(self.flops + other.flops, self.traffic + other.traffic, max(self.memory, other.memory))
 
 
@@ -89,21 +89,21 @@ class Command:
     like: Command | None = None  # the command whose efficiency is taken
 
     def limit(self, card: Card) -> float:
-        """Return the larger of computing time and memory time on the card, in seconds."""
+        """Return the seconds of the command at efficiency 1: the larger of computing time and memory time."""
         peak = card.half if self.half else card.fp32
         return max(self.work.flops / (peak * 1e12), self.work.traffic / (card.bandwidth * 1e9))
 
     def efficiency(self) -> float | None:
-        """Return the share of the H100's limit that was measured; None = there is no measurement."""
+        """Return the limit on the H100 divided by the measured seconds; None = there is no measurement."""
         source = self.like or self
         return source.limit(CARDS[-1]) / source.seconds if source.seconds else None
 
     def memory(self, batch: int) -> float:
-        """Return the GB of a batch."""
+        """Return the GB of the command with batches of this size."""
         return (self.fixed + self.work.memory * batch / self.batch) / 1e9
 
     def fitting_batch(self, card: Card) -> int:
-        """Return the batch, halved until it fits."""
+        """Return the command's batch, halved until it fits into the card's memory."""
         batch = self.batch
         while batch > 1 and self.memory(batch) > FITS * card.memory:
             batch //= 2
@@ -114,7 +114,7 @@ class Command:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, and the peak bytes of the tensors that they made."""
+    """Counter of the bytes that operations read and write, and of the most bytes of their results that are alive at once."""
 
     bytes: int = 0
     alive: int = 0
@@ -142,7 +142,7 @@ class Traffic(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Context in which scaled_dot_product_attention is flash attention, which stores no weights; masks are ignored."""
+    """Context in which scaled_dot_product_attention is flash attention, which stores no attention matrix; masks are ignored."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace scaled_dot_product_attention."""
@@ -154,7 +154,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def count(call: Callable[[], Tensor], backward: bool = False) -> Work:
-    """Return the work of a call on tensors of the device meta."""
+    """Return the work of a call on tensors of the device meta, with `backward` that of its gradients too."""
     traffic: Traffic = cast(Any, Traffic)()  # an untyped constructor
     with (
         FlopCounterMode(display=False) as flops,
@@ -169,7 +169,7 @@ def count(call: Callable[[], Tensor], backward: bool = False) -> Work:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Return a tensor without values."""
+    """Return a tensor of the device meta, which has no values."""
     return torch.empty(shape, dtype=dtype, device=META)
 
 
@@ -212,7 +212,7 @@ def training(preset: str, line: str, measured: str, seconds: float) -> Command:
 
 
 def digits_and_faces() -> list[Command]:
-    """Return the sampling of 1,000 digits and of ten faces. Guidance takes every digit twice."""
+    """Return the sampling of 1,000 digits and of ten faces. Guidance doubles the batch of digits."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     sampler, digits, faces = RECIPES["cpu"].sampler, 1000, 10

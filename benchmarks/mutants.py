@@ -1,12 +1,12 @@
-"""Mutation testing: change one expression at a time and run the tests that reach it. Some test must fail.
+"""Mutation testing: change one expression of the code (a mutant) and run the tests that reach it. One of them must fail.
 
   python benchmarks/mutants.py                    200 mutants, two hours on two cores; continues where it was stopped
-  python benchmarks/mutants.py --only diffusion   those of one room
+  python benchmarks/mutants.py --only diffusion   those of one room (folder of code)
   python benchmarks/mutants.py --survivors        those that no test has noticed, again (after writing tests)
 
 Bodies of functions are mutated: operators, numbers, conditions, statements that are calls, swapped or omitted arguments.
 Texts, messages, logging and types are not. `mutmut` was tried first. It replaces functions by trampolines that look for
-its settings in the working folder, and many of these tests start scripts as commands from other folders.
+its settings in the working folder, but many tests here start scripts as commands from other folders.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Settings:
     only: str = ""
     """Mutate only files whose path starts with this. Empty = all."""
     survivors: bool = False
-    """Test the survivors of the last run again."""
+    """Test the survivors of earlier runs again."""
     jobs: int = os.cpu_count() or 1
-    """Mutants at a time."""
+    """Mutants tested at a time."""
     seconds: float = 120
-    """Limit of test seconds per mutant. Of the tests that reach its line, those named after the file run first, then the fastest."""
+    """Limit of test seconds per mutant. Tests named after the mutated file come first, then the fastest. Their file also runs whole."""
 
 
 class Mutant(NamedTuple):
@@ -90,7 +90,7 @@ def copy_of_tree() -> Path:
 
 
 def run_tests(tree: Path, *arguments: str) -> str:
-    """Return what pytest printed. Raise if it could not even start."""
+    """Run pytest in `tree`; return what it printed. Raise RuntimeError if it could not even start."""
     command = [sys.executable, "-m", "pytest", "--timeout=300", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run(command, cwd=tree, stdout=-1, stderr=-2, text=True, errors="replace", env=environment)
@@ -100,7 +100,10 @@ def run_tests(tree: Path, *arguments: str) -> str:
 
 
 def tests_by_line(jobs: int) -> tuple[dict[str, dict[str, list[str]]], dict[str, float]]:
-    """Return {file: {line: tests}} and {test: seconds}. Run all tests if they are newer. Scripts that tests start count, too."""
+    """Return {file: {line: tests that reach it}} and {test: seconds} as saved by the last run.
+
+    If a test file is newer, run all tests first, in `jobs` processes. Scripts that tests start count, too.
+    """
     saved, newest = STATE / "tests.json", max(path.stat().st_mtime for path in ROOT.glob("tests/**/*.py"))
     if not saved.exists() or saved.stat().st_mtime < newest:
         import coverage  # by its name it would stand above repository_root, which comes first
@@ -119,7 +122,7 @@ def tests_by_line(jobs: int) -> tuple[dict[str, dict[str, list[str]]], dict[str,
         for time, test in re.findall(r"^([\d.]+)s (?:setup|call) +(.+)$", output, re.MULTILINE):
             seconds[test] += float(time)
         for test in re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE):
-            seconds[test] = float("inf")  # it could notice nothing
+            seconds[test] = float("inf")  # it fails without a mutant and could notice nothing
         for file in STATE.glob("coverage.*"):
             (data := coverage.CoverageData(str(file))).read()
             for path in data.measured_files():
@@ -183,7 +186,7 @@ def main(settings: Settings) -> None:
 
 
 def report(sample: list[Mutant], results: dict[str, str], equivalent: int) -> None:
-    """Print the survivors, then the share killed per top-level folder."""
+    """Print the survivors, then the share killed per room; `equivalent` mutants were left out."""
     rooms = collections.defaultdict[str, list[bool]](list)
     for mutant in sample:
         killed = results[mutant.key] != "survived"

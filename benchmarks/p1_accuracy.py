@@ -1,12 +1,12 @@
-"""Accuracy and variety of the shipped digits: mean and spread over seeds.
+"""Accuracy and variety of the digits that P1 draws: mean and spread over seeds.
 
   python benchmarks/p1_accuracy.py                                        5 seeds, graded by the shipped classifiers
   python benchmarks/p1_accuracy.py --mnistm-classifier hw2_data/Classifier.pth     MNIST-M by the course's classifier too
   python benchmarks/p1_accuracy.py --model MINE.safetensors --steps 4 --guidance 3
-  python benchmarks/p1_accuracy.py --data hw2_data/digits                 an outside view too: in features of EfficientNet-Lite0
+  python benchmarks/p1_accuracy.py --data hw2_data/digits                 also in features of EfficientNet-Lite0, the outside view
 
-The images of each seed are those of hw2_1.sh. They are graded without retries, then with them.
-benchmarks/p1_views.py compares both views.
+The images of each seed are those of hw2_1.sh. They are graded before misread ones are redrawn, then after it (with retries).
+benchmarks/p1_views.py compares the shipped classifiers with the outside view.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Settings:
     mnistm_classifier: Path | None = None
     """The course's Classifier.pth. None = the shipped classifiers only."""
     data: Path | None = None
-    """Folder of real digits in the homework's layout, for the outside view. None = the shipped classifiers only."""
+    """Folder of real digits in the homework's layout, for the outside view. None = no outside view."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     count: int = 50
     """Images per digit and domain."""
@@ -54,9 +54,9 @@ class Settings:
     guidance: float | None = None
     """Guidance scale. None = the checkpoint's."""
     retries: int = 3
-    """New images at most for a digit that a shipped classifier misreads."""
+    """Redraws at most of an image that a shipped classifier misreads."""
     batch: int = 100
-    """Images at once."""
+    """Images drawn at once."""
     device: Device = "auto"
     record: Path = BENCH / "p1_accuracy.json"
 

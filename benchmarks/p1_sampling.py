@@ -49,7 +49,7 @@ class Settings:
 
 @torch.inference_mode()
 def two_pass_ddpm(network: Network, requests: Sequence[DigitRequest], scale: float, steps: int) -> Tensor:
-    """Return [B,3,28,28]: each step runs the network with the digit, then without."""
+    """Return images [B,3,28,28] in -1..1. Each step runs the network with the digit, then without it, for guidance of this `scale`."""
     device = next(network.unet.parameters()).device
     digit, domain = labels_of(requests, device)
     streams = generators([request.seed for request in requests])
@@ -68,7 +68,7 @@ def two_pass_ddpm(network: Network, requests: Sequence[DigitRequest], scale: flo
 
 
 def main(settings: Settings) -> None:
-    """Print seconds and accuracy of both, and the ratio."""
+    """Print seconds and accuracy of both samplers, and the ratio of the seconds."""
     check_positive(settings, "count", "repeats", "steps")
     machine = detect(settings.device)
     device = machine.device

@@ -1,9 +1,9 @@
-"""Time from the start of a P1 training to a mean accuracy of 0.99, by the training's own gradings.
+"""Time from the first step of a P1 training to a mean accuracy of 0.99 in one of the gradings during training.
 
   python benchmarks/p1_time.py                          on hw2_data/digits; two minutes on a fast GPU
   python benchmarks/p1_time.py --accuracy 0.9 --steps 400 --eval-every 100
 
-Earlier gradings count. The whole run has the start of Python and the last grading too.
+The time includes earlier gradings. That of the whole run includes the start of Python and the last grading, too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Train, and print when a grading reached the accuracy. Raises BadInput where the training fails or none does."""
+    """Train, and print when a grading reached the accuracy. Raises BadInput if the training fails, or if no grading reaches it."""
     check_fractions(settings, "accuracy")
     describe_data(settings.data)
     record = Record(settings, detect(settings.device))

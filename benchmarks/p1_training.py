@@ -7,7 +7,7 @@
 plain: images read one by one from PNG files, fp32 (TF32 off), eager, NCHW, Adam without fusion, loss read at every step,
        memory as the C library manages it.
 ours:  the step of P1_training.py with its defaults for this machine.
-A busy machine slows both alike. The first step of each round is not counted, nor are the first two of all, which compile.
+A busy machine slows both alike. A way's first step in each round is not counted, nor are its first two of all, which compile.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Settings:
     """Folder with mnistm/ and svhn/."""
     preset: Literal["report", "tiny", "cpu", "gpu", "large"] = "cpu"
     steps: int = 8
-    """Steps per round."""
+    """Steps of each way per round."""
     rounds: int = 5
-    """Rounds of each way, in turn."""
+    """Rounds, in each of which every way takes its steps."""
     precisions: tuple[Precision, ...] = ("auto",)
     """Precisions of our step, each a way. auto = bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: AutoOnOff = "auto"
@@ -78,7 +78,7 @@ class Settings:
 def plain_step(
     data: Path, layout: ModelConfig, schedule: Schedule, batch: int, device: torch.device
 ) -> Callable[[], None]:
-    """Return the textbook step on a network of this layout."""
+    """Return a function that takes one plain training step on a network of this layout."""
     unet = UNet(layout).to(device)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-4, foreach=False, fused=False)
     alpha_bars = schedule.alpha_bar.float().to(device)
@@ -104,7 +104,7 @@ def plain_step(
 def our_step(
     settings: Settings, recipe: TrainingRecipe, schedule: Schedule, machine: Machine, precision: Precision, folder: Path
 ) -> Callable[[], None]:
-    """Return the step of P1_training.py: the same data, draws, loss, layers and update."""
+    """Return a function that takes one step as P1_training.py does: the same data, random draws, loss, layers and update."""
     device = machine.device
     set_up(precision, machine, training=True)
     data = load_digits(settings.data, "train").to(device)
@@ -169,7 +169,7 @@ def main(settings: Settings) -> None:
                 record.add_repeats({f"{name}, images/s": values})
                 if name != "plain":
                     record.add_repeats({name.replace("ours", "times faster"): ratios(values, speeds["plain"])})
-            record.save(settings.record)  # for one that is stopped at its limit
+            record.save(settings.record)  # for a run that is stopped at its limit
     report(record, settings.record)
 
 

@@ -1,10 +1,11 @@
-"""Do the shipped classifiers and an outside network rank sets of digits alike? Rank correlations over ten sets of known order.
+"""Do the shipped classifiers and the outside view (outside_view.py) rank ten sets of digits alike? Rank correlations.
 
   python benchmarks/p1_views.py                                  hw2_data/digits, 3 seeds of 500 images a set
   python benchmarks/p1_views.py --seeds 0 --count 2 --train 100  a short try
 
-The sets are real digits, drawn ones by guidance scale, drawn in few steps, real ones blurred, and five real ones of each digit repeated.
-Both views grade against the same real images, of which none is in a set.
+The sets: real digits; drawn ones, at six guidance scales and in two steps; real ones, blurred; five real ones of each digit, repeated.
+Variety falls from the real ones over the rising scales to the repeated ones. Each view's recall is compared with this order.
+Both views grade against the same real images, none of which is in a set.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main(settings: Settings) -> None:
 
 
 def hold_out(digits: Digits, count: int, seed: int) -> tuple[Tensor, Digits]:
-    """Return `count` images of each digit [10*count,3,28,28], digit by digit, and the rest. Raise BadInput if there are too few."""
+    """Return `count` images of each digit [10*count,3,28,28], digit by digit, and the rest, shuffled. Raise BadInput if no rest is left."""
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
     rows = [order[digits.digits[order] == digit] for digit in range(DIGITS)]
     if len(fewest := min(rows, key=len)) <= count:
@@ -106,7 +107,7 @@ def hold_out(digits: Digits, count: int, seed: int) -> tuple[Tensor, Digits]:
 
 
 def ten_sets(sampler: DigitSampler, requests: Sequence[DigitRequest], real: Tensor) -> dict[str, Tensor]:
-    """Return sets of images [N,3,28,28] uint8 with the labels of the requests, as which `real` [N,3,28,28] is ordered."""
+    """Return {name: images [N,3,28,28] uint8}. Image i of every set, as of `real`, shows the digit and domain of request i."""
 
     def drawn(title: str, config: DigitSamplerConfig) -> Tensor:
         return to_uint8(replace(sampler, config=config).images(requests, title))
@@ -124,7 +125,10 @@ def ten_sets(sampler: DigitSampler, requests: Sequence[DigitRequest], real: Tens
 
 
 def rank_correlations(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Return Spearman's correlation of both views per domain and measure, and of each view's recall with the known order."""
+    """Return Spearman's correlation of both views per domain and measure, and of each view's recall with the order FALLING_VARIETY.
+
+    `table` is {view: {set: numbers of grades}}. Equal numbers have no rank: nan.
+    """
     from scipy.stats import spearmanr  # slow to import
 
     def spearman(first: Sequence[float], second: Sequence[float]) -> float:

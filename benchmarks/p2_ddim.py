@@ -1,9 +1,9 @@
 """Speed and memory of P2 on the course's face network: ours, all images at once, against one image at a time in plain fp32.
 
   python benchmarks/p2_ddim.py                          CPU: 2 images x 3 steps, about 5 minutes on two cores; GPU: 10 x 50
-  python benchmarks/p2_ddim.py --unet hw2_data/face/UNet.pt      the course's weights in the place of random, well-conditioned ones
+  python benchmarks/p2_ddim.py --unet hw2_data/face/UNet.pt      the course's weights instead of random, well-conditioned ones
 
-Baseline: benchmarks/plain_p2.py, the network and the rule as described, eager, TF32 off for convolutions too.
+Baseline: benchmarks/plain_p2.py, a plain version of the network and of the course's DDIM rule, eager, TF32 off for convolutions too.
 The images of every precision are compared with the baseline's.
 """
 
@@ -56,9 +56,10 @@ class Settings:
 
 
 def side_by_side(source: Path, kinds: Sequence[Kind], noises: list[Noise], steps: int, record: Record) -> None:
-    """Add the times and memory of the baseline and of ours in every precision to the record, and how their images differ.
+    """Add seconds and GB, beyond the weights, of the baseline and of ours in every `kind` of precision to the record.
 
-    They take turns after a warm-up of one step each. The record is saved after every turn, for a run that is stopped.
+    Add also how our images differ from the baseline's. The ways take turns after a warm-up of one step each.
+    The record is saved after every turn, for a run that is stopped.
     """
     machine, device = record.machine, record.machine.device
     plain = PlainFaceUNet().to(device).eval()
@@ -100,7 +101,7 @@ def side_by_side(source: Path, kinds: Sequence[Kind], noises: list[Noise], steps
 
 
 def differences(images: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
-    """Return how 8-bit images differ from the baseline's."""
+    """Return the mean squared error and the largest difference of images from the expected ones, each scaled to 0..255 by its range."""
     pairs = zip(images, expected, strict=True)
     rows = [compare(to_image(a, "minmax"), to_image(b, "minmax")) for a, b in pairs]
     return {

@@ -1,16 +1,17 @@
-"""What eta and interpolation change in drawn faces, by the factors that the face world's classifier reads.
+"""What eta and interpolation change in drawn faces: the 14 factors (skin, hair, glasses, ..) that the face world's classifier reads.
 
   python benchmarks/p2_factors.py                                     the shipped face model: 200 noises, 50 pairs
   python benchmarks/p2_factors.py --count 8 --pairs 2 --steps 10      a short form
 
-eta     share of the noises at which a factor differs from that of eta 0, among faces whose factors are all read with confidence at both.
-        The last column is another noise's face at eta 0: what a factor has when nothing of the noise is left.
-paths   frames from one noise to another, by slerp and by linear interpolation: the share that are valid faces, how many of the 14
-        factors change on the whole way, local contrast (standard deviation of 5x5 pixels, grey levels), length of the noise, and the
-        perceptual path length (Karras et al. 2019): squared distance of neighbouring frames over the squared step, in EfficientNet-Lite0's
-        features, which were trained by others on ImageNet.
+eta     share of the noises whose face at this eta has another value of a factor than their face at eta 0. Only noises count whose
+        factors are all read with confidence at both. The last column compares with another noise's face at eta 0: the share to expect
+        if nothing of the noise were left.
+paths   frames from one noise to another, by slerp and by linear interpolation: the share that are valid faces, how often a factor
+        changes from frame to frame, local contrast (standard deviation of 5x5 pixels, grey levels), length of the noise, and the
+        perceptual path length (Karras et al. 2019): squared distance of neighbouring frames over the squared step, in the features of
+        EfficientNet-Lite0, which others trained on ImageNet.
 
-Figures: p2_factors.png and p2_paths.png in --output. Intervals are 95 % of the mean over pairs.
+Figures: p2_factors.png and p2_paths.png in --output. Intervals are 95 % confidence intervals of the mean over pairs.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class Settings:
     model: str = str(SHIPPED_FACES)
     """A model of the face world's 64x64 faces, as P2_ddim.py's."""
     classifier: Path = SHIPPED
-    """File of miniature/face_factors.py."""
+    """Weights of the factor classifier, from miniature/face_factors.py."""
     count: int = 200
     """Noises at every eta."""
     etas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Each above 0 .. 1; they are compared with eta 0."""
+    """Values above 0 and at most 1. Each is compared with eta 0."""
     pairs: int = 50
     """Pairs of noises between which faces are interpolated."""
     frames: int = 11
@@ -69,7 +70,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Measure eta, then interpolation; print a table of each."""
+    """Measure eta, then interpolation; print a table of each, write figures and record."""
     for name in ("count", "pairs", "frames"):
         if (value := getattr(settings, name)) < 2:
             raise BadInput(f"--{name} {value}: at least 2 are needed")
@@ -112,7 +113,10 @@ def main(settings: Settings) -> None:
 
 
 def factor_changes(readings: dict[float, FaceReading]) -> dict[str, dict[str, float]]:
-    """Return {column: {factor: share that differ from eta 0, "valid": share of valid faces}}; the last column is another noise."""
+    """Return {column: {factor: share that differ from eta 0, "valid": share of valid faces}}.
+
+    The last column compares with the next noise's face at eta 0. Raise BadInput if no face is read with confidence.
+    """
     start = readings[0.0]
     columns = {f"eta {eta:g}": reading for eta, reading in readings.items()}
     columns["another noise"] = FaceReading(*(part.roll(1, 0) for part in start))
@@ -165,7 +169,7 @@ def draw_changes(path: Path, changed: dict[str, dict[str, float]]) -> None:
 
 
 def path_noises(ends: Sequence[Noise], frames: int, interpolate: Interpolate) -> list[Noise]:
-    """Return the noises on the ways from the first to the second end, from the third to the fourth, and so on."""
+    """Return the P*frames noises from the first end to the second, from the third to the fourth, and so on; ends are included."""
     pairs = zip(ends[::2], ends[1::2], strict=True)
     return [noise for a, b in pairs for noise in noises_between(a, b, frames, interpolate)]
 
@@ -173,9 +177,9 @@ def path_noises(ends: Sequence[Noise], frames: int, interpolate: Interpolate) ->
 def measure_paths(
     images: Tensor, states: Tensor, frames: int, reader: FaceReader, features: nn.Module
 ) -> dict[str, list[float]]:
-    """Return measures per frame (valid, local contrast, length of the noise) and per pair (path length, factors changed).
+    """Return measures per frame, averaged over pairs (valid, local contrast, length), and per pair (path length, changes of factors).
 
-    `images` [P*frames,3,64,64] uint8 and `states` of the same shape lie pair by pair.
+    `images` [P*frames,3,64,64] uint8 and their noises `states`, of the same shape, are ordered pair by pair.
     """
     reading = reader(images)
     rows, valid = reading.rows.unflatten(0, (-1, frames)), reading.valid.unflatten(0, (-1, frames))
@@ -193,19 +197,19 @@ def measure_paths(
 
 
 def local_contrast(images: Tensor) -> Tensor:
-    """Return the mean standard deviation of grey levels in 5x5 pixels [N] of [N,3,H,W] uint8."""
+    """Return [N]: the standard deviation of grey levels in 5x5 pixels, averaged over each image of [N,3,H,W] uint8."""
     grey = images.float().mean(1, keepdim=True)
     variance = F.avg_pool2d(grey.square(), 5, 1) - F.avg_pool2d(grey, 5, 1).square()
     return variance.clamp(min=0).sqrt().mean((1, 2, 3))
 
 
 def with_interval(values: Sequence[float]) -> str:
-    """Return the mean and half the width of its 95 % interval."""
+    """Return the text "mean +- half the width of its 95 % confidence interval"."""
     return f"{statistics.mean(values):.2f} +- {1.96 * statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def print_paths(paths: dict[str, dict[str, list[float]]]) -> None:
-    """Print a line per measure and a column per way: of all frames, then of the middle one, then per pair."""
+    """Print a line per measure and a column per way. Measures per frame have two lines: all frames, and the middle one."""
     print(f"\n{'':<36}" + "".join(f"{way:>18}" for way in paths))
     for name in ("valid", "local contrast", "length of the noise"):
         for place, value in (

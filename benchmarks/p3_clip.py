@@ -2,10 +2,10 @@
 
   python benchmarks/p3_clip.py                     several minutes on a CPU core
 
-1. The whole script a first time, and a second time with classifier and features cached. The start of Python and imports are excluded.
+1. P3_clip_zeroshot.py a first time, and a second time with classifier and features cached. The start of Python and imports are excluded.
 2. images/s of batches against two loops over single images. "pair" calls model(image, texts) for each image, as in the example of
    OpenAI's package: it encodes the text of all classes again each time. "image" encodes the text once.
-   Decoding and transform count everywhere. The time of our classifier counts in the ratio to "pair" only.
+   Reading and transforming the images counts everywhere. Our encoding of the text counts in the ratio to "pair" only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Settings:
     """Settings of the comparison."""
 
     count: int = 256
-    """Images of the two whole runs."""
+    """Images of each run of the whole script."""
     batched_count: int = 96
     """Images of the batches."""
     image_count: int = 32
@@ -50,7 +50,7 @@ class Settings:
     """Images of the loop that encodes the text each time."""
     repeats: int = 2
     batch: int = 0
-    """Images at once. 0 = 32 on a CPU, 512 on a GPU."""
+    """Images per batch. 0 = 32 on a CPU, 512 on a GPU."""
     device: Device = "auto"
     seed: int = 0
     record: Path = BENCH / "p3_clip.json"
@@ -72,7 +72,7 @@ def make_inputs(folder: Path, settings: Settings) -> None:
 
 
 def whole_run(folder: Path, settings: Settings) -> tuple[float, str]:
-    """Run the script on the inputs of `folder`; return its seconds after the imports, and its precision."""
+    """Run P3_clip_zeroshot.py on the inputs of `folder`; return its seconds after the imports, and its precision."""
     command = [sys.executable, str(ROOT / "P3_clip_zeroshot.py"), "--images", "val", "--model", MODEL]
     command += ["--weights", "random.safetensors", "--output", "out", "--cache", "cache"]
     command += ["--features", "features.safetensors", "--device", settings.device, "--batch", str(settings.batch)]
@@ -83,7 +83,7 @@ def whole_run(folder: Path, settings: Settings) -> tuple[float, str]:
 
 @torch.inference_mode()
 def measure(folder: Path, settings: Settings, machine: Machine, precision: str) -> dict[str, list[float]]:
-    """Return images/s of the three ways, the ratios, and the shares of predictions that equal those of the batches."""
+    """Return images/s of batches and both loops, the ratios, and for each loop the share of predictions that equal those of the batches."""
     import open_clip  # slow to import, also below zeroshot/
 
     from zeroshot.features import encode_all

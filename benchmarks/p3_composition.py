@@ -1,21 +1,23 @@
-"""Composition on the miniature: how often each level puts everything where it belongs, on fresh layouts.
+"""Composition on the miniature: how often each level of layout control puts everything where it belongs, on fresh layouts.
 
   python benchmarks/p3_composition.py --count 200 --seed 1            learns the six concepts first, once
   python benchmarks/p3_composition.py --cases two --levels joint conductor --count 20
   python benchmarks/p3_composition.py --ablation --count 60           conductor with each of its parts on and off
   python benchmarks/p3_composition.py --large                         only time and memory, at 512x512; a GPU, or patience
 
-two     two learned objects, each in its box                          three   three learned objects
-alike   two learned objects of one colour, named in both phrases      leak    two in different colours
-four    the four learned objects in two rows                          five    and an ordinary one
-scene   a learned object, an ordinary one in a colour, a background, a learned style: all four right
+Levels: joint (one prompt for all), regional (each prompt in its region), conductor (a branch of the U-Net for each concept).
+Cases, in which every object has a box:
+two     two learned objects                                           three   three learned objects
+alike   two learned objects in the same colour, which is named        leak    two learned objects in different colours, which are named
+four    the four learned objects in two rows                          five    these and an ordinary one, which captions name
+scene   a learned object, an ordinary one in a colour, a background colour, a learned style
 
-Per case and level: the share of images that are right, strictly (p3_strict.py) and by the scene classifier alone; that collapse, where a
-box holds another of the objects; that leak, where a kind, or a colour where all are named, lies outside its box.
-alone   the share of right images of each part alone, strictly, with the same vectors, drawn as large as the model pleases
-possible  the product of these, a limit for every level
-rendered  the same shares of renders of the layouts through the autoencoder: what the measure leaves of right images
-Last come seconds and peak memory of one image of two objects, against a plain guided image.
+Per case and level: the share of images that are right, strictly (p3_strict.py) and by the scene classifier alone; the share that collapse
+(a box holds another of the objects); the share that leak (an object's kind lies outside its box, or its colour if all differ).
+alone   the share of right images when a part of the case, such as an object or the style, is drawn alone, large, with the same vectors
+possible  the success rate to expect of a case if its parts succeed independently: the mean product of the shares above
+rendered  the same shares of renders of the layouts that pass through the autoencoder: what the measure finds in correct images
+Last come seconds and peak memory of one image of two objects, against an image from one prompt without a layout.
 
 Needs the miniature: python miniature/train_clip.py convert --output runs/miniature/clip; python miniature/train_diffusion.py assemble
 --large needs nothing: Stable Diffusion v1 with random weights (plain_p3.py), on which time and memory don't depend.
@@ -61,9 +63,9 @@ from runtime.record import Record
 from runtime.seeds import derived_seed
 
 FOLDER = BENCH / "p3_composition"
-IMAGES = FOLDER / "pictures"  # of every concept
+IMAGES = FOLDER / "pictures"  # from which the concepts are learned
 BATCH = 10
-# styles with one vector, too: one that is learned more closely suppresses objects
+# styles have one vector, too, and fewer steps: a style that is learned more closely suppresses objects
 LEARNING_STEPS: dict[Kind, int] = {"object": RECIPE["object"].steps, "style": 400}
 VARIANTS: dict[str, ConductorConfig] = {
     "all": ConductorConfig(),
@@ -97,21 +99,21 @@ class Settings:
     """Settings of the measurement."""
 
     model: str | None = None
-    """A folder or a file; with --large also random-v1. None = the miniature, with --large random-v1."""
+    """Stable Diffusion: a folder or a file, with --large also random-v1. None = the miniature, with --large random-v1."""
     embeddings: Path | None = None
-    """Folder of the vectors; missing ones are learned. None = one below runs/bench/p3_composition, by weights and steps."""
+    """Folder of the learned vectors; missing ones are learned. None = one below runs/bench/p3_composition, per weights and recipe."""
     cases: tuple[CaseName, ...] = CASES
     levels: tuple[Level, ...] = ("joint", "regional", "conductor")
     count: int = 200
     """Layouts per case."""
     alone: int = 400
-    """Images per sort of part alone, shared among its parts, at least five each."""
+    """Images for each sort of part (object, style, ..) that is drawn alone. Its parts share them, at least five each."""
     parts: Path = PARTS
-    """Folder that holds vae/, for the fidelity that an object can have."""
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bar for shapes."""
     ablation: bool = False
-    """In the place of levels: conductor with its parts on and off."""
+    """Compare variants of conductor, with its parts on and off, in place of the levels."""
     large: bool = False
-    """Only measure time and memory, on a layout for any model."""
+    """Only measure time and memory, on a layout without learned concepts."""
     config: ConductorConfig = ConductorConfig()
     learn: int = 0
     """Steps of textual inversion. 0 = 600 for the objects, 400 for the styles."""
@@ -121,14 +123,14 @@ class Settings:
     guidance: float = SAMPLER.guidance.scale
     """Guidance scale."""
     repeats: int = 3
-    """Timed images of every level."""
+    """Images of every level that are timed."""
     seed: int = 1
     device: Device = "auto"
     record: Path = BENCH / "p3_composition.json"
 
 
 def main(settings: Settings) -> None:
-    """Learn missing vectors, sample, grade, print the shares and write the record after every case."""
+    """Learn missing vectors. For every case sample, grade, print the shares and write the record. Then time the levels."""
     check_positive(settings, "count", "alone", "steps", "repeats")
     check_not_negative(settings, "seed", "learn")
     if not settings.cases or not settings.levels:
@@ -172,7 +174,7 @@ def main(settings: Settings) -> None:
 
 
 def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler:
-    """Return the sampler: of the miniature with the vectors of all concepts in fp32; with --large in the precision of auto."""
+    """Return the sampler: with the vectors of all concepts, in fp32; with --large without vectors, in the precision of auto."""
     dtype = DTYPES[set_up("auto" if settings.large else "fp32", machine)]
     model = settings.model or ("random-v1" if settings.large else MODEL)
     vectors = {} if settings.large else learned_vectors(settings, model)
@@ -185,7 +187,7 @@ def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler
 
 
 def learned_vectors(settings: Settings, model: str) -> Vectors:
-    """Return the vectors of all concepts; learn the missing ones: the objects in one run, the styles in another."""
+    """Return {token: vectors} of all concepts from the folder. Learn missing ones first: objects in one run, styles in another."""
     steps = {kind: settings.learn or number for kind, number in LEARNING_STEPS.items()}
     folder = settings.embeddings
     if not folder:
@@ -216,7 +218,7 @@ def add_part_rates(
     measure: PartMeasure,
     sampler: StableDiffusionSampler,
 ) -> None:
-    """Add the share of right images of each part of these cases, alone, that has no rate yet."""
+    """Draw each part of these cases alone, unless `rates` has it, and add {measure: {part: share of right images}} to `rates`."""
     parts = {part for case in cases for part in case.parts}
     sorts = Counter(part.split()[0] for part in parts)
     for part in sorted(parts - rates["strict"].keys()):
@@ -229,7 +231,7 @@ def add_part_rates(
 
 
 def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
-    """Return [N,3,64,64] uint8."""
+    """Return the images [N,3,64,64] uint8 that `work` makes of the requests, batch by batch."""
     chunks = in_batches(work, requests, min(BATCH, len(requests)))
     return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
@@ -241,7 +243,7 @@ def case_shares(
     measure: StrictMeasure,
     sampler: StableDiffusionSampler,
 ) -> Results:
-    """Return the shares of verdicts of every level or variant; write a sheet of the first images."""
+    """Return {"case, verdict: level or variant": [share]}; write a sheet of each level's first images next to the record."""
     ways: dict[str, tuple[Level, ConductorConfig]] = {level: (level, settings.config) for level in settings.levels}
     if settings.ablation:
         ways = {variant: ("conductor", config) for variant, config in VARIANTS.items()}
@@ -265,7 +267,7 @@ def case_shares(
 
 
 def times(settings: Settings, sampler: StableDiffusionSampler, layout: Layout) -> Results:
-    """Return seconds of one image of every level and of a plain one, in turn after a warm-up, ratios, and peak GB."""
+    """Return seconds of an image of every level and of a plain one without layout, in turn after a warm-up, ratios, and peak GB."""
     ways: dict[str, Callable[[], Tensor]] = {"plain": partial(sampler.sample_images, [Request(layout.joint, 0)])}
     for level in settings.levels:
         ways[level] = partial(compose, sampler, [LayoutRequest(layout, 0)], level, settings.config)

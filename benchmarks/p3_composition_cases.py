@@ -1,4 +1,4 @@
-"""Fresh layouts of every case of benchmarks/p3_composition.py, and the prompts of their parts alone."""
+"""Fresh layouts of every case of benchmarks/p3_composition.py, and prompts for one part of a case alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """A layout, and what its image should show: kinds and colours in boxes, style and background of the whole."""
+    """A layout, and what its image should show: kinds and colours (None = any) in boxes, style and background of the `whole`."""
 
     layout: Layout
     boxes: tuple[Box, ...]
@@ -55,17 +55,17 @@ class LayoutCase:
     whole: dict[str, str]
     column: bool
     parts: tuple[str, ...]
-    """What has to succeed, in the form that `question` takes."""
+    """What the image needs for success, in the form that `question` takes."""
 
     @property
     def title(self) -> str:
-        """Return its objects with their colours, and its style, a line each."""
+        """Text that names the objects with their colours, and the style, a line each."""
         objects = [f"{colour or ''} {kind}".strip() for colour, kind in zip(self.colours, self.kinds, strict=True)]
         return "\n".join([*objects, *([f"in {style}"] if (style := self.whole.get("style")) else [])])
 
     @property
     def pixels(self) -> list[tuple[int, int, int, int]]:
-        """Return the boxes in pixels: left, top, right, bottom."""
+        """Boxes in pixels: left, top, right, bottom."""
         return [(round(a * SIDE), round(b * SIDE), round(c * SIDE), round(d * SIDE)) for a, b, c, d in self.boxes]
 
 
@@ -73,7 +73,7 @@ class LayoutCase:
 
 
 def case_of(name: CaseName, seed: int) -> LayoutCase:
-    """Draw a case."""
+    """Draw objects, colours and boxes of a case from a seed."""
     random = Random(seed)
     count, column = COUNTS.get(name, 2), random.random() < 0.5
     column = column and count < 4  # these stand in two rows
@@ -100,7 +100,7 @@ def case_of(name: CaseName, seed: int) -> LayoutCase:
 
 
 def scene_case(kind: str, style: str, boxes: Sequence[Box], column: bool, random: Random) -> LayoutCase:
-    """Return a case of the report's failing kind of prompt."""
+    """Draw a case "scene" with the learned object `kind`, an ordinary object in a colour, a background colour and the learned `style`."""
     other = random.choice([word for word in KINDS if word != kind])
     pairs = [(c, g) for g in BACKGROUNDS for c in COLOURS if fits(c, g) and allowed(c, other, "trained")]
     colour, ground = random.choice(pairs)
@@ -121,7 +121,10 @@ def layout_of(
     behind: str = "",
     styles: Sequence[Style] = (),
 ) -> Layout:
-    """Return the layout whose base prompt joins `bases`; each region's prompt has its own phrase alone."""
+    """Return a layout. Its base prompt joins `bases`, its joint prompt joins `phrases`, each region's prompt has one of them.
+
+    `behind` follows the objects in all of them: " on a blue background". The joint prompt names the styles as well.
+    """
     words = "a photo of " + WORDS[len(boxes), column] + behind
     regions = [
         Region(name, f"a photo of {mine}{behind}", box_mask(box))
@@ -132,12 +135,12 @@ def layout_of(
 
 
 def phrase(noun: str, colour: str | None) -> str:
-    """Return "a star", "an orange <key>"."""
+    """Return the noun with an article and its colour, if any: "a star", "an orange <key>"."""
     return with_article(f"{colour} {noun}" if colour else noun)
 
 
 def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
-    """Draw boxes in a row or column, in shares of the image."""
+    """Draw square boxes in a row or a column: left, top, right, bottom in 0..1."""
     slot, boxes = SIDE / count, []
     for index in range(count):
         size = 2 * random.randint(SIZES[count][0] // 2, SIZES[count][1] // 2)
@@ -149,7 +152,7 @@ def boxes_of(count: int, column: bool, random: Random) -> list[Box]:
 
 
 def rows_of(count: int, random: Random) -> list[Box]:
-    """Draw boxes in two rows: two below two, or two below three."""
+    """Draw four or five square boxes in two rows: two or three above, two below."""
     boxes: list[Box] = []
     for row, number in enumerate((count - 2, 2)):
         for left, _, right, _ in boxes_of(number, False, random):
@@ -163,7 +166,7 @@ def rows_of(count: int, random: Random) -> list[Box]:
 
 
 def scene_of(case: LayoutCase, seed: int) -> Scene:
-    """Draw a scene that is as the case requires; colours that it leaves open differ, and all stand out from the background."""
+    """Draw a scene that shows what the case requires. Colours that it leaves open differ and stand out from the background."""
     random = Random(seed)
     grounds = (
         [case.whole["background"]] if "background" in case.whole else random.sample(list(BACKGROUNDS), len(BACKGROUNDS))
@@ -180,7 +183,7 @@ def scene_of(case: LayoutCase, seed: int) -> Scene:
 
 
 def _colours_on(background: str, case: LayoutCase, random: Random) -> list[str] | None:
-    """Return the objects' colours on this background; None where too few stand out."""
+    """Return the objects' colours on this background, or None if too few stand out from it."""
     colours: list[str] = []
     for kind, colour in zip(case.kinds, case.colours, strict=True):
         taken = {*colours, *case.colours}
@@ -192,7 +195,7 @@ def _colours_on(background: str, case: LayoutCase, random: Random) -> list[str] 
 
 
 def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
-    """Return the case with a reference image of other, ordinary objects in its boxes."""
+    """Return the case with a reference image in its layout, which shows other, ordinary objects in the boxes."""
     random = Random(seed)
     kinds = tuple(random.sample([kind for kind in KINDS if kind not in case.kinds], len(case.boxes)))
     scene = scene_of(replace(case, kinds=kinds, colours=(None,) * len(kinds), whole={}), random.getrandbits(32))
@@ -208,7 +211,7 @@ def with_reference(case: LayoutCase, seed: int) -> LayoutCase:
 def question(part: str, random: Random) -> tuple[str, dict[str, str]]:
     """Draw a prompt for one part alone; return it and the answers that the scene classifier should give.
 
-    Parts: "kind key", "coloured red key", "ordinary star", "thing red star", "background blue", "style relief".
+    Parts: "kind key" and "coloured red key" (learned), "ordinary star" and "thing red star", "background blue", "style relief".
     """
     name, words = part.split(" ", 1)
     token, kind = f"<{words}>", random.choice(KINDS)
@@ -228,5 +231,5 @@ def question(part: str, random: Random) -> tuple[str, dict[str, str]]:
 
 
 def possible(cases: Sequence[LayoutCase], rates: dict[str, float]) -> float:
-    """Return the success rate to expect if the parts of a case succeed independently: the mean of the products of their rates."""
+    """Return the success rate to expect if parts succeed independently: the product of a case's rates, averaged over the cases."""
     return sum(prod(rates[part] for part in case.parts) for case in cases) / len(cases)

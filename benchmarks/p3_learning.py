@@ -37,12 +37,12 @@ class SamplerFlags:
     """Scale of classifier-free guidance."""
 
     def sampler_config(self) -> SamplerConfig:
-        """Return the sampler that the flags describe."""
+        """Return the sampler's settings that the flags describe."""
         return SamplerConfig(self.solver, self.sampling_steps, Guidance(self.guidance))
 
 
 def check_model(model: str) -> None:
-    """Raise BadInput that names the commands which make the miniature, where it is absent."""
+    """Raise BadInput if `model` is the miniature's default folder and absent. The message names the commands that make it."""
     if model == MODEL and not Path(model).is_dir():
         convert = "python miniature/train_clip.py convert --output runs/miniature/clip"
         raise BadInput(
@@ -52,23 +52,23 @@ def check_model(model: str) -> None:
 
 
 def kind_of(name: str) -> Kind:
-    """Return object or style."""
+    """Return whether a held-out concept is an "object" or a "style"."""
     return "style" if name in HELD_OUT_STYLES else "object"
 
 
 def write_images(name: str, folder: Path, captions: bool) -> Path:
     """Write five images of a concept to folder/name, as `world.py concept` does, and return that folder.
 
-    `captions`: with sentences about the rest of each image.
+    `captions`: write sentences about what else each image shows, too.
     """
     write_concept_pictures(folder / name, name, 5, 0, captions)
     return folder / name
 
 
 def learn(concepts: Sequence[ConceptSet], output: Path, **flags: object) -> dict[str, Any]:
-    """Learn concepts of one kind in one run by the recipe for small models; return its record. Vectors are written to `output`.
+    """Learn concepts of one kind in one run of P3_textual_inversion.py by its recipe for small models; return the run's record.
 
-    `flags` of P3_textual_inversion.py, by field name, have priority.
+    Vectors are written to `output`. `flags` are further flags, by field name, and override the recipe.
     """
     flags = {"validate_every": 0} | flags
     with tempfile.TemporaryDirectory() as temporary:

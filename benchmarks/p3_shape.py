@@ -1,12 +1,13 @@
-"""Shape fidelity of the miniature's objects: of renders, malformed ones, kinds drawn by name, and what lies between two words.
+"""Shape fidelity of the miniature's objects: in renders, in images of kinds drawn by name, and between two learned words.
 
   python benchmarks/p3_shape.py calibrate            renders, renders through the autoencoder, malformed ones, other kinds
   python benchmarks/p3_shape.py named --count 20     strict success of the kinds that the model can name: the ceiling of learned words
   python benchmarks/p3_shape.py named --solver dpm --guidance 5      .. by another sampler
   python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
 
-An image passes if its object's fidelity (miniature/silhouettes.py) is at least 0.9 of the mean that the autoencoder leaves of renders
-of that kind. Strict success requires kind, colour, background and style by the scene classifier as well.
+Fidelity, 0..1, compares an object's silhouette with its kind's (miniature/silhouettes.py). An image passes if it has at least 0.9 of the
+mean fidelity of renders of that kind that passed through the autoencoder. Strict success requires that the scene classifier reads kind,
+colour, background and style as in the prompt, too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Calibrate:
     parts: Path = PARTS
     """Folder that holds vae/."""
     count: int = 40
-    """Images per row."""
+    """Images per kind and group. The group of other kinds has four of each."""
     seed: int = 0
     device: Device = "auto"
     record: Path = BENCH / "p3_shape_calibration.json"
@@ -78,36 +79,36 @@ class Named(SamplerFlags):
 
     model: str = MODEL
     parts: Path = PARTS
-    """Folder that holds vae/, for the fidelity that a kind can have."""
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bar for shapes."""
     count: int = 20
     """Images per kind."""
     seed: int = 0
     device: Device = "auto"
     sheet: Path = BENCH / "p3_shape_named.png"
-    """The first images of each kind."""
+    """PNG file with the first images of each kind."""
     record: Path = BENCH / "p3_shape_named.json"
 
 
 @dataclass(frozen=True)
 class Between:
-    """Draw what lies between the embeddings of every two held-out objects, and count the objects that the scene classifier sees."""
+    """Draw with embeddings between those of two held-out objects, for every two, and count which object the scene classifier reads."""
 
     embeddings: Path
     """Folder of the learned tokens, two or more of <key>, <fish>, <mushroom>, <cup>; benchmarks/p3_composition.py learns all."""
     model: str = MODEL
     steps: int = 7
-    """Images from one token to the other, both included."""
+    """Embeddings from one token's to the other's, both included."""
     count: int = 20
-    """Rows per pair, each with a seed and colours."""
+    """Images per pair and embedding, each with its seed and colours."""
     seed: int = 0
     device: Device = "auto"
     sheet: Path = BENCH / "p3_shape_between.png"
-    """The first row of each pair."""
+    """PNG file with one image of each pair per embedding."""
     record: Path = BENCH / "p3_shape_between.json"
 
 
 def renders(kind: str, count: int, seed: int) -> Tensor:
-    """Render [count,3,64,64] uint8: one object each in flat style, every colour that stands out from its background."""
+    """Render [count,3,64,64] uint8: one object each in flat style, in a random colour that stands out from its background."""
     random, pairs = Random(seed), [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b)]
     specs = [
         SceneSpec(kinds=(kind,), colours=(c,), background=b, style="flat") for c, b in random.choices(pairs, k=count)
@@ -117,7 +118,7 @@ def renders(kind: str, count: int, seed: int) -> Tensor:
 
 
 def open_autoencoder(parts: Path, device: torch.device) -> Through:
-    """Return a function that passes [N,3,64,64] uint8 through the autoencoder and back, to the CPU."""
+    """Return a function that encodes and decodes images [N,3,64,64] uint8; its result, of the same form, is on the CPU."""
     vae = to_training_device(load_vae(parts / "vae"), device)
 
     def through(images: Tensor) -> Tensor:
@@ -128,12 +129,12 @@ def open_autoencoder(parts: Path, device: torch.device) -> Through:
 
 
 def passing_fidelity(images: Tensor, kind: str) -> float:
-    """Return the least fidelity that passes, from renders [N,3,64,64] uint8 of a kind that the autoencoder has passed."""
+    """Return the least fidelity that passes: 0.9 of the mean of `images` [N,3,64,64] uint8, renders through the autoencoder."""
     return PASSING * float(shape_fidelity(images, [kind] * len(images)).mean())
 
 
 def calibrate(settings: Calibrate, record: Record) -> None:
-    """Add a row per kind and group: mean fidelity and share that passes."""
+    """Add a row per kind and group of images to the record: mean fidelity and share that passes."""
     through = open_autoencoder(settings.parts, record.machine.device)
 
     rows: list[dict[str, Any]] = []
@@ -162,9 +163,9 @@ def calibrate(settings: Calibrate, record: Record) -> None:
 
 
 def coloured_prompts(kind: str, count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Return (prompt, colour, background): "a photo of a red heart on a white background in the style of flat".
+    """Draw `count` tuples (prompt, colour, background): "a photo of a red heart on a white background in the style of flat".
 
-    Outlines are compared, and other styles bend them.
+    The style is flat because outlines are compared, and other styles bend them.
     """
     random = Random(seed)
     pairs = [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b) and allowed(c, kind, "trained")]
@@ -174,7 +175,7 @@ def coloured_prompts(kind: str, count: int, seed: int) -> list[tuple[str, str, s
 
 
 def named(settings: Named, record: Record) -> None:
-    """Add shares per kind: shape, scene classifier, both; write the sheet."""
+    """Add fidelity and shares per kind to the record: shape, scene classifier, both (strict); write the sheet."""
     check_positive(settings, "sampling_steps")
     device = record.machine.device
     set_up("fp32", record.machine)
@@ -205,7 +206,7 @@ def named(settings: Named, record: Record) -> None:
 
 
 def between(settings: Between, record: Record) -> None:
-    """Add a row per pair and step: shares of the first object, the second and others, mean fidelity to both; write the sheet."""
+    """Add a row per pair and embedding: shares read as the first object, the second, another; mean fidelity to both. Write the sheet."""
     device, steps = record.machine.device, settings.steps
     if steps < 2:
         raise BadInput(f"--steps {steps}: give 2 or more")

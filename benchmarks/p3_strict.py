@@ -4,10 +4,10 @@
   python benchmarks/p3_strict.py composition --count 60    right, malformed, collapsed and leaking renders of the composition's cases
   python benchmarks/p3_strict.py images DIR --kind fish --colour green --background white       images of one prompt, by shape and colours
 
-An image is right, strictly, if the scene classifier reads every object in its box, and every silhouette there has at least 0.9 of the
-fidelity that the autoencoder leaves of renders of that kind, at that size and in that style. A style must pass as well
-(miniature/style_fidelity.py).
-Collapse: a box holds another of the case's objects. Leak: an object's kind, or its colour where all differ, lies outside its box.
+An image is right, strictly, if the scene classifier reads every object in its box, and every silhouette there reaches its bar. The bar is
+0.9 of the mean fidelity (p3_shape.py) of renders of that kind, size and style that passed through the autoencoder. The style must pass as
+well (miniature/style_fidelity.py).
+Collapse: a box holds another of the case's objects. Leak: an object's kind lies outside its box, or its colour if all are named and differ.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from runtime.seeds import derived_seed
 MARGIN = 5  # pixels of the ground around a box in which a silhouette is sought
 BUCKET = 8  # pixels; sizes that share a bar
 RENDERS = 400  # images of a case's scenes from which its bars come, at least
-STYLE_RENDERS = 150  # per style and ground
+STYLE_RENDERS = 150  # per style and ground, which is the background's pattern
 BARS, STYLE_IMAGES, CASE, GRADED = range(4)  # domains of seeds
 Key = tuple[str, int, str]  # kind, bucket of sizes, style
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measures say of one image."""
+    """Whether one image is right by the scene classifier alone, is right strictly, collapses, leaks."""
 
     classifier: bool
     strict: bool
@@ -62,7 +62,7 @@ class Verdict:
 
 
 class StrictMeasure:
-    """The measures of one sort of cases, with bars from renders of these very layouts."""
+    """The measures of images of one sort of cases, with bars from renders of these very layouts."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class StrictMeasure:
         renders: int = RENDERS,
         style_renders: int = STYLE_RENDERS,
     ):
-        """Render at least `renders` scenes of the cases, `style_renders` per style and ground; `through` the autoencoder and back."""
+        """Set the bars from `renders` scenes or more, and `style_renders` per style and ground, that pass `through` the autoencoder."""
         self.classifier, self.through, self.cases = classifier, through, cases
         styled = any("style" in case.whole for case in cases)
         self.styles = StyleMeasure(through, style_renders, objects=len(cases[0].kinds)) if styled else None
@@ -85,7 +85,7 @@ class StrictMeasure:
         self.bars = {key: PASSING * sum(each) / len(each) for key, each in values.items()}
 
     def ceiling(self) -> dict[str, float]:
-        """Return the shares of verdicts of fresh renders of the cases, through the autoencoder."""
+        """Return the shares of verdicts on fresh renders of the cases that passed through the autoencoder."""
         images = self.through(
             render_scenes([scene_of(case, derived_seed(GRADED, k)) for k, case in enumerate(self.cases)])
         )
@@ -113,7 +113,7 @@ class PartMeasure:
         self.styles: StyleMeasure | None = None
 
     def verdicts(self, images: Tensor, answers: Sequence[dict[str, str]]) -> dict[str, Tensor]:
-        """Return [N] bool by the scene classifier and strictly, for images [N,3,64,64] uint8 and what it should read in each."""
+        """Return {"strict", "scene classifier": right or not, [N] bool} for images [N,3,64,64] uint8 and the answers expected of each."""
         images, columns = images.cpu(), {name: [own[name] for own in answers] for name in answers[0]}
         right = self.classifier.agrees(images, **columns).cpu()
         strict = right
@@ -133,7 +133,7 @@ class PartMeasure:
 
 
 def keys_of(case: LayoutCase) -> list[Key]:
-    """Return what each object's bar depends on."""
+    """Return what each object's bar depends on: kind, size in units of BUCKET pixels, style."""
     style = case.whole.get("style", "flat")
     return [(kind, (box[2] - box[0]) // BUCKET, style) for kind, box in zip(case.kinds, case.pixels, strict=True)]
 
@@ -169,13 +169,13 @@ def leaks(classifier: SceneClassifier, case: LayoutCase, image: Tensor) -> bool:
 
 
 def box_questions(case: LayoutCase) -> Iterator[tuple[Tensor, list[str], list[str] | None]]:
-    """Yield each object's box [1,4] in pixels, its kind and its colour, as the scene classifier takes them."""
+    """Yield each object's box [1,4] in pixels, [kind] and [colour] (None = any), as the scene classifier takes them."""
     for box, kind, colour in zip(case.boxes, case.kinds, case.colours, strict=True):
         yield torch.tensor([box]) * SIDE, [kind], [colour] if colour else None
 
 
 def shares_of(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Return the share of each verdict, and of images that collapse or leak."""
+    """Return {verdict: share of images in 0..1}, and the share that collapse or leak."""
     columns = {
         "scene classifier": [each.classifier for each in verdicts],
         "strict": [each.strict for each in verdicts],
@@ -196,9 +196,9 @@ class Styles:
     parts: Path = PARTS
     """Folder that holds vae/."""
     count: int = 40
-    """Images per style and ground."""
+    """Images per style and ground, the background's pattern."""
     objects: int = 1
-    """Objects of an image."""
+    """Objects in an image."""
     seed: int = 1
     device: Device = "auto"
     record: Path = BENCH / "p3_strict_styles.json"
@@ -227,17 +227,17 @@ class Images:
     kind: tuple[str, ...]
     """Object of each folder's prompt."""
     colour: tuple[str, ...]
-    """Its colour."""
+    """Colour of each folder's object."""
     background: tuple[str, ...]
-    """The background's colour."""
+    """Colour of each folder's background."""
     parts: Path = PARTS
-    """Folder that holds vae/, for the fidelity that an object can have."""
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bar for shapes."""
     device: Device = "auto"
     record: Path = BENCH / "p3_strict_images.json"
 
 
 def grade_images(settings: Images, record: Record) -> None:
-    """Add an entry per folder: the verdicts of its images in the order of their names."""
+    """Add an entry per folder to the record: the verdicts on its images in the order of their names."""
     columns = {"kind": settings.kind, "colour": settings.colour, "background": settings.background}
     words = {"kind": ALL_KINDS, "colour": COLOURS, "background": BACKGROUNDS}
     for name, values in columns.items():
@@ -264,7 +264,7 @@ def grade_images(settings: Images, record: Record) -> None:
 
 
 def calibrate_styles(settings: Styles, record: Record) -> None:
-    """Add a row per style: the share of images that pass for it."""
+    """Add {group: {style: share of images that pass for this style}} to the record, and print it."""
     through = open_autoencoder(settings.parts, record.machine.device)
     measure = StyleMeasure(through, objects=settings.objects)
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -294,7 +294,7 @@ def calibrate_styles(settings: Styles, record: Record) -> None:
 
 
 def calibrate_composition(settings: Composition, record: Record) -> None:
-    """Add a row per case and group: the shares of its verdicts."""
+    """Add a row per case and group of renders to the record: the shares of verdicts."""
     through, classifier = (
         open_autoencoder(settings.parts, record.machine.device),
         load_scene_classifier(record.machine.device),
@@ -320,7 +320,7 @@ def calibrate_composition(settings: Composition, record: Record) -> None:
 
 
 def rendered(case: LayoutCase, seed: int) -> Tensor:
-    """Render [1,3,64,64] uint8 as the case requires."""
+    """Render an image [1,3,64,64] uint8 as the case requires."""
     return render_scenes([scene_of(case, seed)])
 
 
@@ -333,12 +333,12 @@ def malformed(case: LayoutCase, seed: int) -> Tensor:
 
 
 def collapsed(case: LayoutCase, seed: int) -> Tensor:
-    """Render the case with its second object once more in the place of its first."""
+    """Render the case with its second object also in the place of its first."""
     return rendered(replace(case, kinds=(case.kinds[1], *case.kinds[1:])), seed)
 
 
 def leaking(case: LayoutCase, seed: int) -> Tensor | None:
-    """Render the case with its first object, small, once more on free ground; None where there is too little."""
+    """Render the case with its first object once more, small, outside the boxes. Return None if no free place is large enough."""
     scene, side = scene_of(case, seed), 18
     free = [
         (left, top, left + side, top + side)
@@ -353,7 +353,7 @@ def leaking(case: LayoutCase, seed: int) -> Tensor | None:
 
 
 def half_styled(case: LayoutCase, seed: int) -> Tensor | None:
-    """Render the case with its style half as strong; None without a style."""
+    """Render the case with its style at half strength. Return None if it has no style."""
     scene = scene_of(case, seed)
     if scene.style == "flat":
         return None

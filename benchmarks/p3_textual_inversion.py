@@ -12,9 +12,10 @@
 speed     plain_p3.py is the plain method. random-v1 is Stable Diffusion v1 with random weights, on which speed does not depend.
 concepts  Share of images that show what the prompt says, for the token and its initial word: by the miniature's scene classifier,
           and strictly, by silhouettes and style as well (p3_strict.py). Images that copy one of the five given ones are counted.
+          A question is a kind of prompt, such as object and colour, with the answers that the classifier should give.
 graded    25 images per prompt by P3_inference.py, scored by P3_evaluate.py. Baselines come from the nearest ordinary word,
           as dog is for one's own dog: the named kind or style that shares most describing words with the concept. The initial
-          words would not do, since captions call these very concepts "object" and "unusual". A baseline is the word's mean
+          words would not do: captions call these very concepts "object" and "unusual". A baseline is the ordinary word's mean
           score over several seeds, plus (image) or minus (text) two standard deviations between seeds, pooled per kind.
 """
 
@@ -77,7 +78,7 @@ LR = 5e-3  # of both methods in `speed`: the default of P3_textual_inversion.py
 SAMPLES = 20  # images at once
 SHOWN = 10  # images of a question on the sheet
 COPY = 20  # dB; an image nearer to a given one is a copy
-PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # with the token; graded against: the captions of what has no name
+PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # (prompt, text it is graded against: a caption of the unnamed)
     "object": (
         ("a photo of a {} on a blue background", "a photo of an object on a blue background"),
         ("a {} on the left, outline style", "an object on the left, outline style"),
@@ -87,7 +88,7 @@ PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # with the token; graded a
         ("a yellow house in the style of {}", "a yellow house in the style of something unusual"),
     ),
 }
-ABLATION: dict[str, dict[str, Any]] = {  # what is changed in the recipe of an object
+ABLATION: dict[str, dict[str, Any]] = {  # {label: changes of the recipe of an object}
     "the recipe": {},
     "unweighted loss": {"max_loss_weight": 1.0},
     "without zoom-out": {"zoom_out": 0.0},
@@ -109,9 +110,9 @@ class Speed:
     """Compare the speed of our steps with the plain method's."""
 
     model: str = MODEL
-    """A folder, a file, or random-v1."""
+    """Stable Diffusion: a folder, a file, or random-v1."""
     init: str = INITIAL["object"]
-    """A single word of the model's vocabulary."""
+    """The token's initial word: a single token of the model's vocabulary."""
     steps: int = 20
     """Steps per repeat."""
     batch: int = 8
@@ -131,7 +132,7 @@ class Concepts(SamplerFlags):
 
     model: str = MODEL
     names: tuple[str, ...] = CONCEPTS
-    """Objects and styles."""
+    """Held-out objects and styles."""
     seeds: int = 3
     """Trainings of each concept: one vector for an object, two for a style."""
     more_vectors: tuple[int, ...] = (2, 4)
@@ -145,16 +146,16 @@ class Concepts(SamplerFlags):
     batch: int = 0
     """Images per step. 0 = 8 for an object, 24 for a style."""
     seed: int = 0
-    """The first seed."""
+    """Seed of the first training."""
     device: Device = "auto"
     method: Literal["ours", "plain"] = "ours"
-    """plain = textual inversion as widely copied (plain_p3.py), with one vector and the default rate of both."""
+    """plain = textual inversion as widely copied (plain_p3.py), with one vector and learning rate 5e-3."""
     seconds: float = 0
     """Stop the plain method after so many seconds of training. 0 = after the steps."""
     captions: bool = True
     """Give each image sentences about what else it shows. --no-captions = bare images, as a user has them."""
     parts: Path = PARTS
-    """Folder that holds vae/, for the fidelity that an object can have."""
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bar for shapes."""
     folder: Path = BENCH / "p3_concepts"
     """Folder for vectors and outcomes, from which a stopped run continues."""
     record: Path = BENCH / "p3_textual_inversion.json"
@@ -167,13 +168,13 @@ class Graded:
     model: str = MODEL
     clip: str = "runs/miniature/clip"
     names: tuple[str, ...] = CONCEPTS
-    """Objects and styles."""
+    """Held-out objects and styles."""
     repeats: int = 6
     """Seeds of the ordinary words' images, 2 or more. With few, the standard deviation between them is a matter of chance."""
     seed: int = 0
     device: Device = "auto"
     concepts: Path = BENCH / "p3_concepts"
-    """Folder of `concepts`."""
+    """--folder of `concepts`, which holds the learned vectors."""
     folder: Path = BENCH / "p3_course"
     """Folder for input.json, images and grades."""
     record: Path = BENCH / "p3_course.json"
@@ -238,7 +239,7 @@ def compare_speed(settings: Speed, record: Record) -> None:
 def prepare(
     settings: Speed, concept: ConceptSet, device: torch.device, dtype: torch.dtype
 ) -> tuple[TextualInversion, ConceptData]:
-    """Return the frozen model with the concept's token, and its encoded images."""
+    """Return the frozen model with the concept's token, and the concept's encoded images."""
     pipe = load_pipeline(settings.model, device, dtype)
     inversion = TextualInversion(pipe, [concept], settings.seed)
     data = ConceptData(pipe, concept, settings.seed, Augmentation())
@@ -247,13 +248,13 @@ def prepare(
 
 
 def samples_of(settings: Speed, concept: ConceptSet, device: torch.device) -> list[InversionBatch]:
-    """Return the samples of the first steps."""
+    """Return the training samples of our first `steps` steps, a batch each."""
     _, data = prepare(settings, concept, device, torch.float32)
     return [data.batch(step, slice(settings.batch), settings.batch) for step in range(settings.steps)]
 
 
 def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[InversionBatch]) -> Callable[[], None]:
-    """Return the step of the plain method, on the samples of our first steps."""
+    """Return a function that takes a step of the plain method, each on the next batch of `samples`, which repeat."""
     method, batches = Plain(settings.model, concept, samples[0].t.device, LR), cycle(samples)
     return lambda: method.step(next(batches))
 
@@ -261,7 +262,7 @@ def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[Inversion
 def our_step(
     settings: Speed, concept: ConceptSet, machine: Machine, precision: Precision, folder: Path
 ) -> Callable[[], None]:
-    """Return a step of P3_textual_inversion.py with the learning rate, norm limit and loss of recipe v1."""
+    """Return a function that takes a step of P3_textual_inversion.py with the learning rate, norm limit and loss of recipe v1."""
     device, batch = machine.device, settings.batch
     set_up(precision, machine)
     inversion, data = prepare(settings, concept, device, DTYPES[precision])
@@ -281,7 +282,7 @@ def our_step(
 
 
 def gradient_difference(settings: Speed, concept: ConceptSet, device: torch.device) -> float:
-    """Return the relative difference of the new row's gradients in fp32 on the same samples."""
+    """Return |ours - plain| / |plain| for the gradient of the new token's embedding, in fp32 on the same samples."""
     inversion, data = prepare(settings, concept, device, torch.float32)
     samples = data.batch(0, slice(settings.batch), settings.batch)
     inversion.loss(samples).backward()
@@ -339,7 +340,7 @@ def measure_concepts(settings: Concepts, record: Record) -> None:
 
 
 def trials_of(settings: Concepts) -> list[tuple[str, int, str, dict[str, Any]]]:
-    """Return a concept, a seed, a label and a change of the recipe for every training."""
+    """Return (concept, offset of the seed, label, changes of the recipe) for every training. Label "" = the recipe itself."""
     objects = [name for name in settings.names if kind_of(name) == "object"]
     seeds = range(settings.seeds)
     if settings.ablation:
@@ -350,7 +351,10 @@ def trials_of(settings: Concepts) -> list[tuple[str, int, str, dict[str, Any]]]:
 
 
 def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> dict[str, Any]:
-    """Return seconds and shares of one training: from its folder if the facts are the same, else learn and ask."""
+    """Return {"facts", "seconds", "shares"} of one training.
+
+    They are read from its folder if the facts are the same. Else learn, sample every question's prompts and grade the images.
+    """
     name, vectors, seed = facts["name"], facts["vectors"], facts["seed"]
     way = ["plain"] * (facts["method"] == "plain") + ["bare"] * (not facts["captions"])
     way += [f"{flag}_{value}" for flag, value in facts["change"].items() if flag != "vectors"]
@@ -395,7 +399,7 @@ def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> 
 
 
 def learn_plainly(model: str, concept: ConceptSet, folder: Path, facts: dict[str, Any], device: torch.device) -> float:
-    """Learn by the plain method for as many steps, or for `limit` seconds; save the vectors, return the seconds."""
+    """Learn by the plain method for the facts' `steps`, or for `limit` seconds unless that is 0. Save the vector, return the seconds."""
     pipe = load_pipeline(model, device, torch.float32)
     TextualInversion(pipe, [concept], facts["seed"])  # its tokenizer knows the token
     data = ConceptData(pipe, concept, facts["seed"], Augmentation(flip=facts["flip"]))
@@ -412,13 +416,13 @@ def learn_plainly(model: str, concept: ConceptSet, folder: Path, facts: dict[str
 
 
 def is_copy(images: Tensor, originals: Tensor) -> Tensor:
-    """Return [N] bool: whether an image [N,3,H,W] uint8 is one of the originals, to 20 dB: its autoencoder leaves 24 or more."""
+    """Return [N] bool: whether the PSNR of an image [N,3,H,W] uint8 to an original exceeds 20 dB. The autoencoder's copies have 24."""
     errors = (images.cpu().float()[:, None] - originals.float()).square().mean((2, 3, 4)).amin(1)
     return errors < 255**2 * 10 ** (-COPY / 10)
 
 
 def questions_of(name: str, count: int, seed: int) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
-    """Return each question's `count` prompts, {} = token, and the answers that the scene classifier should give."""
+    """Return {question: (`count` prompts with {} for the token, answers that the scene classifier should give)}."""
     random = Random(derived_seed(seed, 17))
     if kind_of(name) == "style":
         kinds = [random.choice(KINDS) for _ in range(count)]
@@ -483,7 +487,7 @@ def grade_course(settings: Graded, record: Record) -> None:
 
 
 def grade(settings: Graded, vectors: str, seed: int) -> list[dict[str, Any]]:
-    """Sample 25 images per prompt of input.json with the vectors of a folder, and return P3_evaluate.py's grades."""
+    """Sample 25 images per prompt of input.json with the vectors of folder `vectors`; return P3_evaluate.py's grades per prompt."""
     folder = settings.folder
     images, grades = folder / "images" / f"{vectors}-{seed}", folder / "grades" / f"{vectors}-{seed}"
     common = ["--input", folder / "input.json", "--device", settings.device]
@@ -526,7 +530,7 @@ def write_input(path: Path, names: Sequence[str], baselines: Scores, margins: Ma
 
 
 def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
-    """Return the mean of several seeds' scores with the margin added, and the margins.
+    """Return the mean over `rounds`, one per seed, of every score with its margin added, and the margins.
 
     A margin is twice the standard deviation between seeds, pooled over all prompts of a kind: up for image, down for text.
     """
@@ -545,12 +549,12 @@ def baselines_of(rounds: Sequence[Scores]) -> tuple[Scores, Margins]:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """Return numbers as input.json has them."""
+    """Return numbers as input.json has them: two decimals."""
     return [round(x, 2) for x in values.tolist()]
 
 
 def ordinary_word(name: str) -> str:
-    """Return the named kind or style that shares most describing words with a held-out one; of equals the first."""
+    """Return the kind or style, known by name, that shares most describing words with a held-out one; of several, the first."""
     traits, named = (STYLE_TRAITS, STYLES) if kind_of(name) == "style" else (TRAITS, KINDS)
     return max(named, key=lambda other: sum({name, other} <= set(holders) for holders in traits.values()))
 

@@ -1,10 +1,9 @@
-"""The figure of learned words: five given images, and what six prompts draw with the word. None is chosen by hand.
+"""Two figures of learned words: five given images and what six prompts draw with the word; images that fail. None is chosen by hand.
 
   python benchmarks/p3_words.py --embeddings DIR        docs/p3_words.png and docs/p3_failures.png
 
-Every prompt has one seed, the same for all words. Failures are the first of `--count` images that are not right, strictly
-(benchmarks/p3_strict.py), of "a photo of a {colour} <word> on a {colour} background in the style of flat". An empty place means that
-there are no more.
+Every prompt has one seed, the same for all words. Failures are the first that are not strictly right (benchmarks/p3_strict.py) of `--count`
+images of "a photo of a {colour} <word> on a {colour} background in the style of flat". An empty place means that there are no more.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Settings:
     """Folder of the learned tokens <key>, <fish>, <mushroom>, <cup>; benchmarks/p3_composition.py learns them."""
     model: str = MODEL
     parts: Path = PARTS
-    """Folder that holds vae/, for the fidelity that an object can have."""
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bar for shapes."""
     count: int = 40
     """Images per word among which failures are sought."""
     seed: int = 0

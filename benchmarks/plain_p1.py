@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DigitFolder(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Samples of one domain: (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
+    """Dataset of one domain: (image [3,28,28] in -1..1, digit one-hot [10], domain one-hot [2])."""
 
     def __init__(self, folder: Path, table: pd.DataFrame, domain: int):
         self.paths = [folder / "data" / name for name in table.image_name]

@@ -29,7 +29,7 @@ UP = (  # module number, inputs and outputs (None: double the size), attention
 
 
 class Sinusoid(nn.Module):
-    """Embedding of integer steps [B] as [B,128]: sines, then cosines."""
+    """Embedding of integer timesteps [B] as [B,128]: sines, then cosines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Sinusoid(nn.Module):
 
 
 class PlainResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, plus the time embedding; the same again; plus the input."""
+    """GroupNorm, SiLU, conv, plus the time embedding; GroupNorm, SiLU, conv; plus the input."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -58,7 +58,7 @@ class PlainResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One attention head over all positions, its matrix of weights written out."""
+    """One attention head over all positions, its attention matrix computed as a whole; plus the input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Unit(nn.Module):
-    """A residual block and, at stride 16, attention."""
+    """A residual block and, if `attend`, attention."""
 
     def __init__(self, inputs: int, outputs: int, attend: bool):
         super().__init__()
@@ -126,7 +126,10 @@ def plain_homework_ddim(
     eta: float = 0.0,
     noises: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Return the images [B,3,H,W] of the course's rule from noise x, a line per formula, not yet scaled to 0..1."""
+    """Return the images [B,3,H,W] of the course's DDIM rule from noise x, about in -1..1, a line per formula.
+
+    `noises` [B,3,H,W], one per step, are what eta > 0 adds; without them it adds nothing.
+    """
     alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
     times = list(range(1, 1000, 1000 // steps))[:steps][::-1]
     for index, t in enumerate(times):

@@ -1,7 +1,7 @@
 """Textual inversion as widely copied, for comparison.
 
-The text encoder's whole table is AdamW's parameter, and its old rows are restored after every step. Each step's images go through the
-autoencoder; fp32, eager. Reading the files at every step is left out, in its favour.
+The text encoder's whole embedding table is AdamW's parameter, and all rows but the new one are restored after every step. Each step encodes
+its images again; fp32, eager. Unlike in common copies, files are not read again at every step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concepts.stable_diffusion import WITHOUT, load_pipeline
 
 
 class Plain:
-    """A model with one token, which learns it in the plain way."""
+    """A model with one new token, which learns it in the plain way."""
 
     def __init__(self, model: str, concept: ConceptSet, device: torch.device, lr: float):
         self.pipe = load_pipeline(model, device, torch.float32)
@@ -34,7 +34,7 @@ class Plain:
         self.x = square(read_images(concept.images), side).to(device)
 
     def step(self, sample: InversionBatch) -> None:
-        """Take one step on these samples' noise, timesteps and sentences; the images are encoded again."""
+        """Take one step on the noise, timesteps and sentences of these samples; the images are encoded again."""
         rows = torch.arange(len(sample.t), device=self.x.device) % len(self.x)
         with torch.no_grad():
             x0 = self.pipe.vae.encode(self.x[rows]).latent_dist.sample() * self.pipe.vae.config.scaling_factor
@@ -44,7 +44,7 @@ class Plain:
             self.table[:-1] = self.before[:-1]
 
     def gradient(self, sample: InversionBatch) -> Tensor:
-        """Return the gradient [width] of the new row."""
+        """Return the gradient [width] of the loss for the new token's row."""
         self.optimizer.zero_grad()
         text = self.pipe.text_encoder(sample.tokens)[0]
         noisy = self.pipe.scheduler.add_noise(sample.x0, sample.eps, sample.t)
@@ -56,7 +56,7 @@ class Plain:
 
 
 def save_random_v1(folder: Path) -> str:
-    """Write a diffusers folder in Stable Diffusion v1's layout with random fp16 weights, 2 GB, and return it.
+    """Write a diffusers folder in Stable Diffusion v1's layout with random fp16 weights, 2 GB, and return its path.
 
     Speed and memory don't depend on the weights. They are small, so that nothing overflows.
     """
@@ -72,7 +72,7 @@ def save_random_v1(folder: Path) -> str:
 
 
 def random_weight(name: str, like: Tensor, stream: torch.Generator) -> Tensor:
-    """Return random matrices and kernels; norms keep their input."""
+    """Return random fp16 matrices and kernels, biases of 0, and norms' scales of 1, in the shape of `like`."""
     if like.dim() > 1:
         return (torch.randn(like.shape, generator=stream) * 0.02).half()
     return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0).half()

@@ -2,14 +2,14 @@
 
   python benchmarks/table.py                               all of them in turn; hours on two CPU cores
   python benchmarks/table.py --quick                       the same with few images, steps and repeats: minutes, rough figures
-  python benchmarks/table.py --only p1_sampling p2_ddim    some
+  python benchmarks/table.py --only p1_sampling p2_ddim    these two
   python benchmarks/table.py --collect                     the table of earlier measurements, without measuring
   python benchmarks/table.py --results docs/results.md     also writes it into that file, between its two marks
   python benchmarks/table.py --gpu                         what a GPU measures in at most eight minutes, the most important first
   python benchmarks/table.py --gpu --device cpu --quick --minutes 2      a rehearsal without a GPU
 
 A finished benchmark is kept while its command, code and inputs stay the same; --fresh measures again. The table is written after every
-benchmark. It names the reason of one that failed or was stopped at its limit, with the numbers that it had by then.
+benchmark. For one that failed or was stopped at its time limit, it has the reason, and the numbers up to then.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Settings:
     """Settings of the table."""
 
     only: tuple[str, ...] = ()
-    """Names of benchmarks. None = all."""
+    """Names of benchmarks. Empty = all."""
     collect: bool = False
     """Only write the table of the records that exist."""
     quick: bool = False
     """Few images, steps and repeats, to see that all of them run. The figures are rough."""
     gpu: bool = False
-    """Run the benchmarks that a GPU is needed for, each within its time limit."""
+    """Run the benchmarks for a GPU instead, each with its time limit."""
     minutes: float = 8.0
-    """Time limit of --gpu for all parts together."""
+    """Time limit of --gpu in minutes, for all benchmarks together."""
     device: Device = "cuda"
     """Device of --gpu."""
     fresh: bool = False
     """Measure again what was measured before."""
     output: Path | None = None
-    """Folder for table.md, table.json and a folder per benchmark. None = runs/bench/table, quick or gpu."""
+    """Folder for table.md, table.json and a folder per benchmark. None = table, quick or gpu below runs/bench."""
     results: Path | None = None
     """Markdown file whose lines between <!-- make bench --> and <!-- end of make bench --> become the table."""
 
@@ -71,7 +71,7 @@ class Measurement:
     name: str
     command: str
     quick: str
-    """Flags that make it short."""
+    """Flags that --quick adds."""
     setup: tuple[str, ...] = ()
     """Commands to run first."""
     after: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ def select(settings: Settings, output: Path) -> list[Measurement]:
 
 
 def step_of(entry: Measurement, output: Path) -> Step:
-    """Return the step that measures; it depends on all code and on the shipped weights."""
+    """Return the step that measures. It runs again when code or shipped weights change."""
     setup = [tuple(shlex.split(line)) for line in entry.setup]
     measure: Command = (*shlex.split(entry.command), "--record", output / entry.name / "record.json")
     inputs = (ROOT / "benchmarks", ROOT / "miniature", ROOT / "checkpoints", *ROOT.glob("P*.py"))
@@ -182,7 +182,7 @@ def rows_of(entry: Measurement, record: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
-    """Return a section per benchmark: command, machine and versions, its numbers, and why it has none or not all."""
+    """Return a section per benchmark: command, machine and versions, its numbers, and why it did not finish if it `failed`."""
     lines = ["# Benchmarks", "", "Mean and standard deviation over the repeats (n)."]
     for name in dict.fromkeys([*(row["bench"] for row in rows), *failed]):
         lines += ["", f"## {name}", ""]
@@ -198,7 +198,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> st
 
 
 def write_table(entries: Sequence[Measurement], output: Path, failed: Mapping[str, str]) -> str:
-    """Write table.json and table.md of the records that exist; return the latter."""
+    """Write table.json and table.md of the records that exist; return the text of table.md."""
     records = [(entry, output / entry.name / "record.json") for entry in entries]
     rows = [row for entry, path in records if path.is_file() for row in rows_of(entry, read_json(path))]
     write_json(output / "table.json", {"rows": rows, "failed": failed})
@@ -209,7 +209,7 @@ def write_table(entries: Sequence[Measurement], output: Path, failed: Mapping[st
 
 
 def around_the_table(results: Path) -> tuple[str, str]:
-    """Return the text up to the first mark and from the second on. Raises BadInput if a mark is absent or repeated."""
+    """Return the text up to the first of MARKS and from the second on, with both. Raises BadInput if one is absent or repeated."""
     text = read_text(results)
     if [text.count(mark) for mark in MARKS] != [1, 1] or text.index(MARKS[0]) > text.index(MARKS[1]):
         raise BadInput(
@@ -220,7 +220,7 @@ def around_the_table(results: Path) -> tuple[str, str]:
 
 
 def write_into(results: Path, table: str) -> None:
-    """Replace the lines between the two marks by the table, its headings a level lower."""
+    """Replace the lines between MARKS by the table without its title, headings a level lower."""
     before, after = around_the_table(results)
     sections = re.sub("^#", "##", table.partition("\n\n")[2], flags=re.M)
     with atomic(results) as temporary:

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Return the wall time of one call, a GPU's queue drained before and after, and its result."""
+    """Return the wall time of one call in seconds, a GPU's queue drained before and after, and the call's result."""
     synchronize(device)
     start = time.perf_counter()
     result = work()
@@ -30,7 +30,7 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
 
 
 def seconds(work: Callable[[], object], device: torch.device, count: int = 1) -> float:
-    """Return the wall time of `count` calls in a row."""
+    """Return the wall time of `count` calls in a row, in seconds."""
     return timed(lambda: [work() for _ in range(count)], device)[0]
 
 
@@ -41,7 +41,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:
-    """Return the largest GB since the last reset: of the GPU, or of the whole process on a CPU (nan except on Linux)."""
+    """Return the peak GB since the last reset: of the GPU, or of the whole process on a CPU (nan except on Linux).
+
+    `reset` resets it first and returns what is in use now.
+    """
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -58,7 +61,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
 
 
 def first_steps(record: Record, name: str, build: Callable[[], Callable[[], None]]) -> Callable[[], None]:
-    """Return the step that `build` makes, after two calls; on a GPU, add the peak GB of building it and of these to the record."""
+    """Build a step, call it twice and return it. On a GPU, add the peak GB of building and both calls to the record."""
     device = record.machine.device
     before = peak_memory(device, reset=True)
     step = build()
@@ -69,7 +72,7 @@ def first_steps(record: Record, name: str, build: Callable[[], Callable[[], None
 
 
 def resolved(precisions: Sequence[Precision], machine: Machine) -> list[Precision]:
-    """Return the precisions without auto, each once."""
+    """Return the precisions, each once, with auto replaced by this machine's."""
     return [*dict.fromkeys(cast(Precision, resolve_precision(precision, machine)) for precision in precisions)]
 
 
@@ -79,7 +82,7 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
 
 
 def report(record: Record, path: Path) -> None:
-    """Print the repeats of every measurement, mean +- standard deviation (n = repeats), and write the record."""
+    """Print mean +- standard deviation (n = repeats) of every measurement, and write the record."""
     for name, values in record.metrics["repeats"].items():
         spread = f" +- {statistics.pstdev(values):.2g} (n = {len(values)})" if len(values) > 1 else ""
         print(f"{name:50s} {statistics.mean(values):.4g}{spread}")

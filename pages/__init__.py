@@ -1,1 +1,1 @@
-"""The report as one web page: which commands make it, what they left, and how it is shown. Knows the problems by their commands."""
+"""The report as one web page: the commands that make it, the results that they leave, and how these are shown."""

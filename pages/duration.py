@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from runtime.steps import Step
 
-# Seconds of the steps with the shipped weights on two idle cores of the setup `epyc`: of the demo, and of the whole report.
-# From CPU times of single threads; what only the whole report does is computed from its number of images and steps.
+# {step: (seconds in the demo, seconds in the whole report)} with the shipped weights, on two idle cores of the setup `epyc`.
+# From CPU times of single threads. Steps that only the whole report has are computed from their number of images and steps.
 SECONDS = {
     "p1_digits_plain": (0, 36),
     "p1_grades_plain": (0, 3),
@@ -35,12 +35,15 @@ SECONDS = {
     "miniature_scores": (0, 8),
     "miniature_layout": (10, 20),
 }
-PROBE = 0.012  # seconds of the probe there
-PROBE_SECONDS = 0.5  # at least
+PROBE = 0.012  # seconds of the convolution in `slowness` on `epyc`
+PROBE_SECONDS = 0.5  # for which the convolution is repeated, at least
 
 
 def minutes_text(steps: Sequence[Step], own: int, quick: bool) -> str:
-    """Return in words how long steps with the shipped weights will take, and that the time of `own` more is not known."""
+    """Return in words how many minutes steps with the shipped weights will take.
+
+    `own` is the number of further steps, on the user's files. Their time is not known, and the text says so.
+    """
     minutes = math.ceil(sum(SECONDS.get(step.name, (0, 0))[not quick] for step in steps) * slowness() / 60)
     text = f"about {minutes} minute{'s' * (minutes != 1)} on this machine"
     return f"{text}, without {own} step{'s' * (own != 1)} on your own models or data" if own else text
@@ -48,7 +51,7 @@ def minutes_text(steps: Sequence[Step], own: int, quick: bool) -> str:
 
 @torch.inference_mode()
 def slowness() -> float:
-    """Return how many times as long as there a convolution takes here, on the CPU and at this moment."""
+    """Return how many times as long as on the setup `epyc` a convolution takes on this CPU at this moment."""
     x, kernel = torch.randn(8, 64, 64, 64), torch.randn(64, 64, 3, 3)
     F.conv2d(x, kernel, padding=1)  # warms up
     start, count = time.perf_counter(), 0

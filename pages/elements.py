@@ -19,11 +19,11 @@ class Figure:
     labels: tuple[str, ...] = ()
     """A text below each image."""
     columns: int = 0
-    """Images in a row of the gallery; fewer where the window is narrow and there are labels. 0 = as many as fit."""
+    """Images in a row of the gallery. In a narrow window, labelled images get fewer. 0 = as many as fit."""
     half: bool = False
-    """Stands next to another half figure where the window is wide."""
+    """Takes half of a wide window, next to another half figure."""
     plot: bool = False
-    """Lines on white, which become lines on black in dark mode."""
+    """Is a diagram on white, whose colours are inverted in dark mode."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts under a head."""
+    """Rows of texts under a head of column titles."""
 
     caption: str
     head: tuple[str, ...]
@@ -48,15 +48,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Score:
-    """A number for the table at the top of the page and the last lines of the demo."""
+    """A number for the table at the top of the page and the last lines of the demo; `bar` is the value to reach."""
 
     what: str
     value: str
     bar: str = ""
     row: str = ""
-    """Row of docs/results.md that the number repeats."""
+    """Row of docs/results.md with the published value of the same quantity."""
     quoted: str = ""
-    """The row's value."""
+    """That published value."""
 
 
 Element = Figure | Strip | Table | Score
@@ -76,22 +76,22 @@ class Section:
     """Whether these all come with the repository."""
     steps: tuple[Step, ...]
     elements: Callable[[], list[Element]]
-    """Reads the steps' results."""
+    """Function that reads the steps' results and returns what the section shows."""
     question: str = ""
-    """What it answers of the homework's report."""
+    """Question of the homework's report that the section answers."""
     hint: str = ""
-    """How to have the section with the course's files."""
+    """How to get the section with the course's files."""
     fallback: Section | None = None
-    """Section to run as well when a step fails."""
+    """Section to add after this one if one of the steps fails."""
 
 
 def percent(value: float) -> str:
-    """0.98765 -> 98.8 %."""
+    """Return a share 0..1 as a percentage: 0.98765 -> "98.8 %"."""
     return f"{100 * value:.1f} %"
 
 
 def plain(value: Any) -> str:
-    """Return a value as text: floats with six digits, yes and no, names and values of a mapping."""
+    """Return a value as text: six significant digits, yes or no, items joined by commas."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What the report is made from: the course's data and weights if they are present, else the shipped ones."""
+"""The data and weights that the report uses: the course's if they are present, else those of the repository."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ DIFFUSION = SHIPPED / "miniature" / "stable_diffusion"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Absolute paths, because the steps run in the repository. None = not present: the shipped weights are used."""
+    """Absolute paths, because the steps run in the repository's folder.
+
+    None = not present: shipped weights are used, and noise or images made by code.
+    """
 
     steps: Path
-    """Folder with a folder for each step."""
+    """Folder that holds a folder of results for each step."""
     digits: Path
     """P1 checkpoint."""
     mnistm_classifier: Path | None
@@ -28,15 +31,15 @@ class Inputs:
     noise: Path | None
     """The course's noises."""
     reference: Path | None
-    """Faces that the course's UNet.pt makes of these noises."""
+    """The course's faces for `noise`."""
     photographs: Path | None
     """The course's images for zero-shot classification."""
     textual_inversion: Path
-    """The course's input.json and images for textual inversion; read if there is a `model`."""
+    """Folder of the course's input.json and images for textual inversion; read if there is a `model`."""
     model: str | None
-    """Stable Diffusion v1."""
+    """Stable Diffusion v1: a path or a hub name."""
     clip: str
-    """CLIP that grades images of `model`."""
+    """CLIP that grades images of `model`: a path or a hub name."""
     device: str
     quick: bool
     """Shipped weights only, with fewer images and steps."""

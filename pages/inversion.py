@@ -15,7 +15,7 @@ from pages.results import quoted_percent
 from runtime.files import read_json
 from runtime.steps import Command, Step
 
-MARGIN = (5.0, -1.0)  # added to the image and text score of the ordinary word, which is part of the scored text itself
+MARGIN = (5.0, -1.0)  # added to the initial word's image and text score; the word itself is part of the scored text
 HINT = "Stable Diffusion: MODEL=sd-v1-4.ckpt DATA=hw2_data with textual_inversion/ in it."
 LEARNING = (
     "Textual inversion adds a new token to a frozen model: its embedding is optimised until the model draws what the images show. "
@@ -56,7 +56,10 @@ TOGETHER = "two learned tokens in one prompt"
 
 @dataclass(frozen=True)
 class Commands:
-    """The commands of a case, each with a folder of its step below `steps`."""
+    """The commands for the concepts of `case`. A step's folder lies below `steps`.
+
+    The methods take short names of steps: "drawn" for "miniature_drawn".
+    """
 
     case: Personalization
     steps: Path
@@ -71,7 +74,7 @@ class Commands:
         return self.steps / self.name(step)
 
     def learn(self, step: str, run: Path, *flags: str) -> Command:
-        """Return the command that learns the concepts of the step's concepts.json."""
+        """Return the command that learns the concepts of the step's concepts.json, with `run` as the training's folder."""
         folder = self.folder(step)
         concepts = ("--model", self.case.model, "--concepts", folder / "concepts.json")
         return (
@@ -80,20 +83,20 @@ class Commands:
         )
 
     def sample(self, step: str, learned: Sequence[str], *flags: str | Path) -> Command:
-        """Return the command that draws with the vectors of the steps `learned`."""
+        """Return the command that draws with the vectors of the steps `learned`, which are full names."""
         model = ("--model", self.case.model, "--embeddings", *(self.steps / name / "vectors" for name in learned))
         place = ("--output", self.folder(step) / "images", "--record", self.folder(step) / "record.json")
         return ("P3_inference.py", *flags, *model, *self.case.sampling, *place, "--device", self.device)
 
     def grade(self, step: str, images: str, file: Path) -> Command:
-        """Return the command that grades the images of a step as the course does."""
+        """Return the command that grades the images of step `images` as the course does; `file` is the input.json."""
         graded = ("--images", self.folder(images) / "images", "--input", file, "--references", self.case.references)
         place = ("--output", self.folder(step), "--device", self.device)
         return ("P3_evaluate.py", *graded, "--clip", self.case.clip, *place)
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Return the sections of learning, of what the tokens draw, and of several concepts in one image."""
+    """Return the sections: learning, what the learned tokens draw, and, with two layout words, two concepts in one image."""
     case = course_concepts(inputs) if inputs.model else miniature_concepts(inputs)
     commands = Commands(case, inputs.steps, inputs.device)
     learning = learning_steps(commands)
@@ -142,7 +145,7 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def learning_steps(commands: Commands) -> dict[str, Step]:
-    """Return a step per kind of concepts: the recipes of the kinds differ."""
+    """Return {kind: step that learns its concepts}. Objects and styles have different recipes."""
     case, steps = commands.case, {}
     for kind in ("object", "style"):
         folder = commands.folder(f"{kind}s")
@@ -155,7 +158,10 @@ def learning_steps(commands: Commands) -> dict[str, Step]:
 
 
 def baseline_steps(commands: Commands) -> tuple[Step, Step]:
-    """Return the steps of images and grades with the initial words, from a training that changes nothing."""
+    """Return the step that draws with the initial words in the tokens' places, and the step that grades the images.
+
+    The vectors come from a training at learning rate 1e-12, which changes nothing.
+    """
     case, folder, ready = commands.case, commands.folder("plain"), tuple(step.name for step in commands.case.setup)
     unchanged = ("--steps", "1", "--lr", "1e-12", "--max-norm", "0", "--validate-every", "0")
     keep = commands.learn("plain", folder / "run", *unchanged)
@@ -171,7 +177,7 @@ def baseline_steps(commands: Commands) -> tuple[Step, Step]:
 
 
 def drawing_steps(commands: Commands, words: tuple[str, ...], baselines: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Return the steps that draw with the learned words and judge the images."""
+    """Return the steps that draw with the vectors of the steps `words` and grade the images, with `baselines` in between."""
     case, graded = commands.case, commands.name("graded")
     prompts = [prompt for own in case.prompts.values() for prompt in own]
     draw = commands.sample("drawn", words, "--prompt", *prompts, "--count", str(case.count))
@@ -201,7 +207,7 @@ def drawing_steps(commands: Commands, words: tuple[str, ...], baselines: tuple[S
 
 
 def with_baselines(entries: dict[str, Any], record: Path) -> dict[str, Any]:
-    """Return an input.json whose baselines are the scores in a record of P3_evaluate.py, plus MARGIN."""
+    """Return the entries of an input.json with new baselines: the scores in a record of P3_evaluate.py, plus MARGIN."""
     scores: dict[str, list[list[float]]] = {}
     for case in read_json(record)["metrics"]["cases"]:
         scores.setdefault(case["key"], []).append([case["image_score"] + MARGIN[0], case["text_score"] + MARGIN[1]])
@@ -212,7 +218,7 @@ def with_baselines(entries: dict[str, Any], record: Path) -> dict[str, Any]:
 
 
 def given_images(case: Personalization) -> dict[str, tuple[Path, ...]]:
-    """Return the images that each token is learned from."""
+    """Return {token: image files that it is learned from}."""
     suffixes = (".png", ".jpg", ".jpeg")
     folders = {concept["token"]: Path(concept["images"]) for concept in case.concepts}
     return {
@@ -222,7 +228,7 @@ def given_images(case: Personalization) -> dict[str, tuple[Path, ...]]:
 
 
 def learning_elements(steps: Path, case: Personalization, learning: dict[str, Step]) -> list[Element]:
-    """Return each concept's images, and next to them how samples came to resemble them."""
+    """Return the seconds of learning and, for each concept, two figures: its given images, and samples during training."""
     seconds = sum(read_json(steps / step.name / "record.json")["timings_s"]["training"] for step in learning.values())
     elements: list[Element] = [Score("words learned", f"{len(case.concepts)} in {seconds:.0f} s")]
     for concept, images in zip(case.concepts, given_images(case).values(), strict=True):
@@ -237,7 +243,10 @@ def learning_elements(steps: Path, case: Personalization, learning: dict[str, St
 
 
 def drawn_elements(commands: Commands, course: bool) -> list[Element]:
-    """Return what prompts draw next to the given images, the strict verdicts, and the course's scores."""
+    """Return the given images next to the drawn ones, the strict verdicts, and the scores of the course's grader.
+
+    `course`: the baselines are the course's, too.
+    """
     case, images = commands.case, commands.folder("drawn") / "images"
     given = given_images(case)
     elements: list[Element] = []
@@ -262,7 +271,7 @@ def drawn_elements(commands: Commands, course: bool) -> list[Element]:
 
 
 def strict_elements(commands: Commands) -> list[Element]:
-    """Return for each object all images of its first graded prompt with their verdicts, and the shares."""
+    """Return, per object, the share of strictly right images and a figure of all images of its first graded prompt; then a table."""
     elements: list[Element] = []
     rows = []
     strict_of = commands.case.strict
@@ -290,12 +299,12 @@ def strict_elements(commands: Commands) -> list[Element]:
 
 
 def marks(verdicts: Sequence[bool]) -> tuple[str, ...]:
-    """Return a label per image."""
+    """Return a label per image: a check mark or a dash."""
     return tuple("✓" if right else "–" for right in verdicts)
 
 
 def grading_elements(folder: Path, images: Path, whose: str) -> list[Element]:
-    """Return the number of prompts that pass, a table of their scores, and the best five images of each."""
+    """Return the number of prompts that pass, a table of scores, and the best five images of each prompt."""
     metrics = read_json(folder / "record.json")["metrics"]
     rows: list[tuple[str, ...]] = []
     figures = []
@@ -318,7 +327,7 @@ def grading_elements(folder: Path, images: Path, whose: str) -> list[Element]:
 
 
 def layout_elements(folder: Path) -> list[Element]:
-    """Return the ways to draw several concepts in one figure."""
+    """Return the number of images with the seconds for each, and one figure that compares the levels of composition."""
     metrics = read_json(folder / "record.json")["metrics"]
     return [
         Score(

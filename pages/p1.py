@@ -33,7 +33,7 @@ STRIP = ("mnistm/3_001", "svhn/3_001", "mnistm/7_001", "svhn/7_001", "mnistm/8_0
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Return the section of the scores and that of the figures."""
+    """Return two sections: the scores of the 1,000 digits, and the figures."""
     shipped, classifier, figures = inputs.digits == DIGITS, inputs.mnistm_classifier, inputs.steps / "p1_figures"
     weights = f"{'' if shipped else 'your '}weights {relative(inputs.digits)}"
     modes = ["retries"] if inputs.quick else ["plain", "retries"]
@@ -79,7 +79,10 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def sample_and_grade(inputs: Inputs, mode: str) -> tuple[Step, Step]:
-    """Return the step that draws the 1,000 digits and the step that grades them."""
+    """Return the step that draws the 1,000 digits and the step that grades them.
+
+    Mode "plain" takes first tries only. Mode "retries" redraws misread digits, at most three times.
+    """
     sampled, graded = f"p1_digits_{mode}", f"p1_grades_{mode}"
     images, device = inputs.steps / sampled / "images", ("--device", inputs.device)
     sample: Command = ("P1_inference.py", "--output", images, "--model", inputs.digits, *device)
@@ -95,7 +98,7 @@ def sample_and_grade(inputs: Inputs, mode: str) -> tuple[Step, Step]:
 
 
 def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
-    """Return the accuracies, the quality measures and the settings of sampling and training."""
+    """Return the accuracies, the quality measures and the settings of sampling and training, from the steps of `modes`."""
     grades = {mode: read_json(inputs.steps / f"p1_grades_{mode}" / "record.json")["metrics"] for mode in modes}
     sampling = read_json(inputs.steps / "p1_digits_retries" / "record.json")["metrics"]
     retries, shipped = grades["retries"], inputs.digits == DIGITS
@@ -138,7 +141,10 @@ def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
 
 
 def training_tables(path: Path) -> list[Table]:
-    """Return the recipe in a checkpoint's header; for the shipped one also the stages of its card, of which the header has the last."""
+    """Return the training settings in a checkpoint's header.
+
+    The shipped one was trained in stages, of which the header has only the last. A table of all stages comes first.
+    """
     header = json.loads(load_safetensors(path)[1]["network"])
     origin = header["origin"]
     settings = origin.get("settings", {}) | origin.get("recipe", {})

@@ -19,11 +19,11 @@ FIGURES = {
     "noise_norm.png": "In training the length was always 1.",
 }
 PLOTS = {"eta_mse.png", "noise_norm.png"}
-HALFWAY = {"linear": 0, "slerp": 1}  # places in the row p2-noise-halfway of docs/results.md
+HALFWAY = {"linear": 0, "slerp": 1}  # index of the value in row p2-noise-halfway of docs/results.md
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Return the section of the given noises and that of eta and interpolation."""
+    """Return two sections: the faces of the given noises, and the figures of eta and interpolation."""
     unet, noise, faces, figures = inputs.unet, inputs.noise, inputs.steps / "p2_faces", inputs.steps / "p2_figures"
     flags: Command = ("--model", unet or FACES, "--device", inputs.device)
     flags += ("--noise", noise) if unet and noise else ("--seeds", "0-9")
@@ -60,7 +60,7 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def face_elements(folder: Path) -> list[Element]:
-    """Return the faces, and their errors if there was a reference."""
+    """Return the faces, and their errors if there was a reference, else the seconds per face."""
     record = read_json(folder / "record.json")
     errors, steps = record["metrics"]["reference"], record["settings"]["steps"]
     paths = tuple(sorted((folder / "images").glob("*.png")))
@@ -85,7 +85,7 @@ def face_elements(folder: Path) -> list[Element]:
 
 
 def figure_elements(folder: Path) -> list[Element]:
-    """Return the four figures and the two noise lengths behind them."""
+    """Return two scores, the length of the noise half way by each interpolation, and the four figures."""
     norms = read_json(folder / "record.json")["metrics"]["interpolation"]
     row = "p2-noise-halfway"
     scores = [

@@ -33,29 +33,29 @@ RECORD_FACTS = ("seed", "device", "started", "revision")  # shown before the set
 
 @dataclass(frozen=True)
 class RenderedSection:
-    """A section with its elements, or the reason why there are none."""
+    """A section with its elements, or with the reason why there are none ("" = no reason)."""
 
     section: Section
     steps: list[tuple[Step, Outcome, list[dict[str, Any]]]]
-    """Each step with what became of it and with its records, by `record_of`."""
+    """Each step with its outcome and with its records in the form of `record_of`."""
     elements: list[Element]
     reason: str
     pending: bool = False
-    """Its steps have not had their turn."""
+    """Whether its steps have yet to run."""
 
     @property
     def scores(self) -> list[Score]:
-        """For the table at the top."""
+        """Numbers for the table at the top of the page."""
         return [element for element in self.elements if isinstance(element, Score)]
 
     @property
     def strips(self) -> list[Strip]:
-        """For the images at the top."""
+        """Images for the top of the page."""
         return [element for element in self.elements if isinstance(element, Strip)]
 
     @property
     def settings(self) -> list[Table]:
-        """For the end of the page."""
+        """Tables for the settings at the end of the page."""
         return [element for element in self.elements if isinstance(element, Table) and element.settings]
 
     @property
@@ -66,12 +66,15 @@ class RenderedSection:
 
 
 def pending_section(section: Section) -> RenderedSection:
-    """Return a section that is still to come."""
+    """Return a section whose steps have yet to run."""
     return RenderedSection(section, [], [], "", pending=True)
 
 
 def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcome]) -> RenderedSection:
-    """Return what a section's steps left in `folder`. A result that cannot be read is a reason, not an error."""
+    """Return a section with the results that its steps left in `folder`.
+
+    If a step failed or a result can't be read, it has a reason instead. Nothing is raised.
+    """
     steps, reasons = [], []
     for step in section.steps:
         outcome = outcomes[step.name]
@@ -88,7 +91,7 @@ def render_section(section: Section, folder: Path, outcomes: Mapping[str, Outcom
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """Return a record.json as rows of texts: seed, device and revision, then every setting with a value."""
+    """Return {"title", "rows"} of a record.json. Rows are (name, text): seed, device, start and revision, then the settings."""
     record = read_json(path)
     rows = {name: plain(record[name]) for name in RECORD_FACTS if record.get(name) is not None}
     rows |= setting_rows(record["settings"])
@@ -96,7 +99,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def setting_rows(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return {name: text} of every setting with a value; settings of settings are named as their flags are: config.inject."""
+    """Return {name: text} of the settings that are not empty. Nested settings have the names of their flags: config.inject."""
     rows: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -108,7 +111,7 @@ def setting_rows(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str
 
 @cache
 def embedded(path: Path) -> dict[str, Any]:
-    """Return a PNG, JPEG or WebP file as a data URI, with its size."""
+    """Return {"uri", "width", "height"} of a PNG, JPEG or WebP file; the URI holds its content."""
     with Image.open(path) as image:
         kind, (width, height) = str(image.format).lower(), image.size
     content = base64.b64encode(path.read_bytes()).decode()
@@ -116,7 +119,7 @@ def embedded(path: Path) -> dict[str, Any]:
 
 
 def write_page(path: Path, rendered: Sequence[RenderedSection], command: str, minutes: str = "") -> None:
-    """Write the page atomically; `command` is the one that makes it."""
+    """Write the page atomically. It shows the `command` that makes it and, while sections are pending, how many `minutes` that takes."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **options)
     steps = {step.name for one in rendered for step, *_ in one.steps}

@@ -1,4 +1,4 @@
-"""What personalization learns on the page, and what is asked of it: the course's concepts if there is a model, else the miniature's."""
+"""The concepts that the page learns and the prompts that it draws: the course's if there is a model, else the miniature's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from runtime.steps import Command, Step, relative
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A concept of the miniature that no caption names. `prompts` ask for what its given images don't show."""
+    """A concept of the miniature that no caption names.
+
+    `graded` are the prompts whose images are graded, `prompts` those with things that the given images don't show.
+    """
 
     token: str
     init: str
@@ -51,38 +54,38 @@ WORLD = {
 
 @dataclass(frozen=True)
 class Personalization:
-    """A model and the concepts that it learns: the course's, or the miniature's."""
+    """A model, the concepts that it learns, and how these are drawn and graded."""
 
     prefix: str
-    """First part of the names of steps."""
+    """Start of the names of steps and sections."""
     inputs: str
     model: str | Path
     clip: str | Path
     concepts: list[dict[str, Any]]
-    """As `P3_textual_inversion.py --concepts` takes them."""
+    """Entries of the concepts.json that `P3_textual_inversion.py --concepts` reads."""
     graded: Path
-    """The input.json, with the concepts' images in `references`."""
+    """The input.json with the graded prompts. The concepts' images lie in the folder `references`."""
     references: Path
     prompts: dict[str, tuple[str, ...]]
-    """Token -> prompts that are shown under it."""
+    """{token: prompts that are drawn with it}."""
     count: int
-    """Images of each prompt and of the layout."""
+    """Images of each prompt in `prompts` and of the layout."""
     together: str
-    """The prompt with several tokens that gets the layout, with `layout_words` for its tokens."""
+    """Prompt with two tokens, drawn with a layout. `layout_words` are ordinary words for its tokens."""
     layout_words: tuple[str, ...]
     validate_every: int
     sampling: tuple[str, ...]
     """Flags of P3_inference.py."""
     files: tuple[Path, ...] = ()
-    """Files whose change runs every step again."""
+    """Files on which every step depends: it runs again when one changes."""
     setup: tuple[Step, ...] = ()
     """Steps before learning."""
     ungraded: dict[str, Any] | None = None
-    """The input.json without baselines, which are then measured."""
+    """Content of `graded` before baselines are measured; a step writes the file. None = it exists, with baselines."""
     strict: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-    """Key -> object and colours of object and background in its first graded prompt, for the strict measure."""
+    """{key: (object, its colour, the background's colour)} of the first graded prompts, for the strict measure."""
     by_clip: bool = True
-    """Grade as the course does."""
+    """Grade by CLIP, as the course does."""
 
 
 def course_concepts(inputs: Inputs) -> Personalization:
@@ -127,7 +130,7 @@ def course_concepts(inputs: Inputs) -> Personalization:
 
 
 def miniature_concepts(inputs: Inputs) -> Personalization:
-    """Return two objects and a style that no caption of the miniature named. The demo learns the objects."""
+    """Return two objects and a style that no caption of the miniature names. The demo has the objects only."""
     concepts = {key: one for key, one in WORLD.items() if one.kind == "object" or not inputs.quick}
     images, parts = inputs.steps / "miniature_concepts", inputs.steps / "miniature_model"
     clip, model = parts / "clip", parts / "stable_diffusion"

@@ -26,12 +26,12 @@ WORLD = (
 HINT = "The course's images: DATA=hw2_data with clip_zeroshot/val in it. The weights of ViT-B-32 are downloaded once."
 QUESTION = "accuracy, and five right and five wrong cases"
 COURSE, MINIATURE = "zeroshot-course", "miniature-clip-held-out"  # rows of docs/results.md
-FEW = 20  # classes
-SHOWN, LEAST = 3, 0.005  # classes of a case, and the share from which on they are named
+FEW = 20  # classes at most, for a confusion matrix that half a page can show
+SHOWN, LEAST = 3, 0.005  # classes named at most in a case, and their least probability
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Return the section of the course's images, or of the miniature's."""
+    """Return one section: the course's images, with the miniature's as fallback, or the miniature's alone."""
     section = partial(Section, problem="P3", title="Zero-shot classification with CLIP", question=QUESTION)
     miniature, rendered = inputs.steps / "miniature_zeroshot", inputs.steps / "miniature_pictures"
     count = "340" if inputs.quick else "1200"
@@ -69,20 +69,20 @@ def sections(inputs: Inputs) -> list[Section]:
 
 
 def classify(inputs: Inputs, folder: Path, *flags: str | Path) -> Command:
-    """Return the command that classifies images into a step's folder."""
+    """Return the command that classifies images and writes its results to `folder`."""
     where = ("--output", folder, "--cache", folder / "classifiers", "--device", inputs.device)
     return ("P3_clip_zeroshot.py", *flags, *where)
 
 
 def result_elements(folder: Path, images: Path, row: str) -> list[Element]:
-    """Return the accuracies, five right and five wrong cases, and the most frequent mistakes; `row` is that of docs/results.md."""
+    """Return accuracies, five right and five wrong cases, and frequent mistakes; `row` of docs/results.md has the published accuracy."""
     metrics = read_json(folder / "record.json")["metrics"]
     shares = (("top 5", percent(metrics["top5"])), ("mean over the classes", percent(metrics["mean_recall"])))
     pairs = tuple(
         (pair["truth"], pair["predicted"], f"{pair['times']} of {pair['pictures']}")
         for pair in metrics["confused_pairs"]
     )
-    few = metrics["classes"] <= FEW  # which half of a page can show
+    few = metrics["classes"] <= FEW
     known = {"row": row, "quoted": quoted_percent(row)}
     return [
         Score(f"zero-shot accuracy, {metrics['pictures']:,} images", percent(metrics["top1"]), bar(row), **known),
@@ -100,7 +100,10 @@ def result_elements(folder: Path, images: Path, row: str) -> list[Element]:
 
 
 def case_figures(folder: Path, images: Path, lines: list[str]) -> list[Figure]:
-    """Return the right and the wrong cases of the printed lines, each image with what it shows and its likeliest classes."""
+    """Return a figure of right cases and one of wrong cases.
+
+    `lines` are the cases as the script prints them. Labels are the true class and the likeliest classes.
+    """
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         predictions = {row["file"]: row for row in csv.DictReader(file)}
     figures = []
@@ -117,7 +120,7 @@ def case_figures(folder: Path, images: Path, lines: list[str]) -> list[Figure]:
 
 
 def case_label(row: dict[str, Any]) -> str:
-    """Return what an image shows, and the likeliest classes with their shares."""
+    """Return the true class of a row of predictions.csv and its likeliest classes with their probabilities."""
     best = zip(row["top5"].split("|"), row["top5_probability"].split("|"), strict=True)
     shares = [f"{name} {100 * float(share):.0f}\N{NO-BREAK SPACE}%" for name, share in best if float(share) >= LEAST][
         :SHOWN
