@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -37,7 +37,7 @@ from digits.sampling import (
     graded_requests,
     redraw,
 )
-from P1_model import HOMEWORK, Network, load_network
+from P1_model import HOMEWORK, Network, SamplerName, load_network
 from runtime.cli import BadInput, Seed, check_fractions, default_hint, log, run_script
 from runtime.device import Device, Precision, autocast, detect, set_up
 from runtime.distributed import sharing
@@ -45,10 +45,13 @@ from runtime.files import ROOT, check_disk_space, check_writable_file, check_wri
 from runtime.images import image_grid, save_image, to_uint8
 from runtime.record import Record
 
+# the samplers that these flags have an effect on
+FLAG_SAMPLERS = {"eta": ("ddim",), "rule": ("ddim",), "steps": ("dpm", "ddim", "distilled")}
+
 
 def shipped_default(name: str) -> Any:
     """Return the default that --help shows for a sampler flag: the checkpoint's value, with that of the shipped checkpoint."""
-    return default_hint(f"the checkpoint's; shipped: {getattr(RECIPES['cpu'].sampler, name)}")
+    return default_hint(f"the checkpoint's; shipped: {getattr(RECIPES['distill-steps'].sampler, name)}")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ class Settings:
     """Digits to sample. For a checkpoint of other images: names of its classes."""
     domains: Annotated[tuple[str, ...] | None, default_hint("all, mnistm svhn")] = None
     """Names of the domains to sample."""
-    sampler: Annotated[Literal["dpm", "ddim", "ddpm"] | None, shipped_default("name")] = None
-    """dpm = DPM-Solver++ in few steps; ddim = DDIM with any --eta and --rule; ddpm = DDPM over all T steps."""
+    sampler: Annotated[SamplerName | None, shipped_default("name")] = None
+    """dpm = DPM-Solver++ in few steps; ddim = DDIM with any --eta and --rule; ddpm = DDPM over all T steps.
+    distilled = the fewest steps, with a checkpoint of P1_training.py --distill-steps."""
     steps: Annotated[int | None, shipped_default("steps")] = None
-    """Sampling steps of dpm and ddim."""
+    """Sampling steps of dpm, ddim and distilled."""
     guidance: Annotated[float | None, shipped_default("guidance")] = None
     """Guidance scale: 1 = no guidance, at half the cost unless the checkpoint is distilled."""
     interval: Annotated[tuple[float, float] | None, shipped_default("interval")] = None
@@ -219,9 +223,9 @@ def sampler_config(settings: Settings, network: Network) -> DigitSamplerConfig:
     low, high = config.interval
     if not 0 <= low <= high <= 1:
         raise BadInput(f"--interval {low} {high}: give two fractions of T, the lower one first")
-    for flag, sampler in (("eta", "ddim"), ("rule", "ddim"), ("steps", "dpm or ddim")):
-        if getattr(settings, flag) is not None and config.name not in sampler:
-            raise BadInput(f"--{flag} has no effect on --sampler {config.name}: it goes with {sampler}")
+    for flag, samplers in FLAG_SAMPLERS.items():
+        if getattr(settings, flag) is not None and config.name not in samplers:
+            raise BadInput(f"--{flag} has no effect on --sampler {config.name}: it goes with {' or '.join(samplers)}")
     check_steps(network, config)
     return config
 

@@ -4,6 +4,7 @@ One network draws the digits of both domains (0 = MNIST-M, 1 = SVHN), or the cla
 It is conditioned on the timestep, the digit or class, and the domain.
 Either label may be replaced by a null label, which classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
 A distilled network takes the guidance scale as an input. So guidance costs one call per step (Meng et al. 2023, arXiv 2210.03142).
+It may also take the number of sampling steps as an input, and then needs few of them (Salimans & Ho 2022, arXiv 2202.00512).
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class ModelConfig:
     timesteps: int = 1000  # T; the one-hot conditioning receives t/T
     spec: DataSpec = HOMEWORK  # of the training images
     max_guidance: Annotated[FiniteFloat, Field(gt=1)] | None = None  # a distilled network takes scales 1 .. this
+    distilled_steps: tuple[PositiveInt, ...] = ()  # numbers of sampling steps that it takes as an input
 
 
 SHIPPED = ModelConfig((64, 160), (False, True), blocks=1, patch=2)  # on 14x14 patches of 2x2 pixels
@@ -154,22 +156,17 @@ class OneHotConditioning(nn.Module):
         return embedding
 
 
-class GuidanceEmbedding(nn.Module):
-    """Embedding u * perceptron(u) of the guidance scale w, with u = (w - 1) / (max_guidance - 1).
+class ScalarEmbedding(nn.Module):
+    """Embedding u * perceptron(u) of a number u. It is zero at u = 0. Before training it is zero for every u."""
 
-    It is zero at w = 1. Before training it is zero for every w.
-    """
-
-    def __init__(self, max_guidance: float, embedding: int):
+    def __init__(self, embedding: int):
         super().__init__()
-        self.max_guidance = max_guidance
         self.perceptron = perceptron(1, embedding, nn.SiLU())
         zero(self.perceptron[-1])
 
-    def forward(self, guidance: Tensor) -> Tensor:
-        """Map scales [B] to [B,embedding]."""
-        u = ((guidance - 1) / (self.max_guidance - 1))[:, None]
-        embedding: Tensor = u * self.perceptron(u)
+    def forward(self, u: Tensor) -> Tensor:
+        """Map numbers [B] to [B,embedding]."""
+        embedding: Tensor = u[:, None] * self.perceptron(u[:, None])
         return embedding
 
 
@@ -265,6 +262,7 @@ class UNet(nn.Module):
 
     For other images, config.spec gives the shape and the null labels. The network's schedule says which of eps and v it is.
     A distilled network (config.max_guidance is set) returns the guided output at the scales `guidance` [B]. None = scale 1.
+    With `steps` [B], one of config.distilled_steps, the output leads to the next of so many sampling steps. None = the usual output.
     """
 
     def __init__(self, config: ModelConfig):
@@ -315,14 +313,27 @@ class UNet(nn.Module):
             nn.SiLU(),
             zero(nn.Conv2d(config.channels[0], pixels, 3, padding=1)),
         )
-        self.guidance = GuidanceEmbedding(config.max_guidance, config.embedding) if config.max_guidance else None
+        self.guidance = ScalarEmbedding(config.embedding) if config.max_guidance else None
+        self.steps = ScalarEmbedding(config.embedding) if config.distilled_steps else None
 
-    def forward(self, x: Tensor, t: Tensor, digit: Tensor, domain: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Return the prediction [B,C,H,W], eps or v, for x [B,C,H,W]; t, digit, domain and guidance are [B]."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        digit: Tensor,
+        domain: Tensor,
+        guidance: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:
+        """Return the prediction [B,C,H,W], eps or v, for x [B,C,H,W]; the other inputs are [B]."""
         embedding = self.conditioning(t, digit, domain)
         if guidance is not None:
             assert self.guidance is not None, "the network takes no guidance scale"
-            embedding = embedding + self.guidance(guidance)
+            assert self.config.max_guidance is not None
+            embedding = embedding + self.guidance((guidance - 1) / (self.config.max_guidance - 1))
+        if steps is not None:
+            assert self.steps is not None, "the network takes no number of steps"
+            embedding = embedding + self.steps(1 / steps)
         embedding = F.silu(embedding)
         h = self.first(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
@@ -337,11 +348,15 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------- checkpoints of the finished network
 
 
+# DPM-Solver++ (2M); DDIM; DDPM over all T steps; the few steps that a network is distilled to
+SamplerName = Literal["dpm", "ddim", "ddpm", "distilled"]
+
+
 @dataclass(frozen=True)
 class DigitSamplerConfig:
     """Settings of sampling. A checkpoint stores those that are the default for its network."""
 
-    name: Literal["dpm", "ddim", "ddpm"] = "dpm"  # DPM-Solver++ (2M); DDIM; DDPM over all T steps
+    name: SamplerName = "dpm"
     steps: PositiveInt = 12
     guidance: FiniteFloat = 2.5  # scale: 0 ignores the digit, 1 is no guidance
     interval: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)  # of t/T in which guidance is applied
@@ -374,25 +389,28 @@ class Network:
         """The classes, domains, channels and size of the images it draws."""
         return self.unet.config.spec
 
-    def __call__(self, x: Tensor, t: int, labels: tuple[Tensor, Tensor], guidance: float = 1.0) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: int, labels: tuple[Tensor, Tensor], guidance: float = 1.0, steps: int | None = None
+    ) -> Tensor:
         """Return the prediction for x [B,C,H,W] at timestep t; labels are (digit, domain), each [B].
 
-        Only a distilled network takes a `guidance` scale other than 1.
+        Only a distilled network takes a `guidance` scale other than 1, and a number of `steps`.
         """
-        scales = [] if guidance == 1 else [torch.full((len(x),), guidance, device=x.device)]
-        output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels, *scales)
+        numbers = {"guidance": None if guidance == 1 else guidance, "steps": steps}
+        inputs = {k: torch.full((len(x),), float(n), device=x.device) for k, n in numbers.items() if n is not None}
+        output: Tensor = self.unet(x, torch.full((len(x),), t, device=x.device), *labels, **inputs)
         return output
 
-    def guided(self, digit: Tensor, domain: Tensor, guidance: Guidance) -> Denoise:
+    def guided(self, digit: Tensor, domain: Tensor, guidance: Guidance, steps: int | None = None) -> Denoise:
         """Return a denoiser (x, t) -> guided prediction for the labels digit and domain, each [B].
 
         The unconditional prediction keeps the domain, but not the digit. It doubles a step's cost, except in a distilled network.
-        Raise BadInput as `check_guidance` does.
+        `steps` goes to the network, see UNet. Raise BadInput as `check_guidance` does.
         """
         self.check_guidance(guidance)
         total, labels = len(self.schedule), (digit, domain)
         if self.unet.config.max_guidance:
-            return lambda x, t: self(x, t, labels, guidance.scale if guidance.active(t, total) else 1.0)
+            return lambda x, t: self(x, t, labels, guidance.scale if guidance.active(t, total) else 1.0, steps)
         both = torch.cat([digit, torch.full_like(digit, self.spec.no_class)]), torch.cat([domain, domain])
         return guided(self, labels, both, guidance, total)
 
@@ -434,13 +452,15 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 def header_json(header: Any) -> str:
     """Return the header of a network or classifier as JSON.
 
-    `spec` and `max_guidance` are left out at their defaults, because earlier versions refuse these keys.
+    `spec`, `max_guidance` and `distilled_steps` are left out at their defaults, because earlier versions refuse these keys.
     """
     values = asdict(header)
     if header.model.spec == HOMEWORK:
         del values["model"]["spec"]
     if values["model"].get("max_guidance", 0) is None:
         del values["model"]["max_guidance"]
+    if not values["model"].get("distilled_steps", True):
+        del values["model"]["distilled_steps"]
     return json.dumps(values)
 
 

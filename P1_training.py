@@ -4,6 +4,7 @@
   python P1_training.py --preset report              the report's recipe: T = 500, linear schedule, one-hot context, lr 1e-3
   python P1_training.py --data my/images --output runs/mine          a folder per class, or per domain and class (docs/p1.md)
   python P1_training.py --distill runs/p1/best.safetensors --output runs/fast       distills guidance into one call per step: half the cost
+  python P1_training.py --distill runs/fast/best.safetensors --distill-steps 5 2 --output runs/faster      draws in 5 or 2 calls
   accelerate launch P1_training.py --batch 1024      several GPUs; torchrun works as well
 
 Ctrl-C or SIGTERM stops after the current step and writes a checkpoint; the same command continues from it.
@@ -29,7 +30,7 @@ from torch import Tensor
 from diffusion.loss import Weight, denoising_loss, min_snr_weight
 from diffusion.schedule import Prediction, Schedule, make_schedule
 from digits.classifier import DigitClassifier, accuracy, choose_classifiers
-from digits.distillation import Teacher
+from digits.distillation import StepTeacher, Teacher
 from digits.recipes import RECIPES, TrainingRecipe, preset_values
 from digits.sampling import DigitSampler, DigitSamplerConfig, graded_requests, labels_of
 from P1_dataloader import BalancedIndex, Digits, load_digits
@@ -123,8 +124,11 @@ class Settings:
     """Checkpoint with weights to start from (best.safetensors or shipped), with a new optimizer. None = random weights."""
     distill: Path | None = None
     """Checkpoint to distill: the network starts from its weights and learns its guided output, at one call per step. None = off."""
+    distill_steps: tuple[int, ...] = ()
+    """Numbers of sampling steps in which --distill learns to draw as the checkpoint does in its own; divisors of that number.
+    The first one becomes the default. No number = steps are not distilled."""
     max_guidance: float = 7.0
-    """Largest guidance scale that --distill learns; it trains on scales from 1 to this."""
+    """Largest guidance scale that --distill learns; it trains on scales from 1 to this. A distilled checkpoint keeps its own."""
     resume: Literal["auto", "never"] = "auto"
     """auto = continue the run folder's checkpoint if there is one; never = start over."""
 
@@ -137,7 +141,9 @@ def resolve_recipe(settings: Settings, preset: str, source: Network | None = Non
     flags = {f.name: value for f in fields(TrainingRecipe) if (value := getattr(settings, f.name, None)) is not None}
     recipe = replace(RECIPES[preset], **flags)
     if source:
-        sampler = replace(recipe.sampler, guidance=min(recipe.sampler.guidance, settings.max_guidance))
+        sampler = replace(recipe.sampler, guidance=min(recipe.sampler.guidance, largest_guidance(settings, source)))
+        if settings.distill_steps:
+            sampler = replace(sampler, steps=settings.distill_steps[0])
         decided: dict[str, Any] = {"schedule": source.schedule_name, "prediction": source.schedule.prediction}
         recipe = replace(recipe, sampler=sampler, **decided)
     check_positive(recipe, "steps", "batch", "lr")
@@ -165,9 +171,12 @@ def main(settings: Settings) -> None:
         preset = "gpu" if machine.device.type == "cuda" else "cpu"
     source = None
     if settings.distill:
-        preset, source = "distill", network_to_distill(settings, settings.distill)
+        preset = "distill-steps" if settings.distill_steps else "distill"
+        source = network_to_distill(settings, settings.distill)
     elif settings.max_guidance != Settings.max_guidance:
         raise BadInput(f"--max-guidance {settings.max_guidance}: goes with --distill")
+    elif settings.distill_steps:
+        raise BadInput(f"--distill-steps {' '.join(map(str, settings.distill_steps))}: goes with --distill")
     recipe = resolve_recipe(settings, preset, source)
     precision = set_up(settings.precision, machine, training=True)
     accelerator = Accelerator(mixed_precision="no", cpu=machine.device.type == "cpu")  # devices and processes only
@@ -182,16 +191,22 @@ def main(settings: Settings) -> None:
     spec = data.spec
     if source and source.spec != spec:
         raise BadInput(f"--distill {settings.distill} draws {source.spec}; the data are {spec}")
-    teacher = Teacher(to_channels_last(source.unet, device), settings.max_guidance) if source else None
+    max_guidance = largest_guidance(settings, source) if source else None
+    teacher = Teacher(to_channels_last(source.unet, device), max_guidance) if source and max_guidance else None
     if spec != HOMEWORK and settings.svhn_share not in (None, Settings.svhn_share):
         raise BadInput(f"--svhn-share {settings.svhn_share}: the data are no digits of MNIST-M and SVHN, but {spec}")
     classifiers = choose_classifiers(settings.classifiers, spec, device)
     index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
     layout = source.unet.config if source else PRESETS[preset]
-    config = replace(layout, spec=spec, max_guidance=settings.max_guidance if source else None)
+    config = replace(layout, spec=spec, max_guidance=max_guidance, distilled_steps=settings.distill_steps)
     schedule = make_schedule(recipe.schedule, config.timesteps, recipe.prediction)
     alpha_bar = schedule.alpha_bar.float().to(device)
     weight = partial(min_snr_weight, gamma=recipe.min_snr, prediction=recipe.prediction) if recipe.min_snr else None
+    step_teacher = None
+    if teacher and source and settings.distill_steps:
+        step_teacher = StepTeacher(
+            teacher, schedule, DigitSamplerConfig.from_dict(source.sampler).steps, settings.distill_steps
+        )
     validate = None
     if not classifiers:
         val = load_digits(settings.data, "val").to(device)
@@ -251,6 +266,8 @@ def main(settings: Settings) -> None:
 
         with run.autocast():
             loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight, lesson)
+            if step_teacher:
+                loss = loss + step_teacher.loss(model, draws.normal(*x0.shape[1:]), *labels)
         run.update(loss)
 
         # now and then: sample, grade, keep the weights if they are among the best
@@ -267,30 +284,51 @@ def main(settings: Settings) -> None:
 
 
 def network_to_distill(settings: Settings, path: Path) -> Network:
-    """Load the network to distill; raise BadInput if it is distilled already, or if a flag sets what this network decides."""
+    """Load the network to distill; raise BadInput if it is distilled already, or a flag does not fit it."""
     for name in ("preset", "schedule", "prediction", "init"):
         if (value := getattr(settings, name)) not in ("auto", None):
             raise BadInput(f"--{name} {value}: the checkpoint of --distill decides it, leave it out")
     if not 1 < settings.max_guidance < math.inf:
         raise BadInput(f"--max-guidance {settings.max_guidance}: must be above 1")
     network = load_network(path, torch.device("cpu"))
-    if network.unet.config.max_guidance:
+    config, sampler = network.unet.config, DigitSamplerConfig.from_dict(network.sampler)
+    if config.distilled_steps or (config.max_guidance and not settings.distill_steps):
         raise BadInput(f"--distill {path} is distilled already: give the checkpoint that it was made from")
+    if config.max_guidance and settings.max_guidance not in (Settings.max_guidance, config.max_guidance):
+        raise BadInput(f"--max-guidance {settings.max_guidance}: the checkpoint of --distill decides it, leave it out")
+    if settings.distill_steps and sampler.name != "dpm":
+        raise BadInput(f"--distill {path}: its sampler is {sampler.name}, --distill-steps learns from dpm alone")
+    for steps in settings.distill_steps:
+        if not 0 < steps < sampler.steps or sampler.steps % steps:
+            raise BadInput(
+                f"--distill-steps {steps}: give divisors of the {sampler.steps} steps of {path}, below that number"
+            )
     return network
+
+
+def largest_guidance(settings: Settings, source: Network) -> float:
+    """Return the largest guidance scale that the student learns: that of a distilled `source`, else --max-guidance."""
+    return source.unet.config.max_guidance or settings.max_guidance
 
 
 def initial_weights(path: Path, config: ModelConfig, preset: str, recipe: TrainingRecipe) -> dict[str, Tensor]:
     """Return the weights of the checkpoint `path`; raise BadInput unless its images, layout and schedule are those of this training.
 
-    The embedding of the guidance scale is left out of a distilled checkpoint. The rest is the conditional network.
+    The embeddings of guidance scale and steps are left out of a distilled checkpoint. The rest is the conditional network.
     """
     start = load_network(path, torch.device("cpu"))
     if start.spec != config.spec:
         raise BadInput(f"--init {path} draws {start.spec}; the data are {config.spec}")
     ours = (config, recipe.schedule, recipe.prediction)
-    if (replace(start.unet.config, max_guidance=None), start.schedule_name, start.schedule.prediction) != ours:
+    if (
+        replace(start.unet.config, max_guidance=None, distilled_steps=()),
+        start.schedule_name,
+        start.schedule.prediction,
+    ) != ours:
         raise BadInput(f"--init {path} is of another layout or schedule than preset {preset}")
-    return {name: value for name, value in start.unet.state_dict().items() if not name.startswith("guidance.")}
+    return {
+        name: value for name, value in start.unet.state_dict().items() if not name.startswith(("guidance.", "steps."))
+    }
 
 
 def loop_config(settings: Settings, recipe: TrainingRecipe, precision: str, compiled: bool) -> LoopConfig:
@@ -319,7 +357,11 @@ def facts_of(settings: Settings, preset: str, recipe: TrainingRecipe, spec: Data
     chosen = {name: getattr(settings, name) for name in names}
     recipe_facts = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "sampler")}
     init, distill = (file and file_fingerprint(file) for file in (settings.init, settings.distill))
-    starts = {"init": init, "distill": distill, "max_guidance": settings.max_guidance if distill else None}
+    starts: dict[str, Any] = {
+        "init": init, "distill": distill, "max_guidance": settings.max_guidance if distill else None,
+    }  # fmt: skip
+    if settings.distill_steps:
+        starts["distill_steps"] = list(settings.distill_steps)
     # what ranks the candidates; None = the default
     files = (
         [] if {*settings.classifiers} <= {"auto", "none"} else [file_fingerprint(Path(f)) for f in settings.classifiers]

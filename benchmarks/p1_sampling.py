@@ -78,7 +78,7 @@ def main(settings: Settings) -> None:
     requests = graded_requests(settings.seed, settings.count)
     sampler, images, ours = DigitSampler(network, config, len(requests)), {}, []
 
-    DigitSampler(network, replace(config, steps=2), len(requests)).images(requests[:2], "warm-up")
+    DigitSampler(network, replace(config, name="dpm", steps=2), len(requests)).images(requests[:2], "warm-up")
     for _ in range(settings.repeats):
         time, images["default"] = timed(lambda: sampler.images(requests, "default sampler"), device)
         ours.append(time)

@@ -44,6 +44,16 @@ class Schedule:
             return signal * x - noise * output, noise * x + signal * output
         return (x - noise * output) / signal, output
 
+    def step_output(self, x: Tensor, t: int, x_prev: Tensor, t_prev: int) -> Tensor:
+        """Return the network output for x at step t with which a DDIM step (eta 0, no clamp) leads to x_prev at t_prev."""
+        alpha_bar, alpha_bar_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
+        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        signal_prev, noise_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
+        if self.prediction == "v":
+            kept = signal_prev * signal + noise_prev * noise
+            return (x_prev - kept * x) / (noise_prev * signal - signal_prev * noise)
+        return (signal * x_prev - signal_prev * x) / (signal * noise_prev - signal_prev * noise)
+
 
 def linear(steps: int, first: float = 1e-4, last: float = 0.02, prediction: Prediction = "eps") -> Schedule:
     """Return the schedule whose betas rise linearly from `first` to `last` (Ho et al. 2020)."""

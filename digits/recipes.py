@@ -31,6 +31,7 @@ RECIPES = {
     "gpu": TrainingRecipe(steps=1_600, batch=1024, lr=2e-3, ema=0.998, sampler=SHIPPED),
     "large": TrainingRecipe(steps=20_000, batch=512, ema=0.9995),
     "distill": TrainingRecipe(steps=3_000, sampler=SHIPPED),
+    "distill-steps": TrainingRecipe(steps=1_500, batch=16, sampler=DigitSamplerConfig("distilled", 5, 5.0)),
 }
 
 

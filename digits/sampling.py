@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from diffusion import samplers
-from diffusion.guidance import Guidance
+from diffusion.guidance import Denoise, Guidance
 from diffusion.noise import draw
 from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
+from diffusion.schedule import Schedule
 from diffusion.step_rules import step_rule
 from digits.classifier import DigitClassifier, misclassified
 from P1_model import HOMEWORK, DataSpec, Network
@@ -70,7 +71,15 @@ def labels_of(requests: Sequence[DigitRequest], device: torch.device | str = "cp
 
 
 def check_steps(network: Network, config: DigitSamplerConfig) -> None:
-    """Raise BadInput unless config.rule allows config.steps steps with the network's schedule."""
+    """Raise BadInput unless config.rule allows config.steps steps with the network's schedule, or the network is distilled to them."""
+    if config.name == "distilled":
+        if not (possible := network.unet.config.distilled_steps):
+            raise BadInput("--sampler distilled: this checkpoint is not distilled to a few steps")
+        if config.steps not in possible:
+            numbers = " or ".join(map(str, possible))
+            raise BadInput(
+                f"--steps {config.steps}: this checkpoint is distilled to {numbers} steps: --sampler dpm takes others"
+            )
     try:
         step_rule(config.rule, len(network.schedule), config.steps)
     except ValueError as error:
@@ -84,7 +93,8 @@ def sample(
     """Sample one batch: [B,3,28,28] (the shape in network.spec) float in -1..1, which only rule ddim may exceed."""
     device, schedule = next(network.unet.parameters()).device, network.schedule
     guidance = Guidance(config.guidance, config.interval, config.rescale)
-    denoise = network.guided(*labels_of(requests, device), guidance)
+    distilled = config.name == "distilled"
+    denoise = network.guided(*labels_of(requests, device), guidance, config.steps if distilled else None)
 
     generators = make_generators([request.seed for request in requests])
     x = draw(generators, network.spec.shape, device).to(memory_format=torch.channels_last)
@@ -92,8 +102,16 @@ def sample(
         return samplers.dpm_solver(denoise, x, schedule, config.steps, callback)
     if config.name == "ddpm":
         return samplers.ddpm(denoise, x, schedule, generators, callback)
+    if distilled:
+        return few_steps(denoise, x, schedule, config.steps, callback)
     steps = step_rule(config.rule, len(schedule), config.steps)
     return samplers.ddim(denoise, x, schedule, steps, generators, config.eta, callback)
+
+
+def few_steps(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, callback: Callback = ignore) -> Tensor:
+    """Sample by a network that is distilled to so many steps: DDIM on the trailing grid without clamping x0; the result in -1..1."""
+    grid = replace(step_rule("trailing", len(schedule), steps), clamp=False)
+    return samplers.ddim(denoise, x, schedule, grid, callback=callback).clamp(-1, 1)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,17 @@ def distilled_network(tiny_network: Network) -> Network:
     return replace(tiny_network, unet=unet)
 
 
+@pytest.fixture
+def few_step_network(distilled_network: Network) -> Network:
+    """Return the distilled network with the number of steps, 2 or 4, as another input that moves its output."""
+    unet = UNet(replace(TINY, max_guidance=5.0, distilled_steps=(4, 2))).eval().requires_grad_(False)
+    unet.load_state_dict(distilled_network.unet.state_dict(), strict=False)
+    assert unet.steps
+    for parameter in unet.steps.perceptron.parameters():
+        torch.nn.init.normal_(parameter)
+    return replace(distilled_network, unet=unet, sampler={"name": "distilled", "steps": 4, "guidance": 2.0})
+
+
 @pytest.fixture(scope="session")
 def course_unet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Write a UNet.pt of full size in the course's layout: random weights that stay stable over 50 steps."""

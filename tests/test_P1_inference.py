@@ -34,7 +34,7 @@ SHELL = str(ROOT / "hw2_1.sh")
 def draw(output: Path, **more: Any) -> dict[str, Any]:
     """Sample a few images in few steps by the script's main; return its record."""
     record = output.parent / "record.json"
-    main(Settings(**{"output": output, "steps": 3, "count": 2, "retries": 0, "record": record, **more}))
+    main(Settings(**{"output": output, "steps": 2, "count": 2, "retries": 0, "record": record, **more}))
     values: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     return values
 
@@ -118,8 +118,8 @@ def test_another_seed_gives_other_images(tmp_path: Path) -> None:
 
 
 def test_retries_replace_misread_images_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps give poor images: some are misread, and only those may change."""
-    more: dict[str, Any] = {"steps": 2, "count": 3, "batch": 30}
+    """Two steps of DPM-Solver++ give poor images: some are misread, and only those may change."""
+    more: dict[str, Any] = {"sampler": "dpm", "steps": 2, "count": 3, "batch": 30}
     draw(tmp_path / "plain", **more)
     capsys.readouterr()
     misread = draw(tmp_path / "again", **more, retries=4)["metrics"]["misread"]
@@ -152,7 +152,7 @@ def test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none(
         turned = {key: value.roll(1, 0) if key.startswith(head) else value for key, value in tensors.items()}
         save_safetensors(tmp_path / f"{name}.safetensors", turned, metadata)
         files.append(str(tmp_path / f"{name}.safetensors"))
-    more: dict[str, Any] = {"steps": 6, "digits": ("1", "4"), "count": 1, "retries": retries}
+    more: dict[str, Any] = {"sampler": "dpm", "steps": 6, "digits": ("1", "4"), "count": 1, "retries": retries}
     turned_ones = draw(tmp_path / "turned", classifiers=tuple(files), **more)["metrics"]["misread"]
     assert (sum(turned_ones["first_try"].values()) if retries else turned_ones) == (4 if retries else None)
     shown = "first try, by --classifiers: 4 of 4 misread" in capsys.readouterr().out
@@ -165,9 +165,12 @@ def test_named_classifiers_decide_what_is_drawn_again_and_none_do_with_none(
 
 
 @pytest.fixture
-def models(tiny_network: Network, distilled_network: Network, tmp_path: Path) -> dict[str, Path]:
-    """Write two small checkpoints of T = 20 with a sampler of their own, and a distilled one."""
-    paths = {"distilled": tmp_path / "distilled.safetensors"}
+def models(
+    tiny_network: Network, distilled_network: Network, few_step_network: Network, tmp_path: Path
+) -> dict[str, Path]:
+    """Write two small checkpoints of T = 20 with a sampler of their own, a distilled one, and one of few steps."""
+    paths = {"distilled": tmp_path / "distilled.safetensors", "few": tmp_path / "few.safetensors"}
+    save_network(paths["few"], few_step_network)
     sampler = {"name": "ddim", "steps": 5, "guidance": 2.0, "rule": "ddim"}
     save_network(paths["distilled"], replace(distilled_network, sampler=sampler))
     for name, factor in {"usual": 1.0, "other": -1.0}.items():
@@ -195,7 +198,8 @@ def plain_digit(name: str, **flags: Any) -> np.ndarray:
         if network.unet.config.max_guidance:
             scale = torch.tensor([values["guidance"] if inside else 1.0])
             with torch.inference_mode():
-                return cast(Tensor, network.unet(x, torch.tensor([t]), labels[0], labels[2], scale))
+                few = torch.tensor([float(values["steps"])]) if values["sampler"] == "distilled" else None
+                return cast(Tensor, network.unet(x, torch.tensor([t]), labels[0], labels[2], scale, few))
         with torch.inference_mode():
             cond, uncond = (cast(Tensor, network.unet(x, torch.tensor([t]), label, labels[2])) for label in labels[:2])
         if not inside:
@@ -208,6 +212,8 @@ def plain_digit(name: str, **flags: Any) -> np.ndarray:
     visited = [k * (total // steps) + (rule == "homework") for k in reversed(range(steps))]
     if values["sampler"] == "ddpm":
         visited = [*reversed(range(total))]
+    elif values["sampler"] == "distilled":
+        visited = [t + total // steps - 1 for t in visited]
     elif values["sampler"] == "dpm":
         betas = network.schedule.betas.tolist()
         solver = DPMSolverMultistepScheduler(
@@ -226,7 +232,8 @@ def plain_digit(name: str, **flags: Any) -> np.ndarray:
         before = alpha_bars[t_prev] if t_prev >= 0 else alpha_bars[0] if rule == "homework" else 1.0
         output = network_output(x, t)
         x0, eps = now**0.5 * x - (1 - now) ** 0.5 * output, (1 - now) ** 0.5 * x + now**0.5 * output
-        x0 = x0 if rule == "ddim" and values["sampler"] == "ddim" else x0.clamp(-1, 1)
+        clamped = values["sampler"] == "ddpm" or (values["sampler"] == "ddim" and rule != "ddim")
+        x0 = x0.clamp(-1, 1) if clamped else x0
         variance = (1 - before) / (1 - now) * (1 - now / before)
         if values["sampler"] == "ddpm":
             mean = before**0.5 * (1 - now / before) * x0 + (now / before) ** 0.5 * (1 - before) * x
@@ -250,6 +257,9 @@ CASES = [(flag, *case) for flag, case in DECIDES_PICTURES.items()] + [
     ("guidance", {"sampler": "ddpm"}, 4.0),
     ("guidance", {"model": "distilled"}, 4.0),
     ("interval", {"model": "distilled"}, (0.3, 0.6)),
+    ("sampler", {"model": "few", "steps": 4}, "distilled"),
+    ("steps", {"model": "few", "sampler": "distilled"}, 2),
+    ("guidance", {"model": "few", "sampler": "distilled", "steps": 4}, 4.0),
 ]
 
 
@@ -364,7 +374,7 @@ def test_the_grid_takes_the_place_of_no_picture(tmp_path: Path) -> None:
 
 
 def test_a_batch_larger_than_the_job_costs_no_memory(tmp_path: Path) -> None:
-    draw(tmp_path / "out", count=1, digits=("3",), domains=("svhn",), steps=1, retries=0, batch=10**12)
+    draw(tmp_path / "out", count=1, digits=("3",), domains=("svhn",), retries=0, batch=10**12)
     assert (tmp_path / "out" / "svhn" / "3_001.png").is_file()
 
 
@@ -412,6 +422,22 @@ def test_a_guidance_that_a_distilled_checkpoint_does_not_take_is_named_and_nothi
 ) -> None:
     with pytest.raises(BadInput, match=message):
         draw(tmp_path / "out", model=models["distilled"], **flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("few", {"steps": 5}, "--steps 5: this checkpoint is distilled to 4 or 2 steps: --sampler dpm takes others"),
+        ("distilled", {"sampler": "distilled"}, "--sampler distilled: this checkpoint is not distilled to a few steps"),
+        ("few", {"eta": 0.5}, "--eta has no effect on --sampler distilled: it goes with ddim"),
+    ],
+)
+def test_steps_that_a_checkpoint_is_not_distilled_to_are_named_and_nothing_written(
+    model: str, flags: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        draw(tmp_path / "out", model=models[model], **flags)
     assert not (tmp_path / "out").exists()
 
 

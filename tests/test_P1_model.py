@@ -174,10 +174,31 @@ def test_the_largest_scale_comes_back_from_a_file(tmp_path: Path, distilled_netw
     torch.testing.assert_close(loaded.unet(*inputs(), guidance=guidance), expected, rtol=0, atol=1e-5)
 
 
+def test_a_network_with_the_number_of_steps_as_an_input_is_the_one_without_it_when_none_is_given(
+    distilled_network: Network, few_step_network: Network
+) -> None:
+    guidance = torch.tensor([1.0, 3.0, 5.0])
+    usual = distilled_network.unet(*inputs(3), guidance=guidance)
+    assert torch.equal(few_step_network.unet(*inputs(3), guidance=guidance), usual)
+    two, four = (few_step_network.unet(*inputs(3), guidance=guidance, steps=torch.full((3,), n)) for n in (2.0, 4.0))
+    assert all((left - right).abs().max() > 0.01 for left, right in ((two, usual), (four, usual), (two, four)))
+
+
+def test_the_numbers_of_steps_come_back_from_a_file(tmp_path: Path, few_step_network: Network) -> None:
+    save_network(tmp_path / "n.safetensors", few_step_network)
+    loaded = load_network(tmp_path / "n.safetensors", CPU)
+    assert loaded.unet.config.distilled_steps == (4, 2)
+    numbers = {"guidance": torch.tensor([3.0]), "steps": torch.tensor([2.0])}
+    expected = few_step_network.unet(*inputs(), **numbers)
+    torch.testing.assert_close(loaded.unet(*inputs(), **numbers), expected, rtol=0, atol=1e-5)
+
+
 def test_a_file_without_that_input_does_not_name_it(tmp_path: Path, tiny_network: Network) -> None:
     """Earlier versions refuse keys that they do not know."""
     save_network(tmp_path / "n.safetensors", tiny_network)
-    assert {"max_guidance", "spec"}.isdisjoint(json.loads(header_of(tmp_path / "n.safetensors"))["model"])
+    assert {"max_guidance", "distilled_steps", "spec"}.isdisjoint(
+        json.loads(header_of(tmp_path / "n.safetensors"))["model"]
+    )
 
 
 def header_of(path: Path) -> str:

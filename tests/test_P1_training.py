@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from small_digits import TINY, write_images
@@ -308,13 +309,15 @@ def ungraded(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train as docs and papers say, in a plain loop; return the weights and their average."""
     teacher = load_network(flags["distill"], torch.device("cpu")) if flags.get("distill") else None
-    recipe = vars(RECIPES["distill" if teacher else flags.get("preset", "tiny")])
+    preset = "distill-steps" if flags.get("distill_steps") else "distill" if teacher else flags.get("preset", "tiny")
+    recipe = vars(RECIPES[preset])
     values: dict[str, Any] = vars(Settings()) | recipe | SHORT | {"steps": 6} | flags
     digits = load_digits(values["data"], "train")
     index = BalancedIndex(digits, values["svhn_share"], values["balance_digits"])
     torch.manual_seed(values["seed"])
     if teacher:
-        unet = UNet(replace(teacher.unet.config, max_guidance=values["max_guidance"]))
+        inputs = {"max_guidance": values["max_guidance"], "distilled_steps": values["distill_steps"]}
+        unet = UNet(replace(teacher.unet.config, **inputs))
         unet.load_state_dict(teacher.unet.state_dict(), strict=False)
     else:
         unet = UNet(PRESETS[values["preset"]])
@@ -347,7 +350,11 @@ def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if values["min_snr"]:
             snr = alpha_bar / (1 - alpha_bar)
             error = error * snr.clamp(max=values["min_snr"]) / (snr + 1 if v else snr)
-        error.mean().backward()
+        loss = error.mean()
+        if teacher and values["distill_steps"]:
+            start = torch.randn(batch, 3, 28, 28, generator=stream)
+            loss = loss + plain_step_loss(unet, teacher, start, digit, domain, scale, values["distill_steps"])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), values["max_grad_norm"])
         left = min(1, (steps - step) / (values["decay"] * steps)) if values["decay"] else 1
         if values["decay_shape"] == "cosine":
@@ -359,6 +366,36 @@ def plain_training(**flags: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for name, value in unet.state_dict().items():
             average[name] = decay * average[name] + (1 - decay) * value
     return unet.state_dict(), average
+
+
+def plain_step_loss(
+    unet: UNet, teacher: Network, x: Tensor, digit: Tensor, domain: Tensor, scale: Tensor, counts: tuple[int, ...]
+) -> Tensor:
+    """Return how far v is from that of one DDIM step over several steps of diffusers' solver, on average over all steps."""
+    solver = DPMSolverMultistepScheduler(
+        trained_betas=teacher.schedule.betas.tolist(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    solver.set_timesteps(teacher.sampler.get("steps", 12))
+    times, states, angles = solver.timesteps.tolist(), [x], [math.acos(a**0.5) for a in teacher.schedule.alpha_bar]
+    for t in times:
+        cond, uncond = (
+            teacher.unet(x, torch.full((len(x),), t), label, domain) for label in (digit, torch.full_like(digit, 10))
+        )
+        x = solver.step(uncond + scale[:, None, None, None] * (cond - uncond), t, x).prev_sample
+        states.append(x)
+    states[-1] = x.clamp(-1, 1)
+    errors = []
+    for count in counts:
+        stride = len(times) // count
+        for k in range(0, len(times), stride):
+            now, end = angles[times[k]], angles[times[k + stride]] if k + stride < len(times) else 0.0
+            v = (math.cos(now - end) * states[k] - states[k + stride]) / math.sin(now - end)
+            steps = torch.full((len(x),), float(count))
+            errors.append((unet(states[k], torch.full((len(x),), times[k]), digit, domain, scale, steps) - v).square())
+    return torch.stack(errors).mean()
 
 
 DECIDES_WEIGHTS: dict[str, Any] = {
@@ -435,8 +472,11 @@ DISTILL: dict[str, Any] = {"preset": "auto", "distill": "usual_init"}
 @pytest.mark.usefixtures("ungraded")
 @pytest.mark.parametrize(
     "change",
-    [{}, {"distill": "other_init"}, {"max_guidance": 2.0}, {"min_snr": 0.5}, {"drop_digit": 0.7}, {"lr": 3e-3}],
-)
+    [
+        {}, {"distill": "other_init"}, {"max_guidance": 2.0}, {"min_snr": 0.5}, {"drop_digit": 0.7}, {"lr": 3e-3},
+        {"distill_steps": (6, 3), "batch": 3},
+    ],
+)  # fmt: skip
 def test_a_distillation_does_what_a_plain_loop_does(
     change: dict[str, Any], tmp_path: Path, lesson: dict[str, Path]
 ) -> None:
@@ -448,7 +488,7 @@ def test_a_distillation_does_what_a_plain_loop_does(
     assert distance(weights(tmp_path), expected) < ROUNDING
     assert distance(averaged(tmp_path), average) < ROUNDING
     if change:
-        assert distance(expected, plain_training(**usual)[0]) > EFFECT
+        assert distance(plain_training(**usual)[0], expected) > EFFECT
 
 
 @pytest.mark.usefixtures("ungraded")
@@ -499,14 +539,28 @@ SHIPPED = ROOT / "checkpoints" / "p1_digits.safetensors"
         ({"distill": Path("nowhere.safetensors")}, "nowhere.safetensors does not exist"),
         ({"distill": ROOT / "checkpoints" / "judge_svhn.safetensors"}, "not a P1 checkpoint"),
         ({"distill": "distilled"}, "distilled already: give the checkpoint that it was made from"),
+        ({"distill": "few", "distill_steps": (2,)}, "distilled already: give the checkpoint that it was made from"),
+        ({"distill": "distilled", "distill_steps": (2,)}, "its sampler is ddim, --distill-steps learns from dpm alone"),
+        ({"distill": "dpm", "distill_steps": (2,), "max_guidance": 4.0}, "--max-guidance 4.0: the checkpoint"),
+        ({"distill": "dpm", "distill_steps": (2, 3)}, "--distill-steps 3: give divisors of the 4 steps of .*dpm"),
+        ({"distill": "dpm", "distill_steps": (4,)}, "--distill-steps 4: give divisors"),
+        ({"distill": "dpm", "distill_steps": (0,)}, "--distill-steps 0: give divisors"),
+        ({"distill": None, "distill_steps": (5, 2)}, "--distill-steps 5 2: goes with --distill"),
     ],
 )
 def test_bad_input_of_a_distillation_is_named(
-    flags: dict[str, Any], message: str, digits_folder: Path, tmp_path: Path, distilled_network: Network
+    flags: dict[str, Any],
+    message: str,
+    digits_folder: Path,
+    tmp_path: Path,
+    distilled_network: Network,
+    few_step_network: Network,
 ) -> None:
     flags = {"preset": "auto", "distill": SHIPPED, **flags}
-    if flags["distill"] == "distilled":
-        save_network(path := tmp_path / "n.safetensors", distilled_network)
+    dpm = replace(distilled_network, sampler={"name": "dpm", "steps": 4})
+    networks = {"distilled": distilled_network, "few": few_step_network, "dpm": dpm}
+    if flags["distill"] in networks:
+        save_network(path := tmp_path / f"{flags['distill']}.safetensors", networks[flags["distill"]])
         flags["distill"] = path
     with pytest.raises(BadInput, match=message):
         train(**{"data": digits_folder, "output": tmp_path / "run", **flags})
@@ -761,6 +815,7 @@ def test_the_curves_go_to_a_tracker_and_the_weights_file_stays(
 HELD_BY = {
     "distill": test_a_distillation_does_what_a_plain_loop_does,
     "max_guidance": test_a_distillation_does_what_a_plain_loop_does,
+    "distill_steps": test_a_distillation_does_what_a_plain_loop_does,
     "output": test_the_loss_falls_and_the_run_folder_is_complete,
     "device": test_bad_input_is_named,
     "precision": test_half_precision_computes_in_it_and_trains_to_nearly_the_same_weights,

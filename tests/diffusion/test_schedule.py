@@ -8,7 +8,9 @@ import pytest
 import torch
 from gaussian import gaussian
 
+from diffusion.samplers import ddim
 from diffusion.schedule import Prediction, Schedule, add_noise, cosine, linear, make_schedule, target
+from diffusion.step_rules import Steps
 
 CPU = torch.device("cpu")
 HOMEWORK_ALPHA_BARS = {
@@ -95,3 +97,13 @@ def test_add_noise_takes_one_alpha_bar_per_image() -> None:
     alpha_bar = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
     x0, eps = gaussian(1), gaussian(2)
     assert torch.equal(add_noise(x0, eps, alpha_bar), torch.stack([x0[0], eps[1]]))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize(("t", "t_prev"), [(49, 40), (20, 3), (9, -1)])
+def test_a_ddim_step_with_step_output_leads_to_the_given_state(prediction: Prediction, t: int, t_prev: int) -> None:
+    stream, schedule = torch.Generator().manual_seed(0), linear(50, prediction=prediction)
+    x, x_prev = torch.randn(2, 4, 3, 8, 8, generator=stream, dtype=torch.float64)
+    output = schedule.step_output(x, t, x_prev, t_prev)
+    end = ddim(lambda x, t: output, x, schedule, Steps(((t, t_prev),), clamp=False))
+    torch.testing.assert_close(end, x_prev, rtol=0, atol=1e-9)

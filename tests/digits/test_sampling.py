@@ -11,9 +11,10 @@ import torch
 from small_digits import TINY
 from torch import Tensor, nn
 
+from diffusion.noise import draw, generators
 from diffusion.schedule import Schedule, make_schedule
 from digits.classifier import DigitClassifier
-from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw
+from digits.sampling import DigitRequest, DigitSampler, DigitSamplerConfig, graded_requests, labels_of, redraw, sample
 from P1_model import IMAGE_SHAPE, NO_DIGIT, Network
 from runtime.cli import BadInput
 from runtime.images import to_uint8
@@ -112,6 +113,29 @@ def test_a_guidance_that_a_distilled_network_has_not_learned_is_refused(config: 
     with pytest.raises(BadInput, match=message):
         DigitSampler(network, DigitSamplerConfig(**config), 20).images(graded_requests(0, 1), "test")
     assert not cast(Any, network.unet).calls
+
+
+def test_a_network_distilled_to_few_steps_takes_unclamped_ddim_steps_with_their_number_as_an_input(
+    few_step_network: Network,
+) -> None:
+    requests = graded_requests(0, 1)
+    labels, alpha_bars = labels_of(requests), [*few_step_network.schedule.alpha_bar.tolist(), 1.0]
+    images = sample(few_step_network, requests, DigitSamplerConfig("distilled", 2, guidance=3.0))
+    x = draw(generators([request.seed for request in requests]), IMAGE_SHAPE, torch.device("cpu"))
+    numbers = {"guidance": torch.full((20,), 3.0), "steps": torch.full((20,), 2.0)}
+    for t, t_prev in ((19, 9), (9, -1)):  # T = 20
+        v = few_step_network.unet(x, torch.full((20,), t), *labels, **numbers)
+        now, before = alpha_bars[t], alpha_bars[t_prev]
+        x0, eps = now**0.5 * x - (1 - now) ** 0.5 * v, (1 - now) ** 0.5 * x + now**0.5 * v
+        x = before**0.5 * x0 + (1 - before) ** 0.5 * eps
+    torch.testing.assert_close(images, x.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_such_a_network_is_sampled_by_the_other_samplers_as_without_that_input(
+    few_step_network: Network, distilled_network: Network
+) -> None:
+    requests, config = graded_requests(0, 1), DigitSamplerConfig("dpm", 5, guidance=3.0)
+    assert torch.equal(sample(few_step_network, requests, config), sample(distilled_network, requests, config))
 
 
 def test_requests_go_by_domain_digit_and_index() -> None:

@@ -116,6 +116,7 @@ def test_the_training_of_the_shipped_network_has_all_its_stages(steps: Path) -> 
         ("random weights", "4,750 x 64", "1e-3"),
         ("stage 1", "3,500 x 64", "1e-3"),
         ("stage 2", "3,000 x 64", "1e-3"),
+        ("stage 3", "1,500 x 16", "1e-3"),
     ]
 
 

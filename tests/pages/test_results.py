@@ -20,7 +20,7 @@ def test_a_row_is_quoted_as_it_stands_or_in_percent() -> None:
         "p2-noise-halfway": quoted("p2-noise-halfway", 1),
     }.items():
         (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
-        assert line.split(" | ")[2] == {"99.2 ± 0.2 %": "0.992 +- 0.002", "1.00": "0.72; 1.00"}[value]
+        assert line.split(" | ")[2] == {"99.1 ± 0.1 %": "0.991 +- 0.001", "1.00": "0.72; 1.00"}[value]
     assert rows()["p1-accuracy-mean"][0].startswith("accuracy of the first try")
     assert bar("miniature-clip-held-out") == "95 %"
     assert bar("zeroshot-course") == "58.6 %"
