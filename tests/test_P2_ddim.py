@@ -564,7 +564,7 @@ def test_the_plain_rule_leaves_noises_without_pairs_that_lead_nearly_back(run: A
     run("noise", invert=tmp_path / "faces", **flags)
     assert [path.name for path in (tmp_path / "noise").iterdir()] == ["00.pt"]
     again = run("again", noise=tmp_path / "noise", to_uint8="clamp", **flags)
-    assert 25 < psnr(np.square(again["00"] - faces["00"]).mean()) < math.inf
+    assert 20 < psnr(np.square(again["00"] - faces["00"]).mean()) < math.inf
 
 
 @pytest.mark.parametrize("rule", ["ddim", "bdia"])
