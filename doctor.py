@@ -127,7 +127,7 @@ def main(settings: Settings) -> None:
     if unusable:
         print(f"gpu      not usable: {unusable}")
     print(f"bf16     {'native' if machine.native_bf16 else f'not native: {precision} is used'}")
-    print(f"compiler {'found: torch.compile works' if machine.compiler else 'none: eager only'}")
+    print(f"compiler {'found: torch.compile is used where it pays' if machine.compiler else 'none: eager only'}")
     print("packages " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     for name in DATA:
         present = (settings.data / name).exists()

@@ -42,14 +42,19 @@ class ClassifierFormat:
         Raise BadInput for a file of another kind, other answers, or weights that don't fit.
         """
         tensors, metadata = load_safetensors(path)
-        header = json.loads(metadata.get("judge", "{}"))
-        if header.get("kind") != self.kind:
-            raise BadInput(f"{path} is no {self.name}: {self.command} makes one")
-        if {name: header[name] for name in self.answers} != json.loads(json.dumps(self.answers)):
-            raise BadInput(f"{path} was trained on {self.other_answers}: {self.command} makes a new one")
-        network = build({k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()})
         try:
+            header = json.loads(metadata.get("judge", "{}"))
+        except ValueError:
+            header = None
+        if not isinstance(header, dict) or header.get("kind") != self.kind:
+            raise BadInput(f"{path} is no {self.name}: {self.command} makes one")
+        if {name: header.get(name) for name in self.answers} != json.loads(json.dumps(self.answers)):
+            raise BadInput(f"{path} was trained on {self.other_answers}: {self.command} makes a new one")
+        try:
+            network = build({k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()})
             network.load_state_dict(tensors)
+        except (KeyError, AttributeError, TypeError, ValueError):
+            raise BadInput(f"{path}: no {self.name} has the layout in its header") from None
         except RuntimeError as error:
             raise BadInput(f"{path}: {str(error).splitlines()[-1].strip()[:200]}") from None
         return network

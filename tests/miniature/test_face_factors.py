@@ -336,9 +336,12 @@ def test_the_shipped_classifier_reads_the_shipped_sheet() -> None:
     assert reading.valid.all()
 
 
+KIND = "miniature face classifier"
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    header = {"kind": "miniature face classifier", "model": {}, "factors": {"skin": ["green"]}}
+    header = {"kind": KIND, "model": {}, "factors": {"skin": ["green"]}}
     save_file({"a": torch.zeros(1)}, tmp_path / "words.safetensors", {"judge": json.dumps(header)})
     save_face_classifier(tmp_path / "layout.safetensors", FaceClassifier(FaceClassifierConfig(hidden=8)), {})
     tensors = load_file(tmp_path / "layout.safetensors") | {"head.0.bias": torch.zeros(3)}
@@ -352,6 +355,24 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInput, match=named):
             load_face_classifier(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ("{", "is no face classifier"),
+        ("[]", "is no face classifier"),
+        (json.dumps({"kind": KIND}), "other factors"),
+        (json.dumps({"kind": KIND, "factors": VALUES}), "no face classifier has the layout in its header"),
+        (json.dumps({"kind": KIND, "factors": VALUES, "model": []}), "no face classifier has the layout"),
+        (json.dumps({"kind": KIND, "factors": VALUES, "model": {"hidden": "8"}}), "no face classifier has the layout"),
+        (json.dumps({"kind": KIND, "factors": VALUES, "model": {"hiden": 8}}), "no face classifier has the layout"),
+    ],
+)
+def test_a_damaged_header_is_one_line(header: str, named: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "f.safetensors", {"judge": header})
+    with pytest.raises(BadInput, match=named):
+        load_face_classifier(tmp_path / "f.safetensors")
 
 
 @pytest.mark.parametrize(
