@@ -217,7 +217,7 @@ def main(settings: Settings) -> None:
     unet = UNet(config)
     if settings.init:
         unet.load_state_dict(initial_weights(settings.init, config, preset, recipe))
-    if source:  # all but the embedding of the guidance scale, which starts at zero
+    if source:  # all but the embeddings of guidance scale and steps, which start at zero
         unet.load_state_dict(source.unet.state_dict(), strict=False)
     to_channels_last(unet, device)
     ema = Ema(unet, recipe.ema)

@@ -212,7 +212,7 @@ def training(preset: str, line: str, measured: str, seconds: float) -> Command:
 
 
 def digits_and_faces() -> list[Command]:
-    """Return the sampling of 1,000 digits and of ten faces. Guidance doubles the batch of digits."""
+    """Return the sampling of 1,000 digits and of ten faces. The digits are those of a network that is not distilled: two calls a step."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     sampler, digits, faces = RECIPES["cpu"].sampler, 1000, 10
