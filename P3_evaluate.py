@@ -175,7 +175,10 @@ def can_keep_results(output: Path) -> bool:
 
 
 def find_images_of(images: Path, concept: CourseConcept, prompt: int) -> GradedPrompt:
-    """Return a prompt with its 25 images; raise BadInput if one is missing or anything else is there."""
+    """Return a prompt with the paths of its 25 images.
+
+    Raise BadInput if one is missing, or if their folder holds any other visible entry. Hidden and junk files are only logged.
+    """
     paths = [image_path(images, concept.key, prompt, n) for n in range(IMAGES_PER_PROMPT)]
     folder = paths[0].parent
     if not folder.is_dir():

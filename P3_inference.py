@@ -325,7 +325,10 @@ def jobs_of(settings: Settings) -> list[Job]:
 
 
 def check_words(tokenizer: CLIPTokenizer, settings: Settings, jobs: Sequence[Job]) -> None:
-    """Raise BadInput for a word of --attention that is in none of the prompts of an image."""
+    """Raise BadInput for a word of --attention that no prompt of a job contains.
+
+    The prompts are those of the job's layout. At level joint, or without a layout, it is the job's one prompt.
+    """
     for job in jobs if settings.attention else ():
         prompts = job.layout.prompts if job.layout and settings.level != "joint" else [job.prompt]
         present = word_positions(tokenizer, prompts, settings.attention).amax((0, 1))

@@ -111,7 +111,11 @@ def sections_of(settings: Settings, inputs: Inputs) -> list[Section]:
 def run_sections(
     sections: Sequence[Section], runner: Runner, write: Callable[[Sequence[RenderedSection]], None]
 ) -> list[RenderedSection]:
-    """Run every step in turn; after each section, `write` them all. If a step fails, run its section's fallback as well."""
+    """Run the steps of every section in order. If a step fails, run the section's fallback next.
+
+    After each section, call `write` with all sections; those that have yet to run are pending.
+    Return the rendered sections, fallbacks included.
+    """
     rendered, waiting = [], list(sections)
     while waiting:
         section = waiting.pop(0)

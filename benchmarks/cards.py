@@ -71,7 +71,7 @@ class Work:
         return Work(calls * self.flops, calls * self.traffic, self.memory)
 
     def __add__(self, other: Work) -> Work:
-        """Return the work of one call after the other."""
+        """Return the work of one call after the other: FLOPs and traffic are sums, memory is the larger of the two."""
         return Work(self.flops + other.flops, self.traffic + other.traffic, max(self.memory, other.memory))
 
 
@@ -103,7 +103,7 @@ class Command:
         return (self.fixed + self.work.memory * batch / self.batch) / 1e9
 
     def fitting_batch(self, card: Card) -> int:
-        """Return the command's batch, halved until it fits into the card's memory."""
+        """Return the command's batch, halved until it fits into 0.9 of the card's memory or is 1."""
         batch = self.batch
         while batch > 1 and self.memory(batch) > FITS * card.memory:
             batch //= 2

@@ -60,7 +60,10 @@ def select(digits: Digits, rows: Tensor) -> Digits:
 
 
 def outside_classifier(domain: int, train: Digits, device: torch.device) -> DigitClassifier:
-    """Return a classifier of one domain's digits on the outside network's features, fit to `train`; it has no reference yet."""
+    """Return a classifier of one domain's digits on the outside network's features, fit to `train`.
+
+    The caller sets its `reference`, the features of real images that `quality` needs.
+    """
     layers = pretrained_layers()
     whole = DigitClassifier(to_channels_last(nn.Sequential(*layers, nn.Identity()), device), domain)
     features = whole.features(train.images).double().cpu()

@@ -134,7 +134,11 @@ def passing_fidelity(images: Tensor, kind: str) -> float:
 
 
 def calibrate(settings: Calibrate, record: Record) -> None:
-    """Add a row per kind and group of images to the record: mean fidelity and share that passes."""
+    """Measure the shape fidelity of each held-out kind's renders, plain and through the autoencoder.
+
+    Measure malformed outlines and other kinds as well, through the autoencoder.
+    Record a row per kind and group: mean fidelity, and the share of images that passes.
+    """
     through = open_autoencoder(settings.parts, record.machine.device)
 
     rows: list[dict[str, Any]] = []

@@ -68,7 +68,7 @@ class Validator:
                     )
 
     def run(self, step: int, log: TrainingLog) -> None:
-        """Sample every concept, score the images, keep the best vectors; draw the figures and log to TensorBoard."""
+        """Sample every concept, draw the figures and log to TensorBoard. With a scorer, score the images and keep the best vectors."""
         validation, vectors, pipe = Validation(step, {}, {}), self.inversion.learned(), self.inversion.pipe
         vae_device = pipe.vae.device  # the CPU if training needs no autoencoder
         pipe.vae.to(self.inversion.device)

@@ -71,7 +71,10 @@ def labels_of(requests: Sequence[DigitRequest], device: torch.device | str = "cp
 
 
 def check_steps(network: Network, config: DigitSamplerConfig) -> None:
-    """Raise BadInput unless config.rule allows config.steps steps with the network's schedule, or the network is distilled to them."""
+    """Raise BadInput if config.rule does not allow config.steps steps with the network's schedule.
+
+    Sampler `distilled` also requires a network that is distilled to this number of steps.
+    """
     if config.name == "distilled":
         if not (possible := network.unet.config.distilled_steps):
             raise BadInput("--sampler distilled: this checkpoint is not distilled to a few steps")

@@ -52,7 +52,7 @@ MOST = 3  # most objects in an image
 
 
 class ClipBatch(NamedTuple):
-    """N images with their captions and labels; P x P patches an image."""
+    """N images with their captions and labels. Field `parts` labels each of an image's P x P patches."""
 
     images: Tensor  # [N,3,64,64] uint8
     texts: list[str]

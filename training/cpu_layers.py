@@ -36,7 +36,7 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
 class ExplicitGroupNorm(nn.Module):
     """GroupNorm that computes the means of its groups as a product with a membership matrix [C,groups].
 
-    Groups have four or five channels. A loop over each would leave a CPU's sixteen-wide vectors mostly empty.
+    In the shipped networks, groups have four or five channels. A loop over each would leave a CPU's sixteen-wide vectors mostly empty.
     """
 
     def __init__(self, norm: nn.GroupNorm):

@@ -67,9 +67,10 @@ def remove_low(noise: Tensor) -> Tensor:
 def sketch(
     sampler: StableDiffusionSampler, soft_masks: Tensor, seeds: Sequence[int], background_latent: Tensor
 ) -> Tensor:
-    """Return a sketch [B,4,h,w], one soft spot per region, of mean 0, so that the image gets no tint.
+    """Return a sketch [B,4,h,w]: a soft spot per region, of the region's colour minus `background_latent` [B,4].
 
-    Its amplitude is what training leaves at the last step. Colours follow from each image's seed and each region's shape.
+    Its mean is 0, so that the image gets no tint. Its amplitude is sqrt(abar_T), the signal that training leaves at the last step.
+    Image seed and region shape give random colours; the one farthest from the background is taken.
     """
     contrast = spot_contrast(sampler, soft_masks, seeds, background_latent)
     spots = (_spots(soft_masks)[:, :, None] * contrast[..., None, None]).sum(0)
