@@ -298,6 +298,8 @@ def network_to_distill(settings: Settings, path: Path) -> Network:
         raise BadInput(f"--max-guidance {settings.max_guidance}: the checkpoint of --distill decides it, leave it out")
     if settings.distill_steps and sampler.name != "dpm":
         raise BadInput(f"--distill {path}: its sampler is {sampler.name}, --distill-steps learns from dpm alone")
+    if len({*settings.distill_steps}) < len(settings.distill_steps):
+        raise BadInput(f"--distill-steps {' '.join(map(str, settings.distill_steps))}: give each number once")
     for steps in settings.distill_steps:
         if not 0 < steps < sampler.steps or sampler.steps % steps:
             raise BadInput(

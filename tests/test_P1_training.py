@@ -547,6 +547,7 @@ SHIPPED = ROOT / "checkpoints" / "p1_digits.safetensors"
         ({"distill": "dpm", "distill_steps": (2, 3)}, "--distill-steps 3: give divisors of the 4 steps of .*dpm"),
         ({"distill": "dpm", "distill_steps": (4,)}, "--distill-steps 4: give divisors"),
         ({"distill": "dpm", "distill_steps": (0,)}, "--distill-steps 0: give divisors"),
+        ({"distill": "dpm", "distill_steps": (2, 1, 2)}, "--distill-steps 2 1 2: give each number once"),
         ({"distill": None, "distill_steps": (5, 2)}, "--distill-steps 5 2: goes with --distill"),
     ],
 )
