@@ -124,9 +124,9 @@ class Settings:
     """Checkpoint with weights to start from (best.safetensors or shipped), with a new optimizer. None = random weights."""
     distill: Path | None = None
     """Checkpoint to distill: the network starts from its weights and learns its guided output, at one call per step. None = off."""
-    distill_steps: tuple[int, ...] = ()
-    """Numbers of sampling steps in which --distill learns to draw as the checkpoint does in its own; divisors of that number.
-    The first one becomes the default. No number = steps are not distilled."""
+    distill_steps: Annotated[tuple[int, ...], default_hint("off")] = ()
+    """Numbers of sampling steps in which the network learns to draw what the checkpoint of --distill draws in all its steps of dpm.
+    Each divides that number, which is 10 after --distill. The first becomes the default of sampling."""
     max_guidance: float = 7.0
     """Largest guidance scale that --distill learns; it trains on scales from 1 to this. A distilled checkpoint keeps its own."""
     resume: Literal["auto", "never"] = "auto"
