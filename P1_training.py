@@ -124,9 +124,9 @@ class Settings:
     """Checkpoint with weights to start from (best.safetensors or shipped), with a new optimizer. None = random weights."""
     distill: Path | None = None
     """Checkpoint to distill: the network starts from its weights and learns its guided output, at one call per step. None = off."""
-    distill_steps: tuple[int, ...] = ()
-    """Numbers of sampling steps in which --distill learns to draw as the checkpoint does in its own; divisors of that number.
-    The first one becomes the default. No number = steps are not distilled."""
+    distill_steps: Annotated[tuple[int, ...], default_hint("off")] = ()
+    """Numbers of sampling steps in which the network learns to draw what the checkpoint of --distill draws in all its steps of dpm.
+    Each divides that number, which is 10 after --distill. The first becomes the default of sampling."""
     max_guidance: float = 7.0
     """Largest guidance scale that --distill learns; it trains on scales from 1 to this. A distilled checkpoint keeps its own."""
     resume: Literal["auto", "never"] = "auto"
@@ -191,22 +191,22 @@ def main(settings: Settings) -> None:
     spec = data.spec
     if source and source.spec != spec:
         raise BadInput(f"--distill {settings.distill} draws {source.spec}; the data are {spec}")
-    max_guidance = largest_guidance(settings, source) if source else None
-    teacher = Teacher(to_channels_last(source.unet, device), max_guidance) if source and max_guidance else None
     if spec != HOMEWORK and settings.svhn_share not in (None, Settings.svhn_share):
         raise BadInput(f"--svhn-share {settings.svhn_share}: the data are no digits of MNIST-M and SVHN, but {spec}")
     classifiers = choose_classifiers(settings.classifiers, spec, device)
     index = BalancedIndex(data, settings.svhn_share, settings.balance_digits)
     layout = source.unet.config if source else PRESETS[preset]
+    max_guidance = largest_guidance(settings, source) if source else None
     config = replace(layout, spec=spec, max_guidance=max_guidance, distilled_steps=settings.distill_steps)
     schedule = make_schedule(recipe.schedule, config.timesteps, recipe.prediction)
     alpha_bar = schedule.alpha_bar.float().to(device)
     weight = partial(min_snr_weight, gamma=recipe.min_snr, prediction=recipe.prediction) if recipe.min_snr else None
-    step_teacher = None
-    if teacher and source and settings.distill_steps:
-        step_teacher = StepTeacher(
-            teacher, schedule, DigitSamplerConfig.from_dict(source.sampler).steps, settings.distill_steps
-        )
+    teacher: Teacher | None = None
+    if source and max_guidance:
+        teacher = Teacher(to_channels_last(source.unet, device), max_guidance)
+        if settings.distill_steps:
+            steps = DigitSamplerConfig.from_dict(source.sampler).steps
+            teacher = StepTeacher(teacher.unet, max_guidance, schedule, steps, settings.distill_steps)
     validate = None
     if not classifiers:
         val = load_digits(settings.data, "val").to(device)
@@ -266,8 +266,8 @@ def main(settings: Settings) -> None:
 
         with run.autocast():
             loss = denoising_loss(network, x0, eps, t, alpha_bar, recipe.prediction, weight, lesson)
-            if step_teacher:
-                loss = loss + step_teacher.loss(model, draws.normal(*x0.shape[1:]), *labels)
+            if isinstance(teacher, StepTeacher):
+                loss = loss + teacher.loss(model, draws.normal(*x0.shape[1:]), *labels)
         run.update(loss)
 
         # now and then: sample, grade, keep the weights if they are among the best
@@ -298,6 +298,8 @@ def network_to_distill(settings: Settings, path: Path) -> Network:
         raise BadInput(f"--max-guidance {settings.max_guidance}: the checkpoint of --distill decides it, leave it out")
     if settings.distill_steps and sampler.name != "dpm":
         raise BadInput(f"--distill {path}: its sampler is {sampler.name}, --distill-steps learns from dpm alone")
+    if len({*settings.distill_steps}) < len(settings.distill_steps):
+        raise BadInput(f"--distill-steps {' '.join(map(str, settings.distill_steps))}: give each number once")
     for steps in settings.distill_steps:
         if not 0 < steps < sampler.steps or sampler.steps % steps:
             raise BadInput(
@@ -394,12 +396,14 @@ def validation_loss(
     """Return the mean loss over NOISES * count * classes * domains random validation images.
 
     The seed fixes all random numbers. With a teacher, the target is its guided output.
+    With a StepTeacher, its loss is added, over count * classes * domains images.
     """
     schedule, device = network.schedule, data.images.device
     index, alpha_bar = BalancedIndex(data, 0.5, True), schedule.alpha_bar.float().to(device)
-    total, loss = NOISES * count * len(data.spec.classes) * len(data.spec.domains), 0.0
-    for start in range(0, total, 500):
-        draws = Draws(seed, start, slice(None), min(500, total - start), device)
+    noises, size = (1, 50) if isinstance(teacher, StepTeacher) else (NOISES, 500)  # its loss samples too
+    total, loss = noises * count * len(data.spec.classes) * len(data.spec.domains), 0.0
+    for start in range(0, total, size):
+        draws = Draws(seed, start, slice(None), min(size, total - start), device)
         rows = index(draws.uniform(), draws.uniform())
         x0, t = to_float(data.images[rows]), draws.timesteps(len(schedule))
         eps, digit, domain = draws.normal(*x0.shape[1:]), data.digits[rows], data.domains[rows]
@@ -408,7 +412,10 @@ def validation_loss(
             guidance = teacher.scales(draws.uniform())
             lesson = partial(teacher, digit=digit, domain=domain, guidance=guidance)
         predict = partial(network.unet, digit=digit, domain=domain, guidance=guidance)
-        loss += float(denoising_loss(predict, x0, eps, t, alpha_bar, schedule.prediction, weight, lesson)) * len(rows)
+        mean = denoising_loss(predict, x0, eps, t, alpha_bar, schedule.prediction, weight, lesson)
+        if guidance is not None and isinstance(teacher, StepTeacher):
+            mean = mean + teacher.loss(network.unet, draws.normal(*x0.shape[1:]), digit, domain, guidance)
+        loss += float(mean) * len(rows)
     return loss / total
 
 

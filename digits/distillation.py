@@ -46,13 +46,12 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class StepTeacher:
-    """A teacher's sampler, `teacher_steps` of DPM-Solver++, and the smaller numbers of steps in which a student shall do the same.
+class StepTeacher(Teacher):
+    """A teacher with its sampler, `teacher_steps` of DPM-Solver++, and the smaller numbers of steps in which a student shall do the same.
 
     Each of `student_steps` divides `teacher_steps`.
     """
 
-    teacher: Teacher
     schedule: Schedule
     teacher_steps: int
     student_steps: tuple[int, ...]
@@ -61,7 +60,7 @@ class StepTeacher:
         """Return {t: x_t} of the teacher's sampler from noise [B,C,H,W] at t = T-1 to images at -1; labels and scales are [B]."""
 
         def denoise(x: Tensor, t: int) -> Tensor:
-            return self.teacher(x, torch.full((len(x),), t, device=x.device), digit, domain, guidance)
+            return self(x, torch.full((len(x),), t, device=x.device), digit, domain, guidance)
 
         visited: list[Tensor] = []
         images = samplers.dpm_solver(denoise, noise, self.schedule, self.teacher_steps, lambda _, x: visited.append(x))

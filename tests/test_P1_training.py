@@ -31,7 +31,7 @@ from digits.recipes import RECIPES
 from digits.sampling import DigitSampler, graded_requests
 from P1_dataloader import BalancedIndex, load_digits
 from P1_model import HOMEWORK, PRESETS, Network, UNet, load_network, save_network
-from P1_training import Grading, Settings, digit_sheet, main
+from P1_training import Grading, Settings, digit_sheet, main, validation_loss
 from runtime.cli import BadInput
 from runtime.files import ROOT
 from runtime.images import open_image
@@ -497,6 +497,8 @@ def test_a_stopped_distillation_continues_to_the_same_weights(tmp_path: Path, le
         "data": lesson["usual_data"],
         "preset": "auto",
         "distill": lesson["usual_init"],
+        "distill_steps": (6, 3),
+        "batch": 3,
         "decay": 0.0,
     }
     train(output=tmp_path / "whole", steps=6, **flags)
@@ -504,7 +506,7 @@ def test_a_stopped_distillation_continues_to_the_same_weights(tmp_path: Path, le
         train(output=tmp_path / "broken", steps=steps, **flags)
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(left[name], right[name]) for name in left)
-    for name, value in {"distill": lesson["other_init"], "max_guidance": 3.0}.items():
+    for name, value in {"distill": lesson["other_init"], "max_guidance": 3.0, "distill_steps": (3, 6)}.items():
         with pytest.raises(BadInput, match=f"was trained with {name}"):
             train(output=tmp_path / "whole", steps=8, **flags | {name: value})
 
@@ -545,6 +547,7 @@ SHIPPED = ROOT / "checkpoints" / "p1_digits.safetensors"
         ({"distill": "dpm", "distill_steps": (2, 3)}, "--distill-steps 3: give divisors of the 4 steps of .*dpm"),
         ({"distill": "dpm", "distill_steps": (4,)}, "--distill-steps 4: give divisors"),
         ({"distill": "dpm", "distill_steps": (0,)}, "--distill-steps 0: give divisors"),
+        ({"distill": "dpm", "distill_steps": (2, 1, 2)}, "--distill-steps 2 1 2: give each number once"),
         ({"distill": None, "distill_steps": (5, 2)}, "--distill-steps 5 2: goes with --distill"),
     ],
 )
@@ -783,6 +786,39 @@ def test_without_classifiers_the_least_validation_loss_chooses(
     assert [entry["val_loss"] for entry in record["metrics"]["history"]] == [0.9, 0.3, 0.5, 0.7]
     assert record["metrics"]["val_loss"] == 0.2
     assert load_network(tmp_path / "best.safetensors", torch.device("cpu")).origin["step"] == 6
+
+
+def test_the_validation_loss_of_a_step_distillation_is_the_trainings_loss_with_all_labels(
+    lesson: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more images than a batch of it holds."""
+    source = load_network(lesson["usual_init"], torch.device("cpu"))
+    pairs: list[tuple[float, float]] = []
+
+    def compare(network: Network, count: int, seed: int, data: Any, weight: Any, teacher: Any) -> float:
+        total, errors = 20 * count, 0.0
+        for start in range(0, total, 50):
+            size, unet = min(50, total - start), network.unet
+            stream = torch.Generator().manual_seed(derived_seed(seed, start))
+            group, member, offset = (torch.rand(size, generator=stream) for _ in range(3))
+            rows = BalancedIndex(data, 0.5, True)(group, member)
+            t = ((torch.arange(size) + offset) / size * 1000).long()
+            eps, scale = torch.randn(size, 3, 28, 28, generator=stream), 1 + 6 * torch.rand(size, generator=stream)
+            noise = torch.randn(size, 3, 28, 28, generator=stream)
+            alpha_bar = source.schedule.alpha_bar[t].float()[:, None, None, None]
+            x = alpha_bar.sqrt() * (data.images[rows] / 127.5 - 1) + (1 - alpha_bar).sqrt() * eps
+            labels = data.digits[rows], data.domains[rows]
+            cond, uncond = source.unet(x, t, *labels), source.unet(x, t, torch.full_like(rows, 10), labels[1])
+            guided = uncond + scale[:, None, None, None] * (cond - uncond)
+            error = (unet(x, t, *labels, scale) - guided).square().mean()
+            errors += size * float(error + plain_step_loss(unet, source, noise, *labels, scale, (6, 3)))
+        pairs.append((validation_loss(network, count, seed, data, weight, teacher), errors / total))
+        return pairs[-1][0]
+
+    monkeypatch.setattr("P1_training.validation_loss", compare)
+    flags = {"preset": "auto", "distill": lesson["usual_init"], "distill_steps": (6, 3), "classifiers": ("none",)}
+    train(lesson["usual_data"], tmp_path / "run", steps=2, final_count=3, **flags)
+    assert [value for value, _ in pairs] == pytest.approx([expected for _, expected in pairs], rel=1e-3)
 
 
 def test_the_sheet_shows_at_most_ten_images_per_digit() -> None:

@@ -69,7 +69,7 @@ def test_steps_with_the_outputs_that_a_student_learns_lead_to_the_images_of_the_
         inputs.append((*values, output := torch.zeros_like(values[0], requires_grad=True)))
         return output
 
-    teacher = StepTeacher(Teacher(tiny_network.unet, 7.0), tiny_network.schedule, 4, (2, 1))
+    teacher = StepTeacher(tiny_network.unet, 7.0, tiny_network.schedule, 4, (2, 1))
     teacher.loss(student, noise, *labels, guidance).backward()
     ((x, t, digit, domain, scale, steps, output),) = inputs  # one call
     assert output.grad is not None
@@ -93,7 +93,7 @@ def test_the_states_are_those_that_the_teachers_sampler_visits(tiny_network: Net
     noise = draw(generators([request.seed for request in requests]), (3, 28, 28), torch.device("cpu"))
     visited: list[Tensor] = [noise]
     sample(tiny_network, requests, DigitSamplerConfig("dpm", 4, 2.0), lambda t, x: visited.append(x))
-    teacher = StepTeacher(Teacher(tiny_network.unet, 7.0), tiny_network.schedule, 4, (2,))
+    teacher = StepTeacher(tiny_network.unet, 7.0, tiny_network.schedule, 4, (2,))
     states = teacher.states(noise, *labels_of(requests), torch.full((len(requests),), 2.0))
     assert [*states] == [19, 14, 9, 4, -1]
     for state, expected in zip(states.values(), visited, strict=True):
