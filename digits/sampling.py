@@ -137,7 +137,7 @@ class DigitSampler:
 
     def expected_seconds(self, count: int) -> float:
         """Return the time for `count` images, extrapolated from one batch with two steps."""
-        few = replace(self.config, name="dpm", steps=2)
+        few = replace(self.config, name="ddim", rule="trailing", steps=2)
         requests = [DigitRequest(0, 0, seed) for seed in range(self.batch)]
         sample(self.network, requests, few)
         start = time.perf_counter()
