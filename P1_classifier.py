@@ -128,7 +128,10 @@ def augment(x: Tensor, draws: Draws, recolour: float, invert: bool = True) -> Te
 
 
 def warp(x: Tensor, draws: Draws) -> Tensor:
-    """Return x [B,C,H,W] at random shifted by up to 3 pixels, rotated by up to 12 degrees, each side scaled by up to 15 %."""
+    """Return x [B,C,H,W], each image shifted by up to 3 pixels, rotated by up to 12 degrees and scaled by up to about 15 %.
+
+    Width and height are scaled separately. `draws` supplies the random numbers. Pixels from outside mirror the image.
+    """
 
     def within(largest: float) -> Tensor:
         return largest * (2 * draws.uniform() - 1)

@@ -396,7 +396,10 @@ def bytes_needed(settings: Settings, jobs: Sequence[Job]) -> int:
 
 
 def passes_per_image(settings: Settings, layout: Layout | None, level: Level) -> int:
-    """Return how many batch rows the U-Net computes for one image: two per step with guidance, more with branches and a collage."""
+    """Return how many batch rows the U-Net computes for one image, over all steps.
+
+    They are two per step with guidance, and one with guidance 1. A layout takes two or more: branches and a collage add rows.
+    """
     if layout and level != "joint":
         return passes(layout, level, settings.steps, settings.config)
     return settings.steps * (2 if settings.guidance != 1 else 1)
@@ -449,7 +452,10 @@ def save_all(
 def save_best(
     sample: Callable[[Sequence[Request]], Tensor], scorer: Scorer, jobs: Sequence[Job], batch: int, machine: Machine
 ) -> int:
-    """Sample all candidates of these jobs. Save the best by image + 2.5 x text score; return how many were sampled."""
+    """Sample all candidates of each job, and save its best ones to its files, best first; return how many were sampled.
+
+    The score is image + 2.5 x text score. The image score is 0 for a job without references.
+    """
     for job in jobs:
         requests = [Request(job.prompt, seed) for seed in job.seeds]
         batches = generate_batches(sample, requests, batch, machine.device.type == "cuda")

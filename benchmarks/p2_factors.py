@@ -113,9 +113,11 @@ def main(settings: Settings) -> None:
 
 
 def factor_changes(readings: dict[float, FaceReading]) -> dict[str, dict[str, float]]:
-    """Return {column: {factor: share that differ from eta 0, "valid": share of valid faces}}.
+    """Return {column: {factor: share of faces that differ from the same noise's at eta 0, "valid": share of valid faces}}.
 
-    The last column compares with the next noise's face at eta 0. Raise BadInput if no face is read with confidence.
+    A factor's share counts only noises whose two faces are both read with confidence; "valid" counts all.
+    The last column, "another noise", compares each face at eta 0 with that of a neighbouring noise.
+    Raise BadInput for a column in which no noise has two confident faces.
     """
     start = readings[0.0]
     columns = {f"eta {eta:g}": reading for eta, reading in readings.items()}

@@ -267,7 +267,10 @@ def case_shares(
 
 
 def times(settings: Settings, sampler: StableDiffusionSampler, layout: Layout) -> Results:
-    """Return seconds of an image of every level and of a plain one without layout, in turn after a warm-up, ratios, and peak GB."""
+    """Time an image of every level, and a plain one without layout, in turn after a warm-up of each.
+
+    Return the seconds of every repeat, the ratios of each level to the plain image, and the peak GB of each warm-up.
+    """
     ways: dict[str, Callable[[], Tensor]] = {"plain": partial(sampler.sample_images, [Request(layout.joint, 0)])}
     for level in settings.levels:
         ways[level] = partial(compose, sampler, [LayoutRequest(layout, 0)], level, settings.config)

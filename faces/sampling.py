@@ -126,9 +126,10 @@ def walk_all(
 
 @torch.inference_mode()
 def walk(model: Model, starts: Sequence[tuple[Noise, int]], config: DdimConfig, callback: Callback = ignore) -> Tensor:
-    """Take all steps of config.steps from one batch of (start, seed of its random stream); return [B,1,C,H,W] float32 on the CPU.
+    """Take all steps of config.steps, by DDIM or bdia, from one batch of (start, seed); return [B,1,C,H,W] float32 on the CPU.
 
-    This holds the last states. Rule bdia returns [B,2,C,H,W]: the last state, then the one before it.
+    The result holds the last states. Rule bdia returns [B,2,C,H,W]: the last state, then the one before it.
+    A seed starts the random stream of DDIM with eta above 0; bdia ignores it.
     """
     device = next(model.network.parameters()).device
 

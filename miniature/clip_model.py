@@ -47,7 +47,7 @@ class ClipSize:
     """Channels per attention head."""
 
     def __post_init__(self) -> None:
-        """Raise BadInput for sizes that can't be built."""
+        """Raise BadInput for a size that is not positive, a patch that does not divide 64, and a width that is no multiple of `head`."""
         check_positive(self, *vars(self))
         if SIDE % self.patch:
             raise BadInput(f"--patch {self.patch}: must divide {SIDE}")

@@ -43,7 +43,7 @@ def erase_eye(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
 
 
 def erase_mouth(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
-    """Paint the mouth over with the mean colour around it."""
+    """Return the faces of `rows` [N,14] with the mouth painted over in the mean colour around it: [N,3,64,64] in -1..1."""
     mouths = torch.tensor(MOUTH, device=rows.device).expand(len(rows), 2)
     return erase(to_float(renderer(rows)), _boxes(rows, mouths, LIPS))
 

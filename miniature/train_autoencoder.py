@@ -165,7 +165,7 @@ def random_images(seeds: list[int], device: torch.device) -> Tensor:
 
 
 def sheet_images(seed: int, device: torch.device) -> Tensor:
-    """Return the eight images [8,3,64,64] in -1..1 that a sheet shows."""
+    """Render the eight images [8,3,64,64] in -1..1 of the sheets that compare images and reconstructions; `seed` fixes them."""
     return random_images([derived_seed(seed, SHOWN, index) for index in range(8)], device)
 
 

@@ -93,7 +93,7 @@ def _check_count(command: RenderConcept | RenderZeroshot) -> None:
 
 
 def list_vocabulary() -> None:
-    """Print all objects, colours and styles, and what is held out."""
+    """Print as JSON the objects and styles that captions name, all colours, and the held-out objects, styles and (colour, object) pairs."""
     vocabulary = {
         "objects": KINDS,
         "colours": list(COLOURS),

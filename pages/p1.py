@@ -98,7 +98,11 @@ def sample_and_grade(inputs: Inputs, mode: str) -> tuple[Step, Step]:
 
 
 def score_elements(inputs: Inputs, modes: list[str]) -> list[Element]:
-    """Return the accuracies, the quality measures and the settings of sampling and training, from the steps of `modes`."""
+    """Return a strip of digits, the accuracies, the quality measures, and tables of the settings of sampling and training.
+
+    `modes` are keys of MODES and include "retries". Grades come from the records of the step p1_grades_{mode} of each.
+    Images and sampling settings come from the step p1_digits_retries. Training settings come from the checkpoint's header.
+    """
     grades = {mode: read_json(inputs.steps / f"p1_grades_{mode}" / "record.json")["metrics"] for mode in modes}
     sampling = read_json(inputs.steps / "p1_digits_retries" / "record.json")["metrics"]
     retries, shipped = grades["retries"], inputs.digits == DIGITS

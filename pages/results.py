@@ -32,6 +32,6 @@ def quoted_percent(row: str, index: int = 0) -> str:
 
 
 def bar(row: str) -> str:
-    """Return a row's bar, the value to reach, in percent: "95 %"."""
+    """Return the bar of a row of docs/results.md, by name: the value to reach, in percent, as "95 %"."""
     text = rows()[row][2]
     return text if text.endswith("%") else f"{100 * float(text):g} %"

@@ -75,7 +75,11 @@ def classify(inputs: Inputs, folder: Path, *flags: str | Path) -> Command:
 
 
 def result_elements(folder: Path, images: Path, row: str) -> list[Element]:
-    """Return accuracies, five right and five wrong cases, and frequent mistakes; `row` of docs/results.md has the published accuracy."""
+    """Return a page's elements: accuracies, right and wrong cases, the confusion matrix, frequent mistakes and settings.
+
+    `folder` holds the script's results, and `images` the images that it classified.
+    `row` of docs/results.md has the published accuracy and the value to reach.
+    """
     metrics = read_json(folder / "record.json")["metrics"]
     shares = (("top 5", percent(metrics["top5"])), ("mean over the classes", percent(metrics["mean_recall"])))
     pairs = tuple(

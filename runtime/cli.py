@@ -119,7 +119,10 @@ def run_script(main: Callable[[Settings], None], settings: type[Settings], descr
 
 
 def _outcome(main: Callable[[Settings], None], settings: type[Settings], description: str | None) -> tuple[str, int]:
-    """Run the script; return its error message ("" = none) and its exit code."""
+    """Parse the command line and run the script; return its error message ("" = none) and its exit code.
+
+    The codes are those of `run_script`. Errors that the user can't correct are raised. With DEBUG set, system errors are raised too.
+    """
     try:
         arguments, like = split_like(sys.argv[1:])
         refuse_renamed_flags(arguments, settings)

@@ -40,7 +40,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended; `reason` says why it has no result. lacking = a step in its `after` has none."""
+    """How a step ended. `reason` says why it has no result, and is empty if it has one.
+
+    `state` is done, kept (results of an earlier run), failed, or lacking (a step in Step.after has no result).
+    """
 
     state: Literal["done", "kept", "failed", "lacking"]
     key: str

@@ -260,7 +260,11 @@ class ConceptEntry(BaseModel):
 
 
 class LayoutFile(BaseModel):
-    """A layout file."""
+    """The content of a layout file in JSON: the base prompt, the concepts, and optionally the joint prompt and a reference image.
+
+    `joint` "" = derived from `prompt`. `reference` is a path relative to the file's folder, and "" = no reference.
+    `reference_prompt` "" = the base prompt.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     prompt: Text
