@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from diffusion import samplers
-from diffusion.guidance import Denoise, Guidance
+from diffusion.guidance import Guidance
 from diffusion.noise import draw
 from diffusion.noise import generators as make_generators
 from diffusion.samplers import Callback, ignore
-from diffusion.schedule import Schedule
 from diffusion.step_rules import step_rule
 from digits.classifier import DigitClassifier, misclassified
 from P1_model import HOMEWORK, DataSpec, Network
@@ -105,16 +104,11 @@ def sample(
         return samplers.dpm_solver(denoise, x, schedule, config.steps, callback)
     if config.name == "ddpm":
         return samplers.ddpm(denoise, x, schedule, generators, callback)
-    if distilled:
-        return few_steps(denoise, x, schedule, config.steps, callback)
+    if distilled:  # trained on steps of DDIM without clamp
+        grid = replace(step_rule("trailing", len(schedule), config.steps), clamp=False)
+        return samplers.ddim(denoise, x, schedule, grid, callback=callback).clamp(-1, 1)
     steps = step_rule(config.rule, len(schedule), config.steps)
     return samplers.ddim(denoise, x, schedule, steps, generators, config.eta, callback)
-
-
-def few_steps(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, callback: Callback = ignore) -> Tensor:
-    """Sample by a network that is distilled to so many steps: DDIM on the trailing grid without clamping x0; the result in -1..1."""
-    grid = replace(step_rule("trailing", len(schedule), steps), clamp=False)
-    return samplers.ddim(denoise, x, schedule, grid, callback=callback).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
