@@ -57,7 +57,7 @@ def describe(images: Tensor) -> Tensor:
     core, ground = _shrunk(mask, 2), 1 - _grown(mask, 4)
 
     responses = F.conv2d(F.pad(light, (REACH,) * 4, mode="reflect"), gabor_filters())
-    energies = responses.unflatten(1, (-1, 2)).norm(dim=2)
+    energies = torch.hypot(responses[:, ::2], responses[:, 1::2])
     texture = [(_mean(energies, area) + 0.01).log() for area in (ground, core)]
 
     # the contour's lightness, relative to the background outside and to the object's core inside
