@@ -345,8 +345,9 @@ def load_digits(root: Path, split: Split, domains: Sequence[int] | None = None) 
 class BalancedIndex:
     """A random choice of images, as row numbers of `data`, balanced over domains and classes, without a device sync.
 
-    `svhn_share`: expected share of SVHN in a batch; for other images, all domains come equally often. None = as in the data.
-    `balance_digits`: SVHN's digits come equally often; for other images, so do the classes of each domain.
+    `svhn_share`: expected share of SVHN in a batch. None = as in the data. For data other than MNIST-M and SVHN, any number makes all
+    domains equally frequent.
+    `balance_digits`: SVHN's digits are equally frequent; for other data, the classes of each domain.
     """
 
     def __init__(self, data: Digits, svhn_share: float | None, balance_digits: bool):

@@ -248,7 +248,7 @@ def draw_walk(path: Path, noises: Sequence[Noise], frames: int, draw: Draw) -> N
 def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], draw: Draw) -> dict[str, float]:
     """Draw mix.png: images of the weighted noises, of their mean renormalised to unit variance, and of their plain mean.
 
-    Return {"mean" or "plain": root mean square of that mean noise}.
+    Return {"mean": its root mean square, "plain": that of the plain mean}.
     """
     parts = [noise for noise in noises if noise.stem in weights]
     shares = torch.tensor([weights[noise.stem] for noise in parts])

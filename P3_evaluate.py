@@ -35,7 +35,7 @@ SHOWN = 256  # pixels of an image's side in the figure
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Flags of grading."""
 
     images: Path
     """Folder that hw2_3.sh wrote: {key}/{prompt}/ with exactly 25 images each."""

@@ -84,7 +84,7 @@ COMPILE_COUNT = 50  # images from which on compiling pays
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags."""
+    """Flags of sampling with learned tokens, and of its outputs."""
 
     model: str
     """Stable Diffusion v1: a diffusers folder, a hub name, or a single file."""
@@ -338,7 +338,7 @@ def check_words(tokenizer: CLIPTokenizer, settings: Settings, jobs: Sequence[Job
 
 
 def figure_levels(settings: Settings) -> list[Level]:
-    """Return the levels that --figure shows of a layout: with --attention joint and the --level, else all."""
+    """Return the levels that --figure shows of a layout: all of them, or with --attention only `joint` and that of --level."""
     return list(dict.fromkeys(("joint", settings.level))) if settings.attention else list(get_args(Level))
 
 

@@ -193,7 +193,10 @@ def commands() -> list[Command]:
 
 
 def training(preset: str, line: str, measured: str, seconds: float) -> Command:
-    """Return P1's training by a preset. AdamW keeps two values per weight, the EMA one."""
+    """Return the table's line `line` for P1's training by a preset. `seconds` were measured on the H100, quoted as `measured`.
+
+    Memory: AdamW keeps two values per weight, the EMA one.
+    """
     recipe = RECIPES[preset]
     with META:
         unet = UNet(PRESETS[preset])

@@ -116,7 +116,7 @@ class Settings:
     """Only measure time and memory, on a layout without learned concepts."""
     config: ConductorConfig = ConductorConfig()
     learn: int = 0
-    """Steps of textual inversion. 0 = 600 for the objects, 400 for the styles."""
+    """Steps of textual inversion. 0 = 60 for the objects, 400 for the styles."""
     solver: Solver = SAMPLER.solver
     steps: int = 25
     """Sampling steps."""

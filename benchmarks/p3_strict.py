@@ -62,7 +62,7 @@ class Verdict:
 
 
 class StrictMeasure:
-    """The measures of images of one sort of cases, with bars from renders of these very layouts."""
+    """Grades images of the given layouts. The thresholds come from rendered images with the same layouts."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StrictMeasure:
         self.bars = {key: PASSING * sum(each) / len(each) for key, each in values.items()}
 
     def ceiling(self) -> dict[str, float]:
-        """Return the shares of verdicts on fresh renders of the cases that passed through the autoencoder."""
+        """Grade new renders of the cases, encoded and decoded by the autoencoder. Return the share of images for each verdict."""
         images = self.through(
             render_scenes([scene_of(case, derived_seed(GRADED, k)) for k, case in enumerate(self.cases)])
         )
@@ -105,7 +105,7 @@ class StrictMeasure:
 
 
 class PartMeasure:
-    """The measures of images of one part alone, with bars from renders of single objects."""
+    """Grades images of one object or one style. The thresholds come from rendered images of single objects."""
 
     def __init__(self, classifier: SceneClassifier, through: Through, renders: int = 60):
         self.classifier, self.through, self.renders = classifier, through, renders
@@ -139,7 +139,10 @@ def keys_of(case: LayoutCase) -> list[Key]:
 
 
 def box_fidelity(image: Tensor, case: LayoutCase) -> list[float]:
-    """Return each object's shape fidelity, 0..1, in its enlarged box of an image [3,64,64] uint8, with the other boxes erased."""
+    """Return each object's shape fidelity, 0..1 (`miniature.silhouettes`), in an image [3,64,64] uint8.
+
+    It is measured in the object's enlarged box, with the other boxes erased.
+    """
     values = []
     for index, (left, top, right, bottom) in enumerate(case.pixels):
         x = image[None].float()

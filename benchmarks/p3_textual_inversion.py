@@ -96,9 +96,9 @@ ABLATION: dict[str, dict[str, Any]] = {  # {label: changes of the recipe of an o
     "norm limit": {"max_norm": 1.0},
     "embedding noise": {"embedding_noise": 1.0},
     "half the learning rate": {"lr": 5e-3},
-    "60 steps": {"steps": 60},
-    "300 steps": {"steps": 300},
-    "1,200 steps": {"steps": 1200},
+    "30 steps": {"steps": 30},
+    "200 steps": {"steps": 200},
+    "600 steps": {"steps": 600},
     "4 vectors": {"vectors": 4},
 }
 Scores = dict[str, list[list[float]]]  # concept -> image and text score of each prompt
@@ -142,7 +142,7 @@ class Concepts(SamplerFlags):
     count: int = 25
     """Images per question."""
     steps: int = 0
-    """Steps of a training. 0 = 600 for an object, 800 for a style."""
+    """Steps of a training. 0 = 60 for an object, 800 for a style."""
     batch: int = 0
     """Images per step. 0 = 8 for an object, 24 for a style."""
     seed: int = 0
@@ -254,7 +254,7 @@ def samples_of(settings: Speed, concept: ConceptSet, device: torch.device) -> li
 
 
 def plain_step(settings: Speed, concept: ConceptSet, samples: Sequence[InversionBatch]) -> Callable[[], None]:
-    """Return a function that takes a step of the plain method, each on the next batch of `samples`, which repeat."""
+    """Return a function that takes a training step of plain_p3.py on the next batch of `samples`, which repeat."""
     method, batches = Plain(settings.model, concept, samples[0].t.device, LR), cycle(samples)
     return lambda: method.step(next(batches))
 

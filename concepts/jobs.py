@@ -110,7 +110,7 @@ def layout_job(layout: Layout, name: str, output: Path, count: int, candidates: 
 def graded_jobs(file: Path, output: Path, references: Path, candidates: int, seed: int) -> list[Job]:
     """Return a job per prompt of the course's input.json, with 25 files each.
 
-    Raise BadInput for an invalid token and, with candidates, for a concept without images in `references`.
+    Raise BadInput for an invalid token and, if `candidates` are to be chosen by their references, for a concept without images there.
     """
     jobs = []
     for concept in read_input(file):

@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[Kind, InversionRecipe]] = {
     "v1": {"object": InversionRecipe(), "style": InversionRecipe()},
     # these did best on the miniature, the small model of miniature/
     "small": {
-        "object": replace(SMALL, steps=600, max_norm=0.0),
+        "object": replace(SMALL, steps=60, max_norm=0.0),
         "style": replace(SMALL, steps=800, batch=24, vectors=2, embedding_noise=1.0),
     },
 }
@@ -58,7 +58,7 @@ def resolve_recipe(name: str, kinds: Collection[Kind], flags: dict[str, Any]) ->
 
 
 def recipe_values(field: str) -> str:
-    """Return a field's value in every recipe, for --help: "v1 500, small object 600, small style 800"."""
+    """Return a field's value in every recipe, for --help: "v1 500, small object 60, small style 800"."""
     values: dict[str, Any] = {}
     for name, recipes in RECIPES.items():
         by_kind = {kind: getattr(recipe, field) for kind, recipe in recipes.items()}

@@ -97,7 +97,8 @@ class ClipBatches:
 def relative(head: Scene, member: int, seed: int) -> Scene:
     """Draw a scene with the object colours, background and style of `head`, the first scene of its family.
 
-    Member 1 of a family with several objects also has the kinds of `head`, with exchanged colours, unless that makes a held-out pair.
+    A family is a group of scenes that are hard to tell apart. If `head` has several objects, member 1 has the same kinds with exchanged
+    colours, unless a (colour, kind) pair is then one held out from training.
     """
     kinds = tuple(thing.kind for thing in head.things)
     colours = tuple(thing.colour for thing in head.things)

@@ -78,7 +78,10 @@ SPOILINGS: dict[str, Spoiling] = {
 
 
 def _boxes(rows: Tensor, centres: Tensor, half: tuple[float, float]) -> Tensor:
-    """Return boxes [N,4] (left, top, right, bottom) around `centres` [N,2] in faces that look ahead, moved by the turn of each face."""
+    """Return boxes [N,4] (left, top, right, bottom) around points of N faces.
+
+    `centres` [N,2] are the points in faces that look straight ahead. They move by the turn of each face, one of its factors in `rows`.
+    """
     moved = centres.clone()
     moved[:, 0] += TURN * (rows[:, COLUMN["turn"]].float() - 1)
     reach = torch.tensor(half, device=rows.device)

@@ -192,7 +192,7 @@ def _of_wholes(judge: SceneClassifier, images: Tensor, batch: RenderedBatch, see
 
 
 def _leaks(judge: SceneClassifier, images: Tensor, batch: RenderedBatch) -> Rates:
-    """Grade images with several objects: outside the first object's box, the first must not be found, and the second must be."""
+    """Grade images with several objects: with the first object's box ignored, the first must not be found, and the second must be."""
     rows = [row for row, scene in enumerate(batch.scenes) if len(scene.things) > 1]
     things = [batch.scenes[row].things for row in rows]
     boxes = torch.tensor([thing[0].box for thing in things], dtype=torch.float32).view(-1, 4)

@@ -215,10 +215,10 @@ class SceneClassifier(nn.Module):
 
 
 def _spotted(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """Return boxes [M,3,4] of three sizes about each of M objects, and the image of each object [M].
+    """Find the M objects in N images. Return boxes [M,3,4] of three sizes about each, and the index [M] of the image it is in.
 
-    `filled` [N,16,16] is P(object) per cell. Neighbouring cells form an object, one cell alone does not. The cells of an object cover the
-    inner half of its box, as in training.
+    `filled` [N,16,16] is P(object) per cell. Neighbouring cells above SURE form an object, one cell alone does not. A box has about twice
+    the width and height of its object's cells, as in training.
     """
     from scipy import ndimage  # slow to import
 

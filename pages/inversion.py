@@ -243,7 +243,7 @@ def learning_elements(steps: Path, case: Personalization, learning: dict[str, St
 
 
 def drawn_elements(commands: Commands, course: bool) -> list[Element]:
-    """Return the given images next to the drawn ones, the strict verdicts, and the scores of the course's grader.
+    """Return the training images next to the generated ones, the strict measure's results, and the scores of the course's grader.
 
     `course`: the baselines are the course's, too.
     """

@@ -168,7 +168,7 @@ def miniature_concepts(inputs: Inputs) -> Personalization:
         count=2 if inputs.quick else 4,
         together="a photo of a <new1> next to a <new2>",
         layout_words=("object", "object"),
-        validate_every=200,
+        validate_every=20,
         sampling=("--sampler", "sde", "--guidance", "3"),
         setup=(
             Step("miniature_concepts", "P3: rendering images of the concepts", render),

@@ -283,7 +283,7 @@ def _refuse_code(path: Path, message: str) -> None:
 
 
 def _check_plain(path: Path, content: Any, name: str = "") -> None:
-    """Raise BadInput for a tensor that is no plain array of numbers; switch gradients off."""
+    """Raise BadInput for tensors in `content` that are sparse, quantized or the like. Set requires_grad False on the others, in place."""
     if isinstance(content, torch.Tensor):
         odd = {
             "sparse": content.layout != torch.strided,

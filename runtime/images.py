@@ -200,7 +200,7 @@ def labelled_grid(
 def pixel_grid(path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
     """Write images [rows * columns,3,H,W] uint8 as PNG: row by row, with a title and a label per row and column.
 
-    Images keep their pixels. They are enlarged by a whole number, up to a width of 128 and about 800 for all columns.
+    Each pixel becomes a block of k x k pixels. k is chosen so that an image is at most 128 wide, and all columns about 800.
     Letters are a 26th of the grid's width high, legible on a phone; labels of narrow columns are smaller.
     """
     rows, columns = ([shorten(text, 14) for text in texts] for texts in (rows, columns))

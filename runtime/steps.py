@@ -60,7 +60,7 @@ class Runner:
         self.keys: dict[str, str] = {}
 
     def is_kept(self, step: Step) -> bool:
-        """Return whether the results of a step are there and up to date. Call it for the steps in `after` before."""
+        """Return whether the results of a step exist and are up to date. Call it first for the steps that the step comes `after`."""
         last = self._last(step)
         return bool(last.get("key") == self._key(step) and last["done"])
 

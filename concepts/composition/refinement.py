@@ -39,7 +39,7 @@ class RecordedAttention:
 
 @contextmanager
 def record_self_attention(unet: Any) -> Iterator[RecordedAttention]:
-    """Record queries and keys of one layer in the last U-Net call within the block.
+    """While the context is open, record queries and keys of one self-attention layer. Those of the last U-Net call remain.
 
     It is the last self-attention at half the latents' resolution (32x32 for images of 512 pixels).
     """
