@@ -270,7 +270,7 @@ def fingerprint(folder: Path, tables: dict[Split, pd.DataFrame]) -> str:
 def decode(paths: Sequence[Path], spec: DataSpec, title: str, resized: list[str]) -> Tensor:
     """Return the images as [N,C,H,W] uint8, read in parallel with the progress bar `title`.
 
-    The homework's are read by `read_digit`, with its list `resized`, others by `read_exactly`.
+    With the homework's spec `read_digit` reads them and appends to `resized`. With any other `read_exactly` does, which resizes nothing.
     """
     images = np.empty((len(paths), *spec.shape), dtype=np.uint8)
     read = partial(read_digit, resized=resized) if spec == HOMEWORK else partial(read_exactly, spec=spec)

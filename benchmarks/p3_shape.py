@@ -75,7 +75,7 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Named(SamplerFlags):
-    """Draw the kinds that captions name, and measure strict success."""
+    """Draw the kinds that the training captions name, and measure strict success."""
 
     model: str = MODEL
     parts: Path = PARTS
@@ -136,7 +136,7 @@ def passing_fidelity(images: Tensor, kind: str) -> float:
 def calibrate(settings: Calibrate, record: Record) -> None:
     """Measure the shape fidelity of each held-out kind's renders, plain and through the autoencoder.
 
-    Measure malformed outlines and other kinds as well, through the autoencoder.
+    As negatives, measure malformed outlines and renders of other kinds, through the autoencoder.
     Record a row per kind and group: mean fidelity, and the share of images that passes.
     """
     through = open_autoencoder(settings.parts, record.machine.device)

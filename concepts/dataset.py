@@ -109,7 +109,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_sentences(image: Path, token: str) -> list[str]:
-    """Return an image's training sentences: the lines of 00.txt next to 00.png with the token for {}; [] without such a file.
+    """Return an image's training sentences: the lines of 00.txt next to 00.png, with {} replaced by the token; [] without such a file.
 
     They describe the rest of the image, so that the token need not represent it. Raise BadInput for lines without {}.
     """

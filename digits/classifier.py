@@ -281,7 +281,7 @@ def accuracy(classifiers: Sequence[DigitClassifier], images: Tensor, digits: Ten
 
 
 def quality(classifier: DigitClassifier, images: Tensor) -> dict[str, float]:
-    """Return the metrics of `digits.metrics.measure` for images [N,3,28,28] uint8; raise ValueError without a reference."""
+    """Return the metrics of `digits.metrics.measure` for images [N,3,28,28] uint8; raise ValueError if the classifier has no reference."""
     if classifier.reference is None:
         raise ValueError("this classifier carries no reference of real images")
     return measure(classifier.features(images), classifier.reference)

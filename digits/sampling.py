@@ -49,7 +49,7 @@ def graded_requests(
     """Return `count` requests for each of these domains and digits (None = all), ordered by domain, digit and index.
 
     An image's seed is derived from (seed, domain, digit, index) and does not depend on the rest of the selection.
-    Of two equal seeds, that of the higher index is replaced, so no two images share their noise.
+    Of two equal seeds, the one with the higher index (then domain, then digit) is replaced, so no two images share their noise.
     """
     every_digit, every_domain = range(len(spec.classes)), range(len(spec.domains))
     keys = list(product(range(count), every_domain, every_digit))  # all, so that a part has the same seeds

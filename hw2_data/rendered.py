@@ -278,7 +278,7 @@ def digit_fonts() -> tuple[Path, ...]:
 
 
 def _has_digits(path: Path) -> bool:
-    """Return whether the font's digits are digits by their glyphs' names: symbol fonts have other shapes in these places."""
+    """Return whether the font's glyph names say that its digits are digits. Symbol fonts have other shapes in their places."""
     from fontTools.ttLib import TTFont, TTLibError
 
     try:

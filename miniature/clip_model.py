@@ -183,7 +183,7 @@ PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visu
 
 
 def transformers_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return open_clip's tensors by transformers' names. Projections are transposed, joint queries, keys and values split."""
+    """Return open_clip's tensors by transformers' names. Projections are transposed. Joint tensors of query, key and value are split."""
     state_dict: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name in OUTSIDE:

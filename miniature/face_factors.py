@@ -132,7 +132,7 @@ def grade(settings: GradeFaceClassifier) -> None:
 
 
 def measure_rates(reader: FaceReader, count: int, seed: int) -> dict[str, float]:
-    """Return shares of `count` faces of the set `seed`: factors read right, good faces that pass, spoilt faces that are refused.
+    """Return shares of `count` faces drawn from `seed`: factors read right, good faces that pass, spoilt faces that are refused.
 
     Factors are read from slightly worsened faces.
     """

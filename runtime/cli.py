@@ -324,7 +324,7 @@ def log(message: str) -> None:
 
 
 def progress(items: Iterable[Item] | None, title: str, **options: object) -> tqdm[Item]:
-    """Return a progress bar on stderr; in a log file it is printed every 20 seconds at most. `options` are tqdm's."""
+    """Return a progress bar on stderr; in a log file it is printed at most once in 20 seconds. `options` are tqdm's."""
     interval = 0.1 if sys.stderr.isatty() else 20.0
     options |= {"mininterval": interval, "dynamic_ncols": True, "disable": not is_main_process()}
     return tqdm(items, title, **options)

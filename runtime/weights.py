@@ -147,7 +147,7 @@ def _dicts(content: Any, place: str, depth: int) -> Iterable[tuple[str, dict[Any
 
 
 def _prefixes(state: dict[Any, Any], markers: Iterable[str]) -> list[str]:
-    """Return what precedes a marker in the names, the shortest first."""
+    """Return what precedes a marker in the keys of `state`, the shortest first."""
     names = [str(name) for name in state]
     ends = [name[: -len(marker)] for marker in markers for name in names if name.endswith(marker)]
     return sorted({prefix for prefix in ends if not prefix or prefix.endswith(".")}, key=len)

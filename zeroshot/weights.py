@@ -87,7 +87,8 @@ def resolve(model: str, weights: str | None, download: bool = False) -> Source:
     """Find the files of a model. `weights` is a tag or a file; None for a folder or hub model.
 
     The network is used only with `download`, and only for files that are not on this machine.
-    Raise BadInput for an unknown name (with the nearest), absent weights (with where to get and put them), and a hub that doesn't answer.
+    Raise BadInput for an unknown name (the message gives the nearest known one), for absent weights (it says where to get and put them),
+    and if the hub doesn't answer.
     """
     if model.startswith((LOCAL, HUB)):
         if weights:

@@ -67,7 +67,7 @@ def cut_to_fit(image: Tensor, thing: Tensor, height: int, width: int) -> Tensor:
 
 
 def clear_regions(images: Tensor, inside: Tensor) -> Tensor:
-    """Return images [B,3,S,S] with a blur of their other parts where `inside` [B,1,S,S] is above 0."""
+    """Return images [B,3,S,S] in which the parts where `inside` [B,1,S,S] is above 0 are replaced by a blur of the rest."""
     from torchvision.transforms.functional import gaussian_blur
 
     size = GRID, GRID

@@ -23,7 +23,7 @@ Piece = Literal["attention", "features", "noise"]
 
 
 class RegionMasks:
-    """Soft masks of N concepts in B images, resized to the resolution of any layer as 0 or 1."""
+    """Soft masks of N concepts in B images. They can be resized to any layer's resolution, then with values 0 or 1."""
 
     def __init__(self, soft: Tensor):
         self.soft = soft
