@@ -22,6 +22,6 @@ class Ema(AveragedModel):
 
     @torch.no_grad()
     def average(self, averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
-        """Move the averaged tensors, in place, towards the current ones. torch copies at the first update and calls this at every later one."""
+        """Move the averaged tensors, in place, towards the current ones. torch copies at the first update and calls this at later ones."""
         n = int(self.n_averaged)  # stays on the CPU, unlike the argument: no device sync
         torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
