@@ -185,8 +185,8 @@ def draw_interpolations(
     Return slerp's images [count,C,H,W] uint8 and {"slerp" or "linear": norm / sqrt(dimensions) of each noise}.
     """
     alphas = [index / (count - 1) for index in range(count)]
-    labels, rows, norms = [f"{alpha:g}" for alpha in alphas], {}, {}
-    title = f"from {ends[0].stem} (0) to {ends[1].stem} (1)"
+    labels, rows, norms = [f"{alpha:.2g}" for alpha in alphas], {}, {}
+    title = f"from {ends[0].stem} to {ends[1].stem}"
     for name, way in (("slerp", interpolate), ("linear", linear)):
         frames = noises_between(ends[0], ends[1], count, way)
         rows[name] = draw(frames, name)
