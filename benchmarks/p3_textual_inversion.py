@@ -392,7 +392,8 @@ def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> 
             if who == "learned":
                 sheet.append(images[:SHOWN])
         log(f"{folder.name}, {question}: {shares[question]}")
-    labelled_grid(folder / "images.png", torch.cat(sheet), list(shares), [""] * len(sheet[0]), folder.name, 1.0)
+    labels = [question.replace(", ", ",\n").replace(" and ", "\nand ") for question in shares]
+    labelled_grid(folder / "images.png", torch.cat(sheet), labels, [""] * len(sheet[0]), folder.name, 1.0)
     result = {"facts": facts, "seconds": round(taken, 1), "shares": shares}
     write_json(file, result)
     return result

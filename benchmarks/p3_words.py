@@ -1,6 +1,6 @@
-"""Two figures of learned words: five given images and what six prompts draw with the word; images that fail. None is chosen by hand.
+"""Figures of learned words: given images and what prompts draw with the word, in full and short; images that fail. None is chosen by hand.
 
-  python benchmarks/p3_words.py --embeddings DIR        docs/p3_words.png and docs/p3_failures.png
+  python benchmarks/p3_words.py --embeddings DIR        docs/p3_words.png, docs/p3_words_short.png and docs/p3_failures.png
 
 Every prompt has one seed, the same for all words. Failures are the first that are not strictly right (benchmarks/p3_strict.py) of `--count`
 images of "a photo of a {colour} <word> on a {colour} background in the style of flat". An empty place means that there are no more.
@@ -29,7 +29,7 @@ from runtime.batches import in_batches
 from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect, set_up
 from runtime.files import ROOT, check_writable_file
-from runtime.images import labelled_grid
+from runtime.images import labelled_grid, pixel_grid
 from runtime.seeds import derived_seed
 
 PROMPTS = {
@@ -41,6 +41,13 @@ PROMPTS = {
     "a white {} next to an orange star": "white, next\nto a star",
 }
 GIVEN = 5
+SHORT = {
+    0: "given",
+    1: "given",
+    GIVEN: "alone",
+    GIVEN + 1: "red",
+    GIVEN + 2: "blue",
+}  # {column: label} of the short figure
 BATCH = 10
 
 
@@ -58,14 +65,17 @@ class Settings:
     seed: int = 0
     device: Device = "auto"
     output: Path = ROOT / "docs" / "p3_words.png"
+    short: Path = ROOT / "docs" / "p3_words_short.png"
+    """PNG file for two given and three drawn images of each word, legible at a third of a page."""
     failures: Path = ROOT / "docs" / "p3_failures.png"
 
 
 def main(settings: Settings) -> None:
-    """Draw both figures."""
+    """Draw the three figures."""
     check_positive(settings, "count")
     check_model(settings.model)
-    for flag, path in (("--output", settings.output), ("--failures", settings.failures)):
+    files = {"--output": settings.output, "--short": settings.short, "--failures": settings.failures}
+    for flag, path in files.items():
         check_writable_file(path, flag, [".png"])
     tokens = {kind: f"<{kind}>" for kind in HELD_OUT_KINDS}
     vectors = find_vectors(tokens.values(), [settings.embeddings]).vectors
@@ -104,9 +114,11 @@ def main(settings: Settings) -> None:
     labelled_grid(
         settings.output, torch.cat(rows), list(tokens), columns, "Five given images, and the learned word", 1.0
     )
+    short = torch.cat([row[list(SHORT)] for row in rows])
+    pixel_grid(settings.short, short, list(tokens), list(SHORT.values()), "Given images, and the learned word")
     title = f"The first images that fail, and how many of {settings.count} are right"
     labelled_grid(settings.failures, torch.cat(failures), rates, [""] * BATCH, title, 0.9)
-    log(f"figures: {settings.output}, {settings.failures}")
+    log(f"figures: {', '.join(map(str, files.values()))}")
 
 
 if __name__ == "__main__":
