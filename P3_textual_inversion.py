@@ -36,7 +36,6 @@ from runtime.batches import is_out_of_memory
 from runtime.cli import (
     BadInput,
     Seed,
-    check_fractions,
     check_not_negative,
     check_positive,
     default_hint,
@@ -96,9 +95,6 @@ class Settings:
     """Cap on the loss weight 1 + 1/SNR (1 = unweighted). Higher values emphasise noisy steps, which decide shape and position."""
     flip: Annotated[bool | None, default_hint(recipe_values("flip"))] = None
     """Mirror half of the samples."""
-    zoom_out: Annotated[float | None, default_hint(recipe_values("zoom_out"))] = None
-    """Share of an object's samples that show it smaller in the frame (as Custom Diffusion, Kumari et al. 2023). It helps prompts with
-    several objects. Requires --crop center."""
     embedding_noise: Annotated[float | None, default_hint(recipe_values("embedding_noise"))] = None
     """Norm of the noise on the learned embeddings during training, as a multiple of their own norm (0 = off).
     With noise they work in more sentences and bear longer training."""
@@ -153,7 +149,7 @@ def main(settings: Settings) -> None:
         pipe = load_pipeline(settings.model, device, DTYPES[precision])
         scorer = Scorer.load(settings.clip, device) if settings.clip and accelerator.is_main_process else None
         inversion = TextualInversion(pipe, concepts, settings.seed)
-        augmentation = Augmentation(settings.crop, recipe.flip, recipe.zoom_out, recipe.embedding_noise)
+        augmentation = Augmentation(settings.crop, recipe.flip, recipe.embedding_noise)
         data = [ConceptData(pipe, concept, settings.seed, augmentation) for concept in concepts]
     if settings.crop == "center":
         pipe.vae.to("cpu")  # all images are encoded
@@ -237,18 +233,13 @@ def check(settings: Settings) -> None:
 def recipe_of(settings: Settings, name: str, concepts: Sequence[ConceptSet]) -> InversionRecipe:
     """Return the recipe of this run, overridden by the flags that are set. Raise BadInput for numbers out of range."""
     flags = {f.name: value for f in fields(InversionRecipe) if (value := getattr(settings, f.name)) is not None}
-    if settings.crop == "random":
-        flags = {"zoom_out": 0.0} | flags
     recipe = resolve_recipe(name, {concept.kind for concept in concepts}, flags)
     check_positive(recipe, "steps", "batch", "lr")
     check_not_negative(recipe, "max_norm", "embedding_noise")
-    check_fractions(recipe, "zoom_out")
     if recipe.batch % settings.accumulate:
         raise BadInput(f"--accumulate {settings.accumulate}: does not divide --batch {recipe.batch}")
     if recipe.max_loss_weight < 1:
         raise BadInput(f"--max-loss-weight {recipe.max_loss_weight}: give 1 (none) or more")
-    if recipe.zoom_out and settings.crop == "random":
-        raise BadInput(f"--zoom-out {recipe.zoom_out}: goes with --crop center, random cuts afresh at every step")
     return recipe
 
 
@@ -265,7 +256,7 @@ def concepts_of(settings: Settings, recipe: str) -> list[ConceptSet]:
 
 def facts_of(settings: Settings, recipe: InversionRecipe, data: list[ConceptData]) -> dict[str, Any]:
     """Return the settings and data that decide the learned vectors, apart from the model. A run may only continue with the same."""
-    names = ("batch", "lr", "max_norm", "max_loss_weight", "flip", "zoom_out", "embedding_noise")
+    names = ("batch", "lr", "max_norm", "max_loss_weight", "flip", "embedding_noise")
     concepts = [each.concept for each in data]
     return {name: getattr(recipe, name) for name in names} | {
         "seed": settings.seed,

@@ -187,7 +187,8 @@ def open_sampler(settings: Settings, machine: Machine) -> StableDiffusionSampler
 
 
 def learned_vectors(settings: Settings, model: str) -> Vectors:
-    """Return {token: vectors} of all concepts from the folder. Learn missing ones first: objects in one run, styles in another."""
+    """Return {token: vectors} of the concepts in --cases, from the folder. Learn missing ones first: objects in one run, then styles."""
+    needed = {kind: names for kind, names in NAMES.items() if kind == "object" or "scene" in settings.cases}
     steps = {kind: settings.learn or number for kind, number in LEARNING_STEPS.items()}
     folder = settings.embeddings
     if not folder:
@@ -200,12 +201,12 @@ def learned_vectors(settings: Settings, model: str) -> Vectors:
             *astuple(RECIPE["object"]),
         ]  # vectors depend on these
         folder = FOLDER / "-".join(map(str, parts))
-    for kind, names in NAMES.items():
+    for kind, names in needed.items():
         missing = [name for name in names if not file_of(folder, f"<{name}>").is_file()]
         concepts = [ConceptSet(f"<{name}>", write_images(name, IMAGES, True), INITIAL[kind], kind) for name in missing]
         if concepts:
             learn(concepts, folder, model=model, device=settings.device, steps=steps[kind])
-    return find_vectors([f"<{name}>" for names in NAMES.values() for name in names], [folder]).vectors
+    return find_vectors([f"<{name}>" for names in needed.values() for name in names], [folder]).vectors
 
 
 # ---------------------------------------------------------------- sampling and grading

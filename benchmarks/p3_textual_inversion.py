@@ -90,12 +90,12 @@ PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # (prompt, text it is grad
 }
 ABLATION: dict[str, dict[str, Any]] = {  # {label: changes of the recipe of an object}
     "the recipe": {},
-    "unweighted loss": {"max_loss_weight": 1.0},
-    "without zoom-out": {"zoom_out": 0.0},
-    "without mirroring": {"flip": False},
-    "norm limit": {"max_norm": 1.0},
+    "with mirroring": {"flip": True},
+    "weighted loss": {"max_loss_weight": 30.0},
+    "weighted loss, with mirroring": {"max_loss_weight": 30.0, "flip": True},
+    "no norm limit": {"max_norm": 0.0},
     "embedding noise": {"embedding_noise": 1.0},
-    "half the learning rate": {"lr": 5e-3},
+    "twice the learning rate": {"lr": 1e-2},
     "30 steps": {"steps": 30},
     "200 steps": {"steps": 200},
     "600 steps": {"steps": 600},

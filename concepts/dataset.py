@@ -32,7 +32,6 @@ Crop = Literal["center", "random"]
 TEMPLATES: dict[str, tuple[str, ...]] = {"object": OBJECT, "style": STYLE}
 MAX_VECTORS = 8
 CAMERA_FORMATS = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-SMALLER_VIEWS = 8  # of every image of an object, with `zoom_out`
 
 
 @dataclass(frozen=True)
@@ -151,21 +150,6 @@ def square(images: Sequence[Image.Image], side: int) -> Tensor:
     return torch.stack([center_crop(scaled(image, side), [side, side]) for image in images])
 
 
-def zoomed_out(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images [N,3,S,S] in -1..1, shrunk to 0.6 .. 0.95 of their size at random places. Their edge pixels fill the rest."""
-    from torchvision.transforms import InterpolationMode  # slow to import
-    from torchvision.transforms.functional import pad, resize
-
-    side, views = x.shape[-1], []
-    for image in x:
-        share, right, down = torch.rand(3, generator=generator).tolist()
-        size = round(side * (0.6 + 0.35 * share))
-        left, top = int(right * (side - size + 1)), int(down * (side - size + 1))
-        small = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
-        views.append(pad(small, [left, top, side - size - left, side - size - top], padding_mode="edge"))
-    return torch.stack(views)
-
-
 @torch.no_grad()
 def posteriors(vae: AutoencoderKL, x: Tensor) -> Tensor:
     """Return the autoencoder's posteriors for images [N,3,H,W] in -1..1, [N,2,2,4,h,w] float32 in the U-Net's scale.
@@ -192,8 +176,6 @@ class Augmentation:
 
     crop: Crop = "center"
     flip: bool = True
-    zoom_out: float = 0.0
-    """Fraction of an object's samples that show it smaller. Styles have none, since shrinking changes their strokes."""
     embedding_noise: float = 0.0
     """Norm of the noise on the learned embeddings, as a multiple of their own norm."""
 
@@ -229,7 +211,7 @@ class ConceptData:
     """The encoded images and sentences of one concept, from which batches are drawn.
 
     `tokens` [N,S,77] are the token ids of each image's sentences. Image i has counts[i] of them; the rest of its S rows repeats them.
-    `moments` [N,V,2,4,h,w] are posteriors of V views of each image: the whole image and its mirror image, then smaller views likewise.
+    `moments` [N,2,2,4,h,w] are the `posteriors` of the images and their mirror images.
     With random crops `moments` is None, since every sample is encoded when it is drawn.
     """
 
@@ -251,14 +233,8 @@ class ConceptData:
         self.tokens = tokens.to(self.device)
         self.counts = torch.tensor([len(own) for own in sentences], device=self.device)
         self.fingerprint = zlib.crc32(b"".join(image.tobytes() for image in self.images) + tokens.numpy().tobytes())
-        self.moments = None if augmentation.crop == "random" else self._encode_views()
-
-    def _encode_views(self) -> Tensor:
-        views = [square(self.images, self.side)]
-        if self.augmentation.zoom_out and self.concept.kind == "object":
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.concept.key, 1))
-            views += [zoomed_out(views[0], generator) for _ in range(SMALLER_VIEWS)]
-        return torch.cat([posteriors(self.vae, view) for view in views], 1)
+        encoded = augmentation.crop == "center"
+        self.moments = posteriors(self.vae, square(self.images, self.side)) if encoded else None
 
     def batch(self, step: int, rows: slice, total: int) -> InversionBatch:
         """Draw samples `rows` of the `total` training samples of this step. Equal arguments give equal samples."""
@@ -269,14 +245,8 @@ class ConceptData:
 
         image = (which * len(self.images)).long()
         flip = (mirrored < 0.5).long() * self.augmentation.flip
-        if self.moments is None:
-            moments = self._random_crops(image, draws)[torch.arange(len(flip)), flip]
-        else:
-            smaller = self.moments.shape[1] > 2
-            zoom = draws.uniform() / self.augmentation.zoom_out if smaller else torch.ones_like(which)
-            view = flip + 2 * torch.where(zoom < 1, 1 + (zoom * SMALLER_VIEWS).long(), 0)
-            moments = self.moments[image, view]
-        mean, std = moments.unbind(1)
+        views = self.moments[image] if self.moments is not None else self._random_crops(image, draws)
+        mean, std = views[torch.arange(len(flip)), flip].unbind(1)
         tokens = self.tokens[image, (sentence * self.counts[image]).long()]
         noise = draws.normal(tokens.shape[1], self.width) * (self.augmentation.embedding_noise / self.width**0.5)
         return InversionBatch(mean + std * posterior_noise, eps, t, tokens, noise)

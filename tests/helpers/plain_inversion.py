@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from concepts.dataset import ConceptSet, zoomed_out
+from concepts.dataset import ConceptSet
 from concepts.recipes import InversionRecipe
 from concepts.stable_diffusion import load_pipeline
 from concepts.templates import OBJECT, STYLE
@@ -118,12 +118,7 @@ class PlainInversion:
                 left, top = int(x * (picture.width - SIDE + 1)), int(y * (picture.height - SIDE + 1))
                 pixels.append(to_network(picture.crop((left, top, left + SIDE, top + SIDE))))
         else:
-            zooms = recipe.zoom_out and plain.concept.kind == "object"
-            shares = uniform() if zooms else [1.0] * count
-            for k, share in enumerate(shares):
-                pixels.append(to_network(centre(self._picture(plain, which[k]))))
-                if zooms and share < recipe.zoom_out:
-                    pixels[-1] = self._smaller(plain, int(which[k] * len(plain.pictures)), share / recipe.zoom_out)
+            pixels = [to_network(centre(self._picture(plain, each))) for each in which]
         flipped = [x.flip(-1) if recipe.flip and m < 0.5 else x for x, m in zip(pixels, mirrored, strict=True)]
         with torch.no_grad():
             posterior: Any = self.pipe.vae.encode(torch.cat(flipped)).latent_dist
@@ -139,14 +134,6 @@ class PlainInversion:
 
     def _picture(self, plain: PlainConcept, uniform: float) -> Image.Image:
         return plain.pictures[int(uniform * len(plain.pictures))]
-
-    def _smaller(self, plain: PlainConcept, index: int, uniform: float) -> Tensor:
-        """Return one of the eight smaller views of a picture, which are drawn once for the whole run."""
-        key = derived_seed(self.settings.seed, zlib.crc32(plain.concept.token.encode()), 1)
-        generator = torch.Generator().manual_seed(key)
-        whole = torch.cat([to_network(centre(picture)) for picture in plain.pictures])
-        views = [zoomed_out(whole, generator) for _ in range(8)]
-        return views[int(uniform * 8)][index : index + 1]
 
     def _text(self, plain: PlainConcept, ids: Tensor, noise: Tensor) -> Tensor:
         """Return the text encoder's states, with noise on the learned embeddings only."""
