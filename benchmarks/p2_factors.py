@@ -224,7 +224,7 @@ def print_paths(paths: dict[str, dict[str, list[float]]]) -> None:
 
 
 def draw_paths(path: Path, paths: dict[str, dict[str, list[float]]], frames: int) -> None:
-    """Plot each measured quantity against the frame number, in a panel of its own."""
+    """Plot each measured quantity against the frame number, one panel per quantity."""
     names = {
         "valid": "share of valid faces",
         "local contrast": "local contrast",

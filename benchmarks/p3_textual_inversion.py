@@ -92,7 +92,6 @@ ABLATION: dict[str, dict[str, Any]] = {  # {label: changes of the recipe of an o
     "the recipe": {},
     "with mirroring": {"flip": True},
     "weighted loss": {"max_loss_weight": 30.0},
-    "weighted loss, with mirroring": {"max_loss_weight": 30.0, "flip": True},
     "no norm limit": {"max_norm": 0.0},
     "embedding noise": {"embedding_noise": 1.0},
     "twice the learning rate": {"lr": 1e-2},
