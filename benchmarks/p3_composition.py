@@ -32,14 +32,13 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import repository_root  # noqa: F401  # isort: split
 import torch
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, with_reference
-from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, SAMPLER, check_model, learn, write_images
+from benchmarks.p3_learning import INITIAL, MODEL, NAMES, RECIPE, SAMPLER, check_model, learn, sample, write_images
 from benchmarks.p3_shape import open_autoencoder
 from benchmarks.p3_strict import PartMeasure, StrictMeasure, shares_of
 from benchmarks.plain_p3 import save_random_v1
@@ -55,8 +54,7 @@ from concepts.stable_diffusion import load_pipeline
 from diffusion.guidance import Guidance
 from miniature.diffusion_parts import PARTS
 from miniature.judge_model import load_scene_classifier
-from runtime.batches import in_batches
-from runtime.cli import BadInput, check_not_negative, check_positive, log, progress, run_script
+from runtime.cli import BadInput, check_not_negative, check_positive, log, run_script
 from runtime.device import DTYPES, Device, Machine, detect, set_up
 from runtime.images import labelled_grid
 from runtime.record import Record
@@ -64,7 +62,6 @@ from runtime.seeds import derived_seed
 
 FOLDER = BENCH / "p3_composition"
 IMAGES = FOLDER / "pictures"  # from which the concepts are learned
-BATCH = 10
 # styles have one vector, too, and fewer steps: a style that is learned more closely suppresses objects
 LEARNING_STEPS: dict[Kind, int] = {"object": RECIPE["object"].steps, "style": 400}
 VARIANTS: dict[str, ConductorConfig] = {
@@ -229,12 +226,6 @@ def add_part_rates(
         images = sample(sampler.sample_images, requests, part)
         for name, values in measure.verdicts(images, answers).items():
             rates[name][part] = float(values.float().mean())
-
-
-def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
-    """Return the images [N,3,64,64] uint8 that `work` makes of the requests, batch by batch."""
-    chunks = in_batches(work, requests, min(BATCH, len(requests)))
-    return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
 def case_shares(

@@ -1,14 +1,17 @@
-"""How P3's benchmarks learn the miniature's held-out objects and styles, by P3_textual_inversion.py."""
+"""How P3's benchmarks learn the miniature's held-out objects and styles, by P3_textual_inversion.py, and sample images of them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from concepts.dataset import ConceptSet, Kind
 from concepts.recipes import RECIPES
@@ -16,13 +19,15 @@ from concepts.sampling import SamplerConfig, Solver
 from diffusion.guidance import Guidance
 from miniature.scenery.concepts import write_concept_pictures
 from miniature.scenery.scenes import HELD_OUT_KINDS, HELD_OUT_STYLES
-from runtime.cli import BadInput
+from runtime.batches import even_batch, in_batches
+from runtime.cli import BadInput, progress
 from runtime.files import ROOT, read_json, write_json
 
 MODEL = "runs/miniature/stable_diffusion"
 NAMES: dict[Kind, tuple[str, ...]] = {"object": HELD_OUT_KINDS, "style": HELD_OUT_STYLES}
 INITIAL: dict[Kind, str] = {"object": "object", "style": "unusual"}  # what the miniature's captions call them
 RECIPE = RECIPES["small"]
+BATCH = 10  # images sampled at once
 SAMPLER = SamplerConfig("sde", 25, Guidance(3.0))  # by p3_shape.py named, which compares samplers
 
 
@@ -39,6 +44,12 @@ class SamplerFlags:
     def sampler_config(self) -> SamplerConfig:
         """Return the sampler's settings that the flags describe."""
         return SamplerConfig(self.solver, self.sampling_steps, Guidance(self.guidance))
+
+
+def sample(work: Callable[[list[Any]], Tensor], requests: Sequence[Any], title: str) -> Tensor:
+    """Return the images [N,3,64,64] uint8 that `work` makes of the requests, batch by batch."""
+    chunks = in_batches(work, requests, even_batch(len(requests), BATCH))
+    return torch.cat([images[: len(chunk)] for chunk, images in progress(chunks, title, leave=False)])
 
 
 def check_model(model: str) -> None:

@@ -107,11 +107,11 @@ class Between:
     record: Path = BENCH / "p3_shape_between.json"
 
 
-def renders(kind: str, count: int, seed: int) -> Tensor:
-    """Render [count,3,64,64] uint8: one object each in flat style, in a random colour that stands out from its background."""
+def renders(kind: str, count: int, seed: int, style: str = STYLE) -> Tensor:
+    """Render [count,3,64,64] uint8: one object each in a style, in a random colour that stands out from its background."""
     random, pairs = Random(seed), [(c, b) for c in COLOURS for b in BACKGROUNDS if fits(c, b)]
     specs = [
-        SceneSpec(kinds=(kind,), colours=(c,), background=b, style="flat") for c, b in random.choices(pairs, k=count)
+        SceneSpec(kinds=(kind,), colours=(c,), background=b, style=style) for c, b in random.choices(pairs, k=count)
     ]
     scenes = [sample_scene(derived_seed(seed, index), spec) for index, spec in enumerate(specs)]
     return render_scenes(scenes)

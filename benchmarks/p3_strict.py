@@ -2,6 +2,7 @@
 
   python benchmarks/p3_strict.py styles --count 40         renders of each style, other styles, half a style, turned, enlarged
   python benchmarks/p3_strict.py composition --count 60    right, malformed, collapsed and leaking renders of the composition's cases
+  python benchmarks/p3_strict.py named --count 48          images drawn in each style that captions name, beside renders of all styles
   python benchmarks/p3_strict.py images DIR --kind fish --colour green --background white       images of one prompt, by shape and colours
 
 An image is right, strictly, if the scene classifier reads every object in its box, and every silhouette there reaches its bar. The bar is
@@ -27,19 +28,34 @@ import tyro
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, scene_of
-from benchmarks.p3_shape import Through, open_autoencoder, passing_fidelity, renders
+from benchmarks.p3_learning import MODEL, SamplerFlags, check_model, sample
+from benchmarks.p3_shape import SHOWN, STYLE, Through, open_autoencoder, passing_fidelity, renders
 from benchmarks.timing import BENCH
+from concepts.sampling import Request, StableDiffusionSampler
+from concepts.stable_diffusion import load_pipeline
 from miniature.diffusion_parts import PARTS
 from miniature.judge_model import SceneClassifier, erase, load_scene_classifier
+from miniature.scenery.captions import with_article
 from miniature.scenery.malformed import MALFORMED, drawn_as
 from miniature.scenery.render import render_scenes
-from miniature.scenery.scenes import ALL_KINDS, ALL_STYLES, BACKGROUNDS, COLOURS, GROUNDS, SIDE, Scene, Thing
+from miniature.scenery.scenes import (
+    ALL_KINDS,
+    ALL_STYLES,
+    BACKGROUNDS,
+    COLOURS,
+    GROUNDS,
+    KINDS,
+    SIDE,
+    STYLES,
+    Scene,
+    Thing,
+)
 from miniature.silhouettes import PASSING, shape_fidelity
 from miniature.style_fidelity import StyleMeasure, blend, sample_scenes
 from runtime.cli import BadInput, check_positive, log, run_script
-from runtime.device import Device, detect
+from runtime.device import Device, detect, set_up
 from runtime.files import list_files
-from runtime.images import SUFFIXES, open_image
+from runtime.images import SUFFIXES, labelled_grid, open_image
 from runtime.record import Record
 from runtime.seeds import derived_seed
 
@@ -105,31 +121,35 @@ class StrictMeasure:
 
 
 class PartMeasure:
-    """Grades images of one object or one style. The thresholds come from rendered images of single objects."""
+    """Grades images of one object or one style. The thresholds come from rendered images of single objects in the same style."""
 
     def __init__(self, classifier: SceneClassifier, through: Through, renders: int = 60):
         self.classifier, self.through, self.renders = classifier, through, renders
-        self.bars: dict[str, float] = {}  # by kind
+        self.bars: dict[tuple[str, str], float] = {}  # by kind and style
         self.styles: StyleMeasure | None = None
 
     def verdicts(self, images: Tensor, answers: Sequence[dict[str, str]]) -> dict[str, Tensor]:
-        """Return {"strict", "scene classifier": right or not, [N] bool} for images [N,3,64,64] uint8 and the answers expected of each."""
+        """Return {"strict", "scene classifier": right or not, [N] bool} for images [N,3,64,64] uint8 and the answers expected of each.
+
+        Where no style is expected, shapes are compared with those of flat renders.
+        """
         images, columns = images.cpu(), {name: [own[name] for own in answers] for name in answers[0]}
         right = self.classifier.agrees(images, **columns).cpu()
         strict = right
         if "kind" in columns:
-            bars = torch.tensor([self._bar(kind) for kind in columns["kind"]])
+            styles = columns.get("style", [STYLE] * len(images))
+            bars = torch.tensor([self._bar(*each) for each in zip(columns["kind"], styles, strict=True)])
             strict = strict & (shape_fidelity(images, columns["kind"]) >= bars)
         if "style" in columns:
             self.styles = self.styles or StyleMeasure(self.through)
             strict = strict & self.styles.passes(images, columns["style"])
         return {"strict": strict, "scene classifier": right}
 
-    def _bar(self, kind: str) -> float:
-        if kind not in self.bars:
-            images = self.through(renders(kind, self.renders, derived_seed(BARS)))
-            self.bars[kind] = passing_fidelity(images, kind)
-        return self.bars[kind]
+    def _bar(self, kind: str, style: str) -> float:
+        if (kind, style) not in self.bars:
+            images = self.through(renders(kind, self.renders, derived_seed(BARS), style))
+            self.bars[kind, style] = passing_fidelity(images, kind)
+        return self.bars[kind, style]
 
 
 def keys_of(case: LayoutCase) -> list[Key]:
@@ -205,6 +225,22 @@ class Styles:
     seed: int = 1
     device: Device = "auto"
     record: Path = BENCH / "p3_strict_styles.json"
+
+
+@dataclass(frozen=True)
+class Named(SamplerFlags):
+    """Draw in the styles that the training captions name, and measure strict success: style and object. Renders show what can pass."""
+
+    model: str = MODEL
+    parts: Path = PARTS
+    """Folder that holds vae/, the autoencoder: its copies of renders set the bars."""
+    count: int = 48
+    """Images per style."""
+    seed: int = 0
+    device: Device = "auto"
+    sheet: Path = BENCH / "p3_strict_named.png"
+    """PNG file with the first images drawn in each style."""
+    record: Path = BENCH / "p3_strict_named.json"
 
 
 @dataclass(frozen=True)
@@ -296,6 +332,35 @@ def calibrate_styles(settings: Styles, record: Record) -> None:
     record.metrics["passing"] = own
 
 
+def named(settings: Named, record: Record) -> None:
+    """Add {"rendered", "drawn": {style: {measure: share of images}}} to the record, print it, and write the sheet."""
+    check_positive(settings, "sampling_steps")
+    check_model(settings.model)
+    device = record.machine.device
+    set_up("fp32", record.machine)
+    measure = PartMeasure(load_scene_classifier(device), open_autoencoder(settings.parts, device))
+    sampler = StableDiffusionSampler(load_pipeline(settings.model, device, torch.float32), settings.sampler_config())
+    shown: list[Tensor] = []
+    results: dict[str, dict[str, dict[str, float]]] = {"rendered": {}, "drawn": {}}
+    for index, style in enumerate(ALL_STYLES):
+        seeds = [derived_seed(settings.seed, STYLE_IMAGES, index, k) for k in range(settings.count)]
+        kinds = [Random(seed).choice(KINDS) for seed in seeds]
+        rendered = torch.cat([renders(kind, 1, seed, style) for kind, seed in zip(kinds, seeds, strict=True)])
+        groups = {"rendered": measure.through(rendered)}
+        if style in STYLES:
+            prompts = [f"a photo of {with_article(kind)} in the style of {style}" for kind in kinds]
+            requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+            groups["drawn"] = sample(sampler.sample_images, requests, style)
+            shown.append(groups["drawn"][:SHOWN])
+        for group, images in groups.items():
+            verdicts = measure.verdicts(images, [{"kind": kind, "style": style} for kind in kinds])
+            results[group][style] = {name: float(values.float().mean()) for name, values in verdicts.items()}
+            shares = "   ".join(f"{name} {share:.2f}" for name, share in results[group][style].items())
+            print(f"{style:14s}{group:10s}{shares}", flush=True)
+    record.metrics["passing"] = results
+    labelled_grid(settings.sheet, torch.cat(shown), list(STYLES), [""] * len(shown[0]), "Styles drawn by name", 1.0)
+
+
 def calibrate_composition(settings: Composition, record: Record) -> None:
     """Add a row per case and group of renders to the record: the shares of verdicts."""
     through, classifier = (
@@ -372,18 +437,23 @@ GROUPS: dict[str, Callable[[LayoutCase, int], Tensor | None]] = {
 }
 
 
-def main(command: Styles | Composition | Images) -> None:
-    """Run the chosen calibration or grade images, and write the record."""
+def main(command: Styles | Named | Composition | Images) -> None:
+    """Run the chosen calibration or measurement, and write the record."""
     record = Record(command, detect(command.device))
     if isinstance(command, Images):
         grade_images(command, record)
     else:
         check_positive(command, "count")
-        calibrate_styles(command, record) if isinstance(command, Styles) else calibrate_composition(command, record)
+        if isinstance(command, Styles):
+            calibrate_styles(command, record)
+        elif isinstance(command, Named):
+            named(command, record)
+        else:
+            calibrate_composition(command, record)
     record.save(command.record)
     log(f"record: {command.record}")
 
 
 if __name__ == "__main__":
-    command: Any = Styles | Composition | Images  # tyro makes a subcommand of each
+    command: Any = Styles | Named | Composition | Images  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

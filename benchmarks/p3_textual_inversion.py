@@ -48,6 +48,7 @@ from benchmarks.p3_learning import (
     check_model,
     kind_of,
     learn,
+    sample,
     write_images,
 )
 from benchmarks.p3_shape import STYLE, open_autoencoder
@@ -75,7 +76,6 @@ from training.schedule import LearningRate
 CONCEPTS = NAMES["object"] + NAMES["style"]
 TOKEN = "<new>"
 LR = 5e-3  # of both methods in `speed`: the default of P3_textual_inversion.py
-SAMPLES = 20  # images at once
 SHOWN = 10  # images of a question on the sheet
 COPY = 20  # dB; an image nearer to a given one is a copy
 PROMPTS: dict[Kind, tuple[tuple[str, str], ...]] = {  # (prompt, text it is graded against: a caption of the unnamed)
@@ -383,8 +383,7 @@ def outcome(facts: dict[str, Any], settings: Concepts, measure: PartMeasure) -> 
         shares[question] = {}
         for who, word in words.items():
             requests = [Request(text.format(word), derived_seed(seed, index)) for index, text in enumerate(prompts)]
-            batches = [requests[start : start + SAMPLES] for start in range(0, len(requests), SAMPLES)]
-            images = torch.cat([sampler.sample_images(batch) for batch in batches])
+            images = sample(sampler.sample_images, requests, f"{question}, {who}")
             rows = [dict(zip(answers, values, strict=True)) for values in zip(*answers.values(), strict=True)]
             verdicts = measure.verdicts(images, rows) | {"copies": is_copy(images, originals)}
             shares[question][who] = {name: float(values.float().mean()) for name, values in verdicts.items()}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from small_pipeline import save_pipeline
 from torch import Tensor
 
 from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of, possible, question, scene_of
 from benchmarks.p3_shape import renders
 from benchmarks.p3_strict import (
     Images,
+    Named,
     PartMeasure,
     StrictMeasure,
     Verdict,
@@ -28,10 +31,12 @@ from benchmarks.p3_strict import (
     rendered,
     shares_of,
 )
+from concepts.sampling import Request
 from miniature.judge_model import load_scene_classifier
 from miniature.scenery.malformed import drawn_as, fish_without_tail
 from miniature.scenery.render import render_scenes
-from miniature.scenery.scenes import HELD_OUT_KINDS, KINDS, SceneSpec, fits, sample_scene
+from miniature.scenery.scenes import ALL_STYLES, HELD_OUT_KINDS, KINDS, STYLES, SceneSpec, fits, sample_scene
+from miniature.style_fidelity import StyleMeasure
 from runtime.cli import BadInput
 from runtime.images import save_image
 
@@ -49,6 +54,11 @@ def cases_of(name: CaseName, count: int = COUNT) -> list[LayoutCase]:
 @pytest.fixture(scope="module")
 def two() -> StrictMeasure:
     return StrictMeasure(load_scene_classifier(), same, cases_of("two"), renders=48)
+
+
+@pytest.fixture(scope="module")
+def styles() -> StyleMeasure:
+    return StyleMeasure(same, 60)
 
 
 def shares(
@@ -159,6 +169,55 @@ def test_a_part_alone_passes_strictly_with_its_shape_only() -> None:
     verdicts = measure.verdicts(wrong, answers)
     assert verdicts["strict"].float().mean() <= 0.1
     assert verdicts["scene classifier"].float().mean() >= 0.5
+
+
+@pytest.mark.parametrize("style", ["outline", "relief"])
+def test_shapes_in_a_style_are_compared_with_renders_of_that_style(style: str, styles: StyleMeasure) -> None:
+    """Flat renders would set a bar that hardly any right shape with an outline reaches."""
+    measure = PartMeasure(load_scene_classifier(), same, renders=20)
+    measure.styles = styles
+    answers = [{"kind": "fish", "style": style}] * 24
+    right = measure.verdicts(renders("fish", 24, 5, style), answers)["strict"].float().mean()
+    with drawn_as("fish", fish_without_tail):
+        wrong = measure.verdicts(renders("fish", 24, 5, style), answers)["strict"].float().mean()
+    assert right >= 0.6
+    assert wrong < right
+    assert not measure.verdicts(renders("star", 24, 5, style), answers)["strict"].any()
+    assert not measure.verdicts(renders("fish", 24, 5), answers)["strict"].any()  # flat
+
+
+def test_named_styles_are_drawn_and_graded_beside_renders(
+    styles: StyleMeasure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins are renders of the kind and style that the prompt names, but flat where it names mosaic."""
+    prompts: list[str] = []
+
+    def drawn(_sampler: Any, requests: list[Request]) -> Tensor:
+        prompts.extend(request.prompt for request in requests)
+        words = [request.prompt.split() for request in requests]
+        styles = ["flat" if each[-1] == "mosaic" else each[-1] for each in words]
+        return torch.cat(
+            [
+                renders(each[4], 1, request.seed, style)
+                for each, request, style in zip(words, requests, styles, strict=True)
+            ]
+        )
+
+    monkeypatch.setattr("concepts.sampling.StableDiffusionSampler.sample_images", drawn)
+    monkeypatch.setattr("benchmarks.p3_strict.open_autoencoder", lambda *_: same)
+    monkeypatch.setattr("benchmarks.p3_strict.PartMeasure", partial(PartMeasure, renders=10))
+    monkeypatch.setattr("benchmarks.p3_strict.StyleMeasure", lambda _: styles)
+    model, sheet, record = str(save_pipeline(tmp_path / "model")), tmp_path / "sheet.png", tmp_path / "record.json"
+    main(Named(model=model, count=6, device="cpu", sheet=sheet, record=record))
+    shares = json.loads(record.read_text())["metrics"]["passing"]
+    assert list(shares["drawn"]) == list(STYLES)
+    assert list(shares["rendered"]) == list(ALL_STYLES)
+    means = {group: sum(each["strict"] for each in own.values()) / len(own) for group, own in shares.items()}
+    assert means["rendered"] >= 0.4
+    assert means["drawn"] >= 0.3
+    assert shares["drawn"]["mosaic"]["strict"] == 0
+    assert len(prompts) == 6 * len(STYLES)
+    assert sheet.is_file()
 
 
 @pytest.mark.parametrize("colour", ["green", "red"])
