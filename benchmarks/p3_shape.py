@@ -1,6 +1,7 @@
 """Shape fidelity of the miniature's objects: in renders, in images of kinds drawn by name, and between two learned words.
 
   python benchmarks/p3_shape.py calibrate            renders, renders through the autoencoder, malformed ones, other kinds
+  python benchmarks/p3_shape.py calibrate --style relief     .. all of them in another style
   python benchmarks/p3_shape.py named --count 20     strict success of the kinds that the model can name: the ceiling of learned words
   python benchmarks/p3_shape.py named --solver dpm --guidance 5      .. by another sampler
   python benchmarks/p3_shape.py between --embeddings DIR    from one learned object to another: which one is seen, and how well formed
@@ -36,6 +37,7 @@ from miniature.scenery.malformed import MALFORMED, drawn_as
 from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import (
     ALL_KINDS,
+    ALL_STYLES,
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_KINDS,
@@ -68,6 +70,8 @@ class Calibrate:
     """Folder that holds vae/."""
     count: int = 40
     """Images per kind and group. The group of other kinds has four of each."""
+    style: str = STYLE
+    """Style of all renders."""
     seed: int = 0
     device: Device = "auto"
     record: Path = BENCH / "p3_shape_calibration.json"
@@ -139,17 +143,21 @@ def calibrate(settings: Calibrate, record: Record) -> None:
     As negatives, measure malformed outlines and renders of other kinds, through the autoencoder.
     Record a row per kind and group: mean fidelity, and the share of images that passes.
     """
+    if (style := settings.style) not in ALL_STYLES:
+        raise BadInput(f"--style {style}: the miniature has {', '.join(ALL_STYLES)}")
     through = open_autoencoder(settings.parts, record.machine.device)
 
     rows: list[dict[str, Any]] = []
     for kind in HELD_OUT_KINDS:
-        clean = renders(kind, settings.count, derived_seed(settings.seed, RENDERS))
+        clean = renders(kind, settings.count, derived_seed(settings.seed, RENDERS), style)
         groups = {"rendered": clean, "through the autoencoder": through(clean)}
         for outline in MALFORMED[kind]:
             with drawn_as(kind, outline):
-                images = renders(kind, settings.count, derived_seed(settings.seed, MALFORMED_RENDERS))
+                images = renders(kind, settings.count, derived_seed(settings.seed, MALFORMED_RENDERS), style)
             groups[outline.__name__.replace("_", " ")] = through(images)
-        others = [renders(other, 4, derived_seed(settings.seed, RENDERS)) for other in ALL_KINDS if other != kind]
+        others = [
+            renders(other, 4, derived_seed(settings.seed, RENDERS), style) for other in ALL_KINDS if other != kind
+        ]
         groups["the other kinds"] = through(torch.cat(others))
         fidelity = {name: shape_fidelity(images, [kind] * len(images)) for name, images in groups.items()}
         least = PASSING * float(fidelity["through the autoencoder"].mean())

@@ -2,7 +2,7 @@
 
   python benchmarks/p3_strict.py styles --count 40         renders of each style, other styles, half a style, turned, enlarged
   python benchmarks/p3_strict.py composition --count 60    right, malformed, collapsed and leaking renders of the composition's cases
-  python benchmarks/p3_strict.py named --count 48          images drawn in each style that captions name, beside renders of all styles
+  python benchmarks/p3_strict.py named --count 48          images drawn in each style that captions name, and renders of all styles
   python benchmarks/p3_strict.py images DIR --kind fish --colour green --background white       images of one prompt, by shape and colours
 
 An image is right, strictly, if the scene classifier reads every object in its box, and every silhouette there reaches its bar. The bar is

@@ -18,11 +18,22 @@ from miniature.scenery.scenes import fits
 from runtime.cli import BadInput
 
 
-def test_the_calibration_passes_right_objects_and_no_other_kinds(tmp_path: Path) -> None:
-    main(Calibrate(count=6, device="cpu", record=tmp_path / "record.json"))
+@pytest.mark.parametrize(("style", "fidelity"), [("flat", (0.8, 1)), ("ripple", (0.5, 0.8))])
+def test_the_calibration_passes_right_objects_and_no_other_kinds(
+    style: str, fidelity: tuple[float, float], tmp_path: Path
+) -> None:
+    """Ripples bend outlines, so fidelity is lower, of right objects too."""
+    main(Calibrate(count=6, style=style, device="cpu", record=tmp_path / "record.json"))
     rows = json.loads((tmp_path / "record.json").read_text())["metrics"]["rows"]
     assert min(row["passing"] for row in rows if row["images"] in ("rendered", "through the autoencoder")) >= 0.6
     assert max(row["passing"] for row in rows if row["images"] == "the other kinds") <= 0.05
+    means = [row["fidelity"] for row in rows if row["images"] == "through the autoencoder"]
+    assert fidelity[0] < sum(means) / len(means) < fidelity[1]
+
+
+def test_the_calibration_refuses_an_unknown_style(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--style cubist: the miniature has flat, outline"):
+        main(Calibrate(style="cubist", device="cpu", record=tmp_path / "record.json"))
 
 
 def test_prompts_name_colours_that_stand_out() -> None:

@@ -186,7 +186,7 @@ def test_shapes_in_a_style_are_compared_with_renders_of_that_style(style: str, s
     assert not measure.verdicts(renders("fish", 24, 5), answers)["strict"].any()  # flat
 
 
-def test_named_styles_are_drawn_and_graded_beside_renders(
+def test_named_styles_are_drawn_and_graded_like_renders(
     styles: StyleMeasure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stand-ins are renders of the kind and style that the prompt names, but flat where it names mosaic."""
