@@ -5,7 +5,7 @@
 
 The sets: real digits; drawn ones, at six guidance scales and in two steps; real ones, blurred; five real ones of each digit, repeated.
 Variety falls from the real ones over the rising scales to the repeated ones. Each view's recall is compared with this order.
-Both views grade against the same real images, none of which is in a set.
+Both views grade against the same real images, none of which is in a set. A PNG next to the record shows the first image of each digit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from P1_model import DIGITS, DOMAINS, load_network
 from runtime.cli import BadInput, check_positive, run_script
 from runtime.device import Device, detect
 from runtime.files import ROOT
-from runtime.images import to_uint8
+from runtime.images import labelled_grid, to_uint8
 from runtime.record import Record
 
 SCALES, FEW = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0), 2
@@ -77,6 +77,8 @@ def main(settings: Settings) -> None:
         held_out = [hold_out(digits, settings.count, seed) for digits in val]
         requests = graded_requests(seed, settings.count)
         sets = ten_sets(sampler, requests, torch.cat([images for images, _ in held_out]))
+        if seed == settings.seeds[0]:
+            write_sheet(settings.record.with_suffix(".png"), sets)
         table: dict[str, dict[str, dict[str, float]]] = {}  # {view: {set: numbers}}
         for view, classifiers in views.items():
             for classifier, digits, (_, rest) in zip(classifiers, train, held_out, strict=True):
@@ -122,6 +124,13 @@ def ten_sets(sampler: DigitSampler, requests: Sequence[DigitRequest], real: Tens
     five = torch.arange(count) % 5
     sets["five repeated"] = real.unflatten(0, (-1, count))[:, five].flatten(0, 1)
     return sets
+
+
+def write_sheet(path: Path, sets: dict[str, Tensor]) -> None:
+    """Write a PNG with the first image of every digit and domain, a row per set."""
+    columns = [f"{domain}\n{digit}" for domain in DOMAINS for digit in range(DIGITS)]
+    firsts = [images[:: len(images) // len(columns)] for images in sets.values()]
+    labelled_grid(path, torch.cat(firsts), list(sets), columns, "Ten sets of digits")
 
 
 def rank_correlations(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:

@@ -183,6 +183,19 @@ def test_rank_correlations_compare_the_views_set_by_set() -> None:
     assert results["mnistm recall and variety: outside"] == pytest.approx(1 - 6 * 2 / (8 * 63))
 
 
+def test_the_sheet_shows_the_first_image_of_each_digit_and_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(p1_views, "labelled_grid", lambda *given: shown.append(given))
+    images = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 28, 28)  # three of each
+    p1_views.write_sheet(tmp_path / "sheet.png", {"real": images, "blurred": images + 100})
+    ((_, grid, rows, columns, _),) = shown
+    assert rows == ["real", "blurred"]
+    assert (columns[0], columns[-1]) == ("mnistm\n0", "svhn\n9")
+    assert grid[:, 0, 0, 0].tolist() == [*range(0, 60, 3), *range(100, 160, 3)]
+
+
 def recorder(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
     """Let a function of the script record the arguments of its calls."""
     calls: list[tuple[Any, ...]] = []
@@ -213,6 +226,7 @@ def test_both_views_grade_the_same_sets_of_every_seed(
     )
     p1_views.main(settings)
 
+    assert (tmp_path / "record.png").is_file()
     assert [(domain, len(train), {*train.domains.tolist()}) for domain, train, _ in fits] == [
         (0, 30, {0}),
         (1, 30, {1}),
