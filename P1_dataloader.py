@@ -183,7 +183,7 @@ def read_csv(path: Path, classes: Sequence[str] = HOMEWORK.classes) -> pd.DataFr
 
 
 def class_folders(folder: Path) -> pd.DataFrame:
-    """Return a table like that of `read_csv`, with image_name CLASS/FILE, of the images in folder/CLASS/.
+    """Return a table like the one of our `read_csv`, with image_name CLASS/FILE, of the images in folder/CLASS/.
 
     A label is the index of CLASS in sorted order. Raise BadInput for a class without images.
     """

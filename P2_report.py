@@ -246,7 +246,7 @@ def draw_walk(path: Path, noises: Sequence[Noise], frames: int, draw: Draw) -> N
 
 
 def draw_mix(folder: Path, noises: Sequence[Noise], weights: dict[str, float], draw: Draw) -> dict[str, float]:
-    """Draw mix.png: images of the weighted noises, of their mean renormalised to unit variance, and of their plain mean.
+    """Draw mix.png: images of each noise, of their weighted mean rescaled to unit variance, and of the weighted mean as it is.
 
     Return {"mean": its root mean square, "plain": that of the plain mean}.
     """

@@ -38,7 +38,7 @@ MODEL = "ViT-B-32-quickgelu"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison."""
+    """Settings of the comparison of our zero-shot classification with plain code."""
 
     count: int = 256
     """Images of each run of the whole script."""

@@ -259,7 +259,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class Images:
-    """Measure images of single objects: how many are right, strictly and by the scene classifier."""
+    """Count right images of single objects, by the strict measure and by the scene classifier alone."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of 64x64 images; all images of a folder have one prompt."""

@@ -53,7 +53,7 @@ BATCH = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the figures."""
+    """Settings of the image sheets."""
 
     embeddings: Path
     """Folder of the learned tokens <key>, <fish>, <mushroom>, <cup>; benchmarks/p3_composition.py learns them."""

@@ -237,7 +237,10 @@ def write_zeroshot(command: Zeroshot) -> None:
 
 
 def cifar100(folder: Path, download: bool) -> Any:
-    """Return torchvision's CIFAR-100 test set in `folder`, unpacked or (`download`) downloaded first; raise BadInput if it is damaged."""
+    """Return torchvision's CIFAR-100 test set in `folder`. An archive there is unpacked; `download`: a missing one is downloaded.
+
+    Raise BadInput if it is absent or damaged.
+    """
     from torchvision.datasets import CIFAR100  # slow to import
     from torchvision.datasets.utils import check_integrity
 
@@ -324,7 +327,7 @@ Findings = Iterator[tuple[bool, str]]  # (whether it is as in the course, descri
 
 
 def check_face(folder: Path) -> Findings:
-    """Yield (True if as in the course, description): ten noises [1, 3, 256, 256] float32, ten 256x256 images, 427 tensors."""
+    """Yield (True if as in the course, description): ten noises [1, 3, 256, 256] float32, ten 256x256 images, 427 tensors of the network."""
     noises = [load_tensors(path) for path in sorted(folder.glob("noise/[!.]*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"

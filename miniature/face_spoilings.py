@@ -49,7 +49,7 @@ def erase_mouth(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
 
 
 def warp(renderer: FaceRenderer, rows: Tensor, draws: Draws) -> Tensor:
-    """Move every point by about two pixels, neighbours alike."""
+    """Warp the face smoothly, by about two pixels."""
     x = to_float(renderer(rows))
     return bend(x, draws, x.new_full((len(x), 1, 1, 1), 2.0))
 
