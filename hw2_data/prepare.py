@@ -327,7 +327,7 @@ Findings = Iterator[tuple[bool, str]]  # (whether it is as in the course, descri
 
 
 def check_face(folder: Path) -> Findings:
-    """Yield (True if as in the course, description): ten noises [1, 3, 256, 256] float32, ten 256x256 images, 427 tensors of the network."""
+    """Yield (True if as in the course, description): ten noises [1, 3, 256, 256] float32, ten 256x256 images, 427 tensors of the U-Net."""
     noises = [load_tensors(path) for path in sorted(folder.glob("noise/[!.]*.pt"))]
     right = [n for n in noises if isinstance(n, Tensor) and n.shape == (1, 3, 256, 256) and n.dtype == torch.float32]
     yield len(right) == len(noises) == 10, f"noise/: {len(noises)} of 10 files, {len(right)} of the right shape"
