@@ -180,8 +180,7 @@ def labelled_grid(
 
     lines = max((column.count("\n") for column in columns), default=0)
     top = 0.6 + 0.15 * lines
-    width, height = inch * len(columns) + 1.0, inch * len(rows) + top + 0.1  # room for labels and title
-    figure = Figure(figsize=(width, height))
+    figure = Figure()
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for index, axis in enumerate(axes.flat):
         row, column = divmod(index, len(columns))
@@ -192,8 +191,12 @@ def labelled_grid(
             axis.set_ylabel(rows[row], rotation=0, ha="right", va="center")
         if row == 0:
             axis.set_title(columns[column], fontsize=9)
+    labels = [axis.yaxis.label.get_window_extent().width / figure.dpi for axis in axes[:, 0]]  # inches
+    left = max(0.95, max(labels) + 0.15)
+    width, height = inch * len(columns) + left + 0.05, inch * len(rows) + top + 0.1
+    figure.set_size_inches(width, height)
     figure.suptitle(title, fontsize=11, y=1 - 0.08 / height)
-    figure.subplots_adjust(0.95 / width, 0.05 / height, 1 - 0.05 / width, 1 - top / height, 0.06, 0.06)
+    figure.subplots_adjust(left / width, 0.05 / height, 1 - 0.05 / width, 1 - top / height, 0.06, 0.06)
     save_figure(path, figure)
 
 

@@ -308,6 +308,16 @@ def test_a_labelled_grids_images_have_the_asked_side_and_room_for_labels(
         assert axis.images[0].get_interpolation() == "nearest"
 
 
+def test_a_long_label_of_a_row_widens_a_labelled_grid(figures: list[Any]) -> None:
+    rows = ["real", "five repeated, of each digit"]
+    labelled_grid(Path("a.png"), some_pictures(4), rows, ["0", "1"], "A title")
+    (figure,) = figures
+    assert figure.get_figwidth() > 2 * 0.6 + 1.5
+    assert_readable(figure, used=0.85)
+    for axis in figure.axes:
+        assert axis.get_position().width * figure.get_figwidth() == pytest.approx(0.6, rel=0.12)
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "side", "scale"),
     [(2, 11, 64, 1), (5, 4, 64, 2), (1, 4, 28, 4), (2, 11, 28, 2), (2, 11, 256, 1), (7, 1, 16, 8)],
