@@ -227,8 +227,9 @@ class Styles:
     record: Path = BENCH / "p3_strict_styles.json"
 
 
+@tyro.conf.configure(tyro.conf.subcommand(name="named"))
 @dataclass(frozen=True)
-class Named(SamplerFlags):
+class NamedStyles(SamplerFlags):
     """Draw in the styles that the training captions name, and measure strict success: style and object. Renders show what can pass."""
 
     model: str = MODEL
@@ -332,7 +333,7 @@ def calibrate_styles(settings: Styles, record: Record) -> None:
     record.metrics["passing"] = own
 
 
-def named(settings: Named, record: Record) -> None:
+def draw_named_styles(settings: NamedStyles, record: Record) -> None:
     """Add {"rendered", "drawn": {style: {measure: share of images}}} to the record, print it, and write the sheet."""
     check_positive(settings, "sampling_steps")
     check_model(settings.model)
@@ -437,7 +438,7 @@ GROUPS: dict[str, Callable[[LayoutCase, int], Tensor | None]] = {
 }
 
 
-def main(command: Styles | Named | Composition | Images) -> None:
+def main(command: Styles | NamedStyles | Composition | Images) -> None:
     """Run the chosen calibration or measurement, and write the record."""
     record = Record(command, detect(command.device))
     if isinstance(command, Images):
@@ -446,8 +447,8 @@ def main(command: Styles | Named | Composition | Images) -> None:
         check_positive(command, "count")
         if isinstance(command, Styles):
             calibrate_styles(command, record)
-        elif isinstance(command, Named):
-            named(command, record)
+        elif isinstance(command, NamedStyles):
+            draw_named_styles(command, record)
         else:
             calibrate_composition(command, record)
     record.save(command.record)
@@ -455,5 +456,5 @@ def main(command: Styles | Named | Composition | Images) -> None:
 
 
 if __name__ == "__main__":
-    command: Any = Styles | Named | Composition | Images  # tyro makes a subcommand of each
+    command: Any = Styles | NamedStyles | Composition | Images  # tyro makes a subcommand of each
     run_script(main, command, __doc__)

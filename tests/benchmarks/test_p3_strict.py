@@ -19,7 +19,7 @@ from benchmarks.p3_composition_cases import CASES, CaseName, LayoutCase, case_of
 from benchmarks.p3_shape import renders
 from benchmarks.p3_strict import (
     Images,
-    Named,
+    NamedStyles,
     PartMeasure,
     StrictMeasure,
     Verdict,
@@ -208,7 +208,7 @@ def test_named_styles_are_drawn_and_graded_like_renders(
     monkeypatch.setattr("benchmarks.p3_strict.PartMeasure", partial(PartMeasure, renders=10))
     monkeypatch.setattr("benchmarks.p3_strict.StyleMeasure", lambda _: styles)
     model, sheet, record = str(save_pipeline(tmp_path / "model")), tmp_path / "sheet.png", tmp_path / "record.json"
-    main(Named(model=model, count=6, device="cpu", sheet=sheet, record=record))
+    main(NamedStyles(model=model, count=6, device="cpu", sheet=sheet, record=record))
     shares = json.loads(record.read_text())["metrics"]["passing"]
     assert list(shares["drawn"]) == list(STYLES)
     assert list(shares["rendered"]) == list(ALL_STYLES)
