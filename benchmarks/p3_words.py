@@ -14,8 +14,8 @@ from pathlib import Path
 import repository_root  # noqa: F401  # isort: split
 import torch
 
-from benchmarks.p3_learning import MODEL, SAMPLER, check_model
-from benchmarks.p3_shape import STYLE, coloured_prompts, open_autoencoder
+from benchmarks.p3_learning import MODEL, SAMPLER, check_model, sample
+from benchmarks.p3_shape import SHOWN, STYLE, coloured_prompts, open_autoencoder
 from benchmarks.p3_strict import PartMeasure
 from concepts.embeddings import find_vectors, install
 from concepts.sampling import Request, StableDiffusionSampler
@@ -25,7 +25,6 @@ from miniature.judge_model import load_scene_classifier
 from miniature.scenery.concepts import concept_scenes
 from miniature.scenery.render import render_scenes
 from miniature.scenery.scenes import HELD_OUT_KINDS
-from runtime.batches import in_batches
 from runtime.cli import BadInput, check_positive, log, run_script
 from runtime.device import Device, detect, set_up
 from runtime.files import ROOT, check_writable_file
@@ -48,7 +47,6 @@ SHORT = {
     GIVEN + 1: "red",
     GIVEN + 2: "blue",
 }  # {column: label} of the short figure
-BATCH = 10
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def main(settings: Settings) -> None:
 
     def draw(prompts: list[str], domain: int) -> torch.Tensor:
         requests = [Request(text, derived_seed(settings.seed, domain, k)) for k, text in enumerate(prompts)]
-        batches = in_batches(sampler.sample_images, requests, min(BATCH, len(requests)))
-        return torch.cat([images[: len(chunk)] for chunk, images in batches])
+        return sample(sampler.sample_images, requests, "drawing")
 
     rows, failures, rates = [], [], []
     for kind, token in tokens.items():
@@ -105,8 +102,8 @@ def main(settings: Settings) -> None:
         ]
         right = measure.verdicts(images, answers)["strict"]
         rates.append(f"{kind}\n{int(right.sum())} of {len(right)}")
-        wrong = images[~right][:BATCH]
-        blank = torch.full((BATCH - len(wrong), *images.shape[1:]), 255, dtype=torch.uint8)
+        wrong = images[~right][:SHOWN]
+        blank = torch.full((SHOWN - len(wrong), *images.shape[1:]), 255, dtype=torch.uint8)
         failures.append(torch.cat([wrong, blank]))
         log(rates[-1].replace("\n", " "))
 
@@ -117,7 +114,7 @@ def main(settings: Settings) -> None:
     short = torch.cat([row[list(SHORT)] for row in rows])
     pixel_grid(settings.short, short, list(tokens), list(SHORT.values()), "Given images, and the learned word")
     title = f"The first images that fail, and how many of {settings.count} are right"
-    labelled_grid(settings.failures, torch.cat(failures), rates, [""] * BATCH, title, 0.9)
+    labelled_grid(settings.failures, torch.cat(failures), rates, [""] * SHOWN, title, 0.9)
     log(f"figures: {', '.join(map(str, files.values()))}")
 
 
